@@ -1,0 +1,165 @@
+"""Which kernel serves a call: a table of backends, and the reasons against each.
+
+A backend is a namespace holding ``<op>_fwd``/``<op>_bwd`` (see `pygpt.reference`) plus its limits as
+data. `pick` walks the table in order and takes the first row without an objection; `explain` shows
+the objections. An explicit choice (`backend(name)` or PYGPT_BACKEND) that cannot serve a call raises
+with the reasons; only the default falls back.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from . import reference
+
+OPS = ("attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    kernels: object  # the namespace, or None where it is missing
+    missing: str = ""  # why it is missing
+    devices: tuple = ()  # device types served; empty means any
+    dtypes: tuple = FLOATS
+    ops: tuple = OPS
+    features: Mapping = field(default_factory=dict)  # op -> optional features served, None for all
+    max_head_dim: int | None = None
+
+    def objections(self, op: str, tensors, features) -> list[str]:
+        """Why this backend cannot serve the call; empty if it can."""
+        if self.missing:
+            return [self.missing]
+        if self.kernels is reference:
+            return []
+        why = []
+        if op not in self.ops:
+            why.append(f"{op} is not among its ops")
+        lead = tensors[0]
+        if self.devices and lead.device.type not in self.devices:
+            why.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
+        if lead.dtype not in self.dtypes:
+            why.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
+        if any(t.dtype != lead.dtype for t in tensors):
+            why.append("tensors of different dtypes")
+        if any(t.layout != torch.strided for t in tensors):
+            why.append("tensors that are not strided")
+        if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
+            why.append(f"{', '.join(extra)} not served")
+        if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
+            why.append(f"head dimension above {self.max_head_dim}")
+        if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                why.append("a torch.func transform (vmap, grad, jvp) is active")
+            elif torch.autograd.forward_ad._current_level >= 0:
+                why.append("forward-mode differentiation is active")
+        return why
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer of `explain`: the backend that serves the call and why each earlier one does not."""
+
+    op: str
+    backend: str | None
+    rejected: dict[str, list[str]]
+
+    def __str__(self):
+        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        return "\n".join(lines + [f"  not {name}: {'; '.join(why)}" for name, why in self.rejected.items()])
+
+
+def _compiled() -> tuple[SimpleNamespace | None, str]:
+    """The ops registered by the C++ library, resolved to their overloads (which saves 2 us a call)."""
+    try:
+        from . import _C  # noqa: F401  (importing it registers torch.ops.pygpt)
+    except ImportError as e:
+        return None, f"the compiled extension is missing ({e}); build it with: pip install --no-build-isolation ."
+    names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
+    for name in names:
+        torch.library.register_fake(f"pygpt::{name}", getattr(reference, name))
+    return SimpleNamespace(**{name: getattr(torch.ops.pygpt, name).default for name in names}), ""
+
+
+_kernels, _why = _compiled()
+
+TABLE: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("cpp", _kernels, _why, devices=("cpu",), max_head_dim=256),
+        Backend("cuda", None, "the CUDA kernels are not part of this version", devices=("cuda",), max_head_dim=256),
+        Backend("triton", None, "the Triton kernels are not part of this version", devices=("cuda",), max_head_dim=256),
+        Backend("torch", reference),
+    )
+}
+
+
+class _PerThread(threading.local):  # torch.compile traces and guards it; a ContextVar it cannot
+    chosen: str | None = None  # by `backend(name)`
+    explaining: bool = False  # inside `explain`
+
+
+state = _PerThread()
+
+
+def _named(name: str) -> Backend:
+    row = TABLE.get(name)
+    if row is None:
+        raise ValueError(f"pygpt: unknown backend {name!r}; known: {', '.join(TABLE)}")
+    if row.missing:
+        raise RuntimeError(f"pygpt: backend {name!r} is not available: {row.missing}")
+    return row
+
+
+@contextmanager
+def backend(name: str):
+    """``with pygpt.backend("torch"): ...`` serves every op inside by that backend.
+
+    name: "cpp", "cuda", "triton" or "torch". ValueError if unknown, RuntimeError if it is not
+    available here. Holds for the current thread; a backward pass uses the backend of its
+    forward. The environment variable PYGPT_BACKEND does the same for a whole process.
+    """
+    _named(name)
+    previous, state.chosen = state.chosen, name
+    try:
+        yield
+    finally:
+        state.chosen = previous
+
+
+def chosen() -> str | None:
+    """The explicitly chosen backend, or None where the table decides."""
+    return state.chosen or _FROM_ENVIRONMENT
+
+
+_FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
+if _FROM_ENVIRONMENT:
+    _named(_FROM_ENVIRONMENT)
+
+
+def choose(op: str, tensors, features=()) -> Choice:
+    """Walks the table; ``tensors`` are the call's tensor arguments, ``features`` the optional ones in use."""
+    name, rejected = chosen(), {}
+    for row in TABLE.values():
+        if name not in (None, row.name):
+            rejected[row.name] = [f"backend {name!r} was asked for"]
+        elif why := row.objections(op, tensors, features):
+            rejected[row.name] = why
+        else:
+            return Choice(op, row.name, rejected)
+    return Choice(op, None, rejected)
+
+
+def pick(op: str, tensors, features=()):
+    """The namespace that serves the call. RuntimeError if an explicitly chosen backend cannot."""
+    name = chosen()
+    for row in TABLE.values() if name is None else (TABLE[name],):
+        if not (why := row.objections(op, tensors, features)):
+            return row.kernels
+    raise RuntimeError(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")
