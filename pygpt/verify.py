@@ -1,0 +1,392 @@
+"""The exactness rule, in one place: `pygpt verify` and the tests both live on it.
+
+Inputs and upstream gradients are drawn at random and rounded to the dtype d. From the same rounded
+values three results are made: x64, the reference in float64 (`reference.<op>_fwd`/`_bwd`); PyTorch's
+own in d (the ordinary expression `reference.<op>` and autograd); ours in d (`pygpt.functional`). Then
+
+    error(x) = max |x - x64| / scale        scale = max(|x64|, |cancelled|) over the whole result
+    ours passes  iff  error(ours) <= 2 error(PyTorch) + ULPS eps(d)
+
+``cancelled`` is the largest of the terms that cancel in a softmax's or a norm's input gradient: where
+they cancel to nothing (one key, rows of width 1) rounding is all that is left of the result. Small
+results are drawn several times, so that neither side is judged by one lucky element.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from . import functional, reference
+from .backend import backend as chosen
+from .backend import choose
+
+ULPS = 2.0  # of the result's dtype: the allowance where PyTorch happens to be exact
+ELEMENTS, DRAWS = 512, 24  # a direction is judged by so many elements, or after so many draws
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to draw, call and judge one op. ``inputs`` name the tensors at the front of its canonical arguments."""
+
+    inputs: tuple[str, ...]
+    dims: dict  # the keys of --shape and their defaults; a default may name another key
+    draw: Callable  # (random, dims) -> canonical arguments, in float64
+    call: Callable  # pygpt.functional on canonical arguments
+    shapes: tuple = ({},)  # what `pygpt verify` runs without --shape
+    outputs: tuple[str, ...] = ("fwd",)
+    cancelled: Callable = lambda args, grads: {}  # in float64 -> {direction: the terms that cancel in it}
+    op: str = ""  # in pygpt.reference, where it is not the Spec's own name
+    yardstick: Callable | None = None  # PyTorch's own expression, where it is not reference.<op>
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    shape: str
+    dtype: str
+    backend: str
+    direction: str
+    ours: float  # error
+    torch: float  # PyTorch's error
+    limit: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.torch if self.torch else math.inf if self.ours else 1.0
+
+    @property
+    def passed(self) -> bool:
+        return self.ours <= self.limit  # False for NaN
+
+
+# ------------------------------------------------------------------------------- the ops
+def _lead(m):
+    return tuple(m) if isinstance(m, (tuple, list)) else (m,)
+
+
+def _draw_attention(random, d):
+    q, k, v = (random(d["B"], d["H"], *s) for s in ((d["L"], d["E"]), (d["S"], d["E"]), (d["S"], d["Ev"])))
+    return q, k, v, bool(d["causal"]), 1.0 / math.sqrt(max(d["E"], 1))
+
+
+def _attention_terms(args, grads):
+    """ds without the softmax's correction: what rowsum(dout out) is taken off."""
+    q, k, v, is_causal, scale = args
+    out, lse = reference.attention_fwd(*args)
+    terms = reference.attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, (True, True, False))
+    return {"dq": terms[0], "dk": terms[1]}
+
+
+def _call_attention(q, k, v, is_causal, scale):
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def _call_attention_lse(q, k, v, is_causal, scale):
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, return_lse=True)
+
+
+def _attention_lse(q, k, v, is_causal, scale):
+    scores = reference._scores(q, k, is_causal, scale)  # in float32, as lse is
+    return reference.attention(q, k, v, is_causal, scale), torch.logsumexp(scores, -1)
+
+
+def _weight(random, n, k):
+    return random(n, k) / math.sqrt(max(k, 1))
+
+
+def _draw_linear(random, d):
+    bias = random(d["N"]) if d["bias"] else None
+    return random(*_lead(d["M"]), d["K"]), _weight(random, d["N"], d["K"]), bias
+
+
+def _draw_mlp(random, d):
+    biases = (random(d["H"]), random(d["O"])) if d["bias"] else (None, None)
+    fc, proj = _weight(random, d["H"], d["C"]), _weight(random, d["O"], d["H"])
+    return random(*_lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"]
+
+
+def _draw_norm(params, inputs=1, eps=1e-5):
+    def draw(random, d):
+        xs = [random(*_lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
+        weights = [random(d["N"]) if d["affine"] else None for _ in range(params)]
+        return *xs, *weights, eps
+
+    return draw
+
+
+def _norm_terms(names, centre):
+    """The gradient a norm's input would have, were the statistics constants."""
+
+    def terms(args, grads):
+        x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])
+        rstd = reference.layer_norm_fwd(x, None, None, args[-1])[2] if centre else reference.rms_norm_fwd(x, None, args[-1])[1]
+        g = (grads[0] if weight is None else grads[0] * weight) * rstd[..., None]
+        return dict.fromkeys(names, g)
+
+    return terms
+
+
+def _draw_elements(*rest):
+    return lambda random, d: (random(*_lead(d["M"])) * d["gain"], *(d[r] for r in rest))
+
+
+_NORM = {"M": 64, "N": 768, "affine": 1, "mean": 0.0}
+_ATTENTION = {"B": 2, "H": 4, "L": 128, "S": "L", "E": 64, "Ev": "E", "causal": 0}
+_NORM_SHAPES = ({}, {"N": 1000, "mean": 10.0}, {"affine": 0})
+
+SPECS = {
+    "attention": Spec(
+        ("q", "k", "v"),
+        _ATTENTION,
+        _draw_attention,
+        _call_attention,
+        ({}, {"causal": 1}, {"L": 100, "S": 77, "E": 80, "Ev": 48, "causal": 1}),
+        cancelled=_attention_terms,
+    ),
+    "attention_lse": Spec(
+        ("q", "k", "v"),
+        _ATTENTION,
+        _draw_attention,
+        _call_attention_lse,
+        ({}, {"causal": 1}),
+        ("fwd", "lse"),
+        _attention_terms,
+        "attention",
+        _attention_lse,
+    ),
+    "linear": Spec(
+        ("x", "weight", "bias"), {"M": 128, "K": 256, "N": "K", "bias": 1}, _draw_linear, functional.linear, ({}, {"bias": 0, "N": 33})
+    ),
+    "mlp": Spec(
+        ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"),
+        {"M": 128, "C": 128, "H": 512, "O": "C", "bias": 1, "activation": "gelu"},
+        _draw_mlp,
+        functional.mlp,
+        tuple({"activation": a} for a in reference.ACTIVATIONS),
+    ),
+    "layer_norm": Spec(
+        ("x", "weight", "bias"),
+        _NORM,
+        _draw_norm(2),
+        lambda x, weight, bias, eps: functional.layer_norm(x, x.shape[-1:], weight, bias, eps),
+        _NORM_SHAPES,
+        cancelled=_norm_terms(("dx",), True),
+    ),
+    "add_layer_norm": Spec(
+        ("x", "residual", "weight", "bias"),
+        _NORM,
+        _draw_norm(2, inputs=2),
+        lambda x, r, weight, bias, eps: functional.add_layer_norm(x, r, x.shape[-1:], weight, bias, eps),
+        _NORM_SHAPES,
+        ("fwd", "sum"),
+        _norm_terms(("dx", "dresidual"), True),
+    ),
+    "rms_norm": Spec(
+        ("x", "weight"),
+        _NORM,
+        _draw_norm(1),
+        lambda x, weight, eps: functional.rms_norm(x, x.shape[-1:], weight, eps),
+        _NORM_SHAPES,
+        cancelled=_norm_terms(("dx",), False),
+    ),
+    "gelu": Spec(
+        ("x",),
+        {"M": 4096, "gain": 1.0, "approximate": "none"},
+        _draw_elements("approximate"),
+        functional.gelu,
+        ({}, {"approximate": "tanh"}, {"gain": 4.0}),
+    ),
+    "relu": Spec(("x",), {"M": 4096, "gain": 1.0}, _draw_elements(), functional.relu),
+}
+
+
+# ------------------------------------------------------------------------------- measuring
+def complete(op: str, dims: dict) -> dict:
+    """``dims`` with the op's defaults filled in; ValueError on a key the op does not have."""
+    known = SPECS[op].dims
+    if unknown := [key for key in dims if key not in known]:
+        raise ValueError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
+    full = {**known, **dims}
+    return {key: full[value] if isinstance(value, str) and value in full else value for key, value in full.items()}
+
+
+def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t):
+    """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``."""
+
+    def random(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def rounded(a, dtype=dtype):
+        return view(a.to(dtype)) if isinstance(a, Tensor) else a
+
+    args = tuple(rounded(a) for a in SPECS[op].draw(random, complete(op, dims)))
+    with torch.no_grad():
+        outs = as_tuple(eager(op)(*args))
+    return args, tuple(rounded(random(*o.shape), o.dtype) for o in outs)
+
+
+def as_tuple(x) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def eager(op: str) -> Callable:
+    """PyTorch's own expression of the op."""
+    return SPECS[op].yardstick or getattr(reference, op)
+
+
+def directions(op: str, function: Callable, args, grads) -> dict[str, Tensor]:
+    """Every output of ``function(*args)`` that has a gradient in ``grads``, and every gradient, by name."""
+    spec = SPECS[op]
+    args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    given = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if a is not None}
+    outs = as_tuple(function(*args))[: len(grads)]
+    found = torch.autograd.grad(outs, list(given.values()), grads)
+    return dict(zip((*spec.outputs, *given), (*(o.detach() for o in outs), *found), strict=True))
+
+
+def in_float64(op: str, args, grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The reference's results from the rounded inputs, and the terms that cancel in them."""
+    args = [a.double() if isinstance(a, Tensor) else a for a in args]
+    grads = [g.double() for g in grads]
+    function = functional._FUNCTIONS[SPECS[op].op or op]
+    return directions(op, lambda *a: function.apply(reference, *a), args, grads), SPECS[op].cancelled(args, grads)
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def _deviation(x: Tensor, x64: Tensor) -> float:
+    x = x.double()
+    return _largest(torch.where(x == x64, 0.0, x - x64))  # equal infinities are no error
+
+
+def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | None = None, **how) -> list[Row]:
+    """One Row per direction of ``op``; ``backend`` None lets the table decide. ``how``: see `draw`."""
+    worst: dict[str, list[float]] = {}  # over the draws: our error, PyTorch's, the scale
+    for n in range(1, DRAWS + 1):
+        args, grads = draw(op, dims, dtype, generator, **how)
+        x64, terms = in_float64(op, args, grads)
+        theirs = directions(op, eager(op), args, grads)
+        with chosen(backend) if backend else nullcontext():
+            ours = directions(op, SPECS[op].call, args, grads)
+            served = choose(SPECS[op].op or op, [a for a in args if isinstance(a, Tensor)]).backend
+        for key, r in x64.items():
+            got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
+            if got != want:
+                raise AssertionError(f"verify: {op}: {key} is {got}, PyTorch's is {want}")
+            now = _deviation(ours[key], r), _deviation(theirs[key], r), max(_largest(r), _largest(terms.get(key, r)))
+            worst[key] = [a if a != a else max(a, b) for a, b in zip(now, worst.get(key, (0.0,) * 3), strict=True)]
+        if all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values()):
+            break
+    shape = ",".join(f"{k}={'x'.join(map(str, _lead(v)))}" for k, v in complete(op, dims).items())
+    rows = []
+    for key, (our, their, scale) in worst.items():
+        our, their = our / (scale or 1.0), their / (scale or 1.0)
+        limit = 2.0 * their + ULPS * torch.finfo(ours[key].dtype).eps
+        rows.append(Row(op, shape, str(dtype).removeprefix("torch."), served, key, our, their, limit))
+    return rows
+
+
+# ------------------------------------------------------------------------------- command line
+def _value(op_key: str, text: str, default):
+    """One value of --shape, read as what its default is."""
+    try:
+        if isinstance(default, float):
+            return float(text)
+        if op_key in ("activation", "approximate"):
+            known = reference.ACTIVATIONS if op_key == "activation" else ("none", "tanh")
+            if text in known:
+                return text
+            raise ValueError
+        sizes = [int(n) for n in text.split("x")]
+        if min(sizes) < 0 or len(sizes) > 1 and op_key != "M":
+            raise ValueError
+        return sizes[0] if len(sizes) == 1 else tuple(sizes)
+    except ValueError:
+        raise ValueError(f"verify: --shape: {op_key}={text!r} is not valid") from None
+
+
+def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
+    """``--shape`` for each op it is for: those in ``ops`` that know all its keys, or if ``named`` all of them."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise ValueError(f"verify: --shape wants KEY=VALUE,..., got {bad[0]!r}")
+    keys = [key for key, _, _ in pairs]
+    fitting = ops if named else [op for op in ops if all(key in SPECS[op].dims for key in keys)]
+    if not fitting:
+        known = "; ".join(f"{op}: {', '.join(SPECS[op].dims)}" for op in ops)
+        raise ValueError(f"verify: --shape: no op has the dimensions {', '.join(keys)}; they are {known}")
+    shapes = {}
+    for op in fitting:
+        complete(op, dict.fromkeys(keys))
+        shapes[op] = {key: _value(key, value, SPECS[op].dims[key]) for key, _, value in pairs}
+    return shapes
+
+
+def _names(text: str | None, known, what: str) -> list[str]:
+    names = text.split(",") if text else list(known)
+    if unknown := [n for n in names if n not in known]:
+        raise ValueError(f"verify: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+    return names
+
+
+def add_arguments(parser):
+    parser.add_argument("--backend", help="cpp, cuda, triton or torch; default: what serves each op here")
+    parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
+    parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
+    parser.add_argument("--shape", help="your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304")
+    parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def run(args) -> int:
+    """Exit code 0 if every row passes, else 1. ValueError on bad arguments."""
+    ops = _names(args.ops, SPECS, "op")
+    dtypes = _names(args.dtypes, DTYPES, "dtype")
+    own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
+    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for op in ops if own is None else own:
+        for dims in SPECS[op].shapes if own is None else (own[op],):
+            for dtype in dtypes:
+                rows += measure(op, dims, DTYPES[dtype], generator, args.backend)
+    failed = sum(not row.passed for row in rows)
+    if args.json:
+        json.dump({"seed": seed, "passed": not failed, "rows": [_plain(row) for row in rows]}, sys.stdout, indent=1)
+        print()
+    else:
+        _print(rows)
+        print(f"{len(rows) - failed} of {len(rows)} pass: error <= 2x PyTorch's + {ULPS:g} ulp, against float64 (--seed {seed})")
+    return 1 if failed else 0
+
+
+def _plain(row: Row) -> dict:
+    values = {**asdict(row), "ratio": row.ratio, "passed": row.passed}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no inf
+
+
+def _print(rows):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for (op, shape), group in groupby(rows, key=lambda row: (row.op, row.shape)):
+        lines = Table("dtype", "direction", "backend", box=box.SIMPLE_HEAD, title=f"{op}  {shape}", title_justify="left")
+        for name in ("our error", "PyTorch's", "ratio", ""):
+            lines.add_column(name, justify="right")
+        for row in group:
+            numbers = f"{row.ours:.2e}", f"{row.torch:.2e}", f"{row.ratio:.2f}"
+            lines.add_row(row.dtype, row.direction, row.backend, *numbers, "[green]pass" if row.passed else "[bold red]FAIL")
+        console.print(lines)

@@ -1,0 +1,175 @@
+"""Which shapes, layouts and dtypes each op is tested at, as data. See `pygpt.verify.SPECS` for the keys."""
+
+from itertools import product
+
+import torch
+
+from pygpt import reference, verify
+
+DTYPES = list(verify.DTYPES.values())
+OPS = list(verify.SPECS)
+LENGTHS = (1, 7, 17, 33, 65, 127, 257)
+WIDTHS = (1, 3, 64, 768, 1000, 4099)
+HEAD_DIMS = (1, 8, 24, 64, 80, 128, 256)
+
+
+def _attention(B, H, L, S, E, Ev=None):
+    dims = {"B": B, "H": H, "L": L, "S": S, "E": E, "Ev": Ev or E}
+    return [{**dims, "causal": causal} for causal in (0, 1)]
+
+
+ATTENTION = [
+    case
+    for shape in (
+        *((1, 1, L, S, 24) for L, S in zip(LENGTHS, LENGTHS, strict=True)),  # B*H = 1
+        *((2, 3, L, S, 8) for L, S in ((1, 257), (257, 1), (17, 33), (33, 17), (127, 257), (257, 127), (64, 65))),
+        *((1, 2, 65, 70, E) for E in HEAD_DIMS),
+        *((2, 1, 33, 40, E, Ev) for E, Ev in ((64, 24), (8, 80), (1, 256), (256, 3))),
+        (1, 3, 300, 300, 64),
+    )
+    for case in _attention(*shape)
+] + [
+    {"B": 2, "H": 3, "L": 5, "S": 4, "E": 8, "Ev": 6, "causal": 1, key: 0} for key in ("B", "H", "L", "S", "E", "Ev")
+]  # fmt: skip
+
+LINEAR = [
+    {"M": M, "K": K, "N": N, "bias": bias}
+    for (M, K, N), bias in product(
+        (
+            *((1, K, N) for K, N in ((64, 64), (768, 1000), (1, 1), (257, 17))),  # decode
+            *((7, 1, 3), (3, 3, 1), (33, 17, 65), (65, 33, 7), (127, 257, 129), (65, 1000, 33), (16, 4099, 5)),
+            *((257, 64, 257), (300, 96, 100), ((2, 3), 64, 7), ((), 5, 6), ((2, 0), 5, 6)),
+            *((5, 0, 3), (0, 8, 4), (4, 8, 0)),  # K = 0 leaves the bias
+        ),
+        (0, 1),
+    )
+]
+
+MLP = [
+    {"M": M, "C": C, "H": H, "O": O, "bias": bias, "activation": activation}
+    for (M, C, H, O), bias, activation in product(
+        (
+            *((1, 64, 256, 64), (7, 1, 3, 2), (33, 17, 65, 7), (127, 48, 192, 48), (65, 100, 257, 33)),
+            *(((2, 3), 24, 96, 24), (0, 8, 16, 8), (4, 8, 0, 3), (4, 0, 8, 3), (4, 8, 3, 0)),
+        ),
+        (0, 1),
+        reference.ACTIVATIONS,
+    )
+]
+
+NORM = [
+    {"M": M, "N": N, "affine": affine}
+    for (M, N), affine in product(
+        (
+            *((M, N) for M, N in zip((33, 257, 17, 7, 65, 7), WIDTHS, strict=True)),
+            *((1, 768), (1, 1), ((2, 3), 65), ((), 7), (0, 64), (5, 0), (300, 48)),
+        ),
+        (0, 1),
+    )
+] + [{"M": 33, "N": N, "mean": mean} for N in (64, 1000) for mean in (10.0, 300.0)]  # variance must be centred
+
+ELEMENTS = [{"M": n, "gain": gain} for n in (0, 1, *LENGTHS, 4099, (3, 5, 7), 100_003) for gain in (1.0, 6.0)]
+
+CASES = {
+    "attention": ATTENTION,
+    "attention_lse": ATTENTION,
+    "linear": LINEAR,
+    "mlp": MLP,
+    "layer_norm": NORM,
+    "add_layer_norm": NORM,
+    "rms_norm": NORM,
+    "gelu": [{**case, "approximate": approximate} for case in ELEMENTS for approximate in ("none", "tanh")],
+    "relu": ELEMENTS,
+}
+
+SLOW = {
+    "attention": [case for L, S, E in product(LENGTHS, LENGTHS, HEAD_DIMS) for case in _attention(1, 2, L, S, E)],
+    "linear": [{"M": M, "K": K, "N": N} for M, K, N in product((1, 5, 31, 130), (2, 63, 257, 770), (1, 15, 66, 513))]
+    + [{"M": 512, "K": 768, "N": 3072}],
+    "mlp": [{"M": 256, "C": 768, "H": 3072, "activation": activation} for activation in reference.ACTIVATIONS],
+    **{op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)] for op in ("layer_norm", "add_layer_norm", "rms_norm")},
+}
+
+# One shape per op for the tests that vary something else: odd sizes, more than one tile each way.
+TYPICAL = {
+    "attention": {"B": 2, "H": 3, "L": 70, "S": 85, "E": 24, "Ev": 40, "causal": 1},
+    "attention_lse": {"B": 2, "H": 3, "L": 85, "S": 70, "E": 40, "Ev": 24, "causal": 0},
+    "linear": {"M": (5, 13), "K": 33, "N": 47},
+    "mlp": {"M": (5, 13), "C": 33, "H": 70, "O": 19},
+    "layer_norm": {"M": (5, 13), "N": 70},
+    "add_layer_norm": {"M": (5, 13), "N": 70},
+    "rms_norm": {"M": (5, 13), "N": 70},
+    "gelu": {"M": (5, 13, 7)},
+    "relu": {"M": (5, 13, 7)},
+}
+# A handful of elements, for finite differences and exhaustive sweeps.
+TINY = {
+    "attention": {"B": 1, "H": 2, "L": 3, "S": 4, "E": 3, "Ev": 2, "causal": 1},
+    "attention_lse": {"B": 1, "H": 2, "L": 4, "S": 3, "E": 2, "Ev": 3, "causal": 0},
+    "linear": {"M": (2, 2), "K": 3, "N": 2},
+    "mlp": {"M": (2, 2), "C": 3, "H": 4, "O": 2},
+    "layer_norm": {"M": (2, 2), "N": 5},
+    "add_layer_norm": {"M": (2, 2), "N": 5},
+    "rms_norm": {"M": (2, 2), "N": 5},
+    "gelu": {"M": (2, 3)},
+    "relu": {"M": (2, 3)},
+}
+
+
+def variants(dims_of):
+    """(op, dims) for each op of ``dims_of``, and for each of its activations and approximations."""
+    for op, dims in dims_of.items():
+        for key, values in (("activation", reference.ACTIVATIONS), ("approximate", ("none", "tanh"))):
+            if key in verify.SPECS[op].dims:
+                yield from ((op, {**dims, key: value}) for value in values)
+                break
+        else:
+            yield op, dims
+
+
+def ids(value):
+    """Readable test names for dims, dtypes and functions."""
+    if isinstance(value, dict):
+        return ",".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in value.items()) or "default"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "__name__", None)
+
+
+# ------------------------------------------------------------------------------- layouts of one tensor
+def contiguous(t):
+    return t
+
+
+def transposed(t):
+    return t.mT.contiguous().mT if t.dim() >= 2 else t
+
+
+def heads_last(t):
+    return t.transpose(-3, -2).contiguous().transpose(-3, -2) if t.dim() >= 3 else t
+
+
+def embedded(t):
+    """In the middle of a buffer of NaN: a read outside shows, and rows are not adjacent."""
+    buffer = t.new_full([n + 3 for n in t.shape] or [3], torch.nan)
+    for d, n in enumerate(t.shape):
+        buffer = buffer.narrow(d, 1, n)
+    return buffer.copy_(t) if t.dim() else t
+
+
+def strided(t):
+    """Non-unit last stride, NaN between the elements."""
+    return t.new_full((*t.shape, 2), torch.nan)[..., 1].copy_(t)
+
+
+def expanded(t):
+    """Stride 0 along the first dimension."""
+    return t[:1].expand_as(t) if t.dim() else t
+
+
+def constant_rows(t):
+    """Stride 0 along the last dimension."""
+    return t[..., :1].expand_as(t) if t.dim() >= 2 else t
+
+
+LAYOUTS = [contiguous, transposed, heads_last, embedded, strided, expanded, constant_rows]

@@ -1,0 +1,108 @@
+"""Every op x backend x dtype x case, forward and every gradient, by the rule of `pygpt.verify`.
+
+Fresh memory is poisoned: torch.empty comes back full of NaN, and freed heap blocks hold NaN.
+"""
+
+import cases
+import pytest
+import torch
+
+import pygpt
+from pygpt import verify
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    assert torch.empty(3).isnan().all()
+    heap = [torch.full((n,), torch.nan) for n in (64, 512, 4096, 20_000) for _ in range(8)]
+    del heap
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_exact(*args, **how):
+    failed = [row for row in verify.measure(*args, **how) if not row.passed]
+    assert not failed, "\n".join(map(str, failed))
+
+
+def every(table):
+    return [pytest.param(op, dims, id=f"{op}-{cases.ids(dims)}") for op, all_dims in table.items() for dims in all_dims]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", every(cases.CASES))
+def test_shapes(op, dims, dtype, backend, generator):
+    assert_exact(op, dims, dtype, generator, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", every(cases.SLOW))
+def test_many_shapes(op, dims, dtype, compiled, generator):
+    assert_exact(op, dims, dtype, generator, compiled)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", cases.variants(cases.TYPICAL), ids=cases.ids)
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
+def test_layouts(layout, op, dims, dtype, backend, generator):
+    assert_exact(op, dims, dtype, generator, backend, view=layout)
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)])
+@pytest.mark.parametrize("op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "gelu"])
+def test_large_values(op, dtype, size, backend, generator):
+    """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
+    assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("op, dims", cases.variants(cases.TYPICAL), ids=cases.ids)
+def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, generator):
+    dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
+    args, grads = verify.draw(op, dims, dtype, generator)
+    with pygpt.backend(backend):
+        for at in (i for i, a in enumerate(args) if isinstance(a, torch.Tensor)):
+            spoilt = [a.clone() if i == at else a for i, a in enumerate(args)]
+            spoilt[at].view(-1)[torch.randint(spoilt[at].numel(), (), generator=generator)] = value
+            ours, theirs = (verify.directions(op, f, spoilt, grads) for f in (verify.SPECS[op].call, verify.eager(op)))
+            for key, want in theirs.items():
+                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(kind(ours[key]), kind(want)), f"{kind.__name__} of {key}, {value} in argument {at}"
+
+
+SUBSET = """
+import sys, torch, cases, pygpt
+from pygpt import _C, verify
+assert _C.cpu_capability() == sys.argv[1], (_C.cpu_capability(), sys.argv[1])
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(int(sys.argv[2]))
+shapes = [(op, dims) for op, dims in cases.variants(cases.TYPICAL)]
+shapes += [("attention", {"L": 65, "S": 65, "E": E, "causal": 1}) for E in (1, 64, 80, 256)]
+shapes += [("linear", {"M": M, "K": 257, "N": N}) for M, N in ((1, 129), (65, 7), (130, 131))]
+failed = [
+    row for op, dims in shapes for dtype in cases.DTYPES for row in verify.measure(op, dims, dtype, generator, "cpp") if not row.passed
+]
+sys.exit("\\n".join(map(str, failed)))
+"""
+
+
+def in_capability(run_python, name, seed):
+    return run_python(SUBSET, name, str(seed), PYGPT_CPU_CAPABILITY=name)
+
+
+def test_every_instruction_set(run_python, seed):
+    from pygpt import _C
+
+    names = list(_C.cpu_capabilities())
+    assert "baseline" in names
+    for name in names:
+        done = in_capability(run_python, name, seed)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+def test_unknown_instruction_set_is_refused(run_python, seed):
+    done = in_capability(run_python, "avx9000", seed)
+    assert done.returncode != 0 and "avx9000" in done.stderr and "baseline" in done.stderr
