@@ -1,0 +1,101 @@
+"""Measures pygpt beside PyTorch eager: the ops, the GPT's training step, or all."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import report
+from .conftest import PEAKS, ROWS
+from .options import add_options, complete
+
+FOLDER = Path(__file__).parent
+ISA = {  # what each library is told, so that both sides use the same instructions
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "baseline": ("default", "SSE41", "SSE4_2"),
+}
+ATTEMPTS = 3  # how often --check measures a failing row again, each time longer, before it believes it
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", nargs="?", choices=("ops", "gpt", "all"), default="ops")
+    parser.add_argument("--check", action="store_true", help="hold the standard rows to the first bar; exit code 1 below it")
+    parser.add_argument("--isa", choices=ISA, help="run both sides with at most this instruction set")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file")
+    parser.add_argument("--save", action="store_true", help="write them to bench/results/<cpu>-<instruction set>-<date>.json")
+    add_options(parser.add_argument)
+    options = parser.parse_args()
+    complete(options)
+    options.only_standard |= options.check
+    return options
+
+
+def with_isa(name: str):
+    """This process again, under the variables that lower the instruction set."""
+    os.environ["ATEN_CPU_CAPABILITY"], os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["MKL_ENABLE_INSTRUCTIONS"] = ISA[name]
+    os.environ["PYGPT_CPU_CAPABILITY"] = name
+    os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]])
+
+
+class Session:
+    """One pytest run and what it left."""
+
+    def __init__(self, what: list[str], options, seconds: float):
+        lists = [f"--{name}={','.join(getattr(options, name))}" for name in ("ops", "dtypes", "directions")]
+        flags = [f"--{name}" for name in ("quick", "only-standard") if getattr(options, name.replace("-", "_"))]
+        numbers = [f"--seconds={seconds}"] + ([f"--threads={options.threads}"] if options.threads else [])
+        ours = ["-v", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", f"--rootdir={FOLDER.parent}"]
+        self.rows, self.machine = {}, None
+        self.code = int(pytest.main([*ours, *lists, *flags, *numbers, *what], plugins=[self]))
+
+    def pytest_sessionfinish(self, session):
+        self.rows = session.config.stash[ROWS]
+        if self.rows:
+            self.machine = report.machine(session.config.stash[PEAKS])
+
+
+def check(session: Session, options) -> list[dict]:
+    """The rows below the first bar, after measuring each of them again up to ATTEMPTS times."""
+
+    def failing():
+        return {node: row for node, row in session.rows.items() if not report.passes(row)}
+
+    for attempt in range(1, ATTEMPTS + 1):
+        again = [node for node, row in failing().items() if row["backend"] != "torch"]
+        if not again:
+            break
+        print(f"\n{len(again)} rows below the bar, measured again ({attempt} of {ATTEMPTS})")
+        session.rows |= Session([str(FOLDER.parent / node) for node in again], options, options.seconds * 2 * attempt).rows
+    return list(failing().values())
+
+
+def main() -> int:
+    options = parse()
+    if options.isa and os.environ.get("PYGPT_CPU_CAPABILITY") != options.isa:
+        with_isa(options.isa)
+    os.environ["PYGPT_BENCH_COMMAND"] = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    files = [str(FOLDER / f"{name}.py") for name in ("ops", "gpt") if options.suite in (name, "all")]
+    session = Session(files, options, options.seconds)
+    if not session.rows:
+        return session.code
+    below = check(session, options) if options.check else []
+    for path in [options.json] if options.json else []:
+        report.save(path, list(session.rows.values()), session.machine)
+    if options.save:
+        report.save(report.default_path(session.machine), list(session.rows.values()), session.machine)
+    if options.check:
+        print()
+        for row in below:
+            why = "served by PyTorch" if row["backend"] == "torch" else f"{row['ratio']:.2f}, wanted {report.bar(row):.0f}"
+            print(f"below the bar: {row['op']} {row['shape']} {row['dtype']} {row['direction']}: {why}")
+        judged = sum(report.bar(row) is not None for row in session.rows.values())
+        print(f"first bar: {judged - len(below)} of {judged} rows pass")
+    return 1 if below else session.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
