@@ -39,6 +39,7 @@ def machine(peaks: Peaks) -> dict:
         "fma_peak_gflops": peaks.fma,
         "fma_peak_by": peaks.fma_by,
         "copy_peak_gbs": peaks.copy,
+        "cpu_share": peaks.cpu_share,
         "command": os.environ.get("PYGPT_BENCH_COMMAND") or shlex.join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
@@ -46,13 +47,14 @@ def machine(peaks: Peaks) -> dict:
 
 def head(m: dict) -> str:
     forced = ", ".join(f"{k}={v}" for k, v in m["forced"].items())
-    return "\n".join(
-        (
-            f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads, torch {m['torch']}",
-            f"instruction sets: ours {m['isa_ours']}, PyTorch {m['isa_torch']}" + (f"; forced by {forced}" if forced else ""),
-            f"peaks: {m['fma_peak_gflops']:.0f} GFLOP/s float32 ({m['fma_peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
-        )
-    )
+    lines = [
+        f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads, torch {m['torch']}",
+        f"instruction sets: ours {m['isa_ours']}, PyTorch {m['isa_torch']}" + (f"; forced by {forced}" if forced else ""),
+        f"peaks: {m['fma_peak_gflops']:.0f} GFLOP/s float32 ({m['fma_peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
+    ]
+    if m["cpu_share"] < 0.9:
+        lines.append(f"the machine is busy: this run got {m['cpu_share']:.0%} of its {m['threads']} cores; distrust every figure")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- verdicts
