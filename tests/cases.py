@@ -173,3 +173,28 @@ def constant_rows(t):
 
 
 LAYOUTS = [contiguous, transposed, heads_last, embedded, strided, expanded, constant_rows]
+
+
+# ------------------------------------------------------------------------------- the kernels' own signatures
+def kernel_calls(op, args, grads, k):
+    """[(name, arguments)] of ``<op>_fwd`` and ``<op>_bwd`` as the autograd Function would call them on ``k``."""
+    op = verify.SPECS[op].op or op
+    saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
+    dy = grads[0]
+    backward = {
+        "attention": lambda q, kk, v, causal, scale: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, causal, scale),
+        "linear": lambda x, w, b: (dy, x, w),
+        "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
+        "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
+        "add_layer_norm": lambda x, r, w, b, eps: (dy, grads[1], saved[1], w, *saved[2:]),
+        "rms_norm": lambda x, w, eps: (dy, x, w, *saved[1:]),
+        "gelu": lambda x, approximate: (dy, x, approximate),
+        "relu": lambda x: (dy, *saved),
+    }[op](*args)
+    gradients = {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2}.get(op, 3)
+    return [(f"{op}_fwd", args), (f"{op}_bwd", (*backward, [True] * gradients) if gradients else backward)]
+
+
+def to_meta(a):
+    """A meta tensor of the same shape, strides and dtype; other values as they are."""
+    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor) else a

@@ -44,7 +44,7 @@ def test_many_shapes(op, dims, dtype, compiled, generator):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("op, dims", cases.variants(cases.TYPICAL), ids=cases.ids)
+@pytest.mark.parametrize("op, dims", list(cases.variants(cases.TYPICAL)), ids=cases.ids)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
 def test_layouts(layout, op, dims, dtype, backend, generator):
     assert_exact(op, dims, dtype, generator, backend, view=layout)
@@ -59,7 +59,7 @@ def test_large_values(op, dtype, size, backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("op, dims", cases.variants(cases.TYPICAL), ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [v for v in cases.variants(cases.TYPICAL) if v[0] != "attention_lse"], ids=cases.ids)
 def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, generator):
     dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
     args, grads = verify.draw(op, dims, dtype, generator)

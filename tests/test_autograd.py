@@ -1,0 +1,156 @@
+"""The autograd Functions, on every backend alike: derivatives of any order, needs_input_grad, what is left untouched."""
+
+from itertools import product
+
+import cases
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import pygpt
+from pygpt import functional, verify
+
+TINY = list(cases.variants(cases.TINY))
+TYPICAL = list(cases.variants(cases.TYPICAL))
+WITHOUT_PARAMETERS = {"linear": {"bias": 0}, "mlp": {"bias": 0}, **{f"{n}norm": {"affine": 0} for n in ("layer_", "add_layer_", "rms_")}}
+TINY += [(op, {**cases.TINY[op], **less}) for op, less in WITHOUT_PARAMETERS.items()]
+
+
+def apply(op, kernels, args):
+    """The op's Function on tensors; the other canonical arguments are put in where they belong."""
+    function = functional._FUNCTIONS[verify.SPECS[op].op or op]
+    rest = [None if isinstance(a, torch.Tensor) else (a,) for a in args]
+
+    def run(*tensors):
+        given = iter(tensors)
+        out = function.apply(kernels, *(next(given) if r is None else r[0] for r in rest))
+        return out[0] if isinstance(out, tuple) and len(verify.SPECS[op].outputs) == 1 else out
+
+    return run, [a.detach().requires_grad_() for a in args if isinstance(a, torch.Tensor)]
+
+
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
+def test_finite_differences(op, dims, check, kernels, generator):
+    args, _ = verify.draw(op, dims, torch.float64, generator)
+    assert check(*apply(op, kernels, args))
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_second_order_equals_pytorchs(op, dims, backend, generator):
+    args, grads = verify.draw(op, dims, torch.float64, generator)
+
+    def second(function):
+        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+        first = torch.autograd.grad(verify.as_tuple(function(*leaves)), tensors, grads, create_graph=True)
+        total = sum((g * g).sum() for g in first if g.requires_grad)
+        return torch.autograd.grad(total, tensors, allow_unused=True) if isinstance(total, torch.Tensor) else ()
+
+    with pygpt.backend(backend):
+        for ours, theirs in zip(second(verify.SPECS[op].call), second(verify.eager(op)), strict=True):
+            zero = torch.zeros(())
+            torch.testing.assert_close(*((zero if g is None else g) for g in (ours, theirs)), check_device=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_every_subset_of_gradients(op, dims, dtype, backend, generator):
+    """Bitwise the gradients of the full backward, and None for the others."""
+    args, grads = verify.draw(op, dims, dtype, generator)
+    at = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+    def gradients(wanted):
+        leaves = [a.detach().requires_grad_(i in wanted) if i in at else a for i, a in enumerate(args)]
+        outs = verify.as_tuple(verify.SPECS[op].call(*leaves))
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+        assert bool(pairs) == bool(wanted)
+        if wanted:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        return [leaves[i].grad for i in at]
+
+    with pygpt.backend(backend):
+        full = gradients(at)
+        for mask in product((False, True), repeat=len(at)):
+            got = gradients([i for i, m in zip(at, mask, strict=True) if m])
+            for m, g, want in zip(mask, got, full, strict=True):
+                assert (g is None) if not m else torch.equal(g, want)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,)])
+@pytest.mark.parametrize("op", [op for op, spec in verify.SPECS.items() if len(spec.outputs) == 2])
+def test_one_output_unused(op, used, backend, generator):
+    """Backward from one of two outputs is backward from both with a zero gradient for the other."""
+    args, grads = verify.draw(op, cases.TYPICAL[op], torch.float64, generator)
+    padded = [g if i in used else torch.zeros_like(g) for i, g in enumerate(grads)]
+    leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+    with pygpt.backend(backend):
+        outs = verify.SPECS[op].call(*leaves)
+        some = torch.autograd.grad([outs[i] for i in used], tensors, [grads[i] for i in used], allow_unused=True)
+        both = torch.autograd.grad(verify.SPECS[op].call(*leaves), tensors, padded)
+    for a, b in zip(some, both, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.transposed, cases.expanded], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_inputs_are_left_alone(op, dims, layout, backend, generator):
+    args, grads = verify.draw(op, dims, torch.float32, generator, view=layout)
+    tensors = [a for a in (*args, *grads) if isinstance(a, torch.Tensor)]
+    before = [(t.clone(), t._version) for t in tensors]
+    with pygpt.backend(backend):
+        verify.directions(op, verify.SPECS[op].call, args, grads)
+    assert all(torch.equal(t, copy) and t._version == version for t, (copy, version) in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("op", ["attention", "linear", "mlp", "layer_norm", "rms_norm", "gelu"])
+def test_writing_to_a_saved_input_is_noticed(op, kernels, generator):
+    args, grads = verify.draw(op, cases.TYPICAL[op], torch.float32, generator)
+    run, leaves = apply(op, kernels, args)
+    out = run(*leaves)
+    with torch.no_grad():
+        leaves[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(grads[0])
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_outputs_are_fresh(op, dims, backend, generator):
+    """No output shares memory with an input or another output, and may be written to in place."""
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    with pygpt.backend(backend):
+        found = verify.directions(op, verify.SPECS[op].call, args, grads)
+    tensors = [t for t in (*args, *grads, *found.values()) if isinstance(t, torch.Tensor)]
+    pointers = [t.untyped_storage().data_ptr() for t in tensors]
+    shared = {n for n, t in found.items() if pointers.count(t.untyped_storage().data_ptr()) > 1}
+    assert shared <= {"dx", "dresidual"}  # the gradient of a sum is one tensor for both
+
+
+LEAK = """
+import gc, resource, sys, torch, cases, pygpt
+from pygpt import verify
+torch.set_num_threads(1)
+calls = 500
+def run(n):
+    for _ in range(n):
+        for op, (args, grads) in drawn.items():
+            verify.directions(op, verify.SPECS[op].call, args, grads)
+with pygpt.backend(sys.argv[1]):
+    drawn = {op: verify.draw(op, dims, torch.float32, None) for op, dims in cases.TYPICAL.items()}
+    run(50)
+    gc.collect()
+    peak, objects = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(gc.get_objects())
+    run(calls)
+    gc.collect()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * (1 if sys.platform == "darwin" else 1024)
+    smallest = min(g.nbytes for _, grads in drawn.values() for g in grads)
+    print(grown, smallest, len(gc.get_objects()) - objects)
+    assert grown < calls * smallest / 4, (grown, smallest)  # less than a quarter of one output leaked per call
+    assert len(gc.get_objects()) - objects < calls
+"""
+
+
+def test_500_calls_do_not_grow(compiled, run_python):
+    done = run_python(LEAK, compiled)
+    assert done.returncode == 0, done.stdout + done.stderr
