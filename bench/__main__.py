@@ -13,9 +13,10 @@ from .conftest import PEAKS, ROWS
 from .options import add_options, complete
 
 FOLDER = Path(__file__).parent
+VARIABLES = ("PYGPT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 ISA = {  # what each library is told, so that both sides use the same instructions
-    "avx2": ("avx2", "AVX2", "AVX2"),
-    "baseline": ("default", "SSE41", "SSE4_2"),
+    "avx2": dict(zip(VARIABLES, ("avx2", "avx2", "AVX2", "AVX2"), strict=True)),
+    "baseline": dict(zip(VARIABLES, ("baseline", "default", "SSE41", "SSE4_2"), strict=True)),
 }
 ATTEMPTS = 3  # how often --check measures a failing row again, each time longer, before it believes it
 
@@ -36,8 +37,7 @@ def parse():
 
 def with_isa(name: str):
     """This process again, under the variables that lower the instruction set."""
-    os.environ["ATEN_CPU_CAPABILITY"], os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["MKL_ENABLE_INSTRUCTIONS"] = ISA[name]
-    os.environ["PYGPT_CPU_CAPABILITY"] = name
+    os.environ |= ISA[name]
     os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]])
 
 
@@ -75,7 +75,7 @@ def check(session: Session, options) -> list[dict]:
 
 def main() -> int:
     options = parse()
-    if options.isa and os.environ.get("PYGPT_CPU_CAPABILITY") != options.isa:
+    if options.isa and not ISA[options.isa].items() <= os.environ.items():
         with_isa(options.isa)
     os.environ["PYGPT_BENCH_COMMAND"] = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     files = [str(FOLDER / f"{name}.py") for name in ("ops", "gpt") if options.suite in (name, "all")]
@@ -83,10 +83,10 @@ def main() -> int:
     if not session.rows:
         return session.code
     below = check(session, options) if options.check else []
-    for path in [options.json] if options.json else []:
-        report.save(path, list(session.rows.values()), session.machine)
-    if options.save:
-        report.save(report.default_path(session.machine), list(session.rows.values()), session.machine)
+    for path in (options.json, report.default_path(session.machine) if options.save else None):
+        if path:
+            report.save(path, list(session.rows.values()), session.machine)
+            print(f"wrote {path}")
     if options.check:
         print()
         for row in below:

@@ -16,6 +16,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not hasattr(config.option, "only_standard"):
+        return  # collected in passing, by a pytest that was asked for something else
     complete(config.option)
     config.stash[ROWS] = {}  # node id -> row
     config.option.benchmark_quiet = True  # the table below says it better
@@ -56,6 +58,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[ROWS]:
+    if config.stash.get(ROWS, None):
         terminalreporter.ensure_newline()
         report.show(config.stash[ROWS].values(), report.machine(config.stash[PEAKS]))

@@ -1,5 +1,7 @@
 """The options that choose the rows: one list for argparse (`python -m bench`) and for pytest."""
 
+import argparse
+
 from .ops import DIRECTIONS, DTYPES, OPS
 
 
@@ -7,10 +9,9 @@ def _some_of(names):
     def parse(text):
         found = [name.strip() for name in text.split(",")]
         if unknown := [name for name in found if name not in names]:
-            raise ValueError(f"{', '.join(unknown)} is not among {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(names)}")
         return found
 
-    parse.__name__ = "list"
     return parse
 
 

@@ -40,7 +40,7 @@ def machine(peaks: Peaks) -> dict:
         "fma_peak_by": peaks.fma_by,
         "copy_peak_gbs": peaks.copy,
         "cpu_share": peaks.cpu_share,
-        "command": os.environ.get("PYGPT_BENCH_COMMAND") or shlex.join(sys.argv),
+        "command": os.environ.get("PYGPT_BENCH_COMMAND") or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
 
@@ -107,7 +107,8 @@ def show(rows: list[dict], m: dict):
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160, no_color=True)
-    console.print(head(m), "\n")
+    console.print(head(m), soft_wrap=True)
+    console.print()
     console.print(table(rows))
 
 
