@@ -24,11 +24,12 @@ ATTEMPTS = 3  # how often --check measures a failing row again, each time longer
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("suite", nargs="?", choices=("ops", "gpt", "all"), default="ops")
-    parser.add_argument("--check", action="store_true", help="hold the standard rows to the first bar; exit code 1 below it")
-    parser.add_argument("--isa", choices=ISA, help="run both sides with at most this instruction set")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows to this file")
-    parser.add_argument("--save", action="store_true", help="write them to bench/results/<cpu>-<instruction set>-<date>.json")
-    add_options(parser.add_argument)
+    add = parser.add_argument
+    add("--check", action="store_true", help="hold the standard rows to the first bar; exit code 1 if below")
+    add("--isa", choices=ISA, help="run both sides with at most this instruction set")
+    add("--json", type=Path, metavar="PATH", help="write the rows to this file")
+    add("--save", action="store_true", help="write them to bench/results/<cpu>-<instruction set>-<date>.json")
+    add_options(add)
     options = parser.parse_args()
     complete(options)
     options.only_standard |= options.check
@@ -48,9 +49,10 @@ class Session:
         lists = [f"--{name}={','.join(getattr(options, name))}" for name in ("ops", "dtypes", "directions")]
         flags = [f"--{name}" for name in ("quick", "only-standard") if getattr(options, name.replace("-", "_"))]
         numbers = [f"--seconds={seconds}"] + ([f"--threads={options.threads}"] if options.threads else [])
-        ours = ["-v", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", f"--rootdir={FOLDER.parent}"]
+        ours = ["-v", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
         self.rows, self.machine = {}, None
-        self.code = int(pytest.main([*ours, *lists, *flags, *numbers, *what], plugins=[self]))
+        where = f"--rootdir={FOLDER.parent}"
+        self.code = int(pytest.main([*ours, where, *lists, *flags, *numbers, *what], plugins=[self]))
 
     def pytest_sessionfinish(self, session):
         self.rows = session.config.stash[ROWS]
@@ -69,7 +71,8 @@ def check(session: Session, options) -> list[dict]:
         if not again:
             break
         print(f"\n{len(again)} rows below the bar, measured again ({attempt} of {ATTEMPTS})")
-        session.rows |= Session([str(FOLDER.parent / node) for node in again], options, options.seconds * 2 * attempt).rows
+        what = [str(FOLDER.parent / node) for node in again]
+        session.rows |= Session(what, options, options.seconds * 2 * attempt).rows
     return list(failing().values())
 
 
@@ -90,7 +93,8 @@ def main() -> int:
     if options.check:
         print()
         for row in below:
-            why = "served by PyTorch" if row["backend"] == "torch" else f"{row['ratio']:.2f}, wanted {report.bar(row):.0f}"
+            ratio = f"{row['ratio']:.2f}, wanted {report.bar(row):.0f}"
+            why = "served by PyTorch" if row["backend"] == "torch" else ratio
             print(f"below the bar: {row['op']} {row['shape']} {row['dtype']} {row['direction']}: {why}")
         judged = sum(report.bar(row) is not None for row in session.rows.values())
         print(f"first bar: {judged - len(below)} of {judged} rows pass")

@@ -20,7 +20,7 @@ BATCHES = 4
 
 
 def flops_per_token(model) -> int:
-    """6 N + 12 L C T: forward and backward of every weight, and of attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+    """6 N + 12 L C T: forward and backward of every weight, and of attention (PaLM, Chowdhery et al. 2022)."""
     embedding = model.transformer.wpe.weight.numel()
     return 6 * (sum(p.numel() for p in model.parameters()) - embedding) + 12 * LAYERS * WIDTH * BLOCK
 

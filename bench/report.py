@@ -19,7 +19,13 @@ from .harness import Peaks
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
 RESULTS = Path(__file__).parent / "results"
-VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PYGPT_CPU_CAPABILITY", "PYGPT_BACKEND")
+VARIABLES = (  # what can lower or redirect either side
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "PYGPT_CPU_CAPABILITY",
+    "PYGPT_BACKEND",
+)
 
 
 def machine(peaks: Peaks) -> dict:
@@ -47,13 +53,15 @@ def machine(peaks: Peaks) -> dict:
 
 def head(m: dict) -> str:
     forced = ", ".join(f"{k}={v}" for k, v in m["forced"].items())
+    isa = f"instruction sets: ours {m['isa_ours']}, PyTorch {m['isa_torch']}"
     lines = [
         f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads, torch {m['torch']}",
-        f"instruction sets: ours {m['isa_ours']}, PyTorch {m['isa_torch']}" + (f"; forced by {forced}" if forced else ""),
+        isa + (f"; forced by {forced}" if forced else ""),
         f"peaks: {m['fma_peak_gflops']:.0f} GFLOP/s float32 ({m['fma_peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
     ]
     if m["cpu_share"] < 0.9:
-        lines.append(f"the machine is busy: this run got {m['cpu_share']:.0%} of its {m['threads']} cores; distrust every figure")
+        got = f"{m['cpu_share']:.0%} of {m['threads']} cores"
+        lines.append(f"the machine is busy: this run got {got}; distrust every figure")
     return "\n".join(lines)
 
 
