@@ -38,7 +38,8 @@ def parse():
 
 def with_isa(name: str):
     """This process again, under the variables that lower the instruction set."""
-    os.environ |= ISA[name]
+    paths = (str(FOLDER.parent), os.environ.get("PYTHONPATH"))
+    os.environ |= ISA[name] | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     os.execv(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]])
 
 
