@@ -1,0 +1,44 @@
+# make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch
+# make test   the whole test suite          make test-all   with the heavier sweeps too
+# make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
+#
+# Everything runs in .venv, made on first use from python3 (or make PYTHON=...). On Linux, plain torch
+# brings the CUDA build; for the small one: make demo TORCH="torch==2.13.0 --index-url ADDRESS", with
+# the address that pytorch.org gives for CPU wheels.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test test-all bench dist build clean
+demo: build
+	$(BIN)/pygpt demo
+
+test: build
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: build
+	$(BIN)/python -m pytest -n 2
+
+bench: build
+	$(BIN)/python -m bench
+
+dist: build
+	$(BIN)/python -m build --no-isolation
+
+build: $(VENV)/built
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pygpt needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out pygpt/*.so *.egg-info

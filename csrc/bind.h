@@ -1,0 +1,491 @@
+// What stands between torch and a kernel, once for all devices: check, allocate, fill Args, launch.
+//
+// Each op is a template over the kernel entry points of a device; bind_cpu.cpp instantiates it. The
+// schemas (SCHEMAS below) equal the signatures of <op>_fwd and <op>_bwd in pygpt/reference.py. Nothing
+// here touches data. Failures raise RuntimeError naming the op, the argument and what it should be.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ops.h"
+
+namespace pygpt::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Needs = std::vector<bool>;
+
+constexpr const char* SCHEMAS[] = {
+    "attention_fwd(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> (Tensor out, Tensor lse)",
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool is_causal, "
+    "float scale, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool[] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+    "mlp_fwd(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation) "
+    "-> (Tensor y, Tensor hidden, Tensor pre)",
+    "mlp_bwd(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight, Tensor hidden, Tensor pre, str activation, "
+    "bool[] needs) -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)",
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool[] needs) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    "add_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool[] needs) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
+    "rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor y, Tensor rstd)",
+    "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool[] needs) -> (Tensor dx, Tensor dw)",
+    "gelu_fwd(Tensor x, str approximate) -> Tensor",
+    "gelu_bwd(Tensor dy, Tensor x, str approximate) -> Tensor",
+    "relu_fwd(Tensor x) -> Tensor",
+    "relu_bwd(Tensor dy, Tensor y) -> Tensor",
+};
+
+// ---------------------------------------------------------------- checks
+using Shape = std::vector<int64_t>;
+
+inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline std::string to_string(const Shape& s) {
+  std::string text = "(";
+  for (size_t i = 0; i < s.size(); i++) text += (i ? ", " : "") + std::to_string(s[i]);
+  return text + ")";
+}
+
+// The checks of one call; `lead` is the tensor whose dtype and device the others must share.
+struct Call {
+  const char* op;
+  const Tensor& lead;
+  DType dtype;
+
+  Call(const char* op, const Tensor& lead) : op(op), lead(lead) {
+    switch (lead.scalar_type()) {
+      case ScalarType::Double: dtype = DType::f64; break;
+      case ScalarType::Float: dtype = DType::f32; break;
+      case ScalarType::BFloat16: dtype = DType::bf16; break;
+      case ScalarType::Half: dtype = DType::f16; break;
+      default: fail("the first argument must be float64, float32, bfloat16 or float16");
+    }
+  }
+  [[noreturn]] void fail(const std::string& message) const {
+    STD_TORCH_CHECK(false, "pygpt.", op, ": ", message);
+    throw;  // not reached
+  }
+  ScalarType statistics() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  void check(const char* name, const Tensor& t, const Shape& want, ScalarType type) const {
+    if (!t.defined()) fail(std::string(name) + " is undefined");
+    if (t.scalar_type() != type) fail(std::string(name) + " has the wrong dtype");
+    if (t.device() != lead.device()) fail(std::string(name) + " is on another device");
+    if (shape(t) != want) fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
+  }
+  void check(const char* name, const Tensor& t, const Shape& want) const { check(name, t, want, lead.scalar_type()); }
+  void check(const char* name, const MaybeTensor& t, const Shape& want) const {
+    if (t) check(name, *t, want);
+  }
+  void at_least(const char* name, const Tensor& t, int64_t dims) const {
+    if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
+  }
+  void count(const Needs& needs, size_t n) const {
+    if (needs.size() != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.size()));
+  }
+};
+
+// ---------------------------------------------------------------- tensors to Args
+inline Tensor empty(const Tensor& like, const Shape& size, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, size, type);
+}
+// An output gradient: with no elements where it isn't wanted.
+inline Tensor wanted(bool need, const Tensor& like, const Shape& size) { return empty(like, need ? size : Shape{0}); }
+inline void* output(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
+
+inline void* input(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+inline const void* input(const MaybeTensor& t) { return t ? input(*t) : nullptr; }
+
+// A (..., C) tensor as rows of one stride, copied only where its strides don't allow that.
+inline Tensor as_rows(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  auto size = t.sizes(), stride = t.strides();
+  int64_t step = -1;  // of the next dimension out, once known
+  bool regular = size.back() == 1 || stride.back() == 1;
+  for (int64_t d = t.dim() - 2; d >= 0; d--) {
+    if (size[d] == 1) continue;
+    regular = regular && (step == -1 || stride[d] == step);
+    step = stride[d] * size[d];
+  }
+  return regular ? t : torch::stable::contiguous(t);
+}
+inline Rows rows(const Tensor& t) {  // of a tensor from as_rows
+  for (int64_t d = t.dim() - 2; d >= 0; d--)
+    if (t.size(d) != 1) return {input(t), t.stride(d)};
+  return {input(t), t.dim() ? t.sizes().back() : 1};
+}
+inline Rows rows(const MaybeTensor& t) { return t ? rows(*t) : Rows{nullptr, 0}; }
+
+inline Heads heads(const Tensor& t) { return {input(t), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
+
+// (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
+inline Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t E) {
+  return torch::stable::transpose(empty(like, {B, T, H, E}), 1, 2);
+}
+
+inline Shape leading(const Tensor& t) {
+  Shape s = shape(t);
+  s.pop_back();
+  return s;
+}
+inline Shape with_last(const Tensor& t, int64_t last) {
+  Shape s = shape(t);
+  s.back() = last;
+  return s;
+}
+inline int64_t product(const Shape& s) {
+  int64_t n = 1;
+  for (int64_t d : s) n *= d;
+  return n;
+}
+
+// A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
+struct Text {
+  StringHandle handle;
+  std::string take() const {
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    std::string text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+inline Activation activation_named(const Call& call, const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
+  call.fail("unknown activation '" + name + "'; known: gelu, gelu_tanh, relu, relu2");
+}
+inline bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
+
+// ---------------------------------------------------------------- attention
+inline AttentionArgs attention_args(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
+                                    double scale) {
+  for (auto& [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}})
+    if (t->dim() != 4) call.fail(std::string(name) + " must have 4 dimensions, got " + to_string(shape(*t)));
+  AttentionArgs a{};
+  a.dtype = call.dtype;
+  a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.head_dim = q.size(3);
+  a.kv_heads = k.size(1), a.k_len = k.size(2), a.v_dim = v.size(3);
+  if (a.kv_heads != a.heads) call.fail("q and k must have as many heads; grouped heads are not served yet");
+  if (a.head_dim > 256 || a.v_dim > 256) call.fail("head dimensions above 256 are not served");
+  call.check("k", k, {a.batch, a.kv_heads, a.k_len, a.head_dim});
+  call.check("v", v, {a.batch, a.kv_heads, a.k_len, a.v_dim});
+  a.is_causal = is_causal, a.scale = scale;
+  a.q = heads(q), a.k = heads(k), a.v = heads(v);
+  return a;
+}
+
+template <void (*kernel)(const AttentionArgs&)>
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
+  Call call("attention_fwd", q);
+  AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
+  Tensor out = empty_heads(q, a.batch, a.heads, a.q_len, a.v_dim);
+  Tensor lse = empty(q, {a.batch, a.heads, a.q_len}, call.statistics());
+  a.out = heads(out), a.lse = lse.mutable_data_ptr();
+  kernel(a);
+  return {out, lse};
+}
+
+template <void (*kernel)(const AttentionArgs&)>
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                 Tensor lse, bool is_causal, double scale, Needs needs) {
+  Call call("attention_bwd", q);
+  AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
+  call.count(needs, 3);
+  call.check("dout", dout, {a.batch, a.heads, a.q_len, a.v_dim});
+  call.check("out", out, {a.batch, a.heads, a.q_len, a.v_dim});
+  call.check("lse", lse, {a.batch, a.heads, a.q_len}, call.statistics());
+  if (dlse) call.check("dlse", *dlse, {a.batch, a.heads, a.q_len}, call.statistics());
+  lse = dense(lse), dlse = dense(dlse);
+  auto gradient = [&](bool need, int64_t H, int64_t T, int64_t E) {
+    return need ? empty_heads(q, a.batch, H, T, E) : empty(q, {0});
+  };
+  Tensor dq = gradient(needs[0], a.heads, a.q_len, a.head_dim);
+  Tensor dk = gradient(needs[1], a.kv_heads, a.k_len, a.head_dim);
+  Tensor dv = gradient(needs[2], a.kv_heads, a.k_len, a.v_dim);
+  a.dout = heads(dout), a.out = heads(out), a.lse = input(lse), a.dlse = input(dlse);
+  if (needs[0]) a.dq = heads(dq);
+  if (needs[1]) a.dk = heads(dk);
+  if (needs[2]) a.dv = heads(dv);
+  kernel(a);
+  return {dq, dk, dv};
+}
+
+// ---------------------------------------------------------------- linear, mlp
+inline void check_matrix(const Call& call, const char* name, const Tensor& weight, int64_t in) {
+  if (weight.dim() != 2) call.fail(std::string(name) + " must be a matrix, got " + to_string(shape(weight)));
+  call.check(name, weight, {weight.size(0), in});
+}
+
+inline LinearArgs linear_args(const Call& call, const Tensor& x, const Tensor& weight) {
+  call.at_least("x", x, 1);
+  check_matrix(call, "weight", weight, x.sizes().back());
+  LinearArgs a{};
+  a.dtype = call.dtype;
+  a.rows = product(leading(x)), a.in = weight.size(1), a.out = weight.size(0);
+  return a;
+}
+
+template <void (*kernel)(const LinearArgs&)>
+Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
+  Call call("linear_fwd", x);
+  LinearArgs a = linear_args(call, x, weight);
+  call.check("bias", bias, {a.out});
+  Tensor y = empty(x, with_last(x, a.out));
+  x = as_rows(x), weight = as_rows(weight), bias = dense(bias);
+  a.x = rows(x), a.weight = rows(weight), a.bias = input(bias), a.y = rows(y);
+  kernel(a);
+  return y;
+}
+
+template <void (*kernel)(const LinearArgs&)>
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, Needs needs) {
+  Call call("linear_bwd", x);
+  LinearArgs a = linear_args(call, x, weight);
+  call.count(needs, 3);
+  call.check("dy", dy, with_last(x, a.out));
+  Tensor dx = wanted(needs[0], x, shape(x)), dw = wanted(needs[1], x, {a.out, a.in}), db = wanted(needs[2], x, {a.out});
+  dy = as_rows(dy), x = as_rows(x), weight = as_rows(weight);
+  a.dy = rows(dy), a.x = rows(x), a.weight = rows(weight);
+  a.dx = output(needs[0], dx), a.dw = output(needs[1], dw), a.db = output(needs[2], db);
+  kernel(a);
+  return {dx, dw, db};
+}
+
+inline MlpArgs mlp_args(const Call& call, const Tensor& x, const Tensor& fc_weight, const Tensor& proj_weight,
+                        const std::string& activation) {
+  call.at_least("x", x, 1);
+  check_matrix(call, "fc_weight", fc_weight, x.sizes().back());
+  check_matrix(call, "proj_weight", proj_weight, fc_weight.size(0));
+  MlpArgs a{};
+  a.dtype = call.dtype;
+  a.activation = activation_named(call, activation);
+  a.rows = product(leading(x)), a.in = x.sizes().back(), a.hidden_dim = fc_weight.size(0), a.out = proj_weight.size(0);
+  return a;
+}
+
+template <void (*kernel)(const MlpArgs&)>
+std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, MaybeTensor fc_bias, Tensor proj_weight,
+                                           MaybeTensor proj_bias, Text activation) {
+  const std::string name = activation.take();
+  Call call("mlp_fwd", x);
+  MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, name);
+  call.check("fc_bias", fc_bias, {a.hidden_dim});
+  call.check("proj_bias", proj_bias, {a.out});
+  Tensor y = empty(x, with_last(x, a.out)), hidden = empty(x, with_last(x, a.hidden_dim));
+  Tensor pre = wanted(saves_input(a.activation), x, with_last(x, a.hidden_dim));
+  x = as_rows(x), fc_weight = as_rows(fc_weight), proj_weight = as_rows(proj_weight);
+  fc_bias = dense(fc_bias), proj_bias = dense(proj_bias);
+  a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
+  a.fc_bias = input(fc_bias), a.proj_bias = input(proj_bias);
+  a.y = y.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr(), a.pre = output(saves_input(a.activation), pre);
+  kernel(a);
+  return {y, hidden, pre};
+}
+
+template <void (*kernel)(const MlpArgs&)>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight,
+                                                           Tensor hidden, Tensor pre, Text activation, Needs needs) {
+  const std::string name = activation.take();
+  Call call("mlp_bwd", x);
+  MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, name);
+  call.count(needs, 5);
+  call.check("dy", dy, with_last(x, a.out));
+  call.check("hidden", hidden, with_last(x, a.hidden_dim));
+  if (saves_input(a.activation)) call.check("pre", pre, shape(hidden));
+  Tensor dx = wanted(needs[0], x, shape(x));
+  Tensor dfc_weight = wanted(needs[1], x, shape(fc_weight)), dfc_bias = wanted(needs[2], x, {a.hidden_dim});
+  Tensor dproj_weight = wanted(needs[3], x, shape(proj_weight)), dproj_bias = wanted(needs[4], x, {a.out});
+  const bool inner = needs[0] || needs[1] || needs[2];
+  Tensor dpre = wanted(inner, x, shape(hidden));
+  dy = as_rows(dy), x = as_rows(x), fc_weight = as_rows(fc_weight), proj_weight = as_rows(proj_weight);
+  hidden = dense(hidden), pre = dense(pre);
+  a.dy = rows(dy), a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
+  a.hidden = input(hidden), a.pre = saves_input(a.activation) ? input(pre) : nullptr, a.dpre = output(inner, dpre);
+  a.dx = output(needs[0], dx), a.dfc_weight = output(needs[1], dfc_weight), a.dfc_bias = output(needs[2], dfc_bias);
+  a.dproj_weight = output(needs[3], dproj_weight), a.dproj_bias = output(needs[4], dproj_bias);
+  kernel(a);
+  return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
+}
+
+// ---------------------------------------------------------------- norms
+inline NormArgs norm_args(const Call& call, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+  call.at_least("x", x, 1);
+  NormArgs a{};
+  a.dtype = call.dtype;
+  a.rows = product(leading(x)), a.cols = x.sizes().back(), a.eps = eps;
+  call.check("weight", weight, {a.cols});
+  call.check("bias", bias, {a.cols});
+  return a;
+}
+
+// The forward of all three: fills mean and sum only where asked to.
+template <void (*kernel)(const NormArgs&)>
+void norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias, double eps, Tensor& y,
+              Tensor* sum, Tensor* mean, Tensor& rstd) {
+  NormArgs a = norm_args(call, x, weight, bias, eps);
+  call.check("residual", residual, shape(x));
+  y = empty(x, shape(x)), rstd = empty(x, leading(x), call.statistics());
+  if (sum) *sum = empty(x, shape(x)), a.sum = sum->mutable_data_ptr();
+  if (mean) *mean = empty(x, leading(x), call.statistics()), a.mean = mean->mutable_data_ptr();
+  x = as_rows(x), weight = dense(weight), bias = dense(bias);
+  if (residual) residual = as_rows(*residual);
+  a.x = rows(x), a.residual = rows(residual), a.weight = input(weight), a.bias = input(bias);
+  a.y = y.mutable_data_ptr(), a.rstd = rstd.mutable_data_ptr();
+  kernel(a);
+}
+
+// The backward of all three; without a mean it is rms_norm's.
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTensor dsum, Tensor x, MaybeTensor weight,
+                                            MaybeTensor mean, Tensor rstd, bool need_dx, bool need_dw, bool need_db) {
+  NormArgs a = norm_args(call, x, weight, std::nullopt, 0.0);
+  call.check("dy", dy, shape(x));
+  call.check("ds", dsum, shape(x));
+  if (mean) call.check("mean", *mean, leading(x), call.statistics());
+  call.check("rstd", rstd, leading(x), call.statistics());
+  Tensor dx = wanted(need_dx, x, shape(x)), dw = wanted(need_dw, x, {a.cols}), db = wanted(need_db, x, {a.cols});
+  dy = as_rows(dy), x = as_rows(x), weight = dense(weight), mean = dense(mean), rstd = dense(rstd);
+  if (dsum) dsum = as_rows(*dsum);
+  a.dy = rows(dy), a.dsum = rows(dsum), a.x = rows(x), a.weight = input(weight);
+  a.mean = mean ? input(*mean) : nullptr, a.rstd = input(rstd);
+  a.dx = output(need_dx, dx), a.dw = output(need_dw, dw), a.db = output(need_db, db);
+  kernel(a);
+  return {dx, dw, db};
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  Tensor y, mean, rstd;
+  norm_fwd<kernel>(Call("layer_norm_fwd", x), x, {}, weight, bias, eps, y, nullptr, &mean, rstd);
+  return {y, mean, rstd};
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor mean, Tensor rstd,
+                                                  Needs needs) {
+  Call call("layer_norm_bwd", x);
+  call.count(needs, 3);
+  return norm_bwd<kernel>(call, dy, {}, x, weight, mean, rstd, needs[0], needs[1], needs[2]);
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, MaybeTensor weight,
+                                                              MaybeTensor bias, double eps) {
+  Tensor y, sum, mean, rstd;
+  norm_fwd<kernel>(Call("add_layer_norm_fwd", x), x, residual, weight, bias, eps, y, &sum, &mean, rstd);
+  return {y, sum, mean, rstd};
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, MaybeTensor ds, Tensor s, MaybeTensor weight, Tensor mean,
+                                                      Tensor rstd, Needs needs) {
+  Call call("add_layer_norm_bwd", s);
+  call.count(needs, 3);
+  return norm_bwd<kernel>(call, dy, ds, s, weight, mean, rstd, needs[0], needs[1], needs[2]);
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, double eps) {
+  Tensor y, rstd;
+  norm_fwd<kernel>(Call("rms_norm_fwd", x), x, {}, weight, {}, eps, y, nullptr, nullptr, rstd);
+  return {y, rstd};
+}
+
+template <void (*kernel)(const NormArgs&)>
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor rstd, Needs needs) {
+  Call call("rms_norm_bwd", x);
+  call.count(needs, 2);
+  auto [dx, dw, db] = norm_bwd<kernel>(call, dy, {}, x, weight, {}, rstd, needs[0], needs[1], false);
+  return {dx, dw};
+}
+
+// ---------------------------------------------------------------- activations
+template <void (*kernel)(const ActivationArgs&)>
+Tensor activation_fwd(const Call& call, Tensor x, Activation activation) {
+  Tensor y = empty(x, shape(x));
+  x = dense(x);
+  kernel({call.dtype, activation, x.numel(), input(x), y.mutable_data_ptr(), nullptr, nullptr});
+  return y;
+}
+
+// x: the input for the gelus, the output for the relu family.
+template <void (*kernel)(const ActivationArgs&)>
+Tensor activation_bwd(const Call& call, Tensor dy, Tensor x, Activation activation) {
+  call.check("dy", dy, shape(x));
+  Tensor dx = empty(x, shape(x));
+  x = dense(x), dy = dense(dy);
+  kernel({call.dtype, activation, x.numel(), input(x), input(x), input(dy), dx.mutable_data_ptr()});
+  return dx;
+}
+
+inline Activation gelu_named(const Call& call, const std::string& approximate) {
+  if (approximate == "none") return Activation::gelu;
+  if (approximate == "tanh") return Activation::gelu_tanh;
+  call.fail("approximate must be 'none' or 'tanh', got '" + approximate + "'");
+}
+
+template <void (*kernel)(const ActivationArgs&)>
+Tensor gelu_fwd(Tensor x, Text approximate) {
+  const std::string name = approximate.take();
+  Call call("gelu_fwd", x);
+  return activation_fwd<kernel>(call, x, gelu_named(call, name));
+}
+
+template <void (*kernel)(const ActivationArgs&)>
+Tensor gelu_bwd(Tensor dy, Tensor x, Text approximate) {
+  const std::string name = approximate.take();
+  Call call("gelu_bwd", x);
+  return activation_bwd<kernel>(call, dy, x, gelu_named(call, name));
+}
+
+template <void (*kernel)(const ActivationArgs&)>
+Tensor relu_fwd(Tensor x) {
+  return activation_fwd<kernel>(Call("relu_fwd", x), x, Activation::relu);
+}
+
+template <void (*kernel)(const ActivationArgs&)>
+Tensor relu_bwd(Tensor dy, Tensor y) {
+  return activation_bwd<kernel>(Call("relu_bwd", y), dy, y, Activation::relu);
+}
+
+// Registers every op with the kernels of namespace `device`.
+#define PYGPT_IMPL(m, device)                                                         \
+  m.impl("attention_fwd", TORCH_BOX(&pygpt::bind::attention_fwd<device::attention_fwd>)); \
+  m.impl("attention_bwd", TORCH_BOX(&pygpt::bind::attention_bwd<device::attention_bwd>)); \
+  m.impl("linear_fwd", TORCH_BOX(&pygpt::bind::linear_fwd<device::linear_fwd>));      \
+  m.impl("linear_bwd", TORCH_BOX(&pygpt::bind::linear_bwd<device::linear_bwd>));      \
+  m.impl("mlp_fwd", TORCH_BOX(&pygpt::bind::mlp_fwd<device::mlp_fwd>));               \
+  m.impl("mlp_bwd", TORCH_BOX(&pygpt::bind::mlp_bwd<device::mlp_bwd>));               \
+  m.impl("layer_norm_fwd", TORCH_BOX(&pygpt::bind::layer_norm_fwd<device::norm_fwd>)); \
+  m.impl("layer_norm_bwd", TORCH_BOX(&pygpt::bind::layer_norm_bwd<device::norm_bwd>)); \
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&pygpt::bind::add_layer_norm_fwd<device::norm_fwd>)); \
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&pygpt::bind::add_layer_norm_bwd<device::norm_bwd>)); \
+  m.impl("rms_norm_fwd", TORCH_BOX(&pygpt::bind::rms_norm_fwd<device::norm_fwd>));    \
+  m.impl("rms_norm_bwd", TORCH_BOX(&pygpt::bind::rms_norm_bwd<device::norm_bwd>));    \
+  m.impl("gelu_fwd", TORCH_BOX(&pygpt::bind::gelu_fwd<device::activation_fwd>));      \
+  m.impl("gelu_bwd", TORCH_BOX(&pygpt::bind::gelu_bwd<device::activation_bwd>));      \
+  m.impl("relu_fwd", TORCH_BOX(&pygpt::bind::relu_fwd<device::activation_fwd>));      \
+  m.impl("relu_bwd", TORCH_BOX(&pygpt::bind::relu_bwd<device::activation_bwd>))
+
+}  // namespace pygpt::bind

@@ -1,0 +1,61 @@
+// The Python module pygpt._C: importing it registers torch.ops.pygpt.* for the CPU.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include <exception>
+
+#include "bind.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace {
+
+void parallel_for(int64_t n, void (*body)(const void*, int64_t, int64_t), const void* context) {
+  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(pygpt::cpu::kernels().name); }
+
+PyObject* cpu_capabilities(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const auto* k : pygpt::cpu::supported()) {
+    PyObject* name = PyUnicode_FromString(k->name);
+    PyList_Append(list, name);
+    Py_DECREF(name);
+  }
+  return list;
+}
+
+PyObject* fma_rate(PyObject*, PyObject* milliseconds) {
+  const long ms = PyLong_AsLong(milliseconds);
+  if (PyErr_Occurred()) return nullptr;
+  return PyFloat_FromDouble(pygpt::cpu::kernels().fma_rate(ms));
+}
+
+PyMethodDef methods[] = {
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: baseline, avx2 or avx512."},
+    {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets compiled that this machine can run."},
+    {"fma_rate", fma_rate, METH_O, "fma_rate(milliseconds): measured float32 multiply-add peak, GFLOP/s, all threads."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._C", "pygpt's compiled kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(pygpt, m) {
+  for (const char* schema : pygpt::bind::SCHEMAS) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) { PYGPT_IMPL(m, pygpt::cpu); }
+
+PyMODINIT_FUNC PyInit__C() {
+  pygpt::cpu::threads = {parallel_for, thread_count};
+  try {
+    pygpt::cpu::kernels();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+  return PyModule_Create(&module);
+}

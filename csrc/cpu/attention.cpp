@@ -1,0 +1,347 @@
+// Attention without the matrix: FlashAttention-2 (Dao 2023) for CPUs.
+//
+//   S = scale Q K^T   P = softmax(S)   O = P V        Q (L, E), K (S, E), V (S, Ev), per batch entry and head
+//
+// Forward: a strip of MR query rows meets the keys BC at a time. Its scores live in L1; the running row
+// maximum m and sum l rescale the output strip, which stays in register tiles:
+//   m' = max(m, max_j s_j)   P = exp(s - m')   l' = l exp(m - m') + sum_j P   O' = O exp(m - m') + P V
+// Kept for backward: O and lse = m + log l. Tiles above the causal diagonal are skipped, and only those
+// that the diagonal or the last key crosses are masked.
+//
+// Backward (KV-stationary): for BC keys at a time, over all the queries that see them,
+//   P = exp(S - lse)          dV += P^T dO      dP = dO V^T
+//   dS = P (dP - delta)       dK += dS^T Q      dQ += dS K      delta = rowsum(dO O) - dlse
+// One task owns a head, so every sum has one fixed order and no atomics. Where there are few heads, the
+// key tiles of one are dealt to a number of tasks that depends on the shape alone, and their dQ are
+// added in order.
+//
+// All products run on the packed GEMM's microkernel (gemm.h). Packing Q, K, V, dO a head at a time
+// converts 16-bit types and absorbs any strides; P and dS are operands as they lie.
+#include <cmath>
+#include <limits>
+
+#include "gemm.h"
+#include "vmath.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+namespace {
+
+constexpr int64_t BC = MR == 14 ? 224 : 192;  // keys a tile: a multiple of MR and of every NR
+constexpr int64_t BR = MR == 14 ? 112 : 96;   // query rows a block
+constexpr int64_t kStrips = BR / MR;
+static_assert(BC % MR == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BR % MR == 0);
+
+template <class T>
+constexpr T kInf = std::numeric_limits<T>::infinity();
+template <class T>
+constexpr T kLog2e = T(1.4426950408889634074);
+
+template <class S>
+Matrix<S> head(const Heads& t, int64_t b, int64_t h) {
+  return {static_cast<const S*>(t.data) + b * t.stride[0] + h * t.stride[1], t.stride[2], t.stride[3]};
+}
+template <class S>
+S* output_row(const Heads& t, int64_t b, int64_t h, int64_t i) {  // channels are contiguous in every output
+  return static_cast<S*>(t.data) + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+}
+
+// Packs the n rows of m, P at a time: panel p holds rows p P .. as [channel][P].
+template <int P, class S>
+void pack_rows(Acc<S>* dst, Matrix<S> m, int64_t n, int64_t channels, Acc<S> scale = 1) {
+  for (int64_t i = 0; i < n; i += P)
+    pack_panel<P>(dst + i * channels, m.at(i, 0), std::min<int64_t>(P, n - i), channels, scale);
+}
+
+template <class T>
+IVec<T> lane_index() {
+  IVec<T> v{};
+  for (int i = 0; i < W<T>; i++) v[i] = i;
+  return v;
+}
+
+// Scores of MR query rows from row0 against `panels` key panels from key j0, into s (MR, BC).
+// Keys from `keys` on, and above the diagonal if causal, become -inf.
+template <class T>
+void score_strip(T* s, const T* q, const T* k, int64_t E, int64_t panels, int64_t row0, int64_t j0, int64_t keys, bool causal) {
+  for (int64_t p = 0; p < panels; p++) {
+    Tile<T> tile = multiply<1, MR>(E, q, k + p * E * NR<T>, NR<T>);
+    const int64_t first = j0 + p * NR<T>, end = first + NR<T>;
+    if (end > keys || (causal && end > row0 + 1))
+      for (int r = 0; r < MR; r++) {
+        const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
+        const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
+        for (int v = 0; v < NV; v++) tile.c[r][v] = lane_index<T>() + v * W<T> < limit ? tile.c[r][v] : set1(-kInf<T>);
+      }
+    for (int r = 0; r < MR; r++)
+      for (int v = 0; v < NV; v++) store(s + r * BC + p * NR<T> + v * W<T>, tile.c[r][v]);
+  }
+}
+
+// How many of the BC keys from j0 the rows row0 .. row0 + rows - 1 can see.
+inline int64_t visible(const AttentionArgs& a, int64_t row0, int64_t rows, int64_t j0) {
+  const int64_t end = a.is_causal ? std::min(a.k_len, row0 + rows) : a.k_len;
+  return std::clamp<int64_t>(end - j0, 0, BC);
+}
+
+struct PackedQ;
+struct PackedK;
+struct PackedV;
+struct Strip;
+struct Output;
+
+// One strip of the forward: its running maximum, sum and output tiles.
+template <class T>
+struct Row {
+  T m[MR], l[MR];
+};
+
+// s (MR, BC) -> P in place; updates m and l, gives the factors by which the output so far shrinks.
+template <class T>
+void softmax_strip(T* s, int64_t vectors, Row<T>& row, T* shrink) {
+  for (int r = 0; r < MR; r++) {
+    T* p = s + r * BC;
+    Vec<T> top = load(p);
+    for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
+    const T here = largest<T>(top), before = row.m[r];
+    const T m = here > before || here != here ? here : before;
+    const Vec<T> shift = set1(m == -kInf<T> ? T(0) : m);
+    Vec<T> total = {};
+    for (int64_t v = 0; v < vectors; v++) {
+      const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
+      store(p + v * W<T>, e);
+      total += e;
+    }
+    shrink[r] = before == m ? T(1) : std::exp2((before - shift[0]) * kLog2e<T>);
+    row.m[r] = m;
+    row.l[r] = row.l[r] * shrink[r] + sum<T>(total);
+  }
+}
+
+// One block of BR query rows of head (b, h) from row i0, against packed keys and values.
+template <class S>
+void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const Acc<S>* k, const Acc<S>* v) {
+  using T = Acc<S>;
+  const int64_t E = a.head_dim, rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
+  T* q = scratch<T, PackedQ>(BR * E);
+  pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, E, T(a.scale));
+  T* s = scratch<T, Strip>(MR * BC);
+  Tile<T>* out = scratch<Tile<T>, Output>(kStrips * v_panels);
+  std::fill(out, out + kStrips * v_panels, Tile<T>{});
+  Row<T> state[kStrips];
+  for (auto& row : state) std::fill(row.m, row.m + MR, -kInf<T>), std::fill(row.l, row.l + MR, T(0));
+
+  for (int64_t j0 = 0; j0 < a.k_len && visible(a, i0, rows, j0) > 0; j0 += BC)
+    for (int64_t strip = 0; strip * MR < rows; strip++) {
+      const int64_t row0 = i0 + strip * MR, n = visible(a, row0, MR, j0), panels = ceil_div(n, NR<T>);
+      if (n == 0) continue;
+      T shrink[MR];
+      score_strip(s, q + strip * MR * E, k + j0 * E, E, panels, row0, j0, a.k_len, a.is_causal);
+      softmax_strip(s, panels * NV, state[strip], shrink);
+      for (int64_t p = 0; p < v_panels; p++) {
+        const Tile<T> more = multiply<BC, 1>(n, s, v + (p * a.k_len + j0) * NR<T>, NR<T>);
+        Tile<T>& sofar = out[strip * v_panels + p];
+        for (int r = 0; r < MR; r++)
+          for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[r] + more.c[r][w];
+      }
+    }
+
+  for (int64_t i = 0; i < rows; i++) {
+    const Row<T>& row = state[i / MR];
+    const T l = row.l[i % MR], inverse = l == 0 ? T(0) : 1 / l;
+    static_cast<T*>(a.lse)[(b * a.heads + h) * a.q_len + i0 + i] = l == 0 ? -kInf<T> : row.m[i % MR] + std::log(l);
+    S* o = output_row<S>(a.out, b, h, i0 + i);
+    for (int64_t j = 0; j < a.v_dim; j += W<T>)
+      store(o + j, out[i / MR * v_panels + j / NR<T>].c[i % MR][j % NR<T> / W<T>] * inverse, a.v_dim - j);
+  }
+}
+
+template <class S>
+void forward(const AttentionArgs& a) {
+  using T = Acc<S>;
+  const int64_t blocks = ceil_div(a.q_len, BR), group = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  parallel_for(a.batch * a.heads * blocks, [&](int64_t begin, int64_t end) {
+    T* k = scratch<T, PackedK>(round_up(a.k_len, NR<T>) * a.head_dim);
+    T* v = scratch<T, PackedV>(round_up(a.v_dim, NR<T>) * a.k_len);
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, kv = b * a.kv_heads + h / group;
+      if (kv != packed) {
+        pack_rows<NR<T>>(k, head<S>(a.k, b, h / group), a.k_len, a.head_dim);
+        pack_rows<NR<T>>(v, head<S>(a.v, b, h / group).transposed(), a.v_dim, a.k_len);
+        packed = kv;
+      }
+      // First and last blocks in turn: any run of tasks then holds short and long causal rows alike.
+      const int64_t n = task % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
+      forward_block<S>(a, b, h, block * BR, k, v);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- backward
+struct PackedQt;
+struct PackedDo;
+struct PackedDot;
+struct PackedKt;
+struct PackedVt;
+struct Statistics;
+struct ProbabilityBlock;
+struct ScoreGradientBlock;
+struct KeyGradient;
+struct ValueGradient;
+struct QueryGradient;
+struct QueryGradientPartials;
+
+// Everything of one head that the key tiles share, packed. A "t" operand is the right-hand side of a
+// product that sums over its rows: panels [row][NR].
+template <class S>
+struct Packed {
+  using T = Acc<S>;
+  const AttentionArgs& a;
+  int64_t b, h, L, E, Ev, e_panels, v_panels;
+  T *q, *qt, *go, *got, *k, *kt, *v, *lse, *delta;
+
+  Packed(const AttentionArgs& a, int64_t b, int64_t h)
+      : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)) {
+    const int64_t padded = round_up(L, MR), kpad = round_up(a.k_len, NR<T>);
+    const T scale = T(a.scale);
+    q = scratch<T, PackedQ>(padded * E), qt = scratch<T, PackedQt>(e_panels * NR<T> * L);
+    go = scratch<T, PackedDo>(padded * Ev), got = scratch<T, PackedDot>(v_panels * NR<T> * L);
+    k = scratch<T, PackedK>(kpad * E), kt = scratch<T, PackedKt>(e_panels * NR<T> * a.k_len);
+    v = scratch<T, PackedVt>(kpad * Ev);
+    const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
+    pack_rows<MR>(q, Q, L, E, scale);
+    pack_rows<NR<T>>(qt, Q.transposed(), E, L, scale);
+    pack_rows<MR>(go, dO, L, Ev);
+    pack_rows<NR<T>>(got, dO.transposed(), Ev, L);
+    pack_rows<NR<T>>(k, K, a.k_len, E);
+    pack_rows<NR<T>>(kt, K.transposed(), E, a.k_len, scale);
+    pack_rows<NR<T>>(v, V, a.k_len, Ev);
+
+    lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
+    const auto O = head<S>(a.out, b, h);
+    const int64_t offset = (b * a.heads + h) * L;
+    for (int64_t i = 0; i < padded; i++) {
+      const T given = i < L ? static_cast<const T*>(a.lse)[offset + i] : kInf<T>;
+      lse[i] = given == -kInf<T> ? kInf<T> : given;  // a row that sees nothing, or is none: P = 0
+      delta[i] = i < L && a.dlse ? -static_cast<const T*>(a.dlse)[offset + i] : T(0);
+      T dot = 0;
+      for (int64_t c = 0; i < L && c < Ev; c++) dot += to_acc(dO.data[i * dO.rs + c * dO.cs]) * to_acc(O.data[i * O.rs + c * O.cs]);
+      delta[i] += dot;
+    }
+  }
+};
+
+// P and dS of MR query rows from row0 against the keys from j0: into p and ds (MR, BC).
+template <class S, class T = Acc<S>>
+void gradient_strip(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t row0, int64_t j0, int64_t panels) {
+  score_strip(p, x.q + row0 * x.E, x.k + j0 * x.E, x.E, panels, row0, j0, x.a.k_len, x.a.is_causal);
+  for (int64_t panel = 0; panel < panels; panel++) {
+    const Tile<T> dp = multiply<1, MR>(x.Ev, x.go + row0 * x.Ev, x.v + (j0 + panel * NR<T>) * x.Ev, NR<T>);
+    for (int r = 0; r < MR; r++) {
+      const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);
+      for (int w = 0; w < NV; w++) {
+        const int64_t at = r * BC + panel * NR<T> + w * W<T>;
+        const Vec<T> e = exp2<T>((load(p + at) - lse) * kLog2e<T>);
+        store(p + at, e);
+        store(ds + at, e * (dp.c[r][w] - delta));
+      }
+    }
+  }
+  for (int r = 0; r < MR; r++) {  // what this strip can't see, the block's columns still read
+    std::fill(p + r * BC + panels * NR<T>, p + (r + 1) * BC, T(0));
+    std::fill(ds + r * BC + panels * NR<T>, ds + (r + 1) * BC, T(0));
+  }
+}
+
+// acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels [row][NR] of a matrix of L rows.
+template <class T>
+void add_transposed_product(Tile<T>* acc, const T* x, const T* y, int64_t L, int64_t i0, int64_t rows, int64_t keys,
+                            int64_t panels, int64_t first_row) {
+  for (int64_t j = 0; j < keys; j += MR) {
+    const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows);  // rows before see none of these keys
+    for (int64_t p = 0; p < panels; p++)
+      add(acc[j / MR * panels + p],
+          multiply<1, int(BC)>(rows - start, x + start * BC + j, y + (p * L + i0 + start) * NR<T>, NR<T>));
+  }
+}
+
+template <class S>
+void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels, const Tile<Acc<S>>* tiles) {
+  using T = Acc<S>;
+  const int64_t panels = ceil_div(channels, NR<T>);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < channels; j += W<T>)
+      store(output_row<S>(to, b, h, i0 + i) + j, tiles[i / MR * panels + j / NR<T>].c[i % MR][j % NR<T> / W<T>], channels - j);
+}
+
+// dk, dv of the BC keys from j0, and their share of dq (tiles of the whole head).
+template <class S>
+void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
+  using T = Acc<S>;
+  const AttentionArgs& a = x.a;
+  const int64_t keys = std::min(BC, a.k_len - j0);
+  T *p = scratch<T, ProbabilityBlock>(BR * BC), *ds = scratch<T, ScoreGradientBlock>(BR * BC);
+  Tile<T>* dk = scratch<Tile<T>, KeyGradient>(BC / MR * x.e_panels);
+  Tile<T>* dv = scratch<Tile<T>, ValueGradient>(BC / MR * x.v_panels);
+  std::fill(dk, dk + BC / MR * x.e_panels, Tile<T>{});
+  std::fill(dv, dv + BC / MR * x.v_panels, Tile<T>{});
+
+  for (int64_t i0 = a.is_causal ? j0 / BR * BR : 0; i0 < x.L; i0 += BR) {
+    const int64_t rows = std::min(BR, x.L - i0);
+    for (int64_t i = 0; i < rows; i += MR) {
+      const int64_t n = visible(a, i0 + i, MR, j0);
+      gradient_strip(x, p + i * BC, ds + i * BC, i0 + i, j0, ceil_div(n, NR<T>));
+      for (int64_t e = 0; dq && e < x.e_panels; e++)
+        add(dq[(i0 + i) / MR * x.e_panels + e],
+            multiply<BC, 1>(n, ds + i * BC, x.kt + (e * a.k_len + j0) * NR<T>, NR<T>));
+    }
+    const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
+    if (a.dv.data) add_transposed_product(dv, p, x.got, x.L, i0, rows, keys, x.v_panels, first_row);
+    if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.L, i0, rows, keys, x.e_panels, first_row);
+  }
+  if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk);
+  if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv);
+}
+
+template <class S>
+void backward(const AttentionArgs& a) {
+  using T = Acc<S>;
+  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, NR<T>);
+  const int64_t dq_tiles = ceil_div(a.q_len, MR) * e_panels;
+  // Few heads: deal each one's key tiles round robin to several tasks, by the shape alone.
+  const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
+  Tile<T>* partials = splits > 1 && a.dq.data ? scratch<Tile<T>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
+  parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
+      const Packed<S> x(a, b, h);
+      Tile<T>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<T>, QueryGradient>(dq_tiles) : nullptr;
+      if (dq) std::fill(dq, dq + dq_tiles, Tile<T>{});
+      for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
+      if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq);
+    }
+  });
+  if (partials)
+    parallel_for(heads, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        Tile<T>* dq = partials + n * splits * dq_tiles;
+        for (int64_t s = 1; s < splits; s++)
+          for (int64_t t = 0; t < dq_tiles; t++) add(dq[t], dq[s * dq_tiles + t]);
+        store_tiles<S>(a.dq, n / a.heads, n % a.heads, 0, a.q_len, a.head_dim, dq);
+      }
+    });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionArgs& a) {
+  visit(a.dtype, [&](auto s) { forward<decltype(s)>(a); });
+}
+
+void attention_bwd(const AttentionArgs& a) {
+  visit(a.dtype, [&](auto s) { backward<decltype(s)>(a); });
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu

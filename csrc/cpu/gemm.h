@@ -1,0 +1,169 @@
+// One packed GEMM for everything: C = A B with A (M, K), B (K, N), any strides, any storage type.
+//
+// Goto and van de Geijn's scheme (2008), as BLIS writes it: a register tile of MR x NR accumulators
+// is updated by rank-1 steps k = 0..KC-1 from two packed panels,
+//     A panel [k][MR]  (streams from L2)         B panel [k][NR]  (stays in L1)
+// Packing converts 16-bit types, so that they run at float32 speed. A block of K is summed in
+// registers from zero and then added to the sum so far: blocked summation, which is more exact than
+// one long chain. B is packed once per column chunk by all threads, A block by block by the thread
+// that uses it. Each element of C is computed the same way however the work is split.
+//
+// The result leaves through an epilogue: epilogue(i, j, c, n) gets n <= W lanes of row i from column
+// j, once, after the whole sum; it adds a bias, applies an activation, stores.
+#pragma once
+#include <algorithm>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int MR = 14, NV = 2;
+#else
+constexpr int MR = 6, NV = 2;  // 16 registers
+#endif
+template <class T>
+constexpr int NR = NV * W<T>;
+constexpr int64_t KC = 256;
+constexpr int64_t MC = MR * (168 / MR);
+
+template <class T>
+struct Tile {
+  Vec<T> c[MR][NV];
+};
+
+// A strided operand: element (i, j) is data[i * rs + j * cs].
+template <class S>
+struct Matrix {
+  const S* data;
+  int64_t rs, cs;
+  Matrix transposed() const { return {data, cs, rs}; }
+  Matrix at(int64_t i, int64_t j) const { return {data + i * rs + j * cs, rs, cs}; }
+};
+
+// A B over K steps, summed from zero. Element (r, k) of A is a[r * RS + k * CS], row k of B is b + k * ldb.
+template <int RS, int CS, class T>
+PYGPT_INLINE Tile<T> multiply(int64_t K, const T* __restrict a, const T* __restrict b, int64_t ldb) {
+  Vec<T> c[MR][NV] = {};
+  for (int64_t k = 0; k < K; k++) {
+    Vec<T> bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) bv[v] = load(b + v * W<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) {
+      Vec<T> ar = set1(a[r * RS]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) c[r][v] += ar * bv[v];
+    }
+    a += CS;
+    b += ldb;
+  }
+  Tile<T> tile;
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) tile.c[r][v] = c[r][v];
+  return tile;
+}
+
+template <class T>
+PYGPT_INLINE void add(Tile<T>& sum, const Tile<T>& tile) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) sum.c[r][v] += tile.c[r][v];
+}
+
+// dst[k][P] = scale times the P rows of A, zero beyond `rows`.
+template <int P, class S>
+void pack_panel(Acc<S>* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Acc<S> scale = 1) {
+  using T = Acc<S>;
+  const S* __restrict p = a.data;
+  if (rows == P && a.rs == 1 && P % W<T> == 0) {
+    for (int64_t k = 0; k < K; k++)
+      for (int v = 0; v < P; v += W<T>) store(dst + k * P + v, load(p + k * a.cs + v) * scale);
+  } else if (rows == P) {
+    for (int64_t k = 0; k < K; k++)
+#pragma GCC unroll 32
+      for (int r = 0; r < P; r++) dst[k * P + r] = to_acc(p[r * a.rs + k * a.cs]) * scale;
+  } else {
+    for (int64_t k = 0; k < K; k++)
+      for (int r = 0; r < P; r++) dst[k * P + r] = r < rows ? to_acc(p[r * a.rs + k * a.cs]) * scale : T(0);
+  }
+}
+
+// sums[r] += row r of a packed panel, r < rows. Three levels (16, KC, all) keep the rounding small.
+template <class T>
+void add_row_sums(T* sums, const T* panel, int64_t rows, int64_t K) {
+  T block[MR] = {};
+  for (int64_t k0 = 0; k0 < K; k0 += 16) {
+    T part[MR] = {};
+    for (int64_t k = k0; k < std::min(K, k0 + 16); k++)
+      for (int r = 0; r < MR; r++) part[r] += panel[k * MR + r];
+    for (int r = 0; r < MR; r++) block[r] += part[r];
+  }
+  for (int64_t r = 0; r < rows; r++) sums[r] += block[r];
+}
+
+// Hands the valid part of a finished tile at (i, j) to the epilogue.
+template <class T, class Epilogue>
+PYGPT_INLINE void finish(const Tile<T>& tile, int64_t i, int64_t j, int64_t M, int64_t N, const Epilogue& epilogue) {
+  const int64_t rows = std::min<int64_t>(MR, M - i), cols = std::min<int64_t>(NR<T>, N - j);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v * W<T> < cols; v++)
+      epilogue(i + r, j + v * W<T>, tile.c[r][v], std::min<int64_t>(W<T>, cols - v * W<T>));
+}
+
+struct PackedB;
+struct PackedA;
+struct Partial;
+
+// C = A B; a_sums, if not null, receives the sum of every row of A (length M).
+template <class S, class Epilogue>
+void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_sums, const Epilogue& epilogue) {
+  using T = Acc<S>;
+  const int64_t chunk = std::max<int64_t>(512, (4 << 20) / std::max<int64_t>(K, 1)) / NR<T> * NR<T>;
+  for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += chunk) {
+    const int64_t n = std::min(chunk, N - j0), panels = ceil_div(n, NR<T>);
+    T* b = scratch<T, PackedB>(panels * NR<T> * K);
+    parallel_for(panels, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++)
+        pack_panel<NR<T>>(b + p * NR<T> * K, B.at(0, j0 + p * NR<T>).transposed(), std::min<int64_t>(NR<T>, n - p * NR<T>), K);
+    });
+    const int64_t row_blocks = ceil_div(M, MC);
+    const int64_t splits = std::min(std::max<int64_t>(panels, 1), ceil_div(4 * threads.count(), row_blocks));
+    parallel_for(row_blocks * splits, [&](int64_t begin, int64_t end) {
+      T* a = scratch<T, PackedA>(MC * KC);
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t i0 = task / splits * MC, rows = std::min(MC, M - i0), split = task % splits;
+        const int64_t p0 = panels * split / splits, p1 = panels * (split + 1) / splits;
+        Tile<T>* partial = scratch<Tile<T>, Partial>((p1 - p0) * ceil_div(rows, MR));
+        const bool sums = a_sums && j0 == 0 && split == 0;
+        if (sums) std::fill(a_sums + i0, a_sums + i0 + rows, T(0));
+        for (int64_t k0 = 0; k0 < std::max<int64_t>(K, 1); k0 += KC) {
+          const int64_t kc = std::min(KC, K - k0);
+          const bool last = k0 + KC >= K;
+          for (int64_t i = 0; i < rows; i += MR) {
+            pack_panel<MR>(a + i * KC, A.at(i0 + i, k0), std::min<int64_t>(MR, rows - i), kc);
+            if (sums) add_row_sums(a_sums + i0 + i, a + i * KC, std::min<int64_t>(MR, rows - i), kc);
+          }
+          Tile<T>* sofar = partial;
+          for (int64_t p = p0; p < p1; p++)
+            for (int64_t i = 0; i < rows; i += MR, sofar++) {
+              Tile<T> tile = multiply<1, MR>(kc, a + i * KC, b + p * NR<T> * K + k0 * NR<T>, NR<T>);
+              if (k0 > 0) add(tile, *sofar);
+              if (last)
+                finish(tile, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
+              else
+                *sofar = tile;
+            }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu

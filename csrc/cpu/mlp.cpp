@@ -1,0 +1,175 @@
+// linear:  y = x W^T + b                        x (M, K), W (N, K), b (N), y (M, N)
+// mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
+//
+// Each is a chain of the one packed GEMM. Forward, bias and activation are applied to the finished
+// tile in registers; kept for backward are hidden = act(pre) (M, H), which dW2 needs, and for the
+// gelus pre itself, whose derivative is not a function of hidden. Backward:
+//     dW2 = dy^T hidden        db2 = row sums of dy^T
+//     dpre = (dy W2) act'(pre)             <- in the GEMM's epilogue
+//     dW1 = dpre^T x           db1 = row sums of dpre^T
+//     dx = dpre W1
+// The bias gradients are gathered while the panels of the transposed operand are packed, so they
+// cost no pass over memory, and in a fixed order.
+//
+// A few rows (decoding) are another problem: reading W once is all the work, and packing it would
+// triple that. They take dot products straight from W's rows.
+#include "gemm.h"
+#include "vmath.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+namespace {
+
+template <class S>
+Matrix<S> matrix(Rows r) {
+  return {static_cast<const S*>(r.data), r.stride, 1};
+}
+template <class S>
+Matrix<S> matrix(const void* data, int64_t stride) {
+  return {static_cast<const S*>(data), stride, 1};
+}
+
+constexpr int64_t kFewRows = 4;
+struct FewRows;
+
+// C = A B^T for M <= kFewRows rows; the rows of B are contiguous.
+template <class S, class Epilogue>
+void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
+  using T = Acc<S>;
+  const int64_t ld = round_up(K, W<T>);
+  T* a = scratch<T, FewRows>(M * ld);
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t k = 0; k < K; k += W<T>) store(a + i * ld + k, load(A.data + i * A.rs + k, K - k));
+  parallel_for(ceil_div(N, W<T>), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
+      T dots[kFewRows][W<T>] = {};
+      for (int64_t j = 0; j < n; j++) {
+        Vec<T> c[kFewRows][2] = {};
+        const S* b = B.data + (j0 + j) * B.rs;
+        int64_t k = 0;
+        for (; k + 2 * W<T> <= K; k += 2 * W<T>) {
+          const Vec<T> b0 = load(b + k), b1 = load(b + k + W<T>);
+          for (int64_t i = 0; i < M; i++) {
+            c[i][0] += load(a + i * ld + k) * b0;
+            c[i][1] += load(a + i * ld + k + W<T>) * b1;
+          }
+        }
+        for (; k < K; k += W<T>) {
+          const Vec<T> b0 = load(b + k, K - k);
+          for (int64_t i = 0; i < M; i++) c[i][0] += load(a + i * ld + k) * b0;
+        }
+        for (int64_t i = 0; i < M; i++) dots[i][j] = sum<T>(c[i][0] + c[i][1]);
+      }
+      for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(dots[i]), n);
+    }
+  });
+}
+
+// y = epilogue(x W^T): rows times a weight matrix.
+template <class S, class Epilogue>
+void times_transposed(int64_t M, int64_t N, int64_t K, Matrix<S> x, Matrix<S> w, const Epilogue& epilogue) {
+  if (M <= kFewRows)
+    few_rows(M, N, K, x, w, epilogue);
+  else
+    gemm<S>(M, N, K, x, w.transposed(), nullptr, epilogue);
+}
+
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> bias_at(const S* bias, int64_t j, int64_t n) {
+  return bias ? load(bias + j, n) : Vec<Acc<S>>{};
+}
+
+template <class S>
+auto store_to(void* out, int64_t stride, const void* bias = nullptr) {
+  return [out = static_cast<S*>(out), stride, bias = static_cast<const S*>(bias)](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+    store(out + i * stride + j, c + bias_at(bias, j, n), n);
+  };
+}
+
+// dW = dy^T x (N, K) and db = column sums of dy (N), over M rows; either may be unwanted (null).
+template <class S>
+void weight_gradient(int64_t M, int64_t N, int64_t K, Matrix<S> dy, Matrix<S> x, void* dw, void* db) {
+  if (!dw && !db) return;
+  using T = Acc<S>;
+  struct Sums;
+  T* sums = db ? scratch<T, Sums>(N) : nullptr;
+  gemm<S>(N, dw ? K : 0, M, dy.transposed(), x, sums, store_to<S>(dw, K));
+  if (db)
+    for (int64_t j = 0; j < N; j += W<T>) store(static_cast<S*>(db) + j, load(sums + j, N - j), N - j);
+}
+
+// The activation is chosen vector by vector, not by template: the branch is predicted, and the GEMM
+// around it is compiled once per type.
+template <class T>
+PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
+  switch (a) {
+    case Activation::gelu: return activate<Activation::gelu, T>(x);
+    case Activation::gelu_tanh: return activate<Activation::gelu_tanh, T>(x);
+    case Activation::relu: return activate<Activation::relu, T>(x);
+    default: return activate<Activation::relu2, T>(x);
+  }
+}
+template <class T>
+PYGPT_INLINE Vec<T> derived(Activation a, Vec<T> saved) {
+  switch (a) {
+    case Activation::gelu: return derivative<Activation::gelu, T>(saved);
+    case Activation::gelu_tanh: return derivative<Activation::gelu_tanh, T>(saved);
+    case Activation::relu: return derivative<Activation::relu, T>(saved);
+    default: return derivative<Activation::relu2, T>(saved);
+  }
+}
+
+}  // namespace
+
+void linear_fwd(const LinearArgs& a) {
+  visit(a.dtype, [&](auto s) {
+    using S = decltype(s);
+    times_transposed(a.rows, a.out, a.in, matrix<S>(a.x), matrix<S>(a.weight), store_to<S>(a.y.data, a.y.stride, a.bias));
+  });
+}
+
+void linear_bwd(const LinearArgs& a) {
+  visit(a.dtype, [&](auto s) {
+    using S = decltype(s);
+    const auto dy = matrix<S>(a.dy);
+    if (a.dx) gemm<S>(a.rows, a.in, a.out, dy, matrix<S>(a.weight), nullptr, store_to<S>(a.dx, a.in));
+    weight_gradient(a.rows, a.out, a.in, dy, matrix<S>(a.x), a.dw, a.db);
+  });
+}
+
+void mlp_fwd(const MlpArgs& a) {
+  visit(a.dtype, [&](auto s) {
+    using S = decltype(s);
+    const int64_t H = a.hidden_dim;
+    S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
+    const S* bias = static_cast<const S*>(a.fc_bias);
+    times_transposed(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight),
+                     [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+                       c += bias_at(bias, j, n);
+                       if (pre) store(pre + i * H + j, c, n);
+                       store(hidden + i * H + j, activated<Acc<S>>(activation, c), n);
+                     });
+    times_transposed(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight), store_to<S>(a.y, a.out, a.proj_bias));
+  });
+}
+
+void mlp_bwd(const MlpArgs& a) {
+  visit(a.dtype, [&](auto s) {
+    using S = decltype(s);
+    const int64_t M = a.rows, H = a.hidden_dim;
+    const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, H);
+    weight_gradient(M, a.out, H, dy, hidden, a.dproj_weight, a.dproj_bias);
+    if (!a.dpre) return;
+    const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
+    gemm<S>(M, H, a.out, dy, matrix<S>(a.proj_weight), nullptr,
+            [=, out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+              store(out + i * H + j, c * derived<Acc<S>>(activation, load(saved + i * H + j, n)), n);
+            });
+    weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
+    if (a.dx) gemm<S>(M, a.in, H, dpre, matrix<S>(a.fc_weight), nullptr, store_to<S>(a.dx, a.in));
+  });
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu

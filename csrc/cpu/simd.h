@@ -1,0 +1,216 @@
+// Vectors of the widest kind the target has, written with the compilers' vector extensions: the same
+// source gives SSE2 or NEON, AVX2 and AVX-512 code. Vec<T> holds kVectorBytes; arithmetic operators,
+// comparisons and `mask ? a : b` work lane by lane; a * b + c contracts to a fused multiply-add.
+//
+// Storage types are float, double and the 16-bit bf16 and f16. Arithmetic is done in Acc<S>: double
+// for double, float for the rest; load and store convert.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../ops.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define PYGPT_INLINE inline __attribute__((always_inline))
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T>
+constexpr int W = kVectorBytes / int(sizeof(T));  // lanes
+template <class T>
+using Vec = typename VectorOf<T, W<T>>::type;
+
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> { using type = int32_t; };
+template <>
+struct IntOf<double> { using type = int64_t; };
+template <class T>
+using IVec = Vec<typename IntOf<T>::type>;  // what a comparison of Vec<T> gives
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class S>
+struct AccOf { using type = float; };
+template <>
+struct AccOf<double> { using type = double; };
+template <class S>
+using Acc = typename AccOf<S>::type;
+
+template <class To, class From>
+PYGPT_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+PYGPT_INLINE Vec<T> set1(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // a NaN in either operand stays
+  return (a > b) | (a != a) ? a : b;
+}
+
+// ---------------------------------------------------------------- conversions, a vector at a time
+constexpr int kF = W<float>;
+using U16 = VectorOf<uint16_t, kF>::type;
+using U32 = Vec<uint32_t>;
+
+PYGPT_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(__builtin_convertvector(v, U32) << 16); }
+
+PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN stays NaN
+  U32 u = bit_cast<U32>(x);
+  U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x != x ? (u >> 16) | 0x40 : rounded, U16);
+}
+
+#if defined(__AVX512F__)
+PYGPT_INLINE Vec<float> widen(U16 v, f16) { return (Vec<float>)_mm512_cvtph_ps((__m256i)v); }
+PYGPT_INLINE U16 narrow(Vec<float> x, f16) { return (U16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+PYGPT_INLINE Vec<float> widen(U16 v, f16) { return (Vec<float>)_mm256_cvtph_ps((__m128i)v); }
+PYGPT_INLINE U16 narrow(Vec<float> x, f16) { return (U16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+PYGPT_INLINE Vec<float> widen(U16 v, f16) {
+  U32 h = __builtin_convertvector(v, U32), sign = (h & 0x8000) << 16;
+  // Shift exponent and mantissa into place and rescale by 2^112; this is exact, subnormals included.
+  U32 magnitude = bit_cast<U32>(bit_cast<Vec<float>>((h & 0x7fff) << 13) * 0x1p112f);
+  U32 special = ((h & 0x7fff) << 13) | 0x7f800000;  // infinity and NaN
+  return bit_cast<Vec<float>>(sign | ((h & 0x7c00) == 0x7c00 ? special : magnitude));
+}
+PYGPT_INLINE U16 narrow(Vec<float> x, f16) {
+  U32 u = bit_cast<U32>(x), sign = (u >> 16) & 0x8000, m = u & 0x7fffffff;
+  U32 normal = (m - 0x38000000 + 0xfff + ((m >> 13) & 1)) >> 13;  // rebias, round to nearest even
+  // Adding 0.5 leaves a subnormal half, correctly rounded, in the low mantissa bits.
+  U32 small = bit_cast<U32>(bit_cast<Vec<float>>(m) + 0.5f) - 0x3f000000;
+  U32 r = m < 0x38800000 ? small : m >= 0x477ff000 ? U32{} + 0x7c00 : normal;
+  return __builtin_convertvector(sign | (m > 0x7f800000 ? U32{} + 0x7e00 : r), U16);
+}
+#endif
+
+// ---------------------------------------------------------------- load and store
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> load(const S* p) {
+  if constexpr (sizeof(S) == 2) {
+    U16 v;
+    std::memcpy(&v, p, sizeof v);
+    return widen(v, S{});
+  } else {
+    Vec<S> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+template <class S>
+PYGPT_INLINE void store(S* p, Vec<Acc<S>> x) {
+  if constexpr (sizeof(S) == 2) {
+    U16 v = narrow(x, S{});
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    std::memcpy(p, &x, sizeof x);
+  }
+}
+// The first n lanes only; the others are 0, and memory behind them is not touched.
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
+  if (n >= W<Acc<S>>) return load(p);
+  S tail[W<Acc<S>>] = {};
+  std::memcpy(tail, p, size_t(n) * sizeof(S));
+  return load(tail);
+}
+template <class S>
+PYGPT_INLINE void store(S* p, Vec<Acc<S>> x, int64_t n) {
+  if (n >= W<Acc<S>>) return store(p, x);
+  S tail[W<Acc<S>>];
+  store(tail, x);
+  std::memcpy(p, tail, size_t(n) * sizeof(S));
+}
+
+PYGPT_INLINE double to_acc(double x) { return x; }
+PYGPT_INLINE float to_acc(float x) { return x; }
+PYGPT_INLINE float to_acc(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+PYGPT_INLINE float to_acc(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return widen(U16{} + x.bits, f16{})[0];
+#endif
+}
+
+// ---------------------------------------------------------------- across lanes, in a fixed order
+template <class T, int N, class F>
+PYGPT_INLINE T reduce(typename VectorOf<T, N>::type v, F f) {
+  if constexpr (N == 2) {
+    return f(v[0], v[1]);
+  } else {
+    typename VectorOf<T, N / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return reduce<T, N / 2>(f(half[0], half[1]), f);
+  }
+}
+template <class T>
+PYGPT_INLINE T sum(Vec<T> v) {
+  return reduce<T, W<T>>(v, [](auto a, auto b) { return a + b; });
+}
+template <class T>
+PYGPT_INLINE T largest(Vec<T> v) {
+  return reduce<T, W<T>>(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
+}
+
+// ---------------------------------------------------------------- scratch memory
+// One cache-line aligned array per Tag and thread; it grows and is kept, so that a call allocates
+// nothing after the first.
+template <class T, class Tag>
+T* scratch(int64_t n) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  size_t bytes = (size_t(n) * sizeof(T) + 127) / 64 * 64;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.data);
+    buffer.bytes = 0;
+    buffer.data = std::aligned_alloc(64, bytes);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return static_cast<T*>(buffer.data);
+}
+
+// Calls f(S{}) with the storage type that dtype names.
+template <class F>
+void visit(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
