@@ -1,0 +1,70 @@
+// gelu, gelu_tanh, relu and relu2 by themselves: y = act(x), dx = dy act'(x). The mathematics is in vmath.h.
+//
+// gelu saves x, relu its own output y, which the next op keeps anyway. relu's backward selects
+// rather than multiplies, so that an infinite gradient stops at a unit that is off.
+#include <algorithm>
+
+#include "parallel.h"
+#include "vmath.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096, kSerial = 32768;  // elements; so few are not worth a second thread
+
+// f(i, n) for every n <= W lanes from element i on.
+template <class T, class F>
+void for_each(int64_t count, const F& f) {
+  const int64_t step = count <= kSerial ? kSerial : kBlock;
+  parallel_for(ceil_div(count, step), [&](int64_t begin, int64_t end) {
+    int64_t i = begin * step;
+    const int64_t last = std::min(count, end * step);
+    for (; i + 4 * W<T> <= last; i += 4 * W<T>)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) f(i + u * W<T>, int64_t(W<T>));
+    for (; i < last; i += W<T>) f(i, last - i);
+  });
+}
+
+template <Activation A, class S>
+void forward(const ActivationArgs& a) {
+  using T = Acc<S>;
+  const S* x = static_cast<const S*>(a.x);
+  S* y = static_cast<S*>(a.y);
+  for_each<T>(a.n, [=](int64_t i, int64_t n) { store(y + i, activate<A, T>(load(x + i, n)), n); });
+}
+
+template <Activation A, class S>
+void backward(const ActivationArgs& a) {
+  using T = Acc<S>;
+  const S* saved = static_cast<const S*>(A == Activation::relu || A == Activation::relu2 ? a.y : a.x);
+  const S* dy = static_cast<const S*>(a.dy);
+  S* dx = static_cast<S*>(a.dx);
+  for_each<T>(a.n, [=](int64_t i, int64_t n) {
+    Vec<T> v = load(saved + i, n), d = load(dy + i, n);
+    if constexpr (A == Activation::relu)
+      d = v <= 0 ? Vec<T>{} : d;
+    else
+      d *= derivative<A, T>(v);
+    store(dx + i, d, n);
+  });
+}
+
+}  // namespace
+
+#define PYGPT_VISIT(pass)                                                                 \
+  visit(a.dtype, [&](auto s) {                                                            \
+    switch (a.activation) {                                                               \
+      case Activation::gelu: return pass<Activation::gelu, decltype(s)>(a);               \
+      case Activation::gelu_tanh: return pass<Activation::gelu_tanh, decltype(s)>(a);     \
+      case Activation::relu: return pass<Activation::relu, decltype(s)>(a);               \
+      case Activation::relu2: return pass<Activation::relu2, decltype(s)>(a);             \
+    }                                                                                     \
+  })
+
+void activation_fwd(const ActivationArgs& a) { PYGPT_VISIT(forward); }
+void activation_bwd(const ActivationArgs& a) { PYGPT_VISIT(backward); }
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu

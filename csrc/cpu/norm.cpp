@@ -1,0 +1,225 @@
+// layer_norm, add_layer_norm and rms_norm over rows x of width n.
+//
+//     y = (x - mean) rstd w + b,   mean = sum(x) / n,   rstd = 1 / sqrt(sum((x - mean)^2) / n + eps)
+//     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
+//     dw = sum over rows of dy xhat,   db = sum over rows of dy
+//
+// rms_norm is the same without the mean (x - mean becomes x, and sum(g) goes). add_layer_norm first
+// stores sum = x + residual, rounded to the dtype, and normalises that; dsum is the gradient that
+// reaches the sum by its other road. mean and rstd are saved, one number each per row, so that
+// backward forms xhat from x without a reduction.
+//
+// The mean is found twice: once plainly, then, with the variance, as the mean of what centring left
+// over. This corrected two-pass scheme (Chan, Golub and LeVeque 1983) takes the rounding error of the
+// first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
+//
+// A row is read from memory once; its other passes find it in cache. dw and db are summed over chunks
+// of rows, then chunk by chunk in order; the chunks depend on the shape alone.
+#include <algorithm>
+#include <cmath>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;   // columns summed before they are added to a total
+constexpr int64_t kSerial = 32768; // elements not worth a second thread
+
+// f(j, n, u) for vectors of n <= W lanes from column j on; u = 0..3 in turn, to keep four sums apart.
+template <class T, class F>
+PYGPT_INLINE void each_vector(int64_t j, int64_t end, const F& f) {
+  for (; j + 4 * W<T> <= end; j += 4 * W<T>)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) f(j + u * W<T>, int64_t(W<T>), u);
+  for (; j + W<T> <= end; j += W<T>) f(j, int64_t(W<T>), 0);
+  if (j < end) f(j, end - j, 0);
+}
+
+// out[k] = sum over the row of what f(j, n, sums) adds to sums[k].
+template <int K, class T, class F>
+PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
+  Vec<T> total[K] = {};
+  for (int64_t j = 0; j < cols; j += kBlock) {
+    Vec<T> part[4][K] = {};
+    each_vector<T>(j, std::min(cols, j + kBlock), [&](int64_t j, int64_t n, int u) { f(j, n, part[u]); });
+    for (int k = 0; k < K; k++) total[k] += (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
+  }
+  for (int k = 0; k < K; k++) out[k] = sum<T>(total[k]);
+}
+
+template <class T>
+PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
+  if (n < W<T>)
+    for (int i = 0; i < W<T>; i++) v[i] = i < n ? v[i] : T(0);
+  return v;
+}
+
+// A row of parameters as Acc<S>, `value` throughout if there is none.
+template <class Tag, class S>
+const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
+  using T = Acc<S>;
+  const S* p = static_cast<const S*>(data);
+  if constexpr (sizeof(S) == sizeof(T))
+    if (p) return p;
+  T* row = scratch<T, Tag>(cols);
+  for (int64_t j = 0; j < cols; j++) row[j] = p ? to_acc(p[j]) : value;
+  return row;
+}
+struct Weight;
+struct Bias;
+struct Partials;
+
+template <class S>
+struct Matrix {
+  S* data;
+  int64_t stride;
+  Matrix(Rows r) : data(static_cast<S*>(r.data)), stride(r.stride) {}
+  Matrix(const void* p, int64_t cols) : data(static_cast<S*>(const_cast<void*>(p))), stride(cols) {}
+  S* row(int64_t i) const { return data ? data + i * stride : nullptr; }
+};
+
+template <class T>
+struct Statistics {
+  T mean, rstd;
+};
+
+// One row forward: y from x.
+template <class S, bool Centre, class T = Acc<S>>
+Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, S* y) {
+  T shift = 0, left = 0, sums[2];
+  if constexpr (Centre) {
+    T total[1];
+    row_sums<1>(cols, total, [&](int64_t j, int64_t n, Vec<T>* s) { s[0] += load(x + j, n); });
+    shift = total[0] / T(cols);
+  }
+  row_sums<2>(cols, sums, [&](int64_t j, int64_t n, Vec<T>* s) {
+    Vec<T> d = load(x + j, n);
+    if constexpr (Centre) {
+      d = first_lanes<T>(d - shift, n);
+      s[0] += d;
+    }
+    s[1] += d * d;
+  });
+  if constexpr (Centre) left = sums[0] / T(cols);
+  const T variance = sums[1] / T(cols) - left * left;
+  const T rstd = 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps), offset = -left * rstd;
+  each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
+    Vec<T> xhat = load(x + j, n);
+    xhat = Centre ? (xhat - shift) * rstd + offset : xhat * rstd;
+    store(y + j, xhat * load(w + j, n) + load(b + j, n), n);
+  });
+  return {shift + left, rstd};
+}
+
+template <class S>
+void add(int64_t cols, const S* x, const S* residual, S* sum) {
+  each_vector<Acc<S>>(0, cols, [&](int64_t j, int64_t n, int) { store(sum + j, load(x + j, n) + load(residual + j, n), n); });
+}
+
+// One row backward: dx unless it is null; with Params, adds to dw and db (padded to whole vectors).
+template <class S, bool Centre, bool Params, class T = Acc<S>>
+void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, S* dx, T* dw, T* db) {
+  auto xhat = [&](int64_t j, int64_t n) {
+    Vec<T> v = load(x + j, n);
+    return Centre ? (v - saved.mean) * saved.rstd : v * saved.rstd;
+  };
+  T sums[2];
+  row_sums<2>(cols, sums, [&](int64_t j, int64_t n, Vec<T>* s) {
+    Vec<T> d = load(dy + j, n), h = xhat(j, n), g = d * load(w + j, n);
+    s[0] += g;
+    s[1] += g * h;
+    if constexpr (Params) {
+      store(dw + j, load(dw + j) + d * h);
+      store(db + j, load(db + j) + d);
+    }
+  });
+  if (!dx) return;
+  const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
+  each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
+    Vec<T> d = (load(dy + j, n) * load(w + j, n) - mean_g - xhat(j, n) * mean_gh) * saved.rstd;
+    store(dx + j, dsum ? d + load(dsum + j, n) : d, n);
+  });
+}
+
+template <class S, bool Centre>
+void norm_fwd(const NormArgs& a) {
+  using T = Acc<S>;
+  const Matrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
+  const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
+  const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
+  T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
+  const int64_t step = a.rows * a.cols <= kSerial ? std::max<int64_t>(a.rows, 1) : ceil_div(kSerial / 8, a.cols);
+  parallel_for(ceil_div(a.rows, step), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * step; i < std::min(a.rows, end * step); i++) {
+      if (residual.data) add(a.cols, x.row(i), residual.row(i), sum.row(i));
+      Statistics<T> s = forward<S, Centre>(a.cols, residual.data ? sum.row(i) : x.row(i), w, b, T(a.eps), y.row(i));
+      if (Centre) mean[i] = s.mean;
+      rstd[i] = s.rstd;
+    }
+  });
+}
+
+// out = the sum of `chunks` rows of partial sums, `step` apart, in order.
+template <class S>
+void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, void* out) {
+  using T = Acc<S>;
+  if (!out) return;
+  constexpr int64_t kColumns = 1024;
+  parallel_for(ceil_div(cols, kColumns), [&](int64_t begin, int64_t end) {
+    each_vector<T>(begin * kColumns, std::min(cols, end * kColumns), [&](int64_t j, int64_t n, int) {
+      Vec<T> total = {};
+      for (int64_t c = 0; c < chunks; c++) total += load(partials + c * step + j);
+      store(static_cast<S*>(out) + j, total, n);
+    });
+  });
+}
+
+template <class S, bool Centre, bool Params>
+void norm_bwd(const NormArgs& a) {
+  using T = Acc<S>;
+  const Matrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
+  const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
+  const T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
+  const int64_t chunk = std::max({int64_t(8), ceil_div(kSerial / 2, std::max<int64_t>(a.cols, 1)), ceil_div(a.rows, 64)});
+  const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
+  T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
+  parallel_for(chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) {
+      T* dw = partials + c * 2 * width;
+      if (Params) std::fill(dw, dw + 2 * width, T(0));
+      for (int64_t i = c * chunk; i < std::min(a.rows, (c + 1) * chunk); i++)
+        backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]}, dx.row(i),
+                                    dw, dw + width);
+    }
+  });
+  if (Params) {
+    reduce<S>(chunks, 2 * width, a.cols, partials, a.dw);
+    reduce<S>(chunks, 2 * width, a.cols, partials + width, a.db);
+  }
+}
+
+// Calls f with a compile-time truth value.
+template <class F>
+void visit(bool flag, const F& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+}  // namespace
+
+void norm_fwd(const NormArgs& a) {
+  visit(a.dtype, [&](auto s) { visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre>(a); }); });
+}
+
+void norm_bwd(const NormArgs& a) {
+  visit(a.dtype, [&](auto s) {
+    visit(a.mean != nullptr, [&](auto centre) {
+      visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params>(a); });
+    });
+  });
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
