@@ -1,0 +1,267 @@
+"""scaled_dot_product_attention: the meaning of its arguments, against a formula written here element by element."""
+
+import math
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import pygpt
+from pygpt.functional import scaled_dot_product_attention as sdpa
+
+pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias")  # will produce NaN, says torch; ours does not
+
+
+def by_hand(q, k, v, attn_mask=None, is_causal=False, scale=None, window=None, alibi_slopes=None, softcap=0.0, lower_right=False):
+    """(out, lse) in float64, one row at a time, from the contract's words; q (B, Hq, L, E), k and v (B, Hkv, S, .)."""
+    B, H, L, E = q.shape
+    S, group = k.shape[2], H // max(k.shape[1], 1)
+    scale = E**-0.5 if scale is None else scale
+    outs, lses = [], []
+    for b, h, i in ((b, h, i) for b in range(B) for h in range(H) for i in range(L)):
+        row = i + (S - L if lower_right else 0)  # the key position of this query's diagonal
+        scores, at = [], []
+        for j in range(S):
+            s = scale * (q[b, h, i] * k[b, h // group, j]).sum()
+            s = softcap * torch.tanh(s / softcap) if softcap else s
+            if alibi_slopes is not None:
+                s = s - alibi_slopes.expand(B, H)[b, h] * abs(row - j)
+            allowed = not ((is_causal or lower_right) and j > row)
+            if window is not None:
+                allowed &= (window[0] < 0 or row - j <= window[0]) and (window[1] < 0 or j - row <= window[1])
+            if attn_mask is not None:
+                m = attn_mask.expand(B, H, L, S)[b, h, i, j]
+                allowed, s = (allowed and bool(m), s) if m.dtype == torch.bool else (allowed and m != -math.inf, s + m)
+            if allowed:
+                scores, at = [*scores, s], [*at, j]
+        if scores:
+            p = torch.softmax(torch.stack(scores), 0)
+            outs.append(p @ v[b, h // group, at])
+            lses.append(torch.logsumexp(torch.stack(scores), 0))
+        else:  # zero output, zero gradients
+            outs.append(0.0 * v[b, h // group].sum(0))
+            lses.append(torch.tensor(-math.inf, dtype=q.dtype))
+    return torch.stack(outs).view(B, H, L, -1), torch.stack(lses).view(B, H, L)
+
+
+def leaves(*shapes):
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def assert_equal_with_gradients(ours, theirs, inputs):
+    """(out, lse) pairs and the gradients of a random function of both, rows of -inf lse left out."""
+    grads = []
+    for out, lse in (ours, theirs):
+        torch.manual_seed(0)
+        total = (out * torch.randn_like(out)).sum() + (lse * torch.randn_like(lse)).masked_select(theirs[1].isfinite()).sum()
+        grads.append(torch.autograd.grad(total, inputs))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 6, 3, 2), (1, 1, 6, 4, 2, 5), (1, 2, 1, 5, 4, 4)], ids=str)
+def test_plain(shape, is_causal, backend):
+    B, H, L, S, E, Ev = shape
+    q, k, v = inputs = leaves((B, H, L, E), (B, H, S, E), (B, H, S, Ev))
+    with pygpt.backend(backend):
+        for scale in (None, 0.3, 0.0, -1.0):
+            ours = sdpa(q, k, v, is_causal=is_causal, scale=scale, return_lse=True)
+            assert_equal_with_gradients(ours, by_hand(q, k, v, is_causal=is_causal, scale=scale), inputs)
+            assert torch.equal(sdpa(q, k, v, is_causal=is_causal, scale=scale).detach(), ours[0].detach()) or backend == "torch"
+
+
+def _mask(kind, L, S):
+    keep = torch.rand(2, 1, L, S) > 0.4
+    keep[0, 0, 1] = False  # a fully masked row
+    return keep if kind == "bool" else torch.randn(1, 4, L, S, dtype=torch.float64).masked_fill(~keep[:1], -math.inf)
+
+
+FEATURES = {
+    "bool mask": lambda L, S: {"attn_mask": _mask("bool", L, S)},
+    "float mask": lambda L, S: {"attn_mask": _mask("float", L, S)},
+    "mask of keys": lambda L, S: {"attn_mask": torch.arange(S) < S - 1},
+    "mask and causal": lambda L, S: {"attn_mask": _mask("bool", L, S), "is_causal": True},
+    "float mask and causal": lambda L, S: {"attn_mask": _mask("float", L, S), "is_causal": True},
+    "window": lambda L, S: {"window": (1, 2)},
+    "window left": lambda L, S: {"window": (1, -1)},
+    "window right": lambda L, S: {"window": (-1, 0)},
+    "window and causal": lambda L, S: {"window": (2, 3), "is_causal": True},
+    "alibi": lambda L, S: {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 2.0], dtype=torch.float64)},
+    "alibi per batch": lambda L, S: {"alibi_slopes": torch.rand(2, 4, dtype=torch.float64), "is_causal": True},
+    "softcap": lambda L, S: {"softcap": 0.7},
+    "softcap and mask": lambda L, S: {"softcap": 0.7, "attn_mask": _mask("float", L, S)},
+    "lower right": lambda L, S: {"lower_right": True},
+    "lower right, window, alibi": lambda L, S: {"lower_right": True, "window": (2, -1), "alibi_slopes": torch.rand(4).double()},
+    "everything": lambda L, S: {
+        "attn_mask": _mask("bool", L, S), "is_causal": True, "window": (2, 1), "softcap": 1.5,
+        "alibi_slopes": torch.rand(4, dtype=torch.float64),
+    },
+}  # fmt: skip
+
+
+def public(features, L, S):
+    """The features as arguments of the public function."""
+    features = dict(features)
+    return {**features, "attn_mask": causal_lower_right(L, S)} if features.pop("lower_right", False) else features
+
+
+@pytest.mark.parametrize("L, S", [(4, 6), (6, 4)])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_by_default(name, kv_heads, L, S):
+    """Whatever no compiled backend serves yet falls back and is right, gradients too."""
+    features = FEATURES[name](L, S)
+    q, k, v = inputs = leaves((2, 4, L, 3), (2, kv_heads, S, 3), (2, kv_heads, S, 2))
+    for key in ("attn_mask", "alibi_slopes"):
+        if key in features and features[key].dtype == torch.float64:
+            inputs.append(features[key].requires_grad_())
+    arguments = public(features, L, S)
+    ours = sdpa(q, k, v, **arguments, enable_gqa=kv_heads != 4, return_lse=True)
+    theirs = by_hand(q, k, v, **features)
+    assert_equal_with_gradients(ours, theirs, inputs)
+    torch.testing.assert_close(sdpa(q, k, v, **arguments, enable_gqa=kv_heads != 4), theirs[0])
+    assert not any(t.isnan().any() for t in ours)
+
+
+@pytest.mark.parametrize("name", [*FEATURES, "dropout", "grouped heads"])
+def test_features_asked_of_a_backend_that_lacks_them(name, compiled):
+    lacking = {"dropout": {"dropout_p": 0.5}, "grouped heads": {"enable_gqa": True}}.get(name) or FEATURES[name](4, 6)
+    arguments = public(lacking, 4, 6)
+    q, k, v = (t.detach() for t in leaves((2, 4, 4, 3), (2, 4, 6, 3), (2, 4, 6, 2)))
+    k, v = (k[:, :2], v[:, :2]) if name == "grouped heads" else (k, v)
+    reason = next(key for key in (*lacking, "is_causal") if key != "is_causal")
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match=f"attention.*{compiled}.*{reason}.*not served"):
+        sdpa(q, k, v, **arguments)
+    sdpa(q, k, v, **arguments)  # the default falls back
+
+
+def test_causal_bias_is_aligned_as_in_torch(backend):
+    q, k, v = leaves((1, 2, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8))
+    upper = sdpa(q, k, v, attn_mask=causal_upper_left(4, 6))
+    with pygpt.backend(backend):
+        torch.testing.assert_close(upper, sdpa(q, k, v, is_causal=True))
+    torch.testing.assert_close(sdpa(q, k, v, causal_lower_right(4, 6)), F.scaled_dot_product_attention(q, k, v, causal_lower_right(4, 6)))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((5, 4), (6, 4), (6, 3)),
+        ((2, 5, 4), (2, 6, 4), (2, 6, 3)),
+        ((3, 1, 2, 5, 4), (1, 4, 2, 6, 4), (3, 4, 2, 6, 3)),
+        ((2, 5, 4), (3, 2, 6, 4), (3, 2, 6, 3)),
+        ((0, 2, 5, 4), (0, 2, 6, 4), (0, 2, 6, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_leading_dimensions_as_in_torch(shapes, is_causal, backend):
+    inputs = leaves(*shapes)
+    with pygpt.backend(backend):
+        out, lse = sdpa(*inputs, is_causal=is_causal, return_lse=True)
+    want = F.scaled_dot_product_attention(*inputs, is_causal=is_causal)
+    torch.testing.assert_close(out, want)
+    assert lse.shape == want.shape[:-1]
+    g = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, g), torch.autograd.grad(want, inputs, g))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_lse_keeps_float32(dtype, backend, generator):
+    q, k, v = (torch.randn(2, 3, n, 16, generator=generator).to(dtype) for n in (20, 30, 30))
+    with pygpt.backend(backend):
+        out, lse = sdpa(q, k, v, return_lse=True)
+    want = torch.logsumexp(q.double() @ k.double().mT / 4.0, -1)
+    assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(lse.double(), want, rtol=4 * torch.finfo(lse.dtype).eps, atol=4 * torch.finfo(lse.dtype).eps)
+
+
+def test_dropout():
+    q, k, v = leaves((1, 2, 64, 8), (1, 2, 64, 8), (1, 2, 64, 8))
+    torch.manual_seed(3)
+    first = sdpa(q, k, v, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, sdpa(q, k, v, dropout_p=0.5)) and not torch.equal(first, sdpa(q, k, v, dropout_p=0.5))
+    assert sdpa(q, k, v, dropout_p=1.0).abs().max() == 0
+    ones = torch.ones_like(v)
+    mean = torch.stack([sdpa(q, k, ones, dropout_p=0.5) for _ in range(64)]).mean()
+    assert abs(mean - 1) < 6 * (64 * 128) ** -0.5  # six standard deviations of a mean of so many rows, each below 1
+
+
+MEMORY = """
+import resource, sys, torch, pygpt
+from pygpt.functional import scaled_dot_product_attention as sdpa
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+torch.set_num_threads(1)
+def run(n):
+    q, k, v = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in range(3))
+    sdpa(q, k, v, is_causal=sys.argv[2] == "causal").sum().backward()
+with pygpt.backend(sys.argv[1]):
+    run(64)
+    before, n = peak(), 8192
+    run(n)
+    grown, matrix = peak() - before, 4 * n * n
+    assert grown < matrix / 8, (grown, matrix)
+"""
+
+
+@pytest.mark.parametrize("kind", ["causal", "full"])
+def test_no_score_matrix_in_memory(kind, compiled, run_python):
+    done = run_python(MEMORY, compiled, kind)
+    assert done.returncode == 0, done.stderr
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+Q = tensor(1, 2, 3, 4)
+BAD = [
+    ((None, Q, Q), {}, TypeError, "query must be a Tensor.*NoneType"),
+    ((Q, [1.0], Q), {}, TypeError, "key must be a Tensor.*list"),
+    ((Q, Q, Q.long()), {}, TypeError, "value must be floating point.*int64"),
+    ((Q, Q.double(), Q), {}, TypeError, "key is torch.float64.*query is torch.float32"),
+    ((Q, tensor(4), Q), {}, ValueError, r"key needs at least 2 dimensions.*\(4,\)"),
+    ((Q, tensor(1, 2, 3, 5), Q), {}, ValueError, "key has head dimension 5, query 4"),
+    ((Q, Q, tensor(1, 2, 4, 4)), {}, ValueError, "value has 4 positions, key 3"),
+    ((Q, tensor(1, 1, 3, 4), tensor(1, 1, 3, 4)), {}, ValueError, "query has 2 heads, key 1.*enable_gqa"),
+    ((Q, tensor(1, 3, 3, 4), tensor(1, 3, 3, 4)), {"enable_gqa": True}, ValueError, "2 query heads.*3 key heads"),
+    ((Q, Q, tensor(1, 1, 3, 4)), {}, ValueError, "key has 2 heads, value 1"),
+    ((tensor(2, 2, 3, 4), tensor(3, 2, 3, 4), tensor(3, 2, 3, 4)), {}, ValueError, "leading dimensions.*do not broadcast"),
+    ((Q, Q, Q, tensor(5, 3)), {}, ValueError, r"attn_mask \(5, 3\) does not broadcast"),
+    ((Q, Q, Q, tensor(3, 3, dtype=torch.int32)), {}, TypeError, "attn_mask must be boolean or floating point.*int32"),
+    ((Q, Q, Q, "causal"), {}, TypeError, "attn_mask must be a Tensor.*str"),
+    ((Q, Q, Q, causal_lower_right(4, 3)), {}, ValueError, r"CausalBias is for \(4, 3\).*\(3, 3\)"),
+    ((Q, Q, Q, causal_lower_right(3, 3)), {"is_causal": True}, ValueError, "is_causal and a CausalBias"),
+    ((Q, Q, Q), {"dropout_p": 1.5}, ValueError, "dropout_p must be in.*1.5"),
+    ((Q, Q, Q), {"softcap": -1.0}, ValueError, "softcap must not be negative.*-1.0"),
+    ((Q, Q, Q), {"window": (-2, 1)}, ValueError, r"window must be.*\(-2, 1\)"),
+    ((Q, Q, Q), {"window": (1,)}, ValueError, r"window must be.*\(1,\)"),
+    ((Q, Q, Q), {"alibi_slopes": tensor(3)}, ValueError, r"alibi_slopes must have shape \(2,\).*\(3,\)"),
+    ((Q, Q.to("meta"), Q), {}, ValueError, "key is on meta"),
+]
+
+
+@pytest.mark.parametrize("args, kwargs, error, message", BAD, ids=[message for *_, message in BAD])
+def test_bad_arguments(args, kwargs, error, message, backend):
+    with pygpt.backend(backend), pytest.raises(error, match=f"scaled_dot_product_attention: .*{message}"):
+        sdpa(*args, **kwargs)
+
+
+def test_head_dimensions_above_the_limit_fall_back(compiled):
+    q = torch.randn(1, 1, 3, 257)
+    torch.testing.assert_close(sdpa(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above 256"):
+        sdpa(q, q, q[..., :8])
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above 256"):
+        sdpa(q[..., :8], q[..., :8], q)
+
+
+def test_fully_masked_rows_of_the_kernels(kernels):
+    """S = 0 is the only such row without a mask: output 0, lse -inf."""
+    out, lse = kernels.attention_fwd(tensor(1, 2, 3, 4), tensor(1, 2, 0, 4), tensor(1, 2, 0, 5), True, 1.0)
+    assert torch.equal(out, tensor(1, 2, 3, 5)) and torch.equal(lse, torch.full((1, 2, 3), -math.inf))

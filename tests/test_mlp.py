@@ -1,0 +1,113 @@
+"""linear and mlp: the meaning and the errors of their arguments."""
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pygpt
+from pygpt import reference
+from pygpt.functional import linear, mlp
+
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "relu2": lambda x: torch.where(x > 0, x * x, 0.0),
+}
+
+
+def rand(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_meaning(activation, lead, bias, backend):
+    x, fc, proj = rand(*lead, 5), rand(7, 5), rand(4, 7)
+    fb, pb = (rand(7), rand(4)) if bias else (None, None)
+    inputs = [t for t in ((x, fc, fb) if activation is None else (x, fc, fb, proj, pb)) if t is not None]
+    want = x @ fc.T + (fb if bias else 0.0)
+    if activation:
+        want = ACTIVATIONS[activation](want) @ proj.T + (pb if bias else 0.0)
+    with pygpt.backend(backend):
+        got = linear(x, fc, fb) if activation is None else mlp(x, fc, fb, proj, pb, activation)
+    torch.testing.assert_close(got, want)
+    g = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g))
+
+
+def test_default_activation_is_exact_gelu(backend):
+    x, fc, proj = rand(3, 5), rand(7, 5), rand(5, 7)
+    with pygpt.backend(backend):
+        torch.testing.assert_close(mlp(x, fc, None, proj, None), F.gelu(x @ fc.T) @ proj.T)
+
+
+def test_every_activation_is_tested():
+    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("biases", [(True, False), (False, True)])
+def test_one_bias(biases, backend):
+    x, fc, proj = rand(3, 5), rand(7, 5), rand(5, 7)
+    fb, pb = rand(7) if biases[0] else None, rand(5) if biases[1] else None
+    inputs = [t for t in (x, fc, fb, proj, pb) if t is not None]
+    want = F.linear(F.relu(F.linear(x, fc, fb)), proj, pb)
+    with pygpt.backend(backend):
+        got = mlp(x, fc, fb, proj, pb, "relu")
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs))
+
+
+def test_one_weight_in_two_places(backend):
+    """Its gradient is the sum, also where the input itself is the weight."""
+    w = rand(6, 6)
+    with pygpt.backend(backend):
+        got = torch.autograd.grad(mlp(w, w, None, w.t(), None, "gelu").sum(), w)
+    torch.testing.assert_close(got, torch.autograd.grad(F.linear(F.gelu(F.linear(w, w)), w.t()).sum(), w))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_what_is_kept_for_backward(activation, dtype, kernels):
+    """The hidden layer in the input's dtype, and what went into it only where the derivative needs that."""
+    x, fc, proj = (rand(*s, dtype=dtype).detach() for s in ((3, 5), (7, 5), (4, 7)))
+    y, hidden, pre = kernels.mlp_fwd(x, fc, None, proj, None, activation)
+    assert (y.shape, hidden.shape, hidden.dtype) == ((3, 4), (3, 7), dtype)
+    assert pre.numel() == (21 if activation in reference.SAVES_INPUT else 0)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+X, W, B = zeros(2, 4), zeros(3, 4), zeros(3)
+P, PB = zeros(5, 3), zeros(5)
+BAD = [
+    (linear, (None, W), TypeError, "input must be a Tensor.*NoneType"),
+    (linear, (X, None), TypeError, "weight must be a Tensor.*NoneType"),
+    (linear, (X.long(), W), TypeError, "input must be floating point.*int64"),
+    (linear, (X, W.double()), TypeError, "weight is torch.float64.*input is torch.float32"),
+    (linear, (X, W, B.half()), TypeError, "bias is torch.float16.*input is torch.float32"),
+    (linear, (zeros(), W), ValueError, "input needs at least 1 dimension"),
+    (linear, (X, zeros(3, 4, 1)), ValueError, r"weight must be a matrix.*\(3, 4, 1\)"),
+    (linear, (X, zeros(3, 5)), ValueError, "input has 4 features.*wants 5"),
+    (linear, (X, W, zeros(4)), ValueError, r"bias must have shape \(3,\).*\(4,\)"),
+    (linear, (X, W, zeros(1, 3)), ValueError, r"bias must have shape \(3,\).*\(1, 3\)"),
+    (linear, (X, W.to("meta")), ValueError, "weight is on meta"),
+    (mlp, (X, W, B, P, PB, "swish"), ValueError, "unknown activation 'swish'.*gelu_tanh"),
+    (mlp, (X, W, B, P, PB, None), ValueError, "unknown activation None"),
+    (mlp, (X, W, None, None, PB), TypeError, "proj_weight must be a Tensor.*NoneType"),
+    (mlp, (X, W, B.double(), P, PB), TypeError, "fc_bias is torch.float64"),
+    (mlp, (zeros(), W, B, P, PB), ValueError, "input needs at least 1 dimension"),
+    (mlp, (X, zeros(3, 5), B, P, PB), ValueError, "input has 4 features.*fc_weight.*wants 5"),
+    (mlp, (X, W, zeros(4), P, PB), ValueError, r"fc_bias must have shape \(3,\)"),
+    (mlp, (X, W, B, zeros(5, 4), PB), ValueError, "hidden layer has 3 features.*proj_weight.*wants 4"),
+    (mlp, (X, W, B, P, zeros(3)), ValueError, r"proj_bias must have shape \(5,\)"),
+]
+
+
+@pytest.mark.parametrize("function, args, error, message", BAD, ids=[f"{f.__name__}: {m}" for f, _, _, m in BAD])
+def test_bad_arguments(function, args, error, message, backend):
+    with pygpt.backend(backend), pytest.raises(error, match=f"{function.__name__}: .*{message}"):
+        function(*args)

@@ -1,0 +1,149 @@
+"""layer_norm, add_layer_norm and rms_norm: the meaning and the errors of their arguments."""
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pygpt
+from pygpt.functional import add_layer_norm, layer_norm, rms_norm
+
+
+def add_then_norm(x, residual, *rest):
+    return F.layer_norm(x + residual, *rest), x + residual
+
+
+NORMS = {  # ours, PyTorch's, number of inputs, number of parameters
+    "layer_norm": (layer_norm, F.layer_norm, 1, 2),
+    "add_layer_norm": (add_layer_norm, add_then_norm, 2, 2),
+    "rms_norm": (rms_norm, F.rms_norm, 1, 1),
+}
+every_norm = pytest.mark.parametrize("ours, theirs, inputs, params", NORMS.values(), ids=NORMS)
+
+
+def rand(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def assert_same(ours, theirs, leaves):
+    """Outputs and the gradients of a random function of all of them."""
+    grads = []
+    for outs in (ours, theirs):
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(outs, leaves, [torch.randn_like(o) for o in outs]))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@every_norm
+@pytest.mark.parametrize("given", [0, 1, 2])
+@pytest.mark.parametrize(
+    "shape, normalized",
+    [
+        ((4, 6), 6),
+        ((4, 6), (6,)),
+        ((2, 3, 4), [3, 4]),
+        ((2, 3, 4), torch.Size((2, 3, 4))),
+        ((6,), 6),
+        ((0, 3, 4), (3, 4)),
+        ((2, 0, 4), (4,)),
+        ((0, 4), (4,)),
+        ((2, 3, 0), (3, 0)),
+    ],
+    ids=str,
+)
+def test_normalized_shape_as_in_torch(ours, theirs, inputs, params, shape, normalized, given, backend):
+    xs = [rand(*shape) for _ in range(inputs)]
+    end = (normalized,) if isinstance(normalized, int) else tuple(normalized)
+    weights = [rand(*end) for _ in range(min(given, params))]
+    with pygpt.backend(backend):
+        got = ours(*xs, normalized, *weights)
+    assert_same(got, theirs(*xs, end, *weights), xs + weights)
+
+
+@every_norm
+@pytest.mark.parametrize("axes", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
+def test_permuted_input_over_several_dimensions(ours, theirs, inputs, params, axes, backend):
+    xs = [rand(3, 4, 5).permute(axes) for _ in range(inputs)]
+    end = xs[0].shape[1:]
+    with pygpt.backend(backend):
+        assert_same(ours(*xs, end), theirs(*xs, end), xs)
+
+
+@every_norm
+def test_eps(ours, theirs, inputs, params, backend):
+    xs = [rand(4, 6) for _ in range(inputs)]
+    weights = [None] * params
+    with pygpt.backend(backend):
+        assert_same(ours(*xs, 6, *weights, 0.5), theirs(*xs, (6,), *weights, 0.5), xs)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_default_eps_of_rms_norm_is_torchs(dtype, backend):
+    x = (torch.randn(4, 8) * 1e-3).to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    with pygpt.backend(backend):
+        torch.testing.assert_close(rms_norm(x, 8), F.rms_norm(x, (8,)), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("width", [1, 3, 64, 1000])
+def test_constant_rows(width, value, dtype, backend):
+    """No variance at all: the output is the bias alone, exactly."""
+    x = torch.full((3, width), value, dtype=dtype, requires_grad=True)
+    bias = torch.randn(width).to(dtype)
+    with pygpt.backend(backend):
+        y = layer_norm(x, width, torch.randn(width).to(dtype), bias)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    if backend == "torch":  # PyTorch's own scales x and mean apart: x rstd - mean rstd
+        assert y.isfinite().all()
+    else:
+        assert torch.equal(y, bias.expand_as(y))
+    assert dx.isfinite().all()
+
+
+@every_norm
+def test_parameters_of_another_dtype(ours, theirs, inputs, params, compiled):
+    """As in torch: bfloat16 input, float32 parameters; the default falls back, a forced backend refuses."""
+    xs = [rand(4, 6, dtype=torch.bfloat16) for _ in range(inputs)]
+    weights = [rand(6, dtype=torch.float32) for _ in range(params)]
+    try:
+        want = theirs(*xs, (6,), *weights)
+    except RuntimeError:
+        pytest.xfail("torch does not serve it either")
+    torch.testing.assert_close(ours(*xs, 6, *weights), want)
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="different dtypes"):
+        ours(*xs, 6, *weights)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+X = zeros(2, 4)
+BAD = [
+    (layer_norm, (None, 4), TypeError, "input must be a Tensor.*NoneType"),
+    (layer_norm, (X.int(), 4), TypeError, "input must be floating point.*int32"),
+    (layer_norm, (X, 5), ValueError, r"normalized_shape \(5,\).*\(2, 4\)"),
+    (layer_norm, (X, ()), ValueError, "normalized_shape must have at least one dimension"),
+    (layer_norm, (X, (1, 2, 4)), ValueError, r"normalized_shape \(1, 2, 4\).*\(2, 4\)"),
+    (layer_norm, (X, 4, zeros(5)), ValueError, r"weight must have shape \(4,\).*\(5,\)"),
+    (layer_norm, (X, 4, None, zeros(1, 4)), ValueError, r"bias must have shape \(4,\).*\(1, 4\)"),
+    (layer_norm, (X, 4, 1.0), TypeError, "weight must be a Tensor.*float"),
+    (layer_norm, (X, 4, zeros(4).to("meta")), ValueError, "weight is on meta"),
+    (add_layer_norm, (X, None, 4), TypeError, "residual must be a Tensor.*NoneType"),
+    (add_layer_norm, (X, zeros(4), 4), ValueError, r"residual must have shape \(2, 4\).*\(4,\)"),
+    (add_layer_norm, (X, X, 5), ValueError, r"normalized_shape \(5,\)"),
+    (add_layer_norm, (X, X, 4, zeros(2)), ValueError, r"weight must have shape \(4,\).*\(2,\)"),
+    (rms_norm, (X, 5), ValueError, r"normalized_shape \(5,\)"),
+    (rms_norm, (X, 4, zeros(2)), ValueError, r"weight must have shape \(4,\).*\(2,\)"),
+    (rms_norm, (X.bool(), 4), TypeError, "input must be floating point.*bool"),
+]
+
+
+@pytest.mark.parametrize("function, args, error, message", BAD, ids=[f"{f.__name__}: {m}" for f, _, _, m in BAD])
+def test_bad_arguments(function, args, error, message, backend):
+    with pygpt.backend(backend), pytest.raises(error, match=f"{function.__name__}: .*{message}"):
+        function(*args)
