@@ -31,7 +31,7 @@ def assert_same(ours, theirs, leaves):
     for outs in (ours, theirs):
         outs = outs if isinstance(outs, tuple) else (outs,)
         torch.manual_seed(0)
-        grads.append(torch.autograd.grad(outs, leaves, [torch.randn_like(o) for o in outs]))
+        grads.append(torch.autograd.grad(outs, leaves, [torch.randn(o.shape, dtype=o.dtype) for o in outs]))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(grads[0], grads[1])
 

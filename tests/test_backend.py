@@ -1,0 +1,203 @@
+"""The backend table: choice, refusal with reasons, fallback, explain; and what torch.func and autocast get."""
+
+import threading
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pygpt
+from pygpt import functional, reference, verify
+from pygpt.backend import OPS, TABLE, Backend, choose, chosen, pick
+
+X = torch.randn(4, 8)
+TYPICAL = list(cases.variants(cases.TYPICAL))
+
+
+def test_the_extension_is_built(compiled):
+    assert not TABLE[compiled].missing, TABLE[compiled].missing
+
+
+def test_unknown_name_is_refused_on_entry():
+    with pytest.raises(ValueError, match="unknown backend 'cpu'.*cpp.*torch"), pygpt.backend("cpu"):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.missing])
+def test_unavailable_name_is_refused_on_entry(name):
+    with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: .+"), pygpt.backend(name):
+        raise AssertionError("entered")
+
+
+def test_choice_nests_and_survives_exceptions(compiled):
+    assert chosen() is None
+    with pygpt.backend(compiled):
+        with pytest.raises(KeyError), pygpt.backend("torch"):
+            assert chosen() == "torch" and pick("relu", [X]) is reference
+            raise KeyError
+        assert chosen() == compiled and pick("relu", [X]) is TABLE[compiled].kernels
+    assert chosen() is None
+
+
+def test_choice_is_per_thread():
+    seen = []
+    with pygpt.backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+        assert chosen() == "torch" and seen == [None]
+
+
+def test_backward_uses_the_backend_of_its_forward(compiled, monkeypatch):
+    calls = []
+    real = TABLE[compiled].kernels.relu_bwd
+    monkeypatch.setattr(TABLE[compiled].kernels, "relu_bwd", lambda *a: calls.append(1) or real(*a))
+    with pygpt.backend(compiled):
+        y = functional.relu(X.clone().requires_grad_())
+    with pygpt.backend("torch"):
+        y.sum().backward()
+    assert calls == [1]
+
+
+def test_environment_variable(run_python):
+    source = """
+import pygpt, torch
+print(pygpt.explain("relu", torch.ones(1)))
+"""
+    done = run_python(source, PYGPT_BACKEND="torch")
+    assert done.stdout.startswith("relu: torch") and "backend 'torch' was asked for" in done.stdout, done.stderr
+    done = run_python(source, PYGPT_BACKEND="nonsense")
+    assert done.returncode != 0 and "unknown backend 'nonsense'" in done.stderr
+
+
+def test_explain_is_data(compiled):
+    choice = pygpt.explain("layer_norm", X, (8,))
+    assert (choice.op, choice.backend, choice.rejected) == ("layer_norm", compiled, {})
+    choice = pygpt.explain(functional.scaled_dot_product_attention, X, X, X, dropout_p=0.1)
+    assert choice.backend == "torch" and list(choice.rejected) == [name for name in TABLE if name != "torch"]
+    assert all(isinstance(why, str) for whys in choice.rejected.values() for why in whys)
+    assert "dropout_p not served" in choice.rejected[compiled]
+    assert f"not {compiled}: dropout_p not served" in str(choice)
+    with pygpt.backend("torch"):
+        choice = pygpt.explain("relu", X)
+        assert choice.backend == "torch" and choice.rejected[compiled] == ["backend 'torch' was asked for"]
+    assert functional.relu(X).shape == X.shape  # explaining is over
+
+
+@pytest.mark.parametrize("op", ["softmax", "_run", "explain", "torch", None, 3, torch.relu])
+def test_explain_refuses_what_is_no_op(op):
+    with pytest.raises(ValueError, match="explain: unknown op"):
+        pygpt.explain(op, X)
+
+
+def test_explain_passes_on_bad_arguments():
+    with pytest.raises(ValueError, match="layer_norm: normalized_shape"):
+        pygpt.explain("layer_norm", X, (7,))
+    assert functional.relu(X).shape == X.shape
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_objection_is_told(op):
+    row = Backend("toy", object(), devices=("cuda",), dtypes=(torch.float16,), ops=("nothing",), max_head_dim=4)
+    q = torch.randn(1, 1, 3, 8)
+    why = "; ".join(row.objections(op, [q, q, q.double()], {"window": (1, 1)}))
+    for part in (f"{op} is not among its ops", "cpu tensors", "torch.float32", "different dtypes", "window not served"):
+        assert part in why
+    assert ("head dimension above 4" in why) == (op == "attention")
+
+
+def test_default_serves_cpu_floats_by_the_compiled_backend(compiled):
+    for op, dims in TYPICAL:
+        for dtype in cases.DTYPES:
+            args, _ = verify.draw(op, dims, dtype, None)
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            assert choose(verify.SPECS[op].op or op, tensors).backend == compiled
+
+
+def test_sparse_and_mixed_tensors_fall_back(compiled):
+    sparse = X.relu().to_sparse()
+    assert torch.equal(functional.relu(sparse).to_dense(), F.relu(sparse).to_dense())
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="not strided"):
+        functional.relu(sparse)
+
+
+# ------------------------------------------------------------------------------- torch.func
+def closed(op, args):
+    """The public op as a function of its tensors."""
+    where = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+
+    def function(call, *tensors):
+        full = list(args)
+        for i, t in zip(where, tensors, strict=True):
+            full[i] = t
+        return call(*full)
+
+    return function, tuple(args[i] for i in where)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, ts: torch.func.vmap(f)(*(torch.stack([t, t + 1]) for t in ts)),
+    "jvp": lambda f, ts: torch.func.jvp(f, ts, tuple(t + 1 for t in ts)),
+    "grad": lambda f, ts: torch.func.grad(lambda *a: verify.as_tuple(f(*a))[0].sum())(*ts),
+    "forward mode": lambda f, ts: forward_mode(f, ts),
+}
+
+
+def forward_mode(f, tensors):
+    with torch.autograd.forward_ad.dual_level():
+        out = f(*(torch.autograd.forward_ad.make_dual(t, t + 1) for t in tensors))
+        return [tuple(torch.autograd.forward_ad.unpack_dual(o)) for o in verify.as_tuple(out)]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("op, dims", [v for v in TYPICAL if v[0] != "attention_lse"], ids=cases.ids)
+def test_function_transforms(op, dims, name, compiled, generator):
+    """Right by default; refused with the reason by a forced backend."""
+    args, _ = verify.draw(op, dims, torch.float64, generator)
+    function, tensors = closed(op, args)
+
+    def run(call):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one torch has jvp and vmap for
+            return TRANSFORMS[name](lambda *ts: function(call, *ts), tensors)
+
+    torch.testing.assert_close(run(verify.SPECS[op].call), run(verify.eager(op)))
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match=r"torch.func transform|forward-mode"):
+        run(verify.SPECS[op].call)
+
+
+# ------------------------------------------------------------------------------- autocast
+TORCHS = {
+    "attention": lambda q, k, v, causal, scale: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale),
+    "linear": F.linear,
+    "mlp": lambda x, w, b, p, pb, act: F.linear(reference.ACTIVATIONS[act][0](F.linear(x, w, b)), p, pb),
+    "layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
+    "rms_norm": lambda x, w, eps: F.rms_norm(x, x.shape[-1:], w, eps),
+    "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
+    "relu": F.relu,
+}
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=cases.ids)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [v for v in TYPICAL if v[0] in TORCHS], ids=cases.ids)
+def test_autocast_gives_torchs_dtype(op, dims, given, low, backend, generator):
+    args, _ = verify.draw(op, dims, given, generator)
+    args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.autocast("cpu", dtype=low):
+        want = TORCHS[op](*args)
+        with pygpt.backend(backend):
+            got = verify.SPECS[op].call(*args)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=8 * torch.finfo(got.dtype).eps, atol=8 * torch.finfo(got.dtype).eps)
+    got.float().sum().backward()
+    assert all(a.grad.dtype == given for a in args if isinstance(a, torch.Tensor))
+
+
+def test_autocast_of_mixed_arguments(backend):
+    """What a model under autocast does: a bfloat16 activation meets float32 weights."""
+    x, w, b = torch.randn(3, 8).bfloat16(), torch.randn(5, 8), torch.randn(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pygpt.backend(backend):
+        assert functional.linear(x, w, b).dtype == functional.mlp(x, w, b, w.t(), None).dtype == torch.bfloat16
+        q = torch.randn(1, 1, 3, 8)
+        assert functional.scaled_dot_product_attention(q, q.bfloat16(), q).dtype == torch.bfloat16

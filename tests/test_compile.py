@@ -1,0 +1,83 @@
+"""torch.compile without graph breaks, forward and backward, static and dynamic shapes; checkpointing; deepcopy."""
+
+import cases
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import pygpt
+from pygpt import verify
+
+TYPICAL = list(cases.variants(cases.TYPICAL))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_compiled_equals_eager(op, dims, dtype, backend, generator):
+    """Bitwise: the same kernels run."""
+    args, grads = verify.draw(op, dims, dtype, generator)
+    call = verify.SPECS[op].call
+    with pygpt.backend(backend):
+        eager = verify.directions(op, call, args, grads)
+        compiled = verify.directions(op, torch.compile(call, fullgraph=True, backend="aot_eager"), args, grads)
+    for key, want in eager.items():
+        assert compiled[key].dtype == want.dtype
+        if backend == "torch":  # AOTAutograd decomposes PyTorch's ops into others
+            tolerance = 8 * torch.finfo(want.dtype).eps
+            torch.testing.assert_close(compiled[key], want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+        else:
+            assert torch.equal(compiled[key], want), key
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(verify.SPECS[op].call, fullgraph=True, dynamic=True, backend=counter)
+    lead = "L" if "L" in dims else "M"
+    with pygpt.backend(compiled):
+        for n in (6, 9, 31):
+            size = n if lead == "L" else (n, *dims["M"][1:])
+            args, grads = verify.draw(op, {**dims, lead: size}, torch.float32, generator)
+            got = verify.directions(op, call, args, grads)
+            for key, want in verify.directions(op, verify.SPECS[op].call, args, grads).items():
+                assert torch.equal(got[key], want), key
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_default_choice_compiles(op, dims, generator):
+    """Without an explicit backend the table is walked while tracing."""
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    call = verify.SPECS[op].call
+    got = verify.directions(op, torch.compile(call, fullgraph=True, backend="aot_eager"), args, grads)
+    for key, want in verify.directions(op, call, args, grads).items():
+        torch.testing.assert_close(got[key], want)
+
+
+def test_a_changed_choice_recompiles(compiled):
+    function = torch.compile(lambda x: pygpt.functional.gelu(x), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1000)
+    for name in (compiled, "torch", compiled):
+        with pygpt.backend(name):
+            assert torch.equal(function(x), pygpt.functional.gelu(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_checkpoint(op, dims, reentrant, backend, generator):
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    call = verify.SPECS[op].call
+
+    def gradients(function):
+        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.autograd.backward(verify.as_tuple(function(*leaves)), grads)
+        return [a.grad for a in leaves if isinstance(a, torch.Tensor)]
+
+    with pygpt.backend(backend):
+        recomputed = gradients(lambda *a: checkpoint(call, *a, use_reentrant=reentrant))
+        assert all(map(torch.equal, recomputed, gradients(call)))

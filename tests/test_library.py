@@ -1,0 +1,135 @@
+"""The registered ops torch.ops.pygpt.* called directly: opcheck, schemas, and bad calls that must raise, not crash."""
+
+import inspect
+
+import cases
+import pytest
+import torch
+
+import pygpt  # noqa: F401  (registers the ops)
+from pygpt import reference, verify
+from pygpt.backend import OPS
+
+NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
+TYPICAL = list(cases.variants(cases.TYPICAL))
+SAMPLES = TYPICAL + [
+    (op, {**cases.TINY[op], **dims})
+    for op, dims in (
+        ("attention", {"S": 0}),
+        ("attention", {"L": 0}),
+        ("attention", {"L": 1, "causal": 0}),
+        ("linear", {"bias": 0}),
+        ("linear", {"K": 0}),
+        ("mlp", {"bias": 0}),
+        ("layer_norm", {"affine": 0}),
+        ("add_layer_norm", {"affine": 0, "M": 0}),
+        ("rms_norm", {"affine": 0}),
+    )
+]
+
+
+def kernel(name):
+    return getattr(torch.ops.pygpt, name).default
+
+
+class Registered:
+    """torch.ops.pygpt as a namespace of kernels."""
+
+    __getattr__ = staticmethod(kernel)
+
+
+def calls(op, dims, dtype, generator, layout=cases.contiguous):
+    args, grads = verify.draw(op, dims, dtype, generator, view=layout)
+    return cases.kernel_calls(op, args, grads, Registered())
+
+
+def test_every_kernel_is_registered_once():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pygpt::")}
+    assert registered == {f"pygpt::{name}" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_is_the_references_signature(name):
+    schema = kernel(name)._schema
+    assert [a.name for a in schema.arguments] == list(inspect.signature(getattr(reference, name)).parameters)
+    assert not schema.is_mutable
+
+
+@pytest.mark.parametrize("layout", [cases.contiguous, cases.transposed, cases.expanded], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", SAMPLES, ids=cases.ids)
+def test_opcheck(op, dims, layout, generator):
+    for name, args in calls(op, dims, torch.float32, generator, layout):
+        torch.library.opcheck(kernel(name), args)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", SAMPLES, ids=cases.ids)
+def test_results_look_like_the_references(op, dims, dtype, generator):
+    """Shape, dtype and strides; with every gradient wanted, and with none."""
+    for name, args in calls(op, dims, dtype, generator):
+        for wanted in (True, False):
+            args = [[wanted] * len(a) if isinstance(a, list) else a for a in args]
+            ours, theirs = (verify.as_tuple(f(*args)) for f in (kernel(name), getattr(reference, name)))
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+                assert a.stride() == b.stride() or not a.numel(), name
+
+
+def spoil(t):
+    """What is wrong with each replacement of an argument: (reason, replacement)."""
+    if isinstance(t, torch.Tensor):
+        yield "integers", t.long()
+        yield "complex", t.to(torch.complex64)
+        yield "larger", t.new_zeros([n + 1 for n in t.shape])
+        yield "no dimension", t.new_zeros(())
+        yield "one more dimension", t[None]
+        yield "another device", t.to("meta")
+        yield "another dtype", t.to(torch.float16)
+        yield "sparse", t.to_sparse()
+    elif isinstance(t, list):
+        yield "too few", t[:-1]
+        yield "too many", [*t, True]
+    elif isinstance(t, str):
+        yield "unknown", "swish"
+
+
+FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # fine where a tensor stands alone
+ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE}
+
+
+def bad_calls():
+    for op, dims in cases.TINY.items():
+        generator = torch.Generator().manual_seed(0)
+        for name, args in cases.kernel_calls(op, *verify.draw(op, dims, torch.float32, generator), reference):
+            for i, a in enumerate(args):
+                for reason, wrong in spoil(a):
+                    if reason not in ALLOWED.get((name, i), ()) and not (a is not None and getattr(a, "numel", lambda: 1)() == 0):
+                        yield pytest.param(name, [*args[:i], wrong, *args[i + 1 :]], id=f"{op}: {name}, argument {i}: {reason}")
+
+
+@pytest.mark.parametrize("name, args", list(bad_calls()))
+def test_bad_calls_raise(name, args):
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as caught:
+        kernel(name)(*args)
+    assert str(caught.value).strip()
+
+
+@pytest.mark.parametrize("E, Ev", [(257, 8), (8, 257)])
+def test_head_dimension_above_the_limit(E, Ev):
+    q, v = torch.zeros(1, 1, 3, E), torch.zeros(1, 1, 3, Ev)
+    with pytest.raises(RuntimeError, match="256"):
+        kernel("attention_fwd")(q, q, v, False, 1.0)
+
+
+def test_large_offsets_are_64_bit(generator):
+    """Rows farther apart than 2^31 elements; the memory in between is never touched."""
+    rows, width, far = 3, 5, 2**31 + 11
+    x = torch.randn(rows, width, generator=generator).bfloat16()
+    wide = torch.empty((rows - 1) * far + width, dtype=torch.bfloat16).as_strided((rows, width), (far, 1)).copy_(x)
+    assert torch.equal(kernel("layer_norm_fwd")(wide, None, None, 1e-5)[0], kernel("layer_norm_fwd")(x, None, None, 1e-5)[0])
+    assert torch.equal(kernel("gelu_fwd")(wide, "none"), kernel("gelu_fwd")(x, "none"))
+    assert torch.equal(kernel("linear_fwd")(wide, x, None), kernel("linear_fwd")(x, x, None))
+    q = torch.Tensor.as_strided
+    heads = [q(wide, (1, 1, rows, width), (0, 0, far, 1)), x[None, None]]
+    ours, want = (kernel("attention_fwd")(t, t, t, True, 0.5)[0] for t in heads)
+    assert torch.equal(ours, want)
