@@ -1,2 +1,227 @@
-class GPT: ...
-class GPTConfig: ...
+"""The reference GPT: GPT-2's architecture with nanoGPT's parameter names, every layer on `pygpt.functional`.
+
+Radford et al. 2019; https://github.com/karpathy/nanoGPT. B sequences of T tokens pass as (B, T, C), C = n_embd.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear
+
+
+@dataclass
+class GPTConfig:
+    """The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64. ValueError where no model has that shape."""
+
+    vocab_size: int = 50304
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in every Linear and LayerNorm
+    activation: str = "gelu_tanh"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pygpt.GPTConfig: {name} must be positive, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"pygpt.GPTConfig: n_embd {self.n_embd} does not divide by n_head {self.n_head}")
+
+
+class Block(nn.Module):
+    """x + attn(ln_1(x)), then the same with ln_2 and mlp.
+
+    The residual stream travels as the pair (x, delta), its value x + delta: each addition happens inside the norm
+    that follows it.
+    """
+
+    def __init__(self, config: GPTConfig, **factory):
+        super().__init__()
+        C, bias, dropout = config.n_embd, config.bias, config.dropout
+        self.ln_1 = LayerNorm(C, bias=bias, **factory)
+        self.attn = CausalSelfAttention(C, config.n_head, bias=bias, dropout=dropout, **factory)
+        self.ln_2 = LayerNorm(C, bias=bias, **factory)
+        self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout, **factory)
+
+    def forward(self, x: Tensor, delta: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """x, delta (B, T, C) -> the same pair after the block; delta is None before the first."""
+        h, x = (self.ln_1(x), x) if delta is None else self.ln_1(x, delta)
+        h, x = self.ln_2(x, self.attn(h, cache))
+        return x, self.mlp(h)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd, **factory),
+                "wpe": nn.Embedding(config.block_size, config.n_embd, **factory),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, **factory) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, bias=config.bias, **factory),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, **factory)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.register_load_state_dict_pre_hook(_accept_nanogpt_variants)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Normal(0, 0.02), biases zero; what feeds the residual stream scaled by 1/sqrt(its 2 n_layer additions)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) token ids, T <= block_size -> logits, loss.
+
+        With targets (B, T): logits (B, T, V) and their mean cross-entropy; negative targets are ignored. Without:
+        the last position's logits (B, 1, V) and None. With caches (`new_caches`): idx holds the positions that follow
+        the cached ones.
+        """
+        start = caches[0].length if caches else 0
+        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size - start:
+            room = self.config.block_size - start
+            raise ValueError(f"pygpt.GPT: idx must be (B, T) with 1 <= T <= {room}, got shape {tuple(idx.shape)}")
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"pygpt.GPT: targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        t = self.transformer
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        x, delta = t.drop(t.wte(idx) + t.wpe(positions)), None
+        for i, block in enumerate(t.h):
+            x, delta = block(x, delta, caches[i] if caches else None)
+        if targets is None:
+            x, delta = x[:, -1:], delta[:, -1:]
+        x, _ = t.ln_f(x, delta)
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        rows = logits.flatten(0, 1)
+        rows = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+        return logits, F.cross_entropy(rows, targets.flatten().clamp(min=-1), ignore_index=-1)
+
+    def new_caches(self) -> list[KVCache]:
+        return [KVCache(self.config.block_size) for _ in self.transformer.h]
+
+    @torch.no_grad()
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None):
+        """`generate`, yielding each new token (B, 1) as it is drawn."""
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"pygpt.GPT: temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}")
+        caches = None
+        for _ in range(max_new_tokens):
+            if caches and caches[0].length < self.config.block_size:
+                logits, _ = self(idx[:, -1:], caches=caches)
+            else:  # the start, or past block_size, where every position moves: encode the last block again
+                caches = self.new_caches()
+                logits, _ = self(idx[:, -self.config.block_size :], caches=caches)
+            token = _sample(logits[:, -1], temperature, top_k, generator)
+            idx = torch.cat((idx, token), dim=1)
+            yield token
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None) -> Tensor:
+        """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call `eval` first, as for any model.
+
+        temperature 0 takes the likeliest token; top_k draws among the k likeliest. Attention sees the last block_size
+        tokens. generator: a torch.Generator on the model's device, by default torch's own.
+        """
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
+
+    @classmethod
+    def from_hf(cls, model_or_folder, dropout: float = 0.0) -> "GPT":
+        """GPT-2 weights from transformers, copied; nothing is downloaded and transformers itself is not needed.
+
+        model_or_folder: a live GPT2LMHeadModel or GPT2Model, or a folder with config.json and *.safetensors.
+        ValueError where this GPT could not compute the same function.
+        """
+        folder = isinstance(model_or_folder, str | Path)
+        source = _read_hf_folder(Path(model_or_folder)) if folder else model_or_folder
+        weights = {name.removeprefix("transformer."): w for name, w in source.state_dict().items()}
+        wte = weights["wte.weight"]
+        model = cls(_config_from_hf(source.config, weights, dropout), device=wte.device, dtype=wte.dtype)
+        named = {"lm_head.weight": weights.pop("lm_head.weight", wte)}
+        for name, w in weights.items():
+            transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))  # Conv1D stores (in, out)
+            named[f"transformer.{name}"] = w.t() if transposed else w
+        try:
+            model.load_state_dict(named)
+        except RuntimeError as e:
+            raise ValueError(f"pygpt.GPT.from_hf: the weights do not fit the configuration: {e}") from None
+        return model
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+    """logits (B, V) -> one token each, (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def _accept_nanogpt_variants(module, state_dict, prefix, *_):
+    """Renames what torch.compile prefixed and drops the causal masks that attention without SDPA kept as buffers."""
+    for key in list(state_dict):
+        name = key.removeprefix(prefix).removeprefix("_orig_mod.")
+        value = state_dict.pop(key)
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            state_dict[prefix + name] = value
+
+
+# ------------------------------------------------------------------------------- transformers' GPT-2
+_HF_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"
+}  # fmt: skip
+
+
+def _read_hf_folder(folder: Path):
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(f"pygpt.GPT.from_hf: {folder} must be a folder with config.json and *.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = {name: w for file in files for name, w in load_file(file).items()}
+    return SimpleNamespace(config=SimpleNamespace(**config), state_dict=lambda: weights)
+
+
+def _config_from_hf(hf, weights: dict, dropout: float) -> GPTConfig:
+    if getattr(hf, "model_type", "gpt2") != "gpt2":
+        raise ValueError(f"pygpt.GPT.from_hf: this is a {hf.model_type} model; only gpt2 is understood")
+    head, activation = weights.get("lm_head.weight"), getattr(hf, "activation_function", "gelu_new")
+    wanted = {
+        "n_inner = 4 n_embd": getattr(hf, "n_inner", None) in (None, 4 * hf.n_embd),
+        "layer_norm_epsilon 1e-5": getattr(hf, "layer_norm_epsilon", 1e-5) == 1e-5,
+        f"an activation_function among {', '.join(_HF_ACTIVATIONS)}": activation in _HF_ACTIVATIONS,
+        "scale_attn_weights": getattr(hf, "scale_attn_weights", True),
+        "no scale_attn_by_inverse_layer_idx": not getattr(hf, "scale_attn_by_inverse_layer_idx", False),
+        "no cross-attention": not getattr(hf, "add_cross_attention", False),
+        "lm_head tied to wte": head is None or torch.equal(head, weights["wte.weight"]),
+    }
+    if missing := [what for what, there in wanted.items() if not there]:
+        raise ValueError(f"pygpt.GPT.from_hf: this GPT needs {', '.join(missing)}")
+    return GPTConfig(
+        hf.vocab_size, hf.n_positions, hf.n_layer, hf.n_head, hf.n_embd, dropout, activation=_HF_ACTIVATIONS[activation]
+    )

@@ -1,0 +1,77 @@
+"""One safetensors file holds a whole run: tensors (the model's under their own names) and JSON metadata.
+
+A file is replaced atomically: whatever happens while saving, the path holds the old content or the new.
+"""
+
+import json
+import os
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .data import UsageError
+
+FORMAT = 1
+
+
+@contextmanager
+def atomic(path: Path):
+    """Yields a path in the same folder to write; on success it is synced to disk and moved to ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        temporary.touch()  # safetensors alone would create it readable by its owner only
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is durable once its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
+    """OSError if it cannot be written; the old file is then untouched."""
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    header = json.dumps({"format": FORMAT, "checksum": _checksum(tensors), **metadata})
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"pygpt": header})
+        except SafetensorError as e:
+            raise OSError(f"cannot write {path}: {e}") from e
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """-> tensors, metadata. UsageError if there is no such file, or it is damaged or of another kind."""
+    if not path.is_file():
+        raise UsageError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            header = (f.metadata() or {}).get("pygpt")
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as e:
+        raise UsageError(f"{path} is not a readable checkpoint: {e}") from None
+    if header is None:
+        raise UsageError(f"{path} is a safetensors file, but no pygpt checkpoint")
+    metadata = json.loads(header)
+    if metadata["format"] != FORMAT:
+        raise UsageError(f"{path} has checkpoint format {metadata['format']}; this version reads {FORMAT}")
+    if metadata["checksum"] != _checksum(tensors):
+        raise UsageError(f"{path} is damaged: its tensors do not match their checksum")
+    return tensors, metadata

@@ -1,0 +1,127 @@
+"""Text as tokens: corpora, tokenizers, and batches that are a pure function of the seed and the step."""
+
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+STDLIB_BYTES = 12_000_000  # the default corpus is cut here, so that it differs little between Python versions
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class UsageError(ValueError):
+    """Bad input from the user; the command line prints it as one line and exits with code 2."""
+
+
+class Bytes:
+    """Token = byte of the UTF-8 text."""
+
+    name, vocabulary, size = "byte", None, 256
+
+    def encode(self, data: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def decode(self, tokens) -> bytes:
+        """Tokens past the vocabulary (a model may have more rows) become '?'."""
+        return bytes(t if t < 256 else 0x3F for t in tokens)
+
+
+class Chars:
+    """Token = index into the sorted characters of the training text."""
+
+    name = "char"
+
+    def __init__(self, vocabulary: str):
+        self.vocabulary, self.size = vocabulary, len(vocabulary)
+        self.index = {c: i for i, c in enumerate(vocabulary)}
+
+    def encode(self, data: bytes) -> Tensor:
+        try:
+            return torch.tensor([self.index[c] for c in _text(data)], dtype=torch.int32)
+        except KeyError as e:
+            raise UsageError(f"the character {e.args[0]!r} is not in the model's vocabulary") from None
+
+    def decode(self, tokens) -> bytes:
+        return "".join(self.vocabulary[t] if t < self.size else "?" for t in tokens).encode()
+
+
+def tokenizer(name: str, vocabulary: str | None):
+    return Bytes() if name == Bytes.name else Chars(vocabulary)
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"the text is not UTF-8 ({e.reason} at byte {e.start}); --tokens byte takes anything") from None
+
+
+def read_text(path: str | None) -> bytes:
+    """The bytes of a file, of all text files under a folder (sorted by path), or by default the standard library's."""
+    if path is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        data = b"".join(f.read_bytes() for f in _files(root, skip=_NOT_LIBRARY) if f.suffix == ".py")
+        if not data:
+            raise UsageError(f"this Python has no library sources under {root}; pass --data FILE_OR_FOLDER")
+        return data[: data.rfind(b"\n", 0, STDLIB_BYTES) + 1]
+    root = Path(path)
+    if not root.exists():
+        raise UsageError(f"no such file or folder: {path}")
+    try:
+        contents = [root.read_bytes()] if root.is_file() else [f.read_bytes() for f in _files(root)]
+    except OSError as e:
+        raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
+    data = b"".join(c for c in contents if root.is_file() or b"\0" not in c)
+    if not data:
+        raise UsageError(f"no text in {path}")
+    return data
+
+
+def _files(root: Path, skip=frozenset()) -> list[Path]:
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [d for d in folders if d not in skip and not d.startswith(".")]
+        found += [Path(folder, f) for f in files if not f.startswith(".")]
+    return sorted((f for f in found if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
+
+
+@dataclass
+class Corpus:
+    """train and val: 1-D tokens, the first 90 % of the text and the rest. digest identifies the text."""
+
+    tokenizer: Bytes | Chars
+    train: Tensor
+    val: Tensor
+    digest: str
+
+    @classmethod
+    def load(cls, path: str | None, tokens: str, block_size: int) -> "Corpus":
+        """UsageError if the text is missing, empty, or either part is shorter than a block and its targets."""
+        data = read_text(path)
+        tokenizer = Bytes() if tokens == Bytes.name else Chars("".join(sorted(set(_text(data)))))
+        encoded = tokenizer.encode(data)
+        n = len(encoded) * 9 // 10
+        train, val = encoded[:n], encoded[n:]
+        if len(val) <= block_size:
+            raise UsageError(
+                f"the text has {len(encoded)} tokens, its validation part (the last 10 %) {len(val)}: "
+                f"too short for --block-size {block_size}"
+            )
+        return cls(tokenizer, train, val, hashlib.sha256(data).hexdigest())
+
+    def batch(self, split: str, batch_size: int, block_size: int, *key) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T) int64 at random offsets; the same for the same split and key (seed, step, ...)."""
+        tokens = self.train if split == "train" else self.val
+        generator = torch.Generator().manual_seed(seed_of(split, *key))
+        starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+        window = tokens[starts + torch.arange(block_size + 1)].long()
+        return window[:, :-1], window[:, 1:]
+
+
+def seed_of(*key) -> int:
+    """A 63-bit seed from any key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

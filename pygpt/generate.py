@@ -1,0 +1,55 @@
+"""`pygpt generate`: text from a checkpoint, printed as it is drawn."""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from .backend import TABLE, backend
+from .data import UsageError
+from .train import open_checkpoint
+
+
+def continuation(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_k, seed: int) -> Iterator[str]:
+    """``prompt``, then what follows, a piece per token (an empty one inside a multi-byte character)."""
+    idx = tokenizer.encode(prompt.encode()).long()[None]
+    generator = torch.Generator().manual_seed(seed)
+    yield prompt
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in model.stream(idx, max_new_tokens, temperature, top_k, generator):
+        yield decoder.decode(tokenizer.decode(token[0].tolist()))
+    yield decoder.decode(b"", final=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.add_argument("--max-new-tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--backend", choices=TABLE, help="default: the first that serves a call")
+
+
+def run(args: argparse.Namespace):
+    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if args.backend and TABLE[args.backend].missing:
+        raise UsageError(f"backend {args.backend!r} is not available: {TABLE[args.backend].missing}")
+    if not args.prompt:
+        raise UsageError("--prompt is empty; the model needs something to continue")
+    model, tokenizer, _ = open_checkpoint(args.checkpoint)
+    with backend(args.backend) if args.backend else nullcontext():
+        pieces = continuation(
+            model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed
+        )
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    print()

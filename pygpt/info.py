@@ -1,0 +1,62 @@
+"""`pygpt info`: versions, what was built, and which backend serves which op."""
+
+import argparse
+import json
+import platform
+from importlib.util import find_spec
+
+import torch
+
+from . import __version__
+from .backend import OPS, TABLE, chosen
+
+
+def gather() -> dict:
+    extension = find_spec("pygpt._C")
+    built = not TABLE["cpp"].missing
+    if built:
+        from . import _C
+    return {
+        "pygpt": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "extension": extension.origin if extension else None,
+        "cpu_capability": _C.cpu_capability() if built else None,
+        "cpu_capabilities": list(_C.cpu_capabilities()) if built else [],
+        "chosen_backend": chosen(),
+        "ops": {op: {name: _why_not(row, op) for name, row in TABLE.items()} for op in OPS},
+    }
+
+
+def _why_not(row, op: str) -> str | None:
+    """None where the backend serves float32 CPU tensors of the op (cuda and triton: GPU tensors)."""
+    if row.missing:
+        return row.missing
+    return None if op in row.ops else f"{op} is not among its ops"
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+
+
+def run(args: argparse.Namespace):
+    found = gather()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    ops = found.pop("ops")
+    capabilities = ", ".join(found.pop("cpu_capabilities")) or "none"
+    found["extension"] = found["extension"] or "not built"
+    found["cpu_capability"] = f"{found['cpu_capability'] or '-'} (available: {capabilities})"
+    found["chosen_backend"] = found["chosen_backend"] or "none: each call goes to the first that serves it"
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):16}{value}")
+    print("\n" + "op".ljust(16) + "".join(name.ljust(8) for name in TABLE))
+    for op, answers in ops.items():
+        print(op.ljust(16) + "".join(("-" if why else "yes").ljust(8) for why in answers.values()))
+    reasons = {f"{name}: {why}" for answers in ops.values() for name, why in answers.items() if why}
+    for reason in sorted(reasons):
+        print(f"- {reason}")
+    print("pygpt.explain(op, *args) says it for one call.")

@@ -1,0 +1,96 @@
+"""What a run shows: a progress bar (or plain lines), and a plot of its losses."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+from .checkpoint import atomic
+
+PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """Steps done, loss, tokens/s and time left: a live bar on a terminal, plain lines elsewhere.
+
+    >>> with Progress("training", total=100) as progress:
+    ...     progress.update(1, loss, tokens_per_second)
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0):
+        self.label, self.total, self.first, self.start = label, total, done, time.monotonic()
+        self.last_line, self.bar = -PLAIN_EVERY, None
+        if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+            from rich import progress as rich
+
+            columns = "{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[status]}"
+            self.bar = rich.Progress(*columns, rich.TimeRemainingColumn(compact=True), "left")
+            self.task = self.bar.add_task(label, total=total, completed=done, status="")
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, loss: float, tokens_per_second: float):
+        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self.bar:
+            return self.bar.update(self.task, completed=done, status=status)
+        elapsed = time.monotonic() - self.start
+        if elapsed - self.last_line >= PLAIN_EVERY or done == self.total:
+            self.last_line = elapsed
+            left = elapsed / max(done - self.first, 1) * (self.total - done)
+            self.print(f"{self.label}  {done}/{self.total}  {status}  {clock(left)} left")
+
+    def print(self, line: str):
+        if self.bar:
+            self.bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+
+def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) -> bool:
+    """Writes a PNG of label -> (steps, losses); False, and no file, where matplotlib is missing.
+
+    A curve with many points is drawn faint, with its running mean on top.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    styles = zip(("#1f77b4", "#d62728", "#2ca02c", "#9467bd"), ("-", "--", "-", "--"), strict=True)
+    for (label, (steps, losses)), (colour, dash) in zip(curves.items(), styles, strict=False):
+        if len(steps) > 60:
+            axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+            axes.plot(steps, _running_mean(losses, len(losses) // 40), dash, color=colour, linewidth=1.8, label=label)
+        else:
+            axes.plot(steps, losses, dash, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=label)
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)
+    return True
+
+
+def _running_mean(values: list, width: int) -> list:
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        means.append(total / min(i + 1, width))
+    return means
