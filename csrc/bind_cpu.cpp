@@ -10,8 +10,8 @@
 
 namespace {
 
-void parallel_for(int64_t n, void (*body)(const void*, int64_t, int64_t), const void* context) {
-  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+void parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
+  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 

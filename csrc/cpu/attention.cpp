@@ -90,32 +90,40 @@ struct PackedV;
 struct Strip;
 struct Output;
 
-// One strip of the forward: its running maximum, sum and output tiles.
+// The running maximum and sum of a strip's rows.
 template <class T>
 struct Row {
   T m[MR], l[MR];
 };
 
-// s (MR, BC) -> P in place; updates m and l, gives the factors by which the output so far shrinks.
+// One row of scores -> exp(score - m') in place; updates the running maximum and sum, and returns the
+// factor by which the output so far shrinks.
 template <class T>
-void softmax_strip(T* s, int64_t vectors, Row<T>& row, T* shrink) {
-  for (int r = 0; r < MR; r++) {
-    T* p = s + r * BC;
-    Vec<T> top = load(p);
-    for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
-    const T here = largest<T>(top), before = row.m[r];
-    const T m = here > before || here != here ? here : before;
-    const Vec<T> shift = set1(m == -kInf<T> ? T(0) : m);
-    Vec<T> total = {};
-    for (int64_t v = 0; v < vectors; v++) {
-      const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
-      store(p + v * W<T>, e);
-      total += e;
-    }
-    shrink[r] = before == m ? T(1) : std::exp2((before - shift[0]) * kLog2e<T>);
-    row.m[r] = m;
-    row.l[r] = row.l[r] * shrink[r] + sum<T>(total);
+PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
+  Vec<T> top = load(p);
+  for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
+  const T here = largest<T>(top), before = m;
+  m = here > before || here != here ? here : before;
+  const T shift = m == -kInf<T> ? T(0) : m;
+  Vec<T> total = {};
+  for (int64_t v = 0; v < vectors; v++) {
+    const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
+    store(p + v * W<T>, e);
+    total += e;
   }
+  const T shrink = before == m ? T(1) : std::exp2((before - shift) * kLog2e<T>);
+  l = l * shrink + sum<T>(total);
+  return shrink;
+}
+
+// Divides a finished row by its sum; accumulated(j) is its vector from channel j.
+template <class S, class F>
+PYGPT_INLINE void finish_row(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, Acc<S> m, Acc<S> l, F accumulated) {
+  using T = Acc<S>;
+  const T inverse = l == 0 ? T(0) : 1 / l;
+  static_cast<T*>(a.lse)[(b * a.heads + h) * a.q_len + i] = l == 0 ? -kInf<T> : m + std::log(l);
+  S* o = output_row<S>(a.out, b, h, i);
+  for (int64_t j = 0; j < a.v_dim; j += W<T>) store(o + j, accumulated(j) * inverse, a.v_dim - j);
 }
 
 // One block of BR query rows of head (b, h) from row i0, against packed keys and values.
@@ -137,7 +145,7 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
       if (n == 0) continue;
       T shrink[MR];
       score_strip(s, q + strip * MR * E, k + j0 * E, E, panels, row0, j0, a.k_len, a.is_causal);
-      softmax_strip(s, panels * NV, state[strip], shrink);
+      for (int r = 0; r < MR; r++) shrink[r] = softmax_row(s + r * BC, panels * NV, state[strip].m[r], state[strip].l[r]);
       for (int64_t p = 0; p < v_panels; p++) {
         const Tile<T> more = multiply<BC, 1>(n, s, v + (p * a.k_len + j0) * NR<T>, NR<T>);
         Tile<T>& sofar = out[strip * v_panels + p];
@@ -147,12 +155,9 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
     }
 
   for (int64_t i = 0; i < rows; i++) {
-    const Row<T>& row = state[i / MR];
-    const T l = row.l[i % MR], inverse = l == 0 ? T(0) : 1 / l;
-    static_cast<T*>(a.lse)[(b * a.heads + h) * a.q_len + i0 + i] = l == 0 ? -kInf<T> : row.m[i % MR] + std::log(l);
-    S* o = output_row<S>(a.out, b, h, i0 + i);
-    for (int64_t j = 0; j < a.v_dim; j += W<T>)
-      store(o + j, out[i / MR * v_panels + j / NR<T>].c[i % MR][j % NR<T> / W<T>] * inverse, a.v_dim - j);
+    const Tile<T>* tiles = out + i / MR * v_panels;
+    finish_row<S>(a, b, h, i0 + i, state[i / MR].m[i % MR], state[i / MR].l[i % MR],
+                  [&](int64_t j) { return tiles[j / NR<T>].c[i % MR][j % NR<T> / W<T>]; });
   }
 }
 
@@ -175,7 +180,46 @@ void forward(const AttentionArgs& a) {
       const int64_t n = task % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
       forward_block<S>(a, b, h, block * BR, k, v);
     }
-  });
+  }, std::min(BR, a.q_len) * a.k_len * (a.head_dim + a.v_dim));
+}
+
+// Few queries (decoding with a cache): reading K and V once is all the work, so nothing is packed. One
+// task per query row; the channels of k and v are contiguous.
+constexpr int64_t kFewQueries = 4;
+struct Query;
+
+template <class S>
+void few_queries(const AttentionArgs& a) {
+  using T = Acc<S>;
+  const int64_t E = a.head_dim, Ev = a.v_dim, group = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  parallel_for(a.batch * a.heads * a.q_len, [&](int64_t begin, int64_t end) {
+    const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
+    T *q = scratch<T, Query>(ld + BC + ldv), *p = q + ld, *out = p + BC;
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t i = task % a.q_len, h = task / a.q_len % a.heads, b = task / a.q_len / a.heads;
+      const Matrix<S> Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h / group), V = head<S>(a.v, b, h / group);
+      const int64_t keys = a.is_causal ? std::min(a.k_len, i + 1) : a.k_len;
+      for (int64_t e = 0; e < ld; e++) q[e] = e < E ? to_acc(Q.data[i * Q.rs + e * Q.cs]) * T(a.scale) : T(0);
+      std::fill(out, out + ldv, T(0));
+      T m = -kInf<T>, l = 0;
+      for (int64_t j0 = 0; j0 < keys; j0 += BC) {
+        const int64_t n = std::min(BC, keys - j0);
+        for (int64_t j = 0; j < n; j++) {
+          Vec<T> dot = {};
+          for (int64_t e = 0; e < E; e += W<T>) dot += load(q + e) * load(K.data + (j0 + j) * K.rs + e, E - e);
+          p[j] = sum<T>(dot);
+        }
+        std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
+        const T shrink = softmax_row(p, ceil_div(n, W<T>), m, l);
+        for (int64_t e = 0; e < Ev; e += W<T>) {
+          Vec<T> sum[2] = {};
+          for (int64_t j = 0; j < n; j++) sum[j % 2] += p[j] * load(V.data + (j0 + j) * V.rs + e, Ev - e);
+          store(out + e, load(out + e) * shrink + (sum[0] + sum[1]));
+        }
+      }
+      finish_row<S>(a, b, h, i, m, l, [&](int64_t e) { return load(out + e); });
+    }
+  }, a.k_len * (E + Ev));
 }
 
 // ---------------------------------------------------------------- backward
@@ -321,7 +365,7 @@ void backward(const AttentionArgs& a) {
       for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
       if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq);
     }
-  });
+  }, a.q_len * ceil_div(a.k_len, splits) * (a.head_dim + a.v_dim));
   if (partials)
     parallel_for(heads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
@@ -336,7 +380,8 @@ void backward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_fwd(const AttentionArgs& a) {
-  visit(a.dtype, [&](auto s) { forward<decltype(s)>(a); });
+  const bool few = a.q_len <= kFewQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
+  visit(a.dtype, [&](auto s) { few ? few_queries<decltype(s)>(a) : forward<decltype(s)>(a); });
 }
 
 void attention_bwd(const AttentionArgs& a) {

@@ -131,9 +131,9 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
     parallel_for(panels, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++)
         pack_panel<NR<T>>(b + p * NR<T> * K, B.at(0, j0 + p * NR<T>).transposed(), std::min<int64_t>(NR<T>, n - p * NR<T>), K);
-    });
+    }, 4 * NR<T> * K);
     const int64_t row_blocks = ceil_div(M, MC);
-    const int64_t splits = std::min(std::max<int64_t>(panels, 1), ceil_div(4 * threads.count(), row_blocks));
+    const int64_t splits = std::clamp<int64_t>(ceil_div(4 * threads.count(), std::max<int64_t>(row_blocks, 1)), 1, std::max<int64_t>(panels, 1));
     parallel_for(row_blocks * splits, [&](int64_t begin, int64_t end) {
       T* a = scratch<T, PackedA>(MC * KC);
       for (int64_t task = begin; task < end; task++) {
@@ -161,7 +161,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
             }
         }
       }
-    });
+    }, std::min(MC, M) * ceil_div(n, splits) * K);
   }
 }
 

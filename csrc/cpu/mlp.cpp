@@ -29,41 +29,55 @@ Matrix<S> matrix(const void* data, int64_t stride) {
   return {static_cast<const S*>(data), stride, 1};
 }
 
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 16;
 struct FewRows;
 
-// C = A B^T for M <= kFewRows rows; the rows of B are contiguous.
+// Dot products of Rows rows of a (K long, padded with zeros to whole vectors) with b0 and b1.
+template <int Rows, class S, class T>
+PYGPT_INLINE void dots(int64_t K, const T* a, int64_t lda, const S* b0, const S* b1, T (*out)[W<T>]) {
+  Vec<T> c[Rows][2] = {};
+  int64_t k = 0;
+  for (; k + W<T> <= K; k += W<T>) {
+    const Vec<T> v0 = load(b0 + k), v1 = load(b1 + k);
+    for (int r = 0; r < Rows; r++) {
+      const Vec<T> ar = load(a + r * lda + k);
+      c[r][0] += ar * v0;
+      c[r][1] += ar * v1;
+    }
+  }
+  if (k < K) {
+    const Vec<T> v0 = load(b0 + k, K - k), v1 = load(b1 + k, K - k);
+    for (int r = 0; r < Rows; r++) {
+      const Vec<T> ar = load(a + r * lda + k);
+      c[r][0] += ar * v0;
+      c[r][1] += ar * v1;
+    }
+  }
+  for (int r = 0; r < Rows; r++) out[r][0] = sum<T>(c[r][0]), out[r][1] = sum<T>(c[r][1]);
+}
+
+// C = A B^T for M <= kFewRows rows; the rows of A and of B are contiguous.
 template <class S, class Epilogue>
 void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
   using T = Acc<S>;
-  const int64_t ld = round_up(K, W<T>);
-  T* a = scratch<T, FewRows>(M * ld);
+  const int64_t lda = round_up(K, W<T>);
+  T* a = scratch<T, FewRows>(M * lda);
   for (int64_t i = 0; i < M; i++)
-    for (int64_t k = 0; k < K; k += W<T>) store(a + i * ld + k, load(A.data + i * A.rs + k, K - k));
+    for (int64_t k = 0; k < K; k += W<T>) store(a + i * lda + k, load(A.data + i * A.rs + k, K - k));
   parallel_for(ceil_div(N, W<T>), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
-      T dots[kFewRows][W<T>] = {};
-      for (int64_t j = 0; j < n; j++) {
-        Vec<T> c[kFewRows][2] = {};
-        const S* b = B.data + (j0 + j) * B.rs;
-        int64_t k = 0;
-        for (; k + 2 * W<T> <= K; k += 2 * W<T>) {
-          const Vec<T> b0 = load(b + k), b1 = load(b + k + W<T>);
-          for (int64_t i = 0; i < M; i++) {
-            c[i][0] += load(a + i * ld + k) * b0;
-            c[i][1] += load(a + i * ld + k + W<T>) * b1;
-          }
-        }
-        for (; k < K; k += W<T>) {
-          const Vec<T> b0 = load(b + k, K - k);
-          for (int64_t i = 0; i < M; i++) c[i][0] += load(a + i * ld + k) * b0;
-        }
-        for (int64_t i = 0; i < M; i++) dots[i][j] = sum<T>(c[i][0] + c[i][1]);
+      T c[kFewRows + 4][W<T>] = {};
+      for (int64_t j = 0; j < n; j += 2) {
+        const S *b0 = B.data + (j0 + j) * B.rs, *b1 = B.data + (j0 + std::min(j + 1, n - 1)) * B.rs;
+        auto out = [&](int64_t i) { return reinterpret_cast<T(*)[W<T>]>(&c[i][j]); };
+        int64_t i = 0;
+        for (; i + 4 <= M; i += 4) dots<4>(K, a + i * lda, lda, b0, b1, out(i));
+        for (; i < M; i++) dots<1>(K, a + i * lda, lda, b0, b1, out(i));
       }
-      for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(dots[i]), n);
+      for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(c[i]), n);
     }
-  });
+  }, W<T> * K * M);
 }
 
 // y = epilogue(x W^T): rows times a weight matrix.

@@ -6,19 +6,23 @@
 namespace pygpt::cpu {
 
 struct Threads {
-  // Calls body(context, begin, end) on disjoint ranges covering [0, n).
-  void (*parallel_for)(int64_t n, void (*body)(const void*, int64_t, int64_t), const void* context);
+  // Calls body(context, begin, end) on disjoint ranges covering [0, n), of at least `grain` items each.
+  void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
   int64_t (*count)();
 };
 extern Threads threads;  // defined in dispatch.cpp
 
-template <class F>
-void parallel_for(int64_t n, const F& body) {
-  threads.parallel_for(
-      n, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &body);
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// `work` is what one item costs, in multiply-adds or so: a thread is woken only for a few microseconds of it.
+template <class F>
+void parallel_for(int64_t n, const F& body, int64_t work = 1 << 30) {
+  constexpr int64_t kWorthAThread = 1 << 17;
+  if (n <= 0) return;
+  threads.parallel_for(
+      n, ceil_div(kWorthAThread, work > 0 ? work : 1),
+      [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &body);
+}
 
 }  // namespace pygpt::cpu
