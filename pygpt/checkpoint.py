@@ -24,8 +24,11 @@ def atomic(path: Path):
     """Yields a path in the same folder to write; on success it is synced to disk and moved to ``path``."""
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
-        temporary.touch()  # safetensors alone would create it readable by its owner only
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes it readable by its owner only
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

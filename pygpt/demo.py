@@ -1,0 +1,116 @@
+"""`pygpt demo`: the reference GPT trained on the same batches from the same start by PyTorch and by pygpt's kernels.
+
+The two take turns, step by step, so that whatever else the machine does slows both alike.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .backend import TABLE
+from .data import Corpus, UsageError
+from .generate import continuation
+from .report import Progress, clock, plot_losses
+from .train import PRESETS, Settings, Trainer
+
+BACKENDS = "torch", "cpp"
+CALIBRATION = 10  # first steps of each; they tell how many fit into --seconds
+PROMPT = "def "
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--data", help="text file or folder; default: Python's standard library")
+    parser.add_argument("--seconds", type=float, default=120, help="time for training both (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--sample", type=int, default=400, help="length of the generated text (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results (default: %(default)s)")
+
+
+def run(args: argparse.Namespace):
+    for name in BACKENDS:
+        if TABLE[name].missing:
+            raise UsageError(f"the demo compares {' with '.join(BACKENDS)}, and {name} is not available: {TABLE[name].missing}")
+    for flag in ("seconds", "steps", "sample", "threads"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{flag} must be positive, got {value}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(**PRESETS["demo"], data=args.data)
+    if args.steps:
+        settings = dataclasses.replace(settings, steps=args.steps, decay_steps=args.steps)
+    corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
+    trainers = {name: Trainer(dataclasses.replace(settings, backend=name), corpus) for name in BACKENDS}
+    args.out.mkdir(parents=True, exist_ok=True)
+    named = trainers["cpp"].named
+    print(
+        f"{settings.n_layer} layers x {settings.n_embd}, {sum(p.numel() for p in named.values()):,} parameters, "
+        f"{settings.tokens_per_step:,} tokens per step, {settings.dtype}, {torch.get_num_threads()} threads\n"
+        f"text: {args.data or 'the source of the Python standard library'}, {len(corpus.train):,} bytes for training, "
+        f"{len(corpus.val):,} for validation",
+        flush=True,
+    )
+    losses, seconds = _race(trainers, args)
+    validation = {name: trainer.evaluate()["val_loss"] for name, trainer in trainers.items()}
+    steps = list(range(1, trainers["cpp"].done + 1))
+    checkpoint, plot = args.out / "checkpoint.safetensors", args.out / "loss.png"
+    trainers["cpp"].save(checkpoint)
+    title = f"{settings.n_layer} x {settings.n_embd} GPT on {len(corpus.train) / 1e6:.1f} MB of text"
+    plotted = plot_losses(plot, title, {f'backend "{name}"': (steps, losses[name]) for name in BACKENDS})
+
+    print(f"\nWhat the trained model writes after {PROMPT!r}:\n")
+    model = trainers["cpp"].model.eval()
+    for piece in continuation(model, corpus.tokenizer, PROMPT, args.sample, temperature=0.7, top_k=None, seed=1):
+        print(piece, end="", flush=True)
+    print("\n")
+    _table(losses, seconds, validation, settings.tokens_per_step)
+    print(f"\ncheckpoint  {checkpoint}  (pygpt generate {args.out})")
+    print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed")
+
+
+def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
+    """Steps the trainers in turn -> losses and seconds per step, by backend. Sets their number of steps by the clock."""
+    losses, seconds = ({name: [] for name in trainers} for _ in range(2))
+    start = time.perf_counter()
+
+    def both():
+        for name in reversed(trainers) if len(losses["cpp"]) % 2 else trainers:
+            began = time.perf_counter()
+            losses[name].append(trainers[name].step())
+            seconds[name].append(time.perf_counter() - began)
+
+    total = args.steps
+    if total is None:
+        print(f"timing {CALIBRATION} steps of each ...", flush=True)
+        for _ in range(CALIBRATION):
+            both()
+        per_step = sum(median(s) for s in seconds.values())
+        total = CALIBRATION + max(1, int((args.seconds - (time.perf_counter() - start)) / per_step))
+        for trainer in trainers.values():
+            trainer.settings = dataclasses.replace(trainer.settings, steps=total, decay_steps=total)
+        print(f"{total} steps of each backend, taking turns: about {clock(args.seconds)}", flush=True)
+    per_step = trainers["cpp"].settings.tokens_per_step
+    with Progress("torch and cpp", total, len(losses["cpp"])) as progress:
+        while len(losses["cpp"]) < total:
+            both()
+            speed = per_step / median(seconds["cpp"][-20:])
+            progress.update(len(losses["cpp"]), losses["cpp"][-1], speed)
+    return losses, seconds
+
+
+def _table(losses: dict, seconds: dict, validation: dict, tokens_per_step: int):
+    print(f"{'backend':10}{'train loss':>12}{'val loss':>10}{'ms/step':>10}{'tokens/s':>11}")
+    for name in BACKENDS:
+        step = median(seconds[name])
+        last = losses[name][-20:]
+        print(f"{name:10}{sum(last) / len(last):12.4f}{validation[name]:10.4f}{step * 1e3:10.1f}{tokens_per_step / step:11,.0f}")
+    gap, at = max((abs(a - b), i + 1) for i, (a, b) in enumerate(zip(*losses.values(), strict=True)))
+    ratio = median(seconds["torch"]) / median(seconds["cpp"])
+    print(f"largest difference of the two loss curves: {gap:.2e} (step {at} of {len(losses['cpp'])})")
+    print(f'speed of "cpp" relative to "torch": {ratio:.2f}x (medians of {len(losses["cpp"])} steps each)')
