@@ -1,0 +1,337 @@
+"""The reference GPT against nanoGPT's formulas in plain PyTorch, and backends against each other."""
+
+import dataclasses
+import importlib
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pygpt
+from pygpt import GPT, GPTConfig
+
+TINY = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=3, n_embd=24)
+SERVED = [name for name, row in importlib.import_module("pygpt.backend").TABLE.items() if not row.missing]
+
+NAMES = """
+transformer.wte.weight transformer.wpe.weight
+transformer.h.0.ln_1.weight transformer.h.0.ln_1.bias
+transformer.h.0.attn.c_attn.weight transformer.h.0.attn.c_attn.bias
+transformer.h.0.attn.c_proj.weight transformer.h.0.attn.c_proj.bias
+transformer.h.0.ln_2.weight transformer.h.0.ln_2.bias
+transformer.h.0.mlp.c_fc.weight transformer.h.0.mlp.c_fc.bias
+transformer.h.0.mlp.c_proj.weight transformer.h.0.mlp.c_proj.bias
+transformer.ln_f.weight transformer.ln_f.bias lm_head.weight
+""".split()
+
+
+class PlainGPT(nn.Module):
+    """nanoGPT's modules and initialisation; `forward` from its formulas, in plain PyTorch."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        C, bias = c.n_embd, c.bias
+
+        def block():
+            attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C, bias), "c_proj": nn.Linear(C, C, bias)})
+            mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C, bias), "c_proj": nn.Linear(4 * C, C, bias)})
+            norms = nn.LayerNorm(C, bias=bias), nn.LayerNorm(C, bias=bias)
+            return nn.ModuleDict({"ln_1": norms[0], "attn": attn, "ln_2": norms[1], "mlp": mlp})
+
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(c.vocab_size, C), "wpe": nn.Embedding(c.block_size, C)})
+        self.transformer["h"] = nn.ModuleList(block() for _ in range(c.n_layer))
+        self.transformer["ln_f"] = nn.LayerNorm(C, bias=bias)
+        self.lm_head = nn.Linear(C, c.vocab_size, bias=False)
+        self.transformer["wte"].weight = self.lm_head.weight
+        self.config = c
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+
+    @staticmethod
+    def _init(m):
+        if isinstance(m, nn.Linear | nn.Embedding):
+            nn.init.normal_(m.weight, std=0.02)
+        if isinstance(m, nn.Linear) and m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+    def forward(self, idx, targets):
+        t, H = self.transformer, self.config.n_head
+        (B, T), C = idx.shape, self.config.n_embd
+        x = t["wte"](idx) + t["wpe"](torch.arange(T))
+        for block in t["h"]:
+            q, k, v = (p.view(B, T, H, C // H).transpose(1, 2) for p in block["attn"]["c_attn"](block["ln_1"](x)).split(C, 2))
+            s = (q @ k.mT / math.sqrt(C // H)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            x = x + block["attn"]["c_proj"]((s.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+            h = block["mlp"]["c_fc"](block["ln_2"](x))
+            x = x + block["mlp"]["c_proj"](0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))))
+        logits = self.lm_head(t["ln_f"](x))
+        return logits, F.cross_entropy(logits.view(B * T, -1), targets.flatten())
+
+
+def tokens(*shape):
+    return torch.randint(TINY.vocab_size, shape)
+
+
+def pair(bias=True, dtype=torch.float64):
+    """Our model and the plain one with the same random weights."""
+    config = dataclasses.replace(TINY, bias=bias)
+    plain, ours = PlainGPT(config).to(dtype), GPT(config, dtype=dtype)
+    for p in plain.parameters():
+        nn.init.normal_(p, std=0.2)
+    ours.load_state_dict(plain.state_dict(), strict=True)
+    return ours, plain
+
+
+def test_parameter_names():
+    one = dataclasses.replace(TINY, n_layer=1)
+    assert list(GPT(one).state_dict()) == NAMES
+    without = [n for n in NAMES if not n.endswith(".bias")]
+    assert list(GPT(dataclasses.replace(one, bias=False)).state_dict()) == without
+
+
+def test_initialisation_is_nanogpts(seed):
+    torch.manual_seed(seed)
+    plain = PlainGPT(TINY)
+    torch.manual_seed(seed)
+    ours = GPT(TINY)
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_gradients(bias, backend):
+    ours, plain = pair(bias)
+    idx, targets = tokens(2, 2, 13)
+    with pygpt.backend(backend):
+        logits, loss = ours(idx, targets)
+        loss.backward()
+        last, nothing = ours(idx)
+    expected, expected_loss = plain(idx, targets)
+    expected_loss.backward()
+    torch.testing.assert_close((logits, loss), (expected, expected_loss))
+    torch.testing.assert_close(last, expected[:, -1:])
+    assert nothing is None
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_negative_targets_are_ignored():
+    model, _ = pair()
+    idx, targets = tokens(2, 3, 16)
+    targets[0, :5], targets[1, 3], targets[2, 2:9] = -1, -100, -7
+    logits, loss = model(idx, targets)
+    kept = targets >= 0
+    torch.testing.assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
+
+
+def test_nanogpt_variants_load():
+    """Older attention kept its mask as a buffer; torch.compile prefixes the names."""
+    model, plain = pair()
+    state = {f"_orig_mod.{name}": w for name, w in plain.state_dict().items()}
+    for i in range(TINY.n_layer):
+        state[f"_orig_mod.transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    other = GPT(TINY).double()
+    other.load_state_dict(state, strict=True)
+    nested = nn.ModuleDict({"inner": GPT(TINY).double()})
+    nested.load_state_dict({f"inner.{name}": w for name, w in plain.state_dict().items()}, strict=True)
+    idx = tokens(1, 8)
+    assert torch.equal(other(idx)[0], model(idx)[0]) and torch.equal(nested["inner"](idx)[0], model(idx)[0])
+    del state["_orig_mod.transformer.ln_f.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*transformer.ln_f.weight"):
+        other.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------- generation
+def test_cached_logits_equal_uncached(backend):
+    model = pair()[0].eval()
+    idx = tokens(2, 16)
+    caches = model.new_caches()
+    with pygpt.backend(backend), torch.no_grad():
+        for part in idx.split([5, *[1] * 11], 1):
+            start = caches[0].length + part.shape[1]
+            torch.testing.assert_close(model(part, caches=caches)[0], model(idx[:, :start])[0])
+
+
+def uncached(model, idx, n):
+    for _ in range(n):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        idx = torch.cat((idx, logits[:, -1].argmax(-1, keepdim=True)), 1)
+    return idx
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 16, 20])
+def test_greedy_generation_equals_uncached(prompt, backend):
+    """Also past block_size, where nanoGPT crops."""
+    model, idx = pair()[0].eval(), tokens(2, prompt)
+    with pygpt.backend(backend):
+        assert torch.equal(model.generate(idx, 30, temperature=0), uncached(model, idx, 30))
+
+
+def test_sampling():
+    model, idx = pair()[0].eval(), tokens(64, 3)
+
+    def draw(seed, **options):
+        return model.generate(idx, 4, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=1), draw(2, temperature=0))
+    assert torch.equal(draw(1, top_k=1000), draw(1))
+    best = model(idx)[0][:, -1].topk(3).indices
+    assert (draw(3, top_k=3)[:, 3:4] == best).any(1).all()
+    assert torch.equal(model.generate(idx, 0), idx)
+    assert not draw(1).requires_grad
+
+
+# ------------------------------------------------------------------------------- backends
+def flat_gradient(model, batch):
+    model(*batch)[1].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def test_one_steps_gradients_are_equal_across_backends():
+    """Each is as near to the float64 gradient as PyTorch's own in float32, within the factor 2."""
+    model, batch = pair(dtype=torch.float32)[0], tokens(2, 4, 16)
+    double = GPT(TINY, dtype=torch.float64)
+    double.load_state_dict(model.state_dict())
+    with pygpt.backend("torch"):
+        exact = flat_gradient(double, batch)
+    error = {}
+    for name in SERVED:
+        model.zero_grad()
+        with pygpt.backend(name):
+            error[name] = float((flat_gradient(model, batch) - exact).norm() / exact.norm())
+    assert max(error.values()) <= 2 * error["torch"] + 2 * torch.finfo(torch.float32).eps, error
+
+
+def fifty_losses(backend, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = GPT(TINY).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    with pygpt.backend(backend):
+        for _ in range(50):
+            idx = tokens(4, 17)
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def test_fifty_steps_losses_are_equal_across_backends():
+    """Against the same run in float64, no backend strays further than PyTorch's own float32, within the factor 2
+    and 32 units in the last place of the loss (two runs that round differently part ways slowly)."""
+    exact = fifty_losses("torch", torch.float64)
+    error = {name: float((fifty_losses(name) - exact).abs().max()) for name in SERVED}
+    assert max(error.values()) <= 2 * error["torch"] + 32 * torch.finfo(torch.float32).eps * exact.max(), error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, backend):
+    """The explicit backend serves every op of a forward and backward pass; the result is PyTorch's to 16 bits."""
+    model, batch = pair(dtype=torch.float32)[0], tokens(2, 4, 16)
+    exact = flat_gradient(model, batch)
+    model.zero_grad()
+    with pygpt.backend(backend), torch.autocast("cpu", dtype):
+        logits, loss = model(*batch)
+    loss.backward()
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    assert (gradient - exact).norm() / exact.norm() < 16 * torch.finfo(dtype).eps
+
+
+# ------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m(tokens(1, 17)), r"1 <= T <= 16, got shape \(1, 17\)"),
+        (lambda m: m(tokens(5)), r"got shape \(5,\)"),
+        (lambda m: m(tokens(1, 0)), r"got shape \(1, 0\)"),
+        (lambda m: m(tokens(1, 4), tokens(1, 3)), r"targets must have idx's shape \(1, 4\), got \(1, 3\)"),
+        (lambda m: m.generate(tokens(1, 0), 3), r"got shape \(1, 0\)"),
+        (lambda m: m.generate(tokens(1, 2), 3, temperature=-1), "temperature must be >= 0"),
+        (lambda m: m.generate(tokens(1, 2), 3, top_k=0), "top_k >= 1"),
+        (lambda m: GPTConfig(n_embd=10, n_head=3), "n_embd 10 does not divide by n_head 3"),
+        (lambda m: GPTConfig(n_layer=0), "n_layer must be positive, got 0"),
+        (lambda m: GPT(dataclasses.replace(TINY, activation="swish")), "unknown activation"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(GPT(TINY))
+
+
+# ------------------------------------------------------------------------------- transformers' weights
+def as_hf(model, prefix="transformer.", **changes):
+    """A stand-in for transformers' GPT2LMHeadModel: its names, its Conv1D layout (in, out), its mask buffers."""
+    state = {}
+    for name, w in model.state_dict().items():
+        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[name.replace("transformer.", prefix)] = w.t().contiguous() if conv1d else w.clone()
+    for i in range(TINY.n_layer):
+        state[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril().bool()
+        state[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    config = {
+        "model_type": "gpt2", "vocab_size": 37, "n_positions": 16, "n_layer": 2, "n_head": 3, "n_embd": 24,
+        "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    } | changes  # fmt: skip
+    return SimpleNamespace(config=SimpleNamespace(**config), state_dict=lambda: state)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_from_hf_model(prefix):
+    model, _ = pair()
+    copy = GPT.from_hf(as_hf(model, prefix))
+    idx = tokens(2, 9)
+    assert copy.config == TINY and torch.equal(copy(idx)[0], model(idx)[0])
+    assert copy.lm_head.weight is copy.transformer.wte.weight
+
+
+def test_from_hf_folder(tmp_path):
+    from safetensors.torch import save_file
+
+    model, _ = pair(dtype=torch.bfloat16)
+    hf = as_hf(model, prefix="")
+    state = {name: w for name, w in hf.state_dict().items() if name != "lm_head.weight"}
+    names = sorted(state)
+    for part, chosen in enumerate((names[:9], names[9:])):
+        save_file({n: state[n] for n in chosen}, tmp_path / f"model-{part}-of-2.safetensors")
+    with pytest.raises(ValueError, match=r"must be a folder with config.json"):
+        GPT.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(vars(hf.config)))
+    copy = GPT.from_hf(str(tmp_path))
+    assert next(copy.parameters()).dtype == torch.bfloat16
+    for a, b in zip(copy.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "this is a llama model"),
+        ({"n_inner": 100}, "n_inner = 4 n_embd"),
+        ({"activation_function": "silu"}, "activation_function among gelu"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-5"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "no scale_attn_by_inverse_layer_idx"),
+        ({"n_layer": 1}, "do not fit the configuration"),
+        ({"vocab_size": 36}, "do not fit the configuration"),
+    ],
+)
+def test_from_hf_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_hf(as_hf(GPT(TINY), **changes))
+
+
+def test_from_hf_refuses_an_untied_head():
+    hf = as_hf(GPT(TINY))
+    hf.state_dict()["lm_head.weight"].add_(1)
+    with pytest.raises(ValueError, match="lm_head tied to wte"):
+        GPT.from_hf(hf)
