@@ -14,7 +14,8 @@
 // first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
 //
 // A row is read from memory once; its other passes find it in cache. dw and db are summed over chunks
-// of rows, then chunk by chunk in order; the chunks depend on the shape alone.
+// of rows, then chunk by chunk in order, each sum in groups to keep its chains short; the chunks depend
+// on the shape alone.
 #include <algorithm>
 #include <cmath>
 
@@ -25,8 +26,9 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;   // columns summed before they are added to a total
-constexpr int64_t kSerial = 32768; // elements not worth a second thread
+constexpr int64_t kBlock = 2048;    // columns summed before they are added to a total
+constexpr int64_t kGroup = 8;       // rows summed before they are added to a total
+constexpr int64_t kSerial = 32768;  // elements not worth a second thread
 
 // f(j, n, u) for vectors of n <= W lanes from column j on; u = 0..3 in turn, to keep four sums apart.
 template <class T, class F>
@@ -57,6 +59,17 @@ PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
   return v;
 }
 
+// v, computed on its own: not fused into the operation that uses it.
+template <class V>
+PYGPT_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // A row of parameters as Acc<S>, `value` throughout if there is none.
 template <class Tag, class S>
 const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
@@ -71,6 +84,7 @@ const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
 struct Weight;
 struct Bias;
 struct Partials;
+struct Group;
 
 template <class S>
 struct Matrix {
@@ -128,7 +142,7 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   };
   T sums[2];
   row_sums<2>(cols, sums, [&](int64_t j, int64_t n, Vec<T>* s) {
-    Vec<T> d = load(dy + j, n), h = xhat(j, n), g = d * load(w + j, n);
+    Vec<T> d = load(dy + j, n), h = xhat(j, n), g = rounded(d * load(w + j, n));
     s[0] += g;
     s[1] += g * h;
     if constexpr (Params) {
@@ -139,7 +153,8 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   if (!dx) return;
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
   each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
-    Vec<T> d = (load(dy + j, n) * load(w + j, n) - mean_g - xhat(j, n) * mean_gh) * saved.rstd;
+    Vec<T> g = rounded(load(dy + j, n) * load(w + j, n));  // in a row of one column g - mean_g is 0
+    Vec<T> d = (g - mean_g - xhat(j, n) * mean_gh) * saved.rstd;
     store(dx + j, dsum ? d + load(dsum + j, n) : d, n);
   });
 }
@@ -162,7 +177,7 @@ void norm_fwd(const NormArgs& a) {
   });
 }
 
-// out = the sum of `chunks` rows of partial sums, `step` apart, in order.
+// out = the sum of `chunks` rows of partial sums, `step` apart, in order, kGroup at a time.
 template <class S>
 void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, void* out) {
   using T = Acc<S>;
@@ -171,7 +186,11 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   parallel_for(ceil_div(cols, kColumns), [&](int64_t begin, int64_t end) {
     each_vector<T>(begin * kColumns, std::min(cols, end * kColumns), [&](int64_t j, int64_t n, int) {
       Vec<T> total = {};
-      for (int64_t c = 0; c < chunks; c++) total += load(partials + c * step + j);
+      for (int64_t c = 0; c < chunks;) {
+        Vec<T> group = {};
+        for (int64_t last = std::min(chunks, c + kGroup); c < last; c++) group += load(partials + c * step + j);
+        total += group;
+      }
       store(static_cast<S*>(out) + j, total, n);
     });
   });
@@ -187,12 +206,18 @@ void norm_bwd(const NormArgs& a) {
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
   T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
   parallel_for(chunks, [&](int64_t begin, int64_t end) {
+    T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
-      T* dw = partials + c * 2 * width;
-      if (Params) std::fill(dw, dw + 2 * width, T(0));
-      for (int64_t i = c * chunk; i < std::min(a.rows, (c + 1) * chunk); i++)
-        backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]}, dx.row(i),
-                                    dw, dw + width);
+      T* total = partials + c * 2 * width;
+      if (Params) std::fill(total, total + 2 * width, T(0));
+      for (int64_t i = c * chunk, last = std::min(a.rows, i + chunk); i < last;) {
+        if (Params) std::fill(group, group + 2 * width, T(0));
+        for (int64_t stop = std::min(last, i + kGroup); i < stop; i++)
+          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]},
+                                      dx.row(i), group, group + width);
+        if (Params)
+          for (int64_t j = 0; j < 2 * width; j++) total[j] += group[j];
+      }
     }
   });
   if (Params) {
