@@ -5,12 +5,19 @@ values three results are made: x64, the reference in float64 (`reference.<op>_fw
 own in d (the ordinary expression `reference.<op>` and autograd); ours in d (`pygpt.functional`). Then
 
     error(x) = max |x - x64| / scale        scale = max(|x64|, |cancelled|) over the whole result
-    ours passes  iff  error(ours) <= 2 error(PyTorch) + ULPS eps(d)
+    ours passes  iff  error(ours) <= 2 error(PyTorch) + ULPS eps(accumulator) + eps(d) / 2
+
+The allowance is a few roundings while accumulating (in float32, or float64 for float64) and one of the
+result; it matters where PyTorch happens to be exact.
 
 ``cancelled`` is the largest of the terms that cancel in a softmax's or a norm's input gradient: where
 they cancel to nothing (one key, rows of width 1) rounding is all that is left of the result. Small
 results are drawn several times, so that neither side is judged by one lucky element; for the same
 reason a direction fails only after DRAWS draws, the errors and the scale being the largest over all.
+
+For float64 there is no wider reference: x64 has rounding errors of its own, and PyTorch's may be the
+very same ones. Its yardstick is PyTorch's error in float32, where it can be measured, times
+eps(float64) / eps(float32), if that is larger.
 """
 
 import json
@@ -29,9 +36,10 @@ from . import functional, reference
 from .backend import backend as chosen
 from .backend import choose
 
-ULPS = 2.0  # of the result's dtype: the allowance where PyTorch happens to be exact
+ULPS = 4.0
 ELEMENTS, DRAWS = 512, 24  # a direction passes on so many elements or after so many draws
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Row:
     direction: str
     ours: float  # error
     torch: float  # PyTorch's error
-    eps: float  # of the direction's dtype
+    allowance: float
 
     @property
     def ratio(self) -> float:
@@ -66,7 +74,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.ours <= 2.0 * self.torch + ULPS * self.eps  # False for NaN
+        return self.ours <= 2.0 * self.torch + self.allowance  # False for NaN
 
 
 # ------------------------------------------------------------------------------- the ops
@@ -275,6 +283,10 @@ def _deviation(x: Tensor, x64: Tensor) -> float:
     return _largest(torch.where(x == x64, 0.0, x - x64))  # equal infinities are no error
 
 
+def allowance(dtype: torch.dtype) -> float:
+    return ULPS * EPS[torch.float64 if dtype == torch.float64 else torch.float32] + EPS[dtype] / 2
+
+
 def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | None = None, **how) -> list[Row]:
     """One Row per direction of ``op``; ``backend`` None lets the table decide. ``how``: see `draw`."""
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
@@ -282,7 +294,10 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
     for n in range(1, DRAWS + 1):
         args, grads = draw(op, dims, dtype, generator, **how)
         x64, terms = in_float64(op, args, grads)
-        theirs = directions(op, eager(op), args, grads)
+        theirs, narrow = directions(op, eager(op), args, grads), None
+        if dtype == torch.float64:
+            few = [[a.float() if isinstance(a, Tensor) else a for a in group] for group in (args, grads)]
+            narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with chosen(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
             served = choose(SPECS[op].op or op, [a for a in args if isinstance(a, Tensor)]).backend
@@ -290,10 +305,13 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:
                 raise AssertionError(f"verify: {op}: {key} is {got}, PyTorch's is {want}")
-            now = _deviation(ours[key], r), _deviation(theirs[key], r), max(_largest(r), _largest(terms.get(key, r)))
+            their = _deviation(theirs[key], r)
+            if narrow:
+                their = max(their, _deviation(narrow[0][key], narrow[1][key]) * EPS[torch.float64] / EPS[torch.float32])
+            now = _deviation(ours[key], r), their, max(_largest(r), _largest(terms.get(key, r)))
             worst[key] = [a if a != a else max(a, b) for a, b in zip(now, worst.get(key, (0.0,) * 3), strict=True)]
         rows = [
-            Row(op, shape, name, served, key, our / (scale or 1.0), their / (scale or 1.0), torch.finfo(ours[key].dtype).eps)
+            Row(op, shape, name, served, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
         ]
         if all(row.passed for row in rows) and all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values()):
@@ -371,7 +389,7 @@ def run(args) -> int:
         print()
     else:
         _print(rows)
-        print(f"{len(rows) - failed} of {len(rows)} pass: error <= 2x PyTorch's + {ULPS:g} ulp, against float64 (--seed {seed})")
+        print(f"{len(rows) - failed} of {len(rows)} pass: error against float64 at most 2x PyTorch's plus a few ulp (--seed {seed})")
     return 1 if failed else 0
 
 

@@ -68,9 +68,17 @@ def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, gener
             spoilt = [a.clone() if i == at else a for i, a in enumerate(args)]
             spoilt[at].view(-1)[torch.randint(spoilt[at].numel(), (), generator=generator)] = value
             ours, theirs = (verify.directions(op, f, spoilt, grads) for f in (verify.SPECS[op].call, verify.eager(op)))
+            wide = [[a.double() if isinstance(a, torch.Tensor) else a for a in group] for group in (spoilt, grads)]
+            wide = verify.directions(op, verify.eager(op), *wide)  # PyTorch's vectorised float32 gelu(inf) is NaN, float64 inf
             for key, want in theirs.items():
-                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                    assert torch.equal(kind(ours[key]), kind(want)), f"{kind.__name__} of {key}, {value} in argument {at}"
+                # in a gradient, where infinities meet to make NaN is a matter of the order of its sums
+                exactly = (torch.isnan, torch.isposinf) if key in verify.SPECS[op].outputs else ()
+                for kind in (torch.isfinite, *exactly):
+                    wrong = (kind(ours[key]) != kind(want)) & (kind(ours[key]) != kind(wide[key]))
+                    assert not wrong.any(), (
+                        f"{kind.__name__}({key}), {value} in argument {at}: at {wrong.sum()} of {want.numel()}, "
+                        f"such as {ours[key][wrong][0]} where PyTorch has {want[wrong][0]}"
+                    )
 
 
 SUBSET = """
