@@ -240,11 +240,11 @@ def open_checkpoint(path: Path):
 
 # ------------------------------------------------------------------------------- a run in a folder
 class Log:
-    """log.jsonl: one JSON object per step or evaluation; ``kept`` are the lines up to step ``done``."""
+    """log.jsonl: one JSON object per step or evaluation. Opening it keeps the entries up to step ``done``."""
 
-    def __init__(self, path: Path, done: int | None):
+    def __init__(self, path: Path, done: int):
         self.path, self.entries = path, []
-        if done is not None and path.exists():
+        if path.exists():
             self.entries = [e for e in map(_parse, path.read_text().splitlines()) if e and e["step"] <= done]
         with checkpoint.atomic(path) as temporary:
             temporary.write_text("".join(json.dumps(e) + "\n" for e in self.entries))
@@ -286,15 +286,11 @@ def _interruptible():
         signal.signal(signal.SIGINT, previous)
 
 
-def fit(trainer: Trainer, out: Path, resume: bool):
-    """Trains to ``settings.steps``, logging and saving under ``out``; KeyboardInterrupt comes after saving."""
+def fit(trainer: Trainer, out: Path):
+    """Trains on to ``settings.steps``, logging and saving under ``out``; KeyboardInterrupt comes after saving."""
     s, path = trainer.settings, out / "checkpoint.safetensors"
     every = s.checkpoint_interval or s.eval_interval
-    if resume:
-        trainer.load(path)
-    else:
-        trainer.save(path)
-    log = Log(out / "log.jsonl", trainer.done if resume else None)
+    log = Log(out / "log.jsonl", trainer.done)
     durations = []
     with Progress("training", s.steps, trainer.done) as progress, _interruptible() as interrupted:
 
@@ -303,7 +299,7 @@ def fit(trainer: Trainer, out: Path, resume: bool):
             log.write(step=trainer.done, **losses)
             progress.print("step {}: train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(trainer.done, **losses))
 
-        if not resume:
+        if not log.entries:
             evaluate()
         while trainer.done < s.steps and not interrupted():
             start, rate = time.perf_counter(), s.rate(trainer.done)
@@ -350,10 +346,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
-    path = args.out / "checkpoint.safetensors"
+    path, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
     if args.resume:
         settings = _resumed_settings(path, given)
-    elif not args.force and (there := [f for f in (path, args.out / "log.jsonl") if f.exists()]):
+    elif not args.force and (there := [f for f in (path, log) if f.exists()]):
         raise UsageError(f"{there[0]} exists; pass --resume to continue that run, or --force to replace it")
     else:
         settings = Settings(**{**PRESETS[args.preset], **given})
@@ -361,13 +357,18 @@ def run(args: argparse.Namespace):
         torch.set_num_threads(settings.threads)
     corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
     trainer = Trainer(settings, corpus)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        trainer.load(path)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        trainer.save(path)
     print(
         f"{sum(p.numel() for p in trainer.named.values()):,} parameters, {len(corpus.train):,} training tokens, "
         f"{settings.tokens_per_step:,} per step, {settings.dtype}, {torch.get_num_threads()} threads",
         flush=True,
     )
-    fit(trainer, args.out, args.resume)
+    fit(trainer, args.out)
 
 
 def _resumed_settings(path: Path, given: dict) -> Settings:

@@ -1,0 +1,270 @@
+"""Text, batches, schedule, optimiser, checkpoints, and resuming bit for bit."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pygpt
+from pygpt import checkpoint, cli, train
+from pygpt.data import Chars, Corpus, UsageError, read_text
+from pygpt.train import PRESETS, Settings, Trainer
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 2, "warmup": 3}
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(b"line %d of a text, squared %d\n" % (i, i * i) for i in range(200)))
+    return path
+
+
+@pytest.fixture
+def corpus(text):
+    return Corpus.load(str(text), "byte", 16)
+
+
+def pygpt_process(*arguments, **options):
+    root = Path(pygpt.__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "pygpt", *map(str, arguments)], env=env, **options)
+
+
+# ------------------------------------------------------------------------------- text and batches
+def test_default_corpus_is_the_standard_library():
+    data = read_text(None)
+    assert 2_000_000 < len(data) <= 12_000_000 and data.endswith(b"\n")
+    assert data == read_text(None)
+    assert Path(json.__file__).read_bytes() in data
+    assert Path(pytest.__file__).read_bytes() not in data
+
+
+def test_folder_in_sorted_order_without_binaries(tmp_path):
+    for name, content in (("b.txt", b"B"), ("a/z.md", b"Z"), ("a/x.py", b"X"), (".git/config", b"hidden"), ("c.bin", b"\0")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert read_text(str(tmp_path)) == b"XZB"
+
+
+def test_split_and_digest(text, corpus):
+    data = text.read_bytes()
+    assert bytes(corpus.train.tolist()) + bytes(corpus.val.tolist()) == data
+    assert len(corpus.train) == len(data) * 9 // 10
+    assert Corpus.load(str(text), "byte", 16).digest == corpus.digest
+    text.write_bytes(data + b".")
+    assert Corpus.load(str(text), "byte", 16).digest != corpus.digest
+
+
+def test_characters():
+    chars = Chars("aeé")
+    assert chars.encode("éa".encode()).tolist() == [2, 0]
+    assert chars.decode([2, 0, 99]) == "éa?".encode()
+    with pytest.raises(UsageError, match="'x' is not in the model's vocabulary"):
+        chars.encode(b"x")
+
+
+def test_batches_are_a_function_of_their_key(corpus):
+    x, y = corpus.batch("train", 4, 16, 1, 2, 3)
+    assert x.shape == y.shape == (4, 16) and x.dtype == torch.int64 and torch.equal(x[:, 1:], y[:, :-1])
+    torch.manual_seed(7)
+    again = corpus.batch("train", 4, 16, 1, 2, 3)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+    for other in ((1, 2, 4), (1, 3, 3), (0, 2, 3)):
+        assert not torch.equal(x, corpus.batch("train", 4, 16, *other)[0])
+    offsets = {int(corpus.batch("val", 1, len(corpus.val) - 2, i)[0][0, 0]) for i in range(20)}
+    assert offsets == {int(corpus.val[0]), int(corpus.val[1])}  # every offset that fits, no other
+
+
+# ------------------------------------------------------------------------------- one step
+def test_schedule():
+    s = Settings(learning_rate=1e-3, min_lr=1e-4, warmup=100, steps=2000)
+    assert s.rate(0) == pytest.approx(1e-3 / 101) and s.rate(99) == pytest.approx(1e-3 * 100 / 101)
+    assert s.rate(100) == pytest.approx(1e-3) and s.rate(1050) == pytest.approx(5.5e-4)
+    assert s.rate(2000) == pytest.approx(1e-4) == s.rate(5000)
+
+
+def test_presets():
+    shakespeare = Settings(**PRESETS["shakespeare-char-cpu"])
+    expected = {
+        "eval_iters": 20, "block_size": 64, "batch_size": 12, "n_layer": 4, "n_head": 4, "n_embd": 128, "steps": 2000,
+        "decay_steps": 2000, "dropout": 0.0, "learning_rate": 1e-3, "min_lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "warmup": 100,
+        "eval_interval": 250, "weight_decay": 0.1, "grad_clip": 1.0, "grad_accum": 1, "bias": False, "tokens": "char",
+    }  # fmt: skip
+    assert {k: getattr(shakespeare, k) for k in expected} == expected
+    gpt2 = Settings(**PRESETS["gpt2"])
+    assert (gpt2.n_layer, gpt2.n_head, gpt2.n_embd, gpt2.block_size, gpt2.vocab_size) == (12, 12, 768, 1024, 50304)
+    assert gpt2.tokens_per_step == 12 * 40 * 1024
+    assert Settings(**PRESETS["demo"]) == Settings()
+
+
+def test_step_is_a_plain_training_step(corpus):
+    """Accumulation, clipping, decay of matrices alone, the schedule: against a loop in plain PyTorch."""
+    s = Settings(**TINY, bias=True, grad_accum=3, grad_clip=0.5, dtype="float64", backend="torch", learning_rate=1e-2)
+    trainer, other = Trainer(s, corpus), Trainer(s, corpus)
+    model = other.model
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    adamw = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.99))
+    for step in range(5):
+        loss = trainer.step()
+        batches = [corpus.batch("train", 4, 16, s.seed, step, micro) for micro in range(3)]
+        expected = sum(model(*batch)[1] for batch in batches) / 3
+        expected.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, 0.5 / norm)
+        for group in adamw.param_groups:
+            group["lr"] = s.rate(step)
+        adamw.step()
+        adamw.zero_grad()
+        assert loss == pytest.approx(expected.item(), rel=1e-7)
+    for (name, a), b in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_learns_in_every_dtype(dtype, corpus, backend):
+    trainer = Trainer(Settings(**TINY, dtype=dtype, backend=backend, learning_rate=1e-2), corpus)
+    before = trainer.evaluate()
+    for _ in range(30):
+        trainer.step()
+    after = trainer.evaluate()
+    assert all(after[k] < before[k] - 0.5 for k in before)
+    wanted = torch.float64 if dtype == "float64" else torch.float32
+    assert {p.dtype for p in trainer.model.parameters()} == {wanted}
+
+
+def test_evaluation_changes_nothing(corpus):
+    s = Settings(**TINY, dropout=0.2)
+    a, b = Trainer(s, corpus), Trainer(s, corpus)
+    assert a.evaluate() == a.evaluate()
+    assert [a.step() for _ in range(3)] == [b.step() for _ in range(3)]
+
+
+# ------------------------------------------------------------------------------- checkpoints
+def entries(out):
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in open(out / "log.jsonl")]
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dropout": 0.1, "grad_accum": 2}])
+def test_resumes_bit_exactly(options, corpus, tmp_path):
+    s = Settings(**TINY, **options)
+    through, first = Trainer(s, corpus), Trainer(s, corpus)
+    expected = [through.step() for _ in range(8)]
+    losses = [first.step() for _ in range(4)]
+    first.save(tmp_path / "c.safetensors")
+    torch.rand(10)
+    second = Trainer(s, corpus)
+    second.load(tmp_path / "c.safetensors")
+    losses += [second.step() for _ in range(4)]
+    assert losses == expected
+    for name, p in through.named.items():
+        assert torch.equal(p, second.named[name]), name
+
+
+def test_resumes_bit_exactly_after_kill_9(text, tmp_path):
+    """The killed and resumed run ends with the same checkpoint file, byte for byte, and the same log."""
+    command = ["train", "--data", text, *FLAGS, "--steps=600", "--eval-interval=100", "--checkpoint-interval=7", "--dropout=0.1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = pygpt_process(*command, "--out", killed, stdout=subprocess.DEVNULL)
+    while not (killed / "log.jsonl").exists() or len((killed / "log.jsonl").read_text().splitlines()) < 40:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, metadata = checkpoint.load(killed / "checkpoint.safetensors")
+    assert 0 < metadata["step"] < 600
+    with open(killed / "log.jsonl", "a") as log:
+        log.write('{"step": 9')  # a line cut short by the kill
+    assert cli.main(["train", "--out", str(killed), "--resume"]) == 0
+    assert cli.main([*map(str, command), "--out", str(whole)]) == 0
+    assert (killed / "checkpoint.safetensors").read_bytes() == (whole / "checkpoint.safetensors").read_bytes()
+    assert entries(killed) == entries(whole)
+    assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ctrl_c_keeps_a_checkpoint(text, tmp_path):
+    out = tmp_path / "run"
+    process = pygpt_process(
+        "train", "--data", text, *FLAGS, "--steps=100000", "--out", out, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 130 and stderr == "pygpt: interrupted\n" and "continue with --resume" in stdout
+    _, metadata = checkpoint.load(out / "checkpoint.safetensors")
+    assert metadata["step"] == entries(out)[-1]["step"]
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    trainer = Trainer(Settings(**TINY), corpus)
+    trainer.save(path)
+    old = path.read_bytes()
+    trainer.step()
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            trainer.save(path)
+        assert path.read_bytes() == old and os.listdir(tmp_path).count("c.safetensors") == 1
+        assert not [f for f in os.listdir(tmp_path) if "tmp" in f]
+    child = os.fork()
+    if child == 0:  # dies between writing and renaming
+        os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        trainer.save(path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == old
+    trainer.save(path)
+    assert checkpoint.load(path)[1]["step"] == 1 and len(os.listdir(tmp_path)) == 2  # the text and the checkpoint
+
+
+def test_checkpoint_holds_nanogpt_names(corpus, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer = Trainer(Settings(**TINY), corpus)
+    trainer.save(tmp_path / "c.safetensors")
+    state = load_file(tmp_path / "c.safetensors")
+    assert set(state) == set(trainer.model.state_dict()) - {"lm_head.weight"}
+    model, tokenizer, _ = train.open_checkpoint(tmp_path / "c.safetensors")
+    assert not model.training and tokenizer.size == 256
+    mode = (tmp_path / "c.safetensors").stat().st_mode
+    assert mode == (tmp_path / "text.txt").stat().st_mode
+
+
+def test_resume_refuses_another_text_and_another_model(corpus, text, tmp_path):
+    path = tmp_path / "c.safetensors"
+    settings = Settings(**TINY)
+    Trainer(settings, corpus).save(path)
+    with pytest.raises(UsageError, match="does not fit the model"):
+        Trainer(dataclasses.replace(settings, n_embd=32), corpus).load(path)
+    text.write_bytes(text.read_bytes() + b"more")
+    with pytest.raises(UsageError, match="another text"):
+        Trainer(settings, Corpus.load(str(text), "byte", 16)).load(path)
+
+
+# ------------------------------------------------------------------------------- demo
+def test_demo(text, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--steps=3", "--sample=5", "--data", str(text.with_name("long.txt"))]) == 2
+    text.with_name("long.txt").write_bytes(text.read_bytes() * 10)
+    capsys.readouterr()
+    assert cli.main(["demo", "--steps=3", "--sample=5", "--data", str(text.with_name("long.txt")), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "3/3" in shown and "tokens/s" in shown and "0:00 left" in shown
+    gap = float(shown.split("largest difference of the two loss curves: ")[1].split()[0])
+    assert gap < 1e-4 and 'speed of "cpp" relative to "torch"' in shown
+    assert {f.name for f in out.iterdir()} == {"checkpoint.safetensors", "loss.png"}
+    assert cli.main(["generate", str(out), "--max-new-tokens=3"]) == 0
