@@ -57,7 +57,9 @@ def _text(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise UsageError(f"the text is not UTF-8 ({e.reason} at byte {e.start}); --tokens byte takes anything") from None
+        raise UsageError(
+            f"the text is not UTF-8 ({e.reason} at byte {e.start}); --tokens byte takes anything"
+        ) from None
 
 
 def read_text(path: str | None) -> bytes:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -29,13 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--steps", type=int, help="train this many steps instead")
     parser.add_argument("--sample", type=int, default=400, help="length of the generated text (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder of the results (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace):
     for name in BACKENDS:
         if TABLE[name].missing:
-            raise UsageError(f"the demo compares {' with '.join(BACKENDS)}, and {name} is not available: {TABLE[name].missing}")
+            raise UsageError(
+                f"the demo compares {' with '.join(BACKENDS)}, and {name} is not available: {TABLE[name].missing}"
+            )
     for flag in ("seconds", "steps", "sample", "threads"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace):
 
 
 def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
-    """Steps the trainers in turn -> losses and seconds per step, by backend. Sets their number of steps by the clock."""
+    """Steps the trainers in turn, as often as the clock allows -> losses and seconds per step, by backend."""
     losses, seconds = ({name: [] for name in trainers} for _ in range(2))
     start = time.perf_counter()
 
@@ -96,11 +100,11 @@ def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
             trainer.settings = dataclasses.replace(trainer.settings, steps=total, decay_steps=total)
         print(f"{total} steps of each backend, taking turns: about {clock(args.seconds)}", flush=True)
     per_step = trainers["cpp"].settings.tokens_per_step
-    with Progress("torch and cpp", total, len(losses["cpp"])) as progress:
+    with Progress("training", total, len(losses["cpp"])) as progress:
         while len(losses["cpp"]) < total:
             both()
-            speed = per_step / median(seconds["cpp"][-20:])
-            progress.update(len(losses["cpp"]), losses["cpp"][-1], speed)
+            speeds = ", ".join(f"{name} {per_step / median(s[-20:]):,.0f}" for name, s in seconds.items())
+            progress.update(len(losses["cpp"]), f"loss {losses['cpp'][-1]:.4f}  {speeds} tokens/s")
     return losses, seconds
 
 
@@ -108,8 +112,8 @@ def _table(losses: dict, seconds: dict, validation: dict, tokens_per_step: int):
     print(f"{'backend':10}{'train loss':>12}{'val loss':>10}{'ms/step':>10}{'tokens/s':>11}")
     for name in BACKENDS:
         step = median(seconds[name])
-        last = losses[name][-20:]
-        print(f"{name:10}{sum(last) / len(last):12.4f}{validation[name]:10.4f}{step * 1e3:10.1f}{tokens_per_step / step:11,.0f}")
+        train = mean(losses[name][-20:])
+        print(f"{name:10}{train:12.4f}{validation[name]:10.4f}{step * 1e3:10.1f}{tokens_per_step / step:11,.0f}")
     gap, at = max((abs(a - b), i + 1) for i, (a, b) in enumerate(zip(*losses.values(), strict=True)))
     ratio = median(seconds["torch"]) / median(seconds["cpp"])
     print(f"largest difference of the two loss curves: {gap:.2e} (step {at} of {len(losses['cpp'])})")

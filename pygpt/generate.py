@@ -14,7 +14,9 @@ from .data import UsageError
 from .train import open_checkpoint
 
 
-def continuation(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_k, seed: int) -> Iterator[str]:
+def continuation(
+    model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_k, seed: int
+) -> Iterator[str]:
     """``prompt``, then what follows, a piece per token (an empty one inside a multi-byte character)."""
     idx = tokenizer.encode(prompt.encode()).long()[None]
     generator = torch.Generator().manual_seed(seed)
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--max-new-tokens", type=int, default=500)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 = always the likeliest (default: %(default)s)"
+    )
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--backend", choices=TABLE, help="default: the first that serves a call")

@@ -18,7 +18,7 @@ from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear
 
 @dataclass
 class GPTConfig:
-    """The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64. ValueError where no model has that shape."""
+    """The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64. ValueError for impossible shapes."""
 
     vocab_size: int = 50304
     block_size: int = 1024
@@ -139,7 +139,9 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
             yield token
 
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None) -> Tensor:
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None
+    ) -> Tensor:
         """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call `eval` first, as for any model.
 
         temperature 0 takes the likeliest token; top_k draws among the k likeliest. Attention sees the last block_size
@@ -192,8 +194,13 @@ def _accept_nanogpt_variants(module, state_dict, prefix, *_):
 
 # ------------------------------------------------------------------------------- transformers' GPT-2
 _HF_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"
-}  # fmt: skip
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 
 
 def _read_hf_folder(folder: Path):

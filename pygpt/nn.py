@@ -1,9 +1,8 @@
-"""Modules over `pygpt.functional`: torch's own norms and Linear with another forward, and the two halves of a GPT block.
+"""Modules over `pygpt.functional`: torch's norms and Linear with another forward, and the halves of a GPT block.
 
 State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and nanoGPT (MLP, CausalSelfAttention).
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
@@ -42,7 +41,14 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, hidden_dim: int | None = None, activation="gelu_tanh", bias=True, dropout=0.0, device=None, dtype=None
+        self,
+        embed_dim: int,
+        hidden_dim: int | None = None,
+        activation="gelu_tanh",
+        bias=True,
+        dropout=0.0,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         if activation not in functional.reference.ACTIVATIONS:
@@ -90,14 +96,25 @@ class CausalSelfAttention(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, num_heads: int, num_kv_heads: int | None = None, bias=True, dropout=0.0, device=None, dtype=None
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        bias=True,
+        dropout=0.0,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"pygpt.nn.CausalSelfAttention: embed_dim {embed_dim} does not divide by num_heads {num_heads}")
+            raise ValueError(
+                f"pygpt.nn.CausalSelfAttention: embed_dim {embed_dim} does not divide by num_heads {num_heads}"
+            )
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"pygpt.nn.CausalSelfAttention: num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}")
+            raise ValueError(
+                f"pygpt.nn.CausalSelfAttention: num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
         self.c_attn = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias, device, dtype)
         self.c_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
@@ -106,7 +123,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """With a cache, x holds the positions that follow the cached ones."""
         if x.dim() != 3 or x.shape[2] != self.c_attn.in_features:
-            raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"pygpt.nn.CausalSelfAttention: x must be (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
+            )
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.c_attn(x).unflatten(2, (H + 2 * Hkv, self.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
         q, k, v = qkv.split((H, Hkv, Hkv), dim=1)

@@ -17,10 +17,10 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Steps done, loss, tokens/s and time left: a live bar on a terminal, plain lines elsewhere.
+    """Steps done, a status and the time left: a live bar on a terminal, plain lines elsewhere.
 
     >>> with Progress("training", total=100) as progress:
-    ...     progress.update(1, loss, tokens_per_second)
+    ...     progress.update(1, "loss 5.5")
     """
 
     def __init__(self, label: str, total: int, done: int = 0):
@@ -42,10 +42,10 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, done: int, loss: float, tokens_per_second: float):
-        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+    def update(self, done: int, status: str):
         if self.bar:
-            return self.bar.update(self.task, completed=done, status=status)
+            self.bar.update(self.task, completed=done, status=status)
+            return
         elapsed = time.monotonic() - self.start
         if elapsed - self.last_line >= PLAIN_EVERY or done == self.total:
             self.last_line = elapsed

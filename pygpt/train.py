@@ -30,7 +30,13 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 mas
 
 def option(default, help: str, type=None, low=None, choices=None, adjustable=False):
     """One setting and its command line flag. low: the least value allowed; adjustable: may change on --resume."""
-    metadata = {"help": help, "type": type or default.__class__, "low": low, "choices": choices, "adjustable": adjustable}
+    metadata = {
+        "help": help,
+        "type": type or default.__class__,
+        "low": low,
+        "choices": choices,
+        "adjustable": adjustable,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -61,10 +67,16 @@ class Settings:
     grad_clip: float = option(1.0, "largest gradient norm; 0 = no clipping", low=0.0)
     eval_interval: int = option(250, "steps between evaluations", low=1, adjustable=True)
     eval_iters: int = option(20, "batches per evaluation and split", low=1, adjustable=True)
-    checkpoint_interval: int | None = option(None, "steps between checkpoints; default: --eval-interval", int, 1, adjustable=True)
+    checkpoint_interval: int | None = option(
+        None, "steps between checkpoints; default: --eval-interval", int, 1, adjustable=True
+    )
     seed: int = option(1337, "of initialisation, batches and dropout")
-    dtype: str = option("float32", "float64, or 16 bit by autocast", choices=("float32", "bfloat16", "float16", "float64"))
-    backend: str | None = option(None, "default: the first that serves a call", str, choices=tuple(TABLE), adjustable=True)
+    dtype: str = option(
+        "float32", "float64, or 16 bit by autocast", choices=("float32", "bfloat16", "float16", "float64")
+    )
+    backend: str | None = option(
+        None, "default: the first that serves a call", str, choices=tuple(TABLE), adjustable=True
+    )
     compile: bool = option(False, "torch.compile the model", adjustable=True)
     threads: int | None = option(None, "CPU threads; default: PyTorch's", int, low=1, adjustable=True)
 
@@ -140,7 +152,9 @@ class Trainer:
         why = [TABLE[name].missing] if name and TABLE[name].missing else None
         if not why:
             with self._context():
-                choice = functional.explain("scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True)
+                choice = functional.explain(
+                    "scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True
+                )
             why = choice.rejected[name] if choice.backend is None else None
         if why:
             raise UsageError(f"backend {name!r} cannot train this model: {'; '.join(why)}")
@@ -297,7 +311,9 @@ def fit(trainer: Trainer, out: Path):
         def evaluate():
             losses = trainer.evaluate()
             log.write(step=trainer.done, **losses)
-            progress.print("step {}: train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(trainer.done, **losses))
+            progress.print(
+                "step {}: train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(trainer.done, **losses)
+            )
 
         if not log.entries:
             evaluate()
@@ -309,7 +325,7 @@ def fit(trainer: Trainer, out: Path):
             durations = [*durations[-19:], time.perf_counter() - start]
             speed = s.tokens_per_step / median(durations)
             log.write(step=trainer.done, loss=loss, lr=rate, tokens_per_second=round(speed, 1))
-            progress.update(trainer.done, loss, speed)
+            progress.update(trainer.done, f"loss {loss:.4f}  {speed:,.0f} tokens/s")
             last = trainer.done == s.steps or interrupted()
             if trainer.done % s.eval_interval == 0 or trainer.done == s.steps:
                 evaluate()
@@ -332,7 +348,9 @@ def flag(f: dataclasses.Field) -> str:
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from; flags override them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings, bit-exactly")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out with its own settings, bit-exactly"
+    )
     parser.add_argument("--force", action="store_true", help="replace the run in --out")
     for f in dataclasses.fields(Settings):
         kind, default = f.metadata["type"], "" if f.default is None else f" (demo: {f.default})"

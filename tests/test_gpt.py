@@ -65,7 +65,9 @@ class PlainGPT(nn.Module):
         (B, T), C = idx.shape, self.config.n_embd
         x = t["wte"](idx) + t["wpe"](torch.arange(T))
         for block in t["h"]:
-            q, k, v = (p.view(B, T, H, C // H).transpose(1, 2) for p in block["attn"]["c_attn"](block["ln_1"](x)).split(C, 2))
+            q, k, v = (
+                p.view(B, T, H, C // H).transpose(1, 2) for p in block["attn"]["c_attn"](block["ln_1"](x)).split(C, 2)
+            )
             s = (q @ k.mT / math.sqrt(C // H)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             x = x + block["attn"]["c_proj"]((s.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
             h = block["mlp"]["c_fc"](block["ln_2"](x))

@@ -41,8 +41,15 @@ def test_layer_norm_with_residual(backend):
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(activation, bias, backend):
     mlp = nn.MLP(6, 10, activation, bias, dtype=F64)
-    assert list(mlp.state_dict()) == [f"{m}.{p}" for m in ("c_fc", "c_proj") for p in (("weight", "bias") if bias else ("weight",))]
-    act = {"gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"), "relu": F.relu, "relu2": lambda h: F.relu(h) ** 2}
+    assert list(mlp.state_dict()) == [
+        f"{m}.{p}" for m in ("c_fc", "c_proj") for p in (("weight", "bias") if bias else ("weight",))
+    ]
+    act = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+        "relu": F.relu,
+        "relu2": lambda h: F.relu(h) ** 2,
+    }
     x = torch.randn(2, 3, 6, dtype=F64)
     expected = F.linear(act[activation](F.linear(x, *mlp.c_fc.parameters())), *mlp.c_proj.parameters())
     with pygpt.backend(backend):

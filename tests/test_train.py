@@ -50,7 +50,13 @@ def test_default_corpus_is_the_standard_library():
 
 
 def test_folder_in_sorted_order_without_binaries(tmp_path):
-    for name, content in (("b.txt", b"B"), ("a/z.md", b"Z"), ("a/x.py", b"X"), (".git/config", b"hidden"), ("c.bin", b"\0")):
+    for name, content in (
+        ("b.txt", b"B"),
+        ("a/z.md", b"Z"),
+        ("a/x.py", b"X"),
+        (".git/config", b"hidden"),
+        ("c.bin", b"\0"),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert read_text(str(tmp_path)) == b"XZB"
@@ -97,8 +103,9 @@ def test_presets():
     shakespeare = Settings(**PRESETS["shakespeare-char-cpu"])
     expected = {
         "eval_iters": 20, "block_size": 64, "batch_size": 12, "n_layer": 4, "n_head": 4, "n_embd": 128, "steps": 2000,
-        "decay_steps": 2000, "dropout": 0.0, "learning_rate": 1e-3, "min_lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "warmup": 100,
+        "decay_steps": 2000, "dropout": 0.0, "learning_rate": 1e-3, "min_lr": 1e-4, "beta1": 0.9, "beta2": 0.99,
         "eval_interval": 250, "weight_decay": 0.1, "grad_clip": 1.0, "grad_accum": 1, "bias": False, "tokens": "char",
+        "warmup": 100,
     }  # fmt: skip
     assert {k: getattr(shakespeare, k) for k in expected} == expected
     gpt2 = Settings(**PRESETS["gpt2"])
@@ -114,7 +121,9 @@ def test_step_is_a_plain_training_step(corpus):
     model = other.model
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    adamw = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.99))
+    adamw = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.99)
+    )
     for step in range(5):
         loss = trainer.step()
         batches = [corpus.batch("train", 4, 16, s.seed, step, micro) for micro in range(3)]
@@ -174,7 +183,16 @@ def test_resumes_bit_exactly(options, corpus, tmp_path):
 
 def test_resumes_bit_exactly_after_kill_9(text, tmp_path):
     """The killed and resumed run ends with the same checkpoint file, byte for byte, and the same log."""
-    command = ["train", "--data", text, *FLAGS, "--steps=600", "--eval-interval=100", "--checkpoint-interval=7", "--dropout=0.1"]
+    command = [
+        "train",
+        "--data",
+        text,
+        *FLAGS,
+        "--steps=600",
+        "--eval-interval=100",
+        "--checkpoint-interval=7",
+        "--dropout=0.1",
+    ]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = pygpt_process(*command, "--out", killed, stdout=subprocess.DEVNULL)
     while not (killed / "log.jsonl").exists() or len((killed / "log.jsonl").read_text().splitlines()) < 40:
@@ -196,7 +214,16 @@ def test_resumes_bit_exactly_after_kill_9(text, tmp_path):
 def test_ctrl_c_keeps_a_checkpoint(text, tmp_path):
     out = tmp_path / "run"
     process = pygpt_process(
-        "train", "--data", text, *FLAGS, "--steps=100000", "--out", out, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        "train",
+        "--data",
+        text,
+        *FLAGS,
+        "--steps=100000",
+        "--out",
+        out,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
         assert process.poll() is None
@@ -261,7 +288,9 @@ def test_demo(text, tmp_path, capsys):
     assert cli.main(["demo", "--steps=3", "--sample=5", "--data", str(text.with_name("long.txt"))]) == 2
     text.with_name("long.txt").write_bytes(text.read_bytes() * 10)
     capsys.readouterr()
-    assert cli.main(["demo", "--steps=3", "--sample=5", "--data", str(text.with_name("long.txt")), "--out", str(out)]) == 0
+    assert (
+        cli.main(["demo", "--steps=3", "--sample=5", "--data", str(text.with_name("long.txt")), "--out", str(out)]) == 0
+    )
     shown = capsys.readouterr().out
     assert "3/3" in shown and "tokens/s" in shown and "0:00 left" in shown
     gap = float(shown.split("largest difference of the two loss curves: ")[1].split()[0])
