@@ -195,6 +195,11 @@ def kernel_calls(op, args, grads, k):
     return [(f"{op}_fwd", args), (f"{op}_bwd", (*backward, [True] * gradients) if gradients else backward)]
 
 
+def layout_of(t):
+    """The strides that matter: of dimensions with more than one element."""
+    return [stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1] if t.numel() else []
+
+
 def to_meta(a):
     """A meta tensor of the same shape, strides and dtype; other values as they are."""
     return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor) else a

@@ -70,9 +70,10 @@ def test_special_values_as_in_torch(function, dtype, backend):
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
     theirs = F.relu if function is functional.relu else lambda x: F.gelu(x, approximate="none" if function is GELUS["none"] else "tanh")
     with pygpt.backend(backend):
-        for our, their in zip(with_gradient(function, x), with_gradient(theirs, x), strict=True):
-            where = their.isfinite() | x.isinf() | x.isnan()  # a finite input may do better than PyTorch's NaN
-            torch.testing.assert_close(our[where], their[where], equal_nan=True)
+        for our, their, wide in zip(*(with_gradient(*at) for at in ((function, x), (theirs, x), (theirs, x.double()))), strict=True):
+            # PyTorch's vectorised float32 makes NaN of gelu(inf) and of gelu_tanh'(1e38), its float64 does not
+            right = torch.isclose(our, their, equal_nan=True) | torch.isclose(our, wide.to(dtype), equal_nan=True)
+            assert right.all(), (x[~right], our[~right], their[~right])
 
 
 BAD = [

@@ -40,13 +40,15 @@ def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     call = torch.compile(verify.SPECS[op].call, fullgraph=True, dynamic=True, backend=counter)
     lead = "L" if "L" in dims else "M"
     with pygpt.backend(compiled):
+        frames = []
         for n in (6, 9, 31):
             size = n if lead == "L" else (n, *dims["M"][1:])
             args, grads = verify.draw(op, {**dims, lead: size}, torch.float32, generator)
             got = verify.directions(op, call, args, grads)
             for key, want in verify.directions(op, verify.SPECS[op].call, args, grads).items():
                 assert torch.equal(got[key], want), key
-    assert counter.frame_count == 1
+            frames.append(counter.frame_count)
+    assert frames[0] > 0 and len(set(frames)) == 1  # other sizes need no other code
 
 
 @pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)

@@ -72,7 +72,7 @@ def test_results_look_like_the_references(op, dims, dtype, generator):
             ours, theirs = (verify.as_tuple(f(*args)) for f in (kernel(name), getattr(reference, name)))
             for a, b in zip(ours, theirs, strict=True):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-                assert a.stride() == b.stride() or not a.numel(), name
+                assert cases.layout_of(a) == cases.layout_of(b), name
 
 
 def spoil(t):
@@ -83,7 +83,6 @@ def spoil(t):
         yield "larger", t.new_zeros([n + 1 for n in t.shape])
         yield "no dimension", t.new_zeros(())
         yield "one more dimension", t[None]
-        yield "another device", t.to("meta")
         yield "another dtype", t.to(torch.float16)
         yield "sparse", t.to_sparse()
     elif isinstance(t, list):
@@ -93,8 +92,9 @@ def spoil(t):
         yield "unknown", "swish"
 
 
-FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # fine where a tensor stands alone
+FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # right where a tensor stands alone
 ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE}
+ALLOWED |= {(f"{op}_fwd", 0): {"one more dimension"} for op in ("linear", "mlp", "layer_norm", "rms_norm")}
 
 
 def bad_calls():

@@ -43,13 +43,12 @@ def test_runs_and_thread_counts(op, dims, dtype, compiled, generator):
 
 @pytest.mark.parametrize("op", cases.TYPICAL)
 def test_alignment_of_memory_does_not_matter(op, compiled, generator):
-    """The same values at another address, with other strides: the same bits."""
+    """The same values at another address, in rows farther apart: the same bits."""
     args, grads = verify.draw(op, LARGE[op], torch.float32, generator)
     with pygpt.backend(compiled):
         want = verify.directions(op, verify.SPECS[op].call, args, grads)
-        for layout in (cases.embedded, cases.strided):
-            moved = [[layout(a) if isinstance(a, torch.Tensor) else a for a in group] for group in (args, grads)]
-            assert_equal(verify.directions(op, verify.SPECS[op].call, *moved), want, layout.__name__)
+        moved = [[cases.embedded(a) if isinstance(a, torch.Tensor) else a for a in group] for group in (args, grads)]
+        assert_equal(verify.directions(op, verify.SPECS[op].call, *moved), want, "elsewhere in memory")
 
 
 @pytest.mark.parametrize("inner", [1, 2])
