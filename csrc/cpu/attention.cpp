@@ -46,13 +46,6 @@ S* output_row(const Heads& t, int64_t b, int64_t h, int64_t i) {  // channels ar
   return static_cast<S*>(t.data) + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
 }
 
-// Packs the n rows of m, P at a time: panel p holds rows p P .. as [channel][P].
-template <int P, class S>
-void pack_rows(Acc<S>* dst, Matrix<S> m, int64_t n, int64_t channels, Acc<S> scale = 1) {
-  for (int64_t i = 0; i < n; i += P)
-    pack_panel<P>(dst + i * channels, m.at(i, 0), std::min<int64_t>(P, n - i), channels, scale);
-}
-
 template <class T>
 IVec<T> lane_index() {
   IVec<T> v{};

@@ -26,8 +26,9 @@ constexpr int MR = 6, NV = 2;  // 16 registers
 #endif
 template <class T>
 constexpr int NR = NV * W<T>;
-constexpr int64_t KC = 256;
-constexpr int64_t MC = MR * (168 / MR);
+constexpr int64_t KC = 384;
+constexpr int64_t kStripsPerBlock = 168 / MR;  // of A, so that a block of it (168 x KC) stays in L2
+constexpr int64_t kPackedB = 4 << 20;           // elements of B packed at once, more where K is above 8192
 
 template <class T>
 struct Tile {
@@ -94,6 +95,12 @@ void pack_panel(Acc<S>* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Ac
   }
 }
 
+// The n rows of m, P at a time: panel p holds rows p P .. as [k][P].
+template <int P, class S>
+void pack_rows(Acc<S>* dst, Matrix<S> m, int64_t n, int64_t K, Acc<S> scale = 1) {
+  for (int64_t i = 0; i < n; i += P) pack_panel<P>(dst + i * K, m.at(i, 0), std::min<int64_t>(P, n - i), K, scale);
+}
+
 // sums[r] += row r of a packed panel, r < rows. Three levels (16, KC, all) keep the rounding small.
 template <class T>
 void add_row_sums(T* sums, const T* panel, int64_t rows, int64_t K) {
@@ -120,48 +127,73 @@ struct PackedB;
 struct PackedA;
 struct Partial;
 
+// A chunk of columns j0 .. j0 + n of the product, its part of B packed as panels [K][NR].
+template <class S, class Epilogue>
+struct Chunk {
+  using T = Acc<S>;
+  int64_t M, K, j0, n;
+  Matrix<S> A;
+  const T* b;
+  T* a_sums;  // or null
+  const Epilogue& epilogue;
+
+  // Rows i0 .. i0 + rows, B panels p0 .. p1.
+  void block(int64_t i0, int64_t rows, int64_t p0, int64_t p1) const {
+    T* a = scratch<T, PackedA>(round_up(rows, MR) * KC);
+    Tile<T>* partial = scratch<Tile<T>, Partial>((p1 - p0) * ceil_div(rows, MR));
+    const bool sums = a_sums && p0 == 0;
+    if (sums) std::fill(a_sums + i0, a_sums + i0 + rows, T(0));
+    for (int64_t k0 = 0; k0 < std::max<int64_t>(K, 1); k0 += KC) {
+      const int64_t k = std::min(KC, K - k0);
+      const bool last = k0 + KC >= K;
+      for (int64_t i = 0; i < rows; i += MR) {
+        pack_panel<MR>(a + i * KC, A.at(i0 + i, k0), std::min<int64_t>(MR, rows - i), k);
+        if (sums) add_row_sums(a_sums + i0 + i, a + i * KC, std::min<int64_t>(MR, rows - i), k);
+      }
+      Tile<T>* sofar = partial;
+      for (int64_t p = p0; p < p1; p++)
+        for (int64_t i = 0; i < rows; i += MR, sofar++) {
+          Tile<T> tile = multiply<1, MR>(k, a + i * KC, b + (p * K + k0) * NR<T>, NR<T>);
+          if (k0 > 0) add(tile, *sofar);
+          if (last)
+            finish(tile, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
+          else
+            *sofar = tile;
+        }
+    }
+  }
+};
+
 // C = A B; a_sums, if not null, receives the sum of every row of A (length M).
 template <class S, class Epilogue>
 void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_sums, const Epilogue& epilogue) {
   using T = Acc<S>;
-  const int64_t chunk = std::max<int64_t>(512, (4 << 20) / std::max<int64_t>(K, 1)) / NR<T> * NR<T>;
-  for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += chunk) {
-    const int64_t n = std::min(chunk, N - j0), panels = ceil_div(n, NR<T>);
+  // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
+  const int64_t strips = ceil_div(M, MR), blocks = std::min(strips, round_up(ceil_div(strips, kStripsPerBlock), threads.count()));
+  const int64_t columns = std::max<int64_t>(512, kPackedB / std::max<int64_t>(K, 1)) / NR<T> * NR<T>;
+  for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += columns) {
+    const int64_t n = std::min(columns, N - j0), panels = ceil_div(n, NR<T>);
     T* b = scratch<T, PackedB>(panels * NR<T> * K);
-    parallel_for(panels, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; p++)
-        pack_panel<NR<T>>(b + p * NR<T> * K, B.at(0, j0 + p * NR<T>).transposed(), std::min<int64_t>(NR<T>, n - p * NR<T>), K);
-    }, 4 * NR<T> * K);
-    const int64_t row_blocks = ceil_div(M, MC);
-    const int64_t splits = std::clamp<int64_t>(ceil_div(4 * threads.count(), std::max<int64_t>(row_blocks, 1)), 1, std::max<int64_t>(panels, 1));
-    parallel_for(row_blocks * splits, [&](int64_t begin, int64_t end) {
-      T* a = scratch<T, PackedA>(MC * KC);
-      for (int64_t task = begin; task < end; task++) {
-        const int64_t i0 = task / splits * MC, rows = std::min(MC, M - i0), split = task % splits;
-        const int64_t p0 = panels * split / splits, p1 = panels * (split + 1) / splits;
-        Tile<T>* partial = scratch<Tile<T>, Partial>((p1 - p0) * ceil_div(rows, MR));
-        const bool sums = a_sums && j0 == 0 && split == 0;
-        if (sums) std::fill(a_sums + i0, a_sums + i0 + rows, T(0));
-        for (int64_t k0 = 0; k0 < std::max<int64_t>(K, 1); k0 += KC) {
-          const int64_t kc = std::min(KC, K - k0);
-          const bool last = k0 + KC >= K;
-          for (int64_t i = 0; i < rows; i += MR) {
-            pack_panel<MR>(a + i * KC, A.at(i0 + i, k0), std::min<int64_t>(MR, rows - i), kc);
-            if (sums) add_row_sums(a_sums + i0 + i, a + i * KC, std::min<int64_t>(MR, rows - i), kc);
+    parallel_for(
+        panels,
+        [&](int64_t begin, int64_t end) {
+          const Matrix<S> part = B.at(0, j0 + begin * NR<T>).transposed();
+          pack_rows<NR<T>>(b + begin * NR<T> * K, part, std::min(n, end * NR<T>) - begin * NR<T>, K);
+        },
+        4 * NR<T> * K);
+    // Where row blocks are few, the columns are split too; each part packs A for itself.
+    const int64_t splits = blocks ? std::clamp<int64_t>(ceil_div(4 * threads.count(), blocks), 1, std::max<int64_t>(panels, 1)) : 1;
+    const Chunk<S, Epilogue> chunk = {M, K, j0, n, A, b, j0 == 0 ? a_sums : nullptr, epilogue};
+    parallel_for(
+        blocks * splits,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; task++) {
+            const int64_t block = task / splits, split = task % splits;
+            const int64_t i0 = strips * block / blocks * MR, i1 = std::min(M, strips * (block + 1) / blocks * MR);
+            chunk.block(i0, i1 - i0, panels * split / splits, panels * (split + 1) / splits);
           }
-          Tile<T>* sofar = partial;
-          for (int64_t p = p0; p < p1; p++)
-            for (int64_t i = 0; i < rows; i += MR, sofar++) {
-              Tile<T> tile = multiply<1, MR>(kc, a + i * KC, b + p * NR<T> * K + k0 * NR<T>, NR<T>);
-              if (k0 > 0) add(tile, *sofar);
-              if (last)
-                finish(tile, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
-              else
-                *sofar = tile;
-            }
-        }
-      }
-    }, std::min(MC, M) * ceil_div(n, splits) * K);
+        },
+        ceil_div(M, std::max<int64_t>(blocks, 1)) * ceil_div(n, splits) * K);
   }
 }
 

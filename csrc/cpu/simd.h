@@ -66,7 +66,7 @@ PYGPT_INLINE To bit_cast(const From& from) {
 
 template <class T>
 PYGPT_INLINE Vec<T> set1(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // folds to a broadcast; x + 0 would not, for x = -0
 }
 template <class T>
 PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // a NaN in either operand stays
