@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 from .checkpoint import atomic
@@ -76,7 +77,7 @@ def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) ->
     for (label, (steps, losses)), (colour, dash) in zip(curves.items(), styles, strict=False):
         if len(steps) > 60:
             axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(steps, _running_mean(losses, len(losses) // 40), dash, color=colour, linewidth=1.8, label=label)
+            axes.plot(steps, _running_mean(losses, len(losses) // 60), dash, color=colour, linewidth=1.8, label=label)
         else:
             axes.plot(steps, losses, dash, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
@@ -88,9 +89,8 @@ def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) ->
     return True
 
 
-def _running_mean(values: list, width: int) -> list:
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - width] if i >= width else 0.0)
-        means.append(total / min(i + 1, width))
-    return means
+def _running_mean(values: list, reach: int) -> list:
+    """The mean over up to ``reach`` values on each side."""
+    sums = list(accumulate(values, initial=0.0))
+    spans = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
