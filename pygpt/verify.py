@@ -137,7 +137,11 @@ def _norm_terms(names, centre):
 
     def terms(args, grads):
         x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])
-        rstd = reference.layer_norm_fwd(x, None, None, args[-1])[2] if centre else reference.rms_norm_fwd(x, None, args[-1])[1]
+        rstd = (
+            reference.layer_norm_fwd(x, None, None, args[-1])[2]
+            if centre
+            else reference.rms_norm_fwd(x, None, args[-1])[1]
+        )
         g = (grads[0] if weight is None else grads[0] * weight) * rstd[..., None]
         return dict.fromkeys(names, g)
 
@@ -173,7 +177,11 @@ SPECS = {
         _attention_lse,
     ),
     "linear": Spec(
-        ("x", "weight", "bias"), {"M": 128, "K": 256, "N": "K", "bias": 1}, _draw_linear, functional.linear, ({}, {"bias": 0, "N": 33})
+        ("x", "weight", "bias"),
+        {"M": 128, "K": 256, "N": "K", "bias": 1},
+        _draw_linear,
+        functional.linear,
+        ({}, {"bias": 0, "N": 33}),
     ),
     "mlp": Spec(
         ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"),
@@ -309,7 +317,9 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             if narrow:
                 their = max(their, _deviation(narrow[0][key], narrow[1][key]) * EPS[torch.float64] / EPS[torch.float32])
             now = _deviation(ours[key], r), their, max(_largest(r), _largest(terms.get(key, r)))
-            worst[key] = [a if a != a else max(a, b) for a, b in zip(now, worst.get(key, (0.0,) * 3), strict=True)]
+            worst[key] = [
+                a if math.isnan(a) else max(a, b) for a, b in zip(now, worst.get(key, (0.0,) * 3), strict=True)
+            ]
         rows = [
             Row(op, shape, name, served, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
@@ -366,7 +376,9 @@ def add_arguments(parser):
     parser.add_argument("--backend", help="cpp, cuda, triton or torch; default: what serves each op here")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
-    parser.add_argument("--shape", help="your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304")
+    parser.add_argument(
+        "--shape", help="your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304"
+    )
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
@@ -389,13 +401,18 @@ def run(args) -> int:
         print()
     else:
         _print(rows)
-        print(f"{len(rows) - failed} of {len(rows)} pass: error against float64 at most 2x PyTorch's plus a few ulp (--seed {seed})")
+        print(
+            f"{len(rows) - failed} of {len(rows)} pass: error against float64 at most 2x PyTorch's plus a few ulp "
+            f"(--seed {seed})"
+        )
     return 1 if failed else 0
 
 
 def _plain(row: Row) -> dict:
     values = {**asdict(row), "ratio": row.ratio, "passed": row.passed}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no inf
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }  # JSON has no inf
 
 
 def _print(rows):
@@ -405,10 +422,14 @@ def _print(rows):
 
     console = Console()
     for (op, shape), group in groupby(rows, key=lambda row: (row.op, row.shape)):
-        lines = Table("dtype", "direction", "backend", box=box.SIMPLE_HEAD, title=f"{op}  {shape}", title_justify="left")
+        lines = Table(
+            "dtype", "direction", "backend", box=box.SIMPLE_HEAD, title=f"{op}  {shape}", title_justify="left"
+        )
         for name in ("our error", "PyTorch's", "ratio", ""):
             lines.add_column(name, justify="right")
         for row in group:
             numbers = f"{row.ours:.2e}", f"{row.torch:.2e}", f"{row.ratio:.2f}"
-            lines.add_row(row.dtype, row.direction, row.backend, *numbers, "[green]pass" if row.passed else "[bold red]FAIL")
+            lines.add_row(
+                row.dtype, row.direction, row.backend, *numbers, "[green]pass" if row.passed else "[bold red]FAIL"
+            )
         console.print(lines)

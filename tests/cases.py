@@ -87,7 +87,10 @@ SLOW = {
     "linear": [{"M": M, "K": K, "N": N} for M, K, N in product((1, 5, 31, 130), (2, 63, 257, 770), (1, 15, 66, 513))]
     + [{"M": 512, "K": 768, "N": 3072}],
     "mlp": [{"M": 256, "C": 768, "H": 3072, "activation": activation} for activation in reference.ACTIVATIONS],
-    **{op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)] for op in ("layer_norm", "add_layer_norm", "rms_norm")},
+    **{
+        op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)]
+        for op in ("layer_norm", "add_layer_norm", "rms_norm")
+    },
 }
 
 # One shape per op for the tests that vary something else: odd sizes, more than one tile each way.
@@ -130,7 +133,10 @@ def variants(dims_of):
 def ids(value):
     """Readable test names for dims, dtypes and functions."""
     if isinstance(value, dict):
-        return ",".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in value.items()) or "default"
+        return (
+            ",".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in value.items())
+            or "default"
+        )
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return getattr(value, "__name__", None)
@@ -182,7 +188,16 @@ def kernel_calls(op, args, grads, k):
     saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
     dy = grads[0]
     backward = {
-        "attention": lambda q, kk, v, causal, scale: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, causal, scale),
+        "attention": lambda q, kk, v, causal, scale: (
+            dy,
+            grads[1] if len(grads) > 1 else None,
+            q,
+            kk,
+            v,
+            *saved,
+            causal,
+            scale,
+        ),
         "linear": lambda x, w, b: (dy, x, w),
         "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),

@@ -32,27 +32,32 @@ def with_gradient(function, x):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("approximate", GELUS)
 def test_gelu_in_every_binade(approximate, dtype, backend, generator):
-    """The exactness rule for each power of two and sign on its own, so that no large value hides a small one's error."""
+    """The exactness rule for each power of two and sign on its own: no large value hides a small one's error."""
     x = numbers(dtype, generator)
     x = x[x.isfinite()]
     with pygpt.backend(backend):
         ours = with_gradient(GELUS[approximate], x)
     theirs = with_gradient(lambda x: reference.gelu(x, approximate), x)
-    x64 = reference.gelu_fwd(x.double(), approximate), reference.gelu_bwd(torch.ones(len(x)).double(), x.double(), approximate)
+    x64 = (
+        reference.gelu_fwd(x.double(), approximate),
+        reference.gelu_bwd(torch.ones(len(x)).double(), x.double(), approximate),
+    )
     binade = torch.frexp(x.double()).exponent * 2 + (x > 0)
     for our, their, exact in zip(ours, theirs, x64, strict=True):
         sane = their.isfinite() & exact.isfinite()
         assert our[sane].isfinite().all()
         buckets, index = binade[sane].unique(return_inverse=True)
 
-        def worst(t, index=index, size=len(buckets)):
-            return torch.zeros(size, dtype=torch.float64).scatter_reduce(0, index, t, "amax")
+        def worst(t, index=index, buckets=buckets):
+            return torch.zeros(len(buckets), dtype=torch.float64).scatter_reduce(0, index, t, "amax")
 
         error, yardstick, scale = (worst(t[sane].double().abs()) for t in (our - exact, their - exact, exact))
         tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the spacing of subnormal numbers
         limit = 2 * yardstick + (verify.allowance(dtype) * scale + tiny)
         bad = error > limit
-        assert not bad.any(), [(b // 2, b % 2, e) for b, e in zip(buckets[bad].tolist(), (error / limit)[bad].tolist(), strict=True)]
+        assert not bad.any(), [
+            (b // 2, b % 2, e) for b, e in zip(buckets[bad].tolist(), (error / limit)[bad].tolist(), strict=True)
+        ]
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
@@ -66,10 +71,18 @@ def test_relu_is_torchs_bit_by_bit(dtype, kernels, generator):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("function", [functional.relu, *GELUS.values()])
 def test_special_values_as_in_torch(function, dtype, backend):
-    x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
-    theirs = F.relu if function is functional.relu else lambda x: F.gelu(x, approximate="none" if function is GELUS["none"] else "tanh")
+    x = torch.tensor(
+        [0.0, -0.0, math.inf, -math.inf, math.nan, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype
+    )
+    theirs = (
+        F.relu
+        if function is functional.relu
+        else lambda x: F.gelu(x, approximate="none" if function is GELUS["none"] else "tanh")
+    )
     with pygpt.backend(backend):
-        for our, their, wide in zip(*(with_gradient(*at) for at in ((function, x), (theirs, x), (theirs, x.double()))), strict=True):
+        for our, their, wide in zip(
+            *(with_gradient(*at) for at in ((function, x), (theirs, x), (theirs, x.double()))), strict=True
+        ):
             # PyTorch's vectorised float32 makes NaN of gelu(inf) and of gelu_tanh'(1e38), its float64 does not
             right = torch.isclose(our, their, equal_nan=True) | torch.isclose(our, wide.to(dtype), equal_nan=True)
             assert right.all(), (x[~right], our[~right], their[~right])

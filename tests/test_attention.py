@@ -14,7 +14,9 @@ from pygpt.functional import scaled_dot_product_attention as sdpa
 pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias")  # will produce NaN, says torch; ours does not
 
 
-def by_hand(q, k, v, attn_mask=None, is_causal=False, scale=None, window=None, alibi_slopes=None, softcap=0.0, lower_right=False):
+def by_hand(
+    q, k, v, attn_mask=None, is_causal=False, scale=None, window=None, alibi_slopes=None, softcap=0.0, lower_right=False
+):
     """(out, lse) in float64, one row at a time, from the contract's words; q (B, Hq, L, E), k and v (B, Hkv, S, .)."""
     B, H, L, E = q.shape
     S, group = k.shape[2], H // max(k.shape[1], 1)
@@ -71,7 +73,10 @@ def test_plain(shape, is_causal, backend):
         for scale in (None, 0.3, 0.0, -1.0):
             ours = sdpa(q, k, v, is_causal=is_causal, scale=scale, return_lse=True)
             assert_equal_with_gradients(ours, by_hand(q, k, v, is_causal=is_causal, scale=scale), inputs)
-            assert torch.equal(sdpa(q, k, v, is_causal=is_causal, scale=scale).detach(), ours[0].detach()) or backend == "torch"
+            assert (
+                torch.equal(sdpa(q, k, v, is_causal=is_causal, scale=scale).detach(), ours[0].detach())
+                or backend == "torch"
+            )
 
 
 def _mask(kind, L, S):
@@ -95,7 +100,9 @@ FEATURES = {
     "softcap": lambda L, S: {"softcap": 0.7},
     "softcap and mask": lambda L, S: {"softcap": 0.7, "attn_mask": _mask("float", L, S)},
     "lower right": lambda L, S: {"lower_right": True},
-    "lower right, window, alibi": lambda L, S: {"lower_right": True, "window": (2, -1), "alibi_slopes": torch.rand(4).double()},
+    "lower right, window, alibi": lambda L, S: {
+        "lower_right": True, "window": (2, -1), "alibi_slopes": torch.rand(4, dtype=torch.float64),
+    },
     "everything": lambda L, S: {
         "attn_mask": _mask("bool", L, S), "is_causal": True, "window": (2, 1), "softcap": 1.5,
         "alibi_slopes": torch.rand(4, dtype=torch.float64),
@@ -144,7 +151,9 @@ def test_causal_bias_is_aligned_as_in_torch(backend):
     upper = sdpa(q, k, v, attn_mask=causal_upper_left(4, 6))
     with pygpt.backend(backend):
         torch.testing.assert_close(upper, sdpa(q, k, v, is_causal=True))
-    torch.testing.assert_close(sdpa(q, k, v, causal_lower_right(4, 6)), F.scaled_dot_product_attention(q, k, v, causal_lower_right(4, 6)))
+    torch.testing.assert_close(
+        sdpa(q, k, v, causal_lower_right(4, 6)), F.scaled_dot_product_attention(q, k, v, causal_lower_right(4, 6))
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +186,9 @@ def test_lse_keeps_float32(dtype, backend, generator):
         out, lse = sdpa(q, k, v, return_lse=True)
     want = torch.logsumexp(q.double() @ k.double().mT / 4.0, -1)
     assert out.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(lse.double(), want, rtol=4 * torch.finfo(lse.dtype).eps, atol=4 * torch.finfo(lse.dtype).eps)
+    torch.testing.assert_close(
+        lse.double(), want, rtol=4 * torch.finfo(lse.dtype).eps, atol=4 * torch.finfo(lse.dtype).eps
+    )
 
 
 def test_dropout():
@@ -232,7 +243,12 @@ BAD = [
     ((Q, tensor(1, 1, 3, 4), tensor(1, 1, 3, 4)), {}, ValueError, "query has 2 heads, key 1.*enable_gqa"),
     ((Q, tensor(1, 3, 3, 4), tensor(1, 3, 3, 4)), {"enable_gqa": True}, ValueError, "2 query heads.*3 key heads"),
     ((Q, Q, tensor(1, 1, 3, 4)), {}, ValueError, "key has 2 heads, value 1"),
-    ((tensor(2, 2, 3, 4), tensor(3, 2, 3, 4), tensor(3, 2, 3, 4)), {}, ValueError, "leading dimensions.*do not broadcast"),
+    (
+        (tensor(2, 2, 3, 4), tensor(3, 2, 3, 4), tensor(3, 2, 3, 4)),
+        {},
+        ValueError,
+        "leading dimensions.*do not broadcast",
+    ),
     ((Q, Q, Q, tensor(5, 3)), {}, ValueError, r"attn_mask \(5, 3\) does not broadcast"),
     ((Q, Q, Q, tensor(3, 3, dtype=torch.int32)), {}, TypeError, "attn_mask must be boolean or floating point.*int32"),
     ((Q, Q, Q, "causal"), {}, TypeError, "attn_mask must be a Tensor.*str"),

@@ -1,4 +1,4 @@
-"""The autograd Functions, on every backend alike: derivatives of any order, needs_input_grad, what is left untouched."""
+"""The autograd Functions on every backend: derivatives of any order, needs_input_grad, what is left untouched."""
 
 from itertools import product
 
@@ -12,7 +12,11 @@ from pygpt import functional, verify
 
 TINY = list(cases.variants(cases.TINY))
 TYPICAL = list(cases.variants(cases.TYPICAL))
-WITHOUT_PARAMETERS = {"linear": {"bias": 0}, "mlp": {"bias": 0}, **{f"{n}norm": {"affine": 0} for n in ("layer_", "add_layer_", "rms_")}}
+WITHOUT_PARAMETERS = {
+    "linear": {"bias": 0},
+    "mlp": {"bias": 0},
+    **{f"{n}norm": {"affine": 0} for n in ("layer_", "add_layer_", "rms_")},
+}
 TINY += [(op, {**cases.TINY[op], **less}) for op, less in WITHOUT_PARAMETERS.items()]
 
 
@@ -101,7 +105,9 @@ def test_inputs_are_left_alone(op, dims, layout, backend, generator):
     before = [(t.clone(), t._version) for t in tensors]
     with pygpt.backend(backend):
         verify.directions(op, verify.SPECS[op].call, args, grads)
-    assert all(torch.equal(t, copy) and t._version == version for t, (copy, version) in zip(tensors, before, strict=True))
+    assert all(
+        torch.equal(t, copy) and t._version == version for t, (copy, version) in zip(tensors, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("op", ["attention", "linear", "mlp", "layer_norm", "rms_norm", "gelu"])

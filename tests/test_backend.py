@@ -158,7 +158,9 @@ def test_function_transforms(op, dims, name, compiled, generator):
     function, tensors = closed(op, args)
 
     def run(call):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one torch has jvp and vmap for
+        with torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH
+        ):  # the only one torch has jvp and vmap for
             return TRANSFORMS[name](lambda *ts: function(call, *ts), tensors)
 
     torch.testing.assert_close(run(verify.SPECS[op].call), run(verify.eager(op)))
@@ -189,7 +191,9 @@ def test_autocast_gives_torchs_dtype(op, dims, given, low, backend, generator):
         with pygpt.backend(backend):
             got = verify.SPECS[op].call(*args)
     assert got.dtype == want.dtype
-    torch.testing.assert_close(got.to(low), want.to(low), rtol=0, atol=8 * torch.finfo(low).eps * want.abs().max().item())
+    torch.testing.assert_close(
+        got.to(low), want.to(low), rtol=0, atol=8 * torch.finfo(low).eps * want.abs().max().item()
+    )
     got.float().sum().backward()
     assert all(a.grad.dtype == given for a in args if isinstance(a, torch.Tensor))
 

@@ -3,6 +3,7 @@
 import cases
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import pygpt

@@ -103,8 +103,12 @@ def bad_calls():
         for name, args in cases.kernel_calls(op, *verify.draw(op, dims, torch.float32, generator), reference):
             for i, a in enumerate(args):
                 for reason, wrong in spoil(a):
-                    if reason not in ALLOWED.get((name, i), ()) and not (a is not None and getattr(a, "numel", lambda: 1)() == 0):
-                        yield pytest.param(name, [*args[:i], wrong, *args[i + 1 :]], id=f"{op}: {name}, argument {i}: {reason}")
+                    if reason not in ALLOWED.get((name, i), ()) and not (
+                        a is not None and getattr(a, "numel", lambda: 1)() == 0
+                    ):
+                        yield pytest.param(
+                            name, [*args[:i], wrong, *args[i + 1 :]], id=f"{op}: {name}, argument {i}: {reason}"
+                        )
 
 
 @pytest.mark.parametrize("name, args", list(bad_calls()))
@@ -126,7 +130,9 @@ def test_large_offsets_are_64_bit(generator):
     rows, width, far = 3, 5, 2**31 + 11
     x = torch.randn(rows, width, generator=generator).bfloat16()
     wide = torch.empty((rows - 1) * far + width, dtype=torch.bfloat16).as_strided((rows, width), (far, 1)).copy_(x)
-    assert torch.equal(kernel("layer_norm_fwd")(wide, None, None, 1e-5)[0], kernel("layer_norm_fwd")(x, None, None, 1e-5)[0])
+    assert torch.equal(
+        kernel("layer_norm_fwd")(wide, None, None, 1e-5)[0], kernel("layer_norm_fwd")(x, None, None, 1e-5)[0]
+    )
     assert torch.equal(kernel("gelu_fwd")(wide, "none"), kernel("gelu_fwd")(x, "none"))
     assert torch.equal(kernel("linear_fwd")(wide, x, None), kernel("linear_fwd")(x, x, None))
     q = torch.Tensor.as_strided

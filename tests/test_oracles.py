@@ -37,17 +37,20 @@ def micrograd(function):
 
     def oracle(weights, *arrays):
         values = [np.vectorize(Value, otypes=[object])(a) for a in arrays]
-        total = sum(float(w) * y for ws, ys in zip(weights, function(*values), strict=True) for w, y in zip(ws, ys, strict=True))
+        total = sum(
+            float(w) * y for ws, ys in zip(weights, function(*values), strict=True) for w, y in zip(ws, ys, strict=True)
+        )
         total.backward()
         return total.data, [np.vectorize(lambda v: float(v.grad))(v) for v in values]
 
     return oracle
 
 
-def relu_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
-    def layer(row, weight, bias):
-        return [sum((w * v for w, v in zip(ws, row, strict=True)), b) for ws, b in zip(weight, bias, strict=True)]
+def layer(row, weight, bias):
+    return [sum((w * v for w, v in zip(ws, row, strict=True)), b) for ws, b in zip(weight, bias, strict=True)]
 
+
+def relu_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
     return [layer([h.relu() for h in layer(row, fc_weight, fc_bias)], proj_weight, proj_bias) for row in x]
 
 
@@ -61,14 +64,17 @@ def centred_norm(x, weight, bias):
 
 
 def rms(x, weight):
-    return [[v * (sum(u**2 for u in row) / len(row) + 1e-5) ** -0.5 * w for v, w in zip(row, weight, strict=True)] for row in x]
+    return [
+        [v * (sum(u**2 for u in row) / len(row) + 1e-5) ** -0.5 * w for v, w in zip(row, weight, strict=True)]
+        for row in x
+    ]
 
 
 MICROGRAD = {
     "mlp": (lambda *a: P.mlp(*a, activation="relu"), relu_mlp, [(3, 4), (6, 4), (6,), (5, 6), (5,)]),
     "layer_norm": (lambda x, w, b: P.layer_norm(x, 7, w, b), centred_norm, [(3, 7), (7,), (7,)]),
     "rms_norm": (lambda x, w: P.rms_norm(x, 7, w, 1e-5), rms, [(3, 7), (7,)]),
-    "linear": (P.linear, lambda x, w, b: [[sum(w_ * v for w_, v in zip(ws, r)) + c for ws, c in zip(w, b)] for r in x], [(3, 4), (5, 4), (5,)]),
+    "linear": (P.linear, lambda x, w, b: [layer(row, w, b) for row in x], [(3, 4), (5, 4), (5,)]),
     "relu": (P.relu, lambda x: [[v.relu() for v in row] for row in x], [(4, 5)]),
 }  # fmt: skip
 
@@ -104,7 +110,12 @@ TINYGRAD = {
     "causal attention": (*attention(True), torch.float64),
     "gelu": (P.gelu, lambda x: x.gelu("none"), [(5, 6)], torch.float32),
     "gelu_tanh": (lambda x: P.gelu(x, "tanh"), lambda x: x.gelu("tanh"), [(5, 6)], torch.float64),
-    "layer_norm": (lambda x, w, b: P.layer_norm(x, 9, w, b), lambda x, w, b: x.layernorm() * w + b, [(2, 3, 9), (9,), (9,)], torch.float64),
+    "layer_norm": (
+        lambda x, w, b: P.layer_norm(x, 9, w, b),
+        lambda x, w, b: x.layernorm() * w + b,
+        [(2, 3, 9), (9,), (9,)],
+        torch.float64,
+    ),
     "mlp": (
         lambda *a: P.mlp(*a, activation="gelu_tanh"),
         lambda x, fc, fb, proj, pb: (x @ fc.T + fb).gelu("tanh") @ proj.T + pb,
@@ -123,7 +134,9 @@ def test_tinygrad(function, theirs, shapes, dtype, backend):
 def test_add_layer_norm(backend):
     x, residual, weight, bias = leaves((2, 9), (2, 9), (9,), (9,))
     with pygpt.backend(backend):
-        for i, theirs in enumerate((lambda x, r, w, b: (x + r).layernorm() * w + b, lambda x, r, w, b: x + r + 0 * w + 0 * b)):
+        for i, theirs in enumerate(
+            (lambda x, r, w, b: (x + r).layernorm() * w + b, lambda x, r, w, b: x + r + 0 * w + 0 * b)
+        ):
 
             def ours(*inputs, i=i):
                 return P.add_layer_norm(*inputs[:2], 9, *inputs[2:])[i] + 0 * inputs[2] + 0 * inputs[3]

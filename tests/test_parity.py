@@ -50,7 +50,9 @@ def test_layouts(layout, op, dims, dtype, backend, generator):
     assert_exact(op, dims, dtype, generator, backend, view=layout)
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)]
+)
 @pytest.mark.parametrize("op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "gelu"])
 def test_large_values(op, dtype, size, backend, generator):
     """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
@@ -59,7 +61,9 @@ def test_large_values(op, dtype, size, backend, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("op, dims", [v for v in cases.variants(cases.TYPICAL) if v[0] != "attention_lse"], ids=cases.ids)
+@pytest.mark.parametrize(
+    "op, dims", [v for v in cases.variants(cases.TYPICAL) if v[0] != "attention_lse"], ids=cases.ids
+)
 def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, generator):
     dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
     args, grads = verify.draw(op, dims, dtype, generator)
@@ -69,7 +73,9 @@ def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, gener
             spoilt[at].view(-1)[torch.randint(spoilt[at].numel(), (), generator=generator)] = value
             ours, theirs = (verify.directions(op, f, spoilt, grads) for f in (verify.SPECS[op].call, verify.eager(op)))
             wide = [[a.double() if isinstance(a, torch.Tensor) else a for a in group] for group in (spoilt, grads)]
-            wide = verify.directions(op, verify.eager(op), *wide)  # PyTorch's vectorised float32 gelu(inf) is NaN, float64 inf
+            wide = verify.directions(
+                op, verify.eager(op), *wide
+            )  # PyTorch's vectorised float32 gelu(inf) is NaN, float64 inf
             for key, want in theirs.items():
                 # in a gradient, where infinities meet to make NaN is a matter of the order of its sums
                 exactly = (torch.isnan, torch.isposinf) if key in verify.SPECS[op].outputs else ()
@@ -91,7 +97,11 @@ shapes = [(op, dims) for op, dims in cases.variants(cases.TYPICAL)]
 shapes += [("attention", {"L": 65, "S": 65, "E": E, "causal": 1}) for E in (1, 64, 80, 256)]
 shapes += [("linear", {"M": M, "K": 257, "N": N}) for M, N in ((1, 129), (65, 7), (130, 131))]
 failed = [
-    row for op, dims in shapes for dtype in cases.DTYPES for row in verify.measure(op, dims, dtype, generator, "cpp") if not row.passed
+    row
+    for op, dims in shapes
+    for dtype in cases.DTYPES
+    for row in verify.measure(op, dims, dtype, generator, "cpp")
+    if not row.passed
 ]
 sys.exit("\\n".join(map(str, failed)) or None)
 """

@@ -1,4 +1,4 @@
-"""The oracle itself: the explicit <op>_fwd/<op>_bwd against autograd of the ordinary expression, and as shape functions."""
+"""The oracle itself: <op>_fwd and <op>_bwd against autograd of the ordinary expression, and as shape functions."""
 
 from itertools import chain
 
@@ -22,7 +22,9 @@ def test_explicit_formulas_equal_autograd(op, dims, generator):
         torch.testing.assert_close(explicit[key], want, rtol=0, atol=FLOAT32 * scale.item(), equal_nan=True, msg=key)
 
 
-@pytest.mark.parametrize("features", [{}, {"return_lse": True}, {"window": (-1, -1)}, {"window": (70, 85)}, {"softcap": 1e9}])
+@pytest.mark.parametrize(
+    "features", [{}, {"return_lse": True}, {"window": (-1, -1)}, {"window": (70, 85)}, {"softcap": 1e9}]
+)
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_expression_agrees_with_itself(features, causal, generator):
     """The composite that serves masks, windows and so on is the same function where they change nothing."""
