@@ -20,7 +20,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "simd.h"
+#include "vmath.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -56,17 +56,6 @@ template <class T>
 PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
   if (n < W<T>)
     for (int i = 0; i < W<T>; i++) v[i] = i < n ? v[i] : T(0);
-  return v;
-}
-
-// v, computed on its own: not fused into the operation that uses it.
-template <class V>
-PYGPT_INLINE V rounded(V v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#endif
   return v;
 }
 

@@ -1,18 +1,17 @@
 // Elementary functions lane by lane, and the activations made of them.
 //
 // float: own polynomials, fitted for least relative error. At worst, in units in the last place:
-//     exp2 0.9, exp 0.9                     (1.2 without fused multiply-add)
-//     cdf, gelu 2 above -1, 6 below it      (3 and 7)
-// The lower tail is as exact relatively, where 0.5 (1 + erf) has lost every digit. Results below the
-// smallest normal number are gradual on AVX-512; elsewhere exp2 and exp give 0 from 2^-125.5 down.
-// NaN stays NaN; exp2(-inf) = 0, exp2(inf) = inf.
+//     exp2 0.8      gelu 4 above -1, 6 below, 1.5 for x > 1
+// The lower tail is as exact relatively, where 0.5 (1 + erf) has no digit left. Results below the
+// smallest normal number are gradual on AVX-512; elsewhere exp2 gives 0 from 2^-125.5 down. NaN stays
+// NaN; exp2(-inf) = 0, exp2(inf) = inf. At -inf gelu and its derivative are NaN, as PyTorch's are, and
+// so is the derivative at inf.
 // double: the C library's functions, lane by lane.
 //
-// The normal distribution takes one exponential: with a = |x|,
-//     pdf = exp(-a^2 / 2) / sqrt(2 pi),    cdf(-a) = exp(-a^2 / 2) P(a) / Q(a),    cdf(a) = 1 - cdf(-a),
-// and cdf(x) = 1/2 + x N(x^2) where a < 1.
-// P / Q (degrees 4 and 5, positive coefficients, so nothing cancels) is exp(a^2/2) erfc(a/sqrt 2) / 2.
-// a^2 goes into the exponential in two parts; rounded to one it would cost a^2/4 ulp in the tail.
+// The exact gelu's functions take one exponential and one division. With a = |x| and the standard
+// normal cdf and pdf,
+//     cdf(-a) = exp(-a^2/2) 2^H(a / (a + 7.5)),     cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
+// with polynomials H, D, E; at a the value is 1 minus that at -a. H(0) = -1 is exact, and so is cdf(0).
 #pragma once
 #include <cmath>
 
@@ -26,6 +25,17 @@ template <class T>
 PYGPT_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
   x = x < low ? set1(low) : x;
   return x > high ? set1(high) : x;
+}
+
+// v, computed on its own: not fused into the operation that uses it.
+template <class V>
+PYGPT_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 namespace detail {
@@ -45,31 +55,41 @@ PYGPT_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[N]) {
   return y;
 }
 
-#if !defined(__AVX512F__)
+constexpr float kExp2[] = {1.f, 0.6931472f, 0.24022648f, 0.0555036f, 0.009618506f, 0.0013390806f, 0.00015326461f};
+
+// 2^(n + f) for integers n, |f| <= 1/2, where n comes out of nearest(x).
+#if defined(__AVX512F__)
+PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (Vec<float>)_mm512_roundscale_ps((__m512)x, 8); }
+PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)polynomial(f, kExp2), (__m512)n);
+}
+#else
 constexpr float kRound = 0x1.8p23f;  // x + kRound holds round(x) in its low bits
-// y 2^n for the integer n held by t = n + kRound, -126 <= n <= 128 and y < 2; 0 if n = -126.
-PYGPT_INLINE Vec<float> scale(Vec<float> y, Vec<float> t) {
-  return (y + y) * bit_cast<Vec<float>>((bit_cast<IVec<float>>(t) << 23) + (126 << 23));
+PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (x + kRound) - kRound; }
+PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {  // -126 <= n <= 128; 0 if n = -126
+  Vec<float> p = polynomial(f, kExp2);
+  return (p + p) * bit_cast<Vec<float>>((bit_cast<IVec<float>>(n + kRound) << 23) + (126 << 23));
 }
 #endif
 
-// exp(hi + lo), |lo| small, kLeast <= hi <= 89.
-PYGPT_INLINE Vec<float> exp(Vec<float> hi, Vec<float> lo) {
-  constexpr float kLog2e = 0x1.715476p0f, kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
-  constexpr float kExp[] = {1.f, 1.f, 0.49999994f, 0.16666512f, 0.0416683f, 0.008369828f, 0.0013820644f};
+// 2^(h - a^2 log2(e) / 2); the coefficients of h below make good kLog2e's own rounding. What a^2 loses
+// in rounding is put back where that is cheap; elsewhere it costs a^2/4 ulp.
+PYGPT_INLINE Vec<float> gauss(Vec<float> a, Vec<float> h) {
+  constexpr float kMinusHalfLog2e = -0x1.715476p-1f;
+  Vec<float> aa = a * a, lost = {};
 #if defined(__AVX512F__)
-  Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)(hi * kLog2e), 8);
-  return (Vec<float>)_mm512_scalef_ps((__m512)polynomial(hi - n * kLn2Hi - n * kLn2Lo + lo, kExp), (__m512)n);
-#else
-  Vec<float> t = hi * kLog2e + kRound, n = t - kRound;
-  return scale(polynomial(hi - n * kLn2Hi - n * kLn2Lo + lo, kExp), t);
+  lost = (Vec<float>)_mm512_fmsub_ps((__m512)a, (__m512)a, (__m512)aa);
+#elif defined(__FMA__)
+  lost = (Vec<float>)_mm256_fmsub_ps((__m256)a, (__m256)a, (__m256)aa);
 #endif
+  Vec<float> n = nearest(aa * kMinusHalfLog2e + h);
+  return power(n, lost * kMinusHalfLog2e + ((aa * kMinusHalfLog2e - n) + h));
 }
-#if defined(__AVX512F__)
-constexpr float kLeast = -105.5f;  // exp of this and less is 0
-#else
-constexpr float kLeast = -87.5f;
-#endif
+
+PYGPT_INLINE Vec<float> magnitude(Vec<float> x, float limit) {  // |x|, limit at most
+  Vec<float> a = x < 0 ? -x : x;
+  return a > limit ? set1(limit) : a;
+}
 
 }  // namespace detail
 
@@ -78,24 +98,14 @@ PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return std::exp2(v); });
   } else {
-    constexpr float kExp2[] = {1.f, 0.6931472f, 0.24022648f, 0.0555036f, 0.009618506f, 0.0013390806f, 0.00015326461f};
 #if defined(__AVX512F__)
-    Vec<T> f = (Vec<T>)_mm512_reduce_ps((__m512)x, 8);  // x - round(x)
-    return (Vec<T>)_mm512_scalef_ps((__m512)detail::polynomial(f, kExp2), (__m512)(x - f));
+    Vec<T> f = (Vec<T>)_mm512_reduce_ps((__m512)x, 8);  // x - round(x), and 0 for an infinite x
+    return detail::power(x - f, f);
 #else
     x = clamp<T>(x, -126, 128);
-    Vec<T> t = x + detail::kRound;
-    return detail::scale(detail::polynomial(x - (t - detail::kRound), kExp2), t);
+    Vec<T> n = detail::nearest(x);
+    return detail::power(n, x - n);
 #endif
-  }
-}
-
-template <class T>
-PYGPT_INLINE Vec<T> exp(Vec<T> x) {
-  if constexpr (sizeof(T) == 8) {
-    return detail::each<T>(x, [](T v) { return std::exp(v); });
-  } else {
-    return detail::exp(clamp<T>(x, detail::kLeast, 89), Vec<T>{});
   }
 }
 
@@ -112,30 +122,37 @@ PYGPT_INLINE Vec<T> sqrt(Vec<T> x) {
 #endif
 }
 
-// ---------------------------------------------------------------- the standard normal distribution
-template <class T>
-struct Normal {
-  Vec<T> cdf, pdf;
-};
+// ---------------------------------------------------------------- of the standard normal distribution
+#if defined(__AVX512F__)
+constexpr float kCdfEnd = 14.5f, kSlopeEnd = 14.5f;  // where they come to 0
+#else
+constexpr float kCdfEnd = 12.95f, kSlopeEnd = 13.2f;
+#endif
 
 template <class T>
-PYGPT_INLINE Normal<T> normal(Vec<T> x) {
-  constexpr T kPdf = T(0.398942280401432677940);  // 1 / sqrt(2 pi)
+PYGPT_INLINE Vec<T> cdf(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
-    return {detail::each<T>(x, [](T v) { return 0.5 * std::erfc(v * -0.707106781186547524401); }),
-            kPdf * exp<T>(x * x * T(-0.5))};
+    return detail::each<T>(x, [](T v) { return 0.5 * std::erfc(v * -0.707106781186547524401); });
   } else {
-    constexpr float kP[] = {0.5f, 0.4382947f, 0.18323494f, 0.040633168f, 0.0041162996f};
-    constexpr float kQ[] = {1.f, 1.6744744f, 1.2025024f, 0.46947014f, 0.10185869f, 0.010317913f};
-    constexpr float kNear[] = {0.3989423f, -0.06649054f, 0.009974163f, -0.00118802f, 0.00011501885f, -8.169578e-06f};
-    constexpr float kTail = -detail::kLeast > 100 ? 14.5f : 13.2f;  // exp(-kTail^2 / 2) is 0
-    Vec<T> a = x < 0 ? -x : x;
-    a = a > kTail ? set1(kTail) : a;
-    Vec<T> a0 = bit_cast<Vec<T>>(bit_cast<IVec<T>>(a) & -4096);  // its square is exact
-    Vec<T> e = detail::exp(a0 * a0 * T(-0.5), (a - a0) * (a + a0) * T(-0.5));
-    Vec<T> tail = e * detail::polynomial(a, kP) / detail::polynomial(a, kQ);
-    Vec<T> near = x * detail::polynomial(x * x, kNear) + T(0.5);
-    return {a < 1 ? near : x < 0 ? tail : 1 - tail, e * kPdf};
+    constexpr float kH[] = {-1.f,      -8.633284f, 6.1112385f,  -1.2613237f, -8.869861f,
+                            5.5340266f, 19.865513f, -49.430836f, 46.454796f,  -17.917442f};
+    Vec<T> a = detail::magnitude(x, kCdfEnd);
+    Vec<T> tail = detail::gauss(a, detail::polynomial(a / (a + T(7.5)), kH));
+    return x < 0 ? tail : 1 - tail;
+  }
+}
+
+// cdf(x) + x pdf(x).
+template <class T>
+PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    return cdf<T>(x) + detail::each<T>(x, [](T v) { return v * std::exp(v * v * -0.5) * 0.398942280401432677940; });
+  } else {
+    constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
+    constexpr float kE[] = {1.f, 1.4295318f, 0.8305759f, 0.23714224f, 0.029214934f};
+    Vec<T> a = detail::magnitude(x, kSlopeEnd);
+    Vec<T> tail = detail::gauss(a, Vec<T>{}) * detail::polynomial(a, kD) / detail::polynomial(a, kE);
+    return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   }
 }
 
@@ -152,7 +169,7 @@ constexpr double kU3 = kU * 0.044715;
 template <Activation A, class T>
 PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   if constexpr (A == Activation::gelu) {
-    return x * normal<T>(x).cdf;
+    return x * cdf<T>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
     return x / (1 + exp2<T>(x * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * (x * x))));
   } else {
@@ -165,8 +182,7 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
 template <Activation A, class T>
 PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
-    Normal<T> n = normal<T>(saved);
-    return n.cdf + saved * n.pdf;
+    return gelu_slope<T>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
     Vec<T> x = saved, a = x < 0 ? -x : x, xx = x * x;
     Vec<T> e = exp2<T>(a * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * xx));  // exp(-|2u|): cannot overflow
