@@ -6,6 +6,7 @@ the objections. An explicit choice (`backend(name)` or PYGPT_BACKEND) that canno
 with the reasons; only the default falls back.
 """
 
+import importlib
 import os
 import threading
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ class Choice:
 def _compiled() -> tuple[SimpleNamespace | None, str]:
     """The ops registered by the C++ library, resolved to their overloads (which saves 2 us a call)."""
     try:
-        from . import _C  # noqa: F401  (importing it registers torch.ops.pygpt)
+        importlib.import_module("pygpt._C")  # registers torch.ops.pygpt
     except ImportError as e:
         return None, f"the compiled extension is missing ({e}); build it with: pip install --no-build-isolation ."
     names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
@@ -134,13 +135,12 @@ def backend(name: str):
 
 
 def chosen() -> str | None:
-    """The explicitly chosen backend, or None where the table decides."""
-    return state.chosen or _FROM_ENVIRONMENT
+    """The explicitly chosen backend, or None where the table decides. Raises as `backend` does."""
+    name = state.chosen or _FROM_ENVIRONMENT
+    return None if name is None else _named(name).name
 
 
 _FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
-if _FROM_ENVIRONMENT:
-    _named(_FROM_ENVIRONMENT)
 
 
 def choose(op: str, tensors, features=()) -> Choice:

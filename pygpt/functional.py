@@ -321,12 +321,16 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """-> (layer_norm(input + residual), input + residual) in one pass over memory.
 
-    input, residual (..., *normalized_shape), of equal shape; the rest as in `layer_norm`.
+    input, residual (..., *normalized_shape), of equal shape, their dtypes promoted as by addition;
+    the rest as in `layer_norm`.
     """
     _check_tensors("add_layer_norm", input=input, residual=residual, weight=weight, bias=bias)
     same = input.shape == residual.shape
     _require(same, ValueError, f"add_layer_norm: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
     n = _norm_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    if input.dtype != residual.dtype:  # as x + residual promotes; autocast mixes them in every block
+        common = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(common), residual.to(common)
     y, s = _run("add_layer_norm", _flat(input, n), _flat(residual, n), _flat(weight, n), _flat(bias, n), eps)
     return y.view(input.shape), s.view(input.shape)
 

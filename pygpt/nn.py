@@ -17,7 +17,7 @@ class LayerNorm(nn.LayerNorm):
         affine = self.normalized_shape, self.weight, self.bias, self.eps
         if residual is None:
             return functional.layer_norm(input, *affine)
-        return functional.add_layer_norm(input, residual.to(input.dtype), *affine)
+        return functional.add_layer_norm(input, residual, *affine)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -77,22 +77,31 @@ PYGPT_INLINE void add(Tile<T>& sum, const Tile<T>& tile) {
     for (int v = 0; v < NV; v++) sum.c[r][v] += tile.c[r][v];
 }
 
-// dst[k][P] = scale times the P rows of A, zero beyond `rows`.
+// dst[k][P] = scale times the P rows of A, zero beyond `rows`. May write up to a vector behind its end.
 template <int P, class S>
 void pack_panel(Acc<S>* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Acc<S> scale = 1) {
   using T = Acc<S>;
+  constexpr int w = W<T>;
   const S* __restrict p = a.data;
-  if (rows == P && a.rs == 1 && P % W<T> == 0) {
-    for (int64_t k = 0; k < K; k++)
-      for (int v = 0; v < P; v += W<T>) store(dst + k * P + v, load(p + k * a.cs + v) * scale);
-  } else if (rows == P) {
-    for (int64_t k = 0; k < K; k++)
-#pragma GCC unroll 32
-      for (int r = 0; r < P; r++) dst[k * P + r] = to_acc(p[r * a.rs + k * a.cs]) * scale;
-  } else {
-    for (int64_t k = 0; k < K; k++)
-      for (int r = 0; r < P; r++) dst[k * P + r] = r < rows ? to_acc(p[r * a.rs + k * a.cs]) * scale : T(0);
+  int64_t k = 0;
+  if (a.rs == 1 && rows == P && P % w == 0) {
+    for (; k < K; k++)
+      for (int v = 0; v < P; v += w) store(dst + k * P + v, load(p + k * a.cs + v) * scale);
+  } else if (a.cs == 1) {
+    // Squares of w rows, the last first: where P is no multiple of w its columns reach into the next
+    // column's first rows, which the other squares write after it.
+    for (; k + w <= K; k += w)
+      for (int r0 = (P - 1) / w * w; r0 >= 0; r0 -= w) {
+        Vec<T> square[w];
+#pragma GCC unroll 16
+        for (int r = 0; r < w; r++) square[r] = r0 + r < rows ? load(p + (r0 + r) * a.rs + k) * scale : Vec<T>{};
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int c = 0; c < w; c++) store(dst + (k + c) * P + r0, square[c]);
+      }
   }
+  for (; k < K; k++)
+    for (int r = 0; r < P; r++) dst[k * P + r] = r < rows ? to_acc(p[r * a.rs + k * a.cs]) * scale : T(0);
 }
 
 // The n rows of m, P at a time: panel p holds rows p P .. as [k][P].

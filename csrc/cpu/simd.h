@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -179,9 +180,42 @@ PYGPT_INLINE T largest(Vec<T> v) {
   return reduce<T, W<T>>(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
 }
 
+// Lane i of the result is lane Pick(i) of a and b laid end to end.
+template <class T, int... I, class Pick>
+PYGPT_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>, Pick) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Pick::at(I)...);
+#else
+  return __builtin_shuffle(a, b, IVec<T>{Pick::at(I)...});
+#endif
+}
+
+// Where row r and row r + Step exchange their off-diagonal blocks of Step lanes.
+template <int Lanes, int Step, int Half>
+struct Exchange {
+  static constexpr int at(int i) {
+    const int column = (i & ~Step) | (Half ? Step : 0);
+    return i & Step ? Lanes + column : column;
+  }
+};
+
+// Transposes a square of W x W elements held in W vectors.
+template <class T, int Step = W<T> / 2>
+PYGPT_INLINE void transpose(Vec<T> (&rows)[W<T>]) {
+  constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
+#pragma GCC unroll 16
+  for (int r = 0; r < W<T>; r++)
+    if (!(r & Step)) {
+      const Vec<T> a = rows[r], b = rows[r + Step];
+      rows[r] = shuffle<T>(a, b, lanes, Exchange<W<T>, Step, 0>());
+      rows[r + Step] = shuffle<T>(a, b, lanes, Exchange<W<T>, Step, 1>());
+    }
+  if constexpr (Step > 1) transpose<T, Step / 2>(rows);
+}
+
 // ---------------------------------------------------------------- scratch memory
-// One cache-line aligned array per Tag and thread; it grows and is kept, so that a call allocates
-// nothing after the first.
+// One cache-line aligned array per Tag and thread, with a vector to spare behind its n elements; it
+// grows and is kept, so that a call allocates nothing after the first.
 template <class T, class Tag>
 T* scratch(int64_t n) {
   struct Buffer {
