@@ -11,20 +11,20 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096, kSerial = 32768;  // elements; so few are not worth a second thread
+constexpr int64_t kBlock = 4096, kWork = 8 * kBlock;  // elements, and what they cost in multiply-adds
 
-// f(i, n) for every n <= W lanes from element i on.
+// f(i, n) for vectors of n <= W elements from i on.
 template <class T, class F>
 void for_each(int64_t count, const F& f) {
-  const int64_t step = count <= kSerial ? kSerial : kBlock;
-  parallel_for(ceil_div(count, step), [&](int64_t begin, int64_t end) {
-    int64_t i = begin * step;
-    const int64_t last = std::min(count, end * step);
+  auto blocks = [&](int64_t begin, int64_t end) {
+    int64_t i = begin * kBlock;
+    const int64_t last = std::min(count, end * kBlock);
     for (; i + 4 * W<T> <= last; i += 4 * W<T>)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; u++) f(i + u * W<T>, int64_t(W<T>));
     for (; i < last; i += W<T>) f(i, last - i);
-  });
+  };
+  parallel_for(ceil_div(count, kBlock), blocks, kWork);
 }
 
 template <Activation A, class S>

@@ -28,7 +28,8 @@ namespace {
 
 constexpr int64_t kBlock = 2048;    // columns summed before they are added to a total
 constexpr int64_t kGroup = 8;       // rows summed before they are added to a total
-constexpr int64_t kSerial = 32768;  // elements not worth a second thread
+constexpr int64_t kChunk = 16384;   // least number of elements in such a chunk
+constexpr int64_t kWork = 8;        // what an element costs, in multiply-adds
 
 // f(j, n, u) for vectors of n <= W lanes from column j on; u = 0..3 in turn, to keep four sums apart.
 template <class T, class F>
@@ -155,15 +156,15 @@ void norm_fwd(const NormArgs& a) {
   const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
   const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
   T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
-  const int64_t step = a.rows * a.cols <= kSerial ? std::max<int64_t>(a.rows, 1) : ceil_div(kSerial / 8, a.cols);
-  parallel_for(ceil_div(a.rows, step), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * step; i < std::min(a.rows, end * step); i++) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
       if (residual.data) add(a.cols, x.row(i), residual.row(i), sum.row(i));
       Statistics<T> s = forward<S, Centre>(a.cols, residual.data ? sum.row(i) : x.row(i), w, b, T(a.eps), y.row(i));
       if (Centre) mean[i] = s.mean;
       rstd[i] = s.rstd;
     }
-  });
+  };
+  parallel_for(a.rows, body, a.cols * kWork);
 }
 
 // out = the sum of `chunks` rows of partial sums, `step` apart, in order, kGroup at a time.
@@ -172,7 +173,7 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   using T = Acc<S>;
   if (!out) return;
   constexpr int64_t kColumns = 1024;
-  parallel_for(ceil_div(cols, kColumns), [&](int64_t begin, int64_t end) {
+  auto body = [&](int64_t begin, int64_t end) {
     each_vector<T>(begin * kColumns, std::min(cols, end * kColumns), [&](int64_t j, int64_t n, int) {
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
@@ -182,7 +183,8 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
       }
       store(static_cast<S*>(out) + j, total, n);
     });
-  });
+  };
+  parallel_for(ceil_div(cols, kColumns), body, chunks * kColumns);
 }
 
 template <class S, bool Centre, bool Params>
@@ -191,10 +193,10 @@ void norm_bwd(const NormArgs& a) {
   const Matrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
   const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
   const T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
-  const int64_t chunk = std::max({int64_t(8), ceil_div(kSerial / 2, std::max<int64_t>(a.cols, 1)), ceil_div(a.rows, 64)});
+  const int64_t chunk = std::max({int64_t(8), kChunk / std::max<int64_t>(a.cols, 1), ceil_div(a.rows, 64)});
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
   T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
-  parallel_for(chunks, [&](int64_t begin, int64_t end) {
+  auto body = [&](int64_t begin, int64_t end) {
     T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
       T* total = partials + c * 2 * width;
@@ -208,7 +210,8 @@ void norm_bwd(const NormArgs& a) {
           for (int64_t j = 0; j < 2 * width; j++) total[j] += group[j];
       }
     }
-  });
+  };
+  parallel_for(chunks, body, chunk * a.cols * 2 * kWork);
   if (Params) {
     reduce<S>(chunks, 2 * width, a.cols, partials, a.dw);
     reduce<S>(chunks, 2 * width, a.cols, partials + width, a.db);

@@ -1,11 +1,14 @@
 // Elementary functions lane by lane, and the activations made of them.
 //
 // float: own polynomials, fitted for least relative error. At worst, in units in the last place:
-//     exp2 0.8      gelu 4 above -1, 6 below, 1.5 for x > 1
-// The lower tail is as exact relatively, where 0.5 (1 + erf) has no digit left. Results below the
-// smallest normal number are gradual on AVX-512; elsewhere exp2 gives 0 from 2^-125.5 down. NaN stays
-// NaN; exp2(-inf) = 0, exp2(inf) = inf. At -inf gelu and its derivative are NaN, as PyTorch's are, and
-// so is the derivative at inf.
+//     exp2 0.8                                      (1.1 without fused multiply-add)
+//     gelu and its derivative 3 above -1, 9 above -4, 25 above -8      (4, 13, 44)
+//     gelu_tanh and its derivative 3, 18, 113
+// (the derivatives: of the larger of their terms; they have a zero near -0.75).
+// So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. Results below the smallest
+// normal number are gradual on AVX-512; elsewhere exp2 gives 0 from 2^-125.5 down. NaN stays NaN;
+// exp2(-inf) = 0, exp2(inf) = inf. At -inf gelu and its derivative are NaN, as PyTorch's are, and so is
+// the derivative at inf.
 // double: the C library's functions, lane by lane.
 //
 // The exact gelu's functions take one exponential and one division. With a = |x| and the standard
@@ -14,17 +17,38 @@
 // with polynomials H, D, E; at a the value is 1 minus that at -a. H(0) = -1 is exact, and so is cdf(0).
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-// NaN stays NaN.
+// The smaller and the larger of two floats; a NaN in x stays.
+#if defined(__AVX512F__)
+// (The maskz forms are plain instructions; GCC 12 warns about its own headers for the others.)
+PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) {
+  return (Vec<float>)_mm512_maskz_min_ps(-1, (__m512)set1(high), (__m512)x);
+}
+PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm512_maskz_max_ps(-1, (__m512)set1(low), (__m512)x);
+}
+#elif defined(__AVX2__)
+PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) {
+  return (Vec<float>)_mm256_min_ps((__m256)set1(high), (__m256)x);
+}
+PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm256_max_ps((__m256)set1(low), (__m256)x);
+}
+#else
+PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) { return x > high ? set1(high) : x; }
+PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) { return x < low ? set1(low) : x; }
+#endif
+
 template <class T>
-PYGPT_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
-  x = x < low ? set1(low) : x;
-  return x > high ? set1(high) : x;
+PYGPT_INLINE Vec<T> magnitude(Vec<T> x) {
+  constexpr auto kMask = std::numeric_limits<typename IntOf<T>::type>::max();
+  return bit_cast<Vec<T>>(bit_cast<IVec<T>>(x) & kMask);
 }
 
 // v, computed on its own: not fused into the operation that uses it.
@@ -59,9 +83,9 @@ constexpr float kExp2[] = {1.f, 0.6931472f, 0.24022648f, 0.0555036f, 0.009618506
 
 // 2^(n + f) for integers n, |f| <= 1/2, where n comes out of nearest(x).
 #if defined(__AVX512F__)
-PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (Vec<float>)_mm512_roundscale_ps((__m512)x, 8); }
+PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (Vec<float>)_mm512_maskz_roundscale_ps(-1, (__m512)x, 8); }
 PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {
-  return (Vec<float>)_mm512_scalef_ps((__m512)polynomial(f, kExp2), (__m512)n);
+  return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)polynomial(f, kExp2), (__m512)n);
 }
 #else
 constexpr float kRound = 0x1.8p23f;  // x + kRound holds round(x) in its low bits
@@ -72,23 +96,11 @@ PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {  // -126 <= n <= 128
 }
 #endif
 
-// 2^(h - a^2 log2(e) / 2); the coefficients of h below make good kLog2e's own rounding. What a^2 loses
-// in rounding is put back where that is cheap; elsewhere it costs a^2/4 ulp.
+// exp(-a^2 / 2) 2^h; the coefficients below make good the rounding of the constant.
 PYGPT_INLINE Vec<float> gauss(Vec<float> a, Vec<float> h) {
   constexpr float kMinusHalfLog2e = -0x1.715476p-1f;
-  Vec<float> aa = a * a, lost = {};
-#if defined(__AVX512F__)
-  lost = (Vec<float>)_mm512_fmsub_ps((__m512)a, (__m512)a, (__m512)aa);
-#elif defined(__FMA__)
-  lost = (Vec<float>)_mm256_fmsub_ps((__m256)a, (__m256)a, (__m256)aa);
-#endif
-  Vec<float> n = nearest(aa * kMinusHalfLog2e + h);
-  return power(n, lost * kMinusHalfLog2e + ((aa * kMinusHalfLog2e - n) + h));
-}
-
-PYGPT_INLINE Vec<float> magnitude(Vec<float> x, float limit) {  // |x|, limit at most
-  Vec<float> a = x < 0 ? -x : x;
-  return a > limit ? set1(limit) : a;
+  Vec<float> aa = a * a, n = nearest(aa * kMinusHalfLog2e + h);
+  return power(n, (aa * kMinusHalfLog2e - n) + h);
 }
 
 }  // namespace detail
@@ -99,10 +111,10 @@ PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
     return detail::each<T>(x, [](T v) { return std::exp2(v); });
   } else {
 #if defined(__AVX512F__)
-    Vec<T> f = (Vec<T>)_mm512_reduce_ps((__m512)x, 8);  // x - round(x), and 0 for an infinite x
+    Vec<T> f = (Vec<T>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
     return detail::power(x - f, f);
 #else
-    x = clamp<T>(x, -126, 128);
+    x = at_least(at_most(x, 128), -126);
     Vec<T> n = detail::nearest(x);
     return detail::power(n, x - n);
 #endif
@@ -112,8 +124,8 @@ PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
 template <class T>
 PYGPT_INLINE Vec<T> sqrt(Vec<T> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_sqrt_pd((__m512d)x);
-  else return (Vec<T>)_mm512_sqrt_ps((__m512)x);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_sqrt_pd(-1, (__m512d)x);
+  else return (Vec<T>)_mm512_maskz_sqrt_ps(-1, (__m512)x);
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
   else return (Vec<T>)_mm256_sqrt_ps((__m256)x);
@@ -136,7 +148,7 @@ PYGPT_INLINE Vec<T> cdf(Vec<T> x) {
   } else {
     constexpr float kH[] = {-1.f,      -8.633284f, 6.1112385f,  -1.2613237f, -8.869861f,
                             5.5340266f, 19.865513f, -49.430836f, 46.454796f,  -17.917442f};
-    Vec<T> a = detail::magnitude(x, kCdfEnd);
+    Vec<T> a = at_most(magnitude<T>(x), kCdfEnd);
     Vec<T> tail = detail::gauss(a, detail::polynomial(a / (a + T(7.5)), kH));
     return x < 0 ? tail : 1 - tail;
   }
@@ -150,7 +162,7 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
     constexpr float kE[] = {1.f, 1.4295318f, 0.8305759f, 0.23714224f, 0.029214934f};
-    Vec<T> a = detail::magnitude(x, kSlopeEnd);
+    Vec<T> a = at_most(magnitude<T>(x), kSlopeEnd);
     Vec<T> tail = detail::gauss(a, Vec<T>{}) * detail::polynomial(a, kD) / detail::polynomial(a, kE);
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   }
@@ -184,7 +196,7 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
     return gelu_slope<T>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
-    Vec<T> x = saved, a = x < 0 ? -x : x, xx = x * x;
+    Vec<T> x = saved, a = magnitude<T>(x), xx = x * x;
     Vec<T> e = exp2<T>(a * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * xx));  // exp(-|2u|): cannot overflow
     Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
     return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
