@@ -30,6 +30,7 @@ namespace {
 constexpr int64_t BC = MR == 14 ? 224 : 192;  // keys a tile: a multiple of MR and of every NR
 constexpr int64_t BR = MR == 14 ? 112 : 96;   // query rows a block
 constexpr int64_t kStrips = BR / MR;
+constexpr int64_t kTogether = MR == 14 ? 2 : 4;  // strips that share each panel of K and V while it is in L1
 static_assert(BC % MR == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BR % MR == 0);
 
 template <class T>
@@ -53,22 +54,18 @@ IVec<T> lane_index() {
   return v;
 }
 
-// Scores of MR query rows from row0 against `panels` key panels from key j0, into s (MR, BC).
-// Keys from `keys` on, and above the diagonal if causal, become -inf.
+// Scores of MR query rows from row0 against one panel of keys from `first`; those of keys from `keys` on,
+// and above the diagonal if causal, become -inf.
 template <class T>
-void score_strip(T* s, const T* q, const T* k, int64_t E, int64_t panels, int64_t row0, int64_t j0, int64_t keys, bool causal) {
-  for (int64_t p = 0; p < panels; p++) {
-    Tile<T> tile = multiply<1, MR>(E, q, k + p * E * NR<T>, NR<T>);
-    const int64_t first = j0 + p * NR<T>, end = first + NR<T>;
-    if (end > keys || (causal && end > row0 + 1))
-      for (int r = 0; r < MR; r++) {
-        const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
-        const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
-        for (int v = 0; v < NV; v++) tile.c[r][v] = lane_index<T>() + v * W<T> < limit ? tile.c[r][v] : set1(-kInf<T>);
-      }
-    for (int r = 0; r < MR; r++)
-      for (int v = 0; v < NV; v++) store(s + r * BC + p * NR<T> + v * W<T>, tile.c[r][v]);
-  }
+PYGPT_INLINE Tile<T> score_tile(const T* q, const T* k, int64_t E, int64_t row0, int64_t first, int64_t keys, bool causal) {
+  Tile<T> tile = multiply<1, MR>(E, q, k, NR<T>);
+  if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
+    for (int r = 0; r < MR; r++) {
+      const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
+      const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
+      for (int v = 0; v < NV; v++) tile.c[r][v] = lane_index<T>() + v * W<T> < limit ? tile.c[r][v] : set1(-kInf<T>);
+    }
+  return tile;
 }
 
 // How many of the BC keys from j0 the rows row0 .. row0 + rows - 1 can see.
@@ -83,10 +80,9 @@ struct PackedV;
 struct Strip;
 struct Output;
 
-// The running maximum and sum of a strip's rows.
 template <class T>
 struct Row {
-  T m[MR], l[MR];
+  T m = -kInf<T>, l = 0;  // running maximum and sum
 };
 
 // One row of scores -> exp(score - m') in place; updates the running maximum and sum, and returns the
@@ -126,30 +122,42 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
   const int64_t E = a.head_dim, rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
   T* q = scratch<T, PackedQ>(BR * E);
   pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, E, T(a.scale));
-  T* s = scratch<T, Strip>(MR * BC);
+  T* s = scratch<T, Strip>(kTogether * MR * BC);
   Tile<T>* out = scratch<Tile<T>, Output>(kStrips * v_panels);
   std::fill(out, out + kStrips * v_panels, Tile<T>{});
-  Row<T> state[kStrips];
-  for (auto& row : state) std::fill(row.m, row.m + MR, -kInf<T>), std::fill(row.l, row.l + MR, T(0));
+  Row<T> state[BR];
 
   for (int64_t j0 = 0; j0 < a.k_len && visible(a, i0, rows, j0) > 0; j0 += BC)
-    for (int64_t strip = 0; strip * MR < rows; strip++) {
-      const int64_t row0 = i0 + strip * MR, n = visible(a, row0, MR, j0), panels = ceil_div(n, NR<T>);
-      if (n == 0) continue;
-      T shrink[MR];
-      score_strip(s, q + strip * MR * E, k + j0 * E, E, panels, row0, j0, a.k_len, a.is_causal);
-      for (int r = 0; r < MR; r++) shrink[r] = softmax_row(s + r * BC, panels * NV, state[strip].m[r], state[strip].l[r]);
-      for (int64_t p = 0; p < v_panels; p++) {
-        const Tile<T> more = multiply<BC, 1>(n, s, v + (p * a.k_len + j0) * NR<T>, NR<T>);
-        Tile<T>& sofar = out[strip * v_panels + p];
-        for (int r = 0; r < MR; r++)
-          for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[r] + more.c[r][w];
+    for (int64_t first = 0; first * MR < rows; first += kTogether) {
+      const int64_t end = std::min(first + kTogether, ceil_div(rows, MR));
+      auto seen = [&](int64_t strip) { return visible(a, i0 + strip * MR, MR, j0); };  // grows with strip
+      for (int64_t p = 0; p * NR<T> < seen(end - 1); p++)
+        for (int64_t strip = first; strip < end; strip++) {
+          if (p * NR<T> >= seen(strip)) continue;
+          const int64_t j = j0 + p * NR<T>;
+          const Tile<T> tile = score_tile(q + strip * MR * E, k + j * E, E, i0 + strip * MR, j, a.k_len, a.is_causal);
+          for (int r = 0; r < MR; r++)
+            for (int w = 0; w < NV; w++) store(s + ((strip - first) * MR + r) * BC + p * NR<T> + w * W<T>, tile.c[r][w]);
+        }
+      T shrink[kTogether * MR];
+      for (int64_t r = 0; r < (end - first) * MR; r++) {
+        Row<T>& row = state[first * MR + r];
+        const int64_t vectors = ceil_div(seen(first + r / MR), NR<T>) * NV;
+        shrink[r] = vectors ? softmax_row(s + r * BC, vectors, row.m, row.l) : T(1);
       }
+      for (int64_t p = 0; p < v_panels; p++)
+        for (int64_t strip = first; strip < end; strip++) {
+          const T* x = s + (strip - first) * MR * BC;
+          const Tile<T> more = multiply<BC, 1>(seen(strip), x, v + (p * a.k_len + j0) * NR<T>, NR<T>);
+          Tile<T>& sofar = out[strip * v_panels + p];
+          for (int r = 0; r < MR; r++)
+            for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
+        }
     }
 
   for (int64_t i = 0; i < rows; i++) {
     const Tile<T>* tiles = out + i / MR * v_panels;
-    finish_row<S>(a, b, h, i0 + i, state[i / MR].m[i % MR], state[i / MR].l[i % MR],
+    finish_row<S>(a, b, h, i0 + i, state[i].m, state[i].l,
                   [&](int64_t j) { return tiles[j / NR<T>].c[i % MR][j % NR<T> / W<T>]; });
   }
 }
@@ -269,26 +277,30 @@ struct Packed {
   }
 };
 
-// P and dS of MR query rows from row0 against the keys from j0: into p and ds (MR, BC).
+// P and dS of `rows` query rows from i0 against the BC keys from j0: into p and ds (BR, BC), zero where
+// nothing is seen.
 template <class S, class T = Acc<S>>
-void gradient_strip(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t row0, int64_t j0, int64_t panels) {
-  score_strip(p, x.q + row0 * x.E, x.k + j0 * x.E, x.E, panels, row0, j0, x.a.k_len, x.a.is_causal);
-  for (int64_t panel = 0; panel < panels; panel++) {
-    const Tile<T> dp = multiply<1, MR>(x.Ev, x.go + row0 * x.Ev, x.v + (j0 + panel * NR<T>) * x.Ev, NR<T>);
-    for (int r = 0; r < MR; r++) {
-      const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);
-      for (int w = 0; w < NV; w++) {
-        const int64_t at = r * BC + panel * NR<T> + w * W<T>;
-        const Vec<T> e = exp2<T>((load(p + at) - lse) * kLog2e<T>);
-        store(p + at, e);
-        store(ds + at, e * (dp.c[r][w] - delta));
+void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64_t rows, int64_t j0) {
+  for (int64_t panel = 0; panel * NR<T> < BC; panel++)
+    for (int64_t i = 0; i < rows; i += MR) {
+      const int64_t row0 = i0 + i, j = j0 + panel * NR<T>;
+      T *to_p = p + i * BC + panel * NR<T>, *to_ds = ds + i * BC + panel * NR<T>;
+      if (panel * NR<T> >= visible(x.a, row0, MR, j0)) {
+        for (int r = 0; r < MR; r++)
+          for (int w = 0; w < NV; w++) store(to_p + r * BC + w * W<T>, Vec<T>{}), store(to_ds + r * BC + w * W<T>, Vec<T>{});
+        continue;
+      }
+      const Tile<T> s = score_tile(x.q + row0 * x.E, x.k + j * x.E, x.E, row0, j, x.a.k_len, x.a.is_causal);
+      const Tile<T> dp = multiply<1, MR>(x.Ev, x.go + row0 * x.Ev, x.v + j * x.Ev, NR<T>);
+      for (int r = 0; r < MR; r++) {
+        const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);
+        for (int w = 0; w < NV; w++) {
+          const Vec<T> e = exp2<T>((s.c[r][w] - lse) * kLog2e<T>);
+          store(to_p + r * BC + w * W<T>, e);
+          store(to_ds + r * BC + w * W<T>, e * (dp.c[r][w] - delta));
+        }
       }
     }
-  }
-  for (int r = 0; r < MR; r++) {  // what this strip can't see, the block's columns still read
-    std::fill(p + r * BC + panels * NR<T>, p + (r + 1) * BC, T(0));
-    std::fill(ds + r * BC + panels * NR<T>, ds + (r + 1) * BC, T(0));
-  }
 }
 
 // acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels [row][NR] of a matrix of L rows.
@@ -326,13 +338,11 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
 
   for (int64_t i0 = a.is_causal ? j0 / BR * BR : 0; i0 < x.L; i0 += BR) {
     const int64_t rows = std::min(BR, x.L - i0);
-    for (int64_t i = 0; i < rows; i += MR) {
-      const int64_t n = visible(a, i0 + i, MR, j0);
-      gradient_strip(x, p + i * BC, ds + i * BC, i0 + i, j0, ceil_div(n, NR<T>));
-      for (int64_t e = 0; dq && e < x.e_panels; e++)
+    gradient_block(x, p, ds, i0, rows, j0);
+    for (int64_t e = 0; dq && e < x.e_panels; e++)
+      for (int64_t i = 0; i < rows; i += MR)
         add(dq[(i0 + i) / MR * x.e_panels + e],
-            multiply<BC, 1>(n, ds + i * BC, x.kt + (e * a.k_len + j0) * NR<T>, NR<T>));
-    }
+            multiply<BC, 1>(visible(a, i0 + i, MR, j0), ds + i * BC, x.kt + (e * a.k_len + j0) * NR<T>, NR<T>));
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.got, x.L, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.L, i0, rows, keys, x.e_panels, first_row);

@@ -84,12 +84,13 @@ void pack_panel(Acc<S>* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Ac
   constexpr int w = W<T>;
   const S* __restrict p = a.data;
   int64_t k = 0;
-  if (a.rs == 1 && rows == P && P % w == 0) {
-    for (; k < K; k++)
-      for (int v = 0; v < P; v += w) store(dst + k * P + v, load(p + k * a.cs + v) * scale);
+  if (a.rs == 1 && rows == P && (P % w == 0 || a.cs >= w)) {
+    // Where P is no multiple of w, a column is read and written past its P rows: into the next one.
+    for (; k + (P % w != 0) < K; k++)
+#pragma GCC unroll 4
+      for (int r0 = 0; r0 < P; r0 += w) store(dst + k * P + r0, load(p + k * a.cs + r0) * scale);
   } else if (a.cs == 1) {
-    // Squares of w rows, the last first: where P is no multiple of w its columns reach into the next
-    // column's first rows, which the other squares write after it.
+    // Squares of w rows, the last first: what it writes past the P rows, the others then overwrite.
     for (; k + w <= K; k += w)
       for (int r0 = (P - 1) / w * w; r0 >= 0; r0 -= w) {
         Vec<T> square[w];
@@ -190,8 +191,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
           pack_rows<NR<T>>(b + begin * NR<T> * K, part, std::min(n, end * NR<T>) - begin * NR<T>, K);
         },
         4 * NR<T> * K);
-    // Where row blocks are few, the columns are split too; each part packs A for itself.
-    const int64_t splits = blocks ? std::clamp<int64_t>(ceil_div(4 * threads.count(), blocks), 1, std::max<int64_t>(panels, 1)) : 1;
+    // Where row blocks are fewer than threads, the columns are split too; each part packs A for itself.
+    const int64_t splits = std::clamp<int64_t>(threads.count() / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(panels, 1));
     const Chunk<S, Epilogue> chunk = {M, K, j0, n, A, b, j0 == 0 ? a_sums : nullptr, epilogue};
     parallel_for(
         blocks * splits,
