@@ -30,7 +30,7 @@ class Backend:
     devices: tuple = ()  # device types served; empty means any
     dtypes: tuple = FLOATS
     ops: tuple = OPS
-    features: Mapping = field(default_factory=dict)  # op -> optional features served, None for all
+    features: Mapping = field(default_factory=dict)  # op -> the optional features served
     max_head_dim: int | None = None
 
     def objections(self, op: str, tensors, features) -> list[str]:
@@ -93,7 +93,7 @@ _kernels, _why = _compiled()
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cpp", _kernels, _why, devices=("cpu",), max_head_dim=256),
+        Backend("cpp", _kernels, _why, ("cpu",), features={"attention": ("return_lse",)}, max_head_dim=256),
         Backend("cuda", None, "the CUDA kernels are not part of this version", devices=("cuda",), max_head_dim=256),
         Backend("triton", None, "the Triton kernels are not part of this version", devices=("cuda",), max_head_dim=256),
         Backend("torch", reference),

@@ -15,6 +15,10 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import autograd, backend, reference
 
+__all__ = [
+    "add_layer_norm", "gelu", "layer_norm", "linear", "mlp", "relu", "rms_norm", "scaled_dot_product_attention"
+]  # fmt: skip
+
 _FUNCTIONS = {
     "attention": autograd.Attention,
     "linear": autograd.Linear,
@@ -32,28 +36,37 @@ class _Explained(Exception):
     pass
 
 
-def _require(condition, error, message: str):
+def _require(condition, error, message):
+    """message() is formatted only when needed: it costs time, and torch.compile can't format symbolic sizes."""
     if not condition:
-        raise error(f"pygpt.{message}")
+        raise error(f"pygpt.{message()}")
 
 
-def _check_tensors(op: str, **tensors):
-    """Tensors (or None) on one device with one floating dtype each."""
+def _check_tensors(op: str, optional=(), **tensors):
+    """Floating tensors on one device; those named in ``optional`` may be None."""
     lead = None
     for name, t in tensors.items():
-        if t is None and lead is not None:
+        if t is None and name in optional:
             continue
-        _require(isinstance(t, Tensor), TypeError, f"{op}: {name} must be a Tensor, got {type(t).__name__}")
-        _require(t.is_floating_point(), TypeError, f"{op}: {name} must be floating point, got {t.dtype}")
+        _require(isinstance(t, Tensor), TypeError, lambda: f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+        _require(t.is_floating_point(), TypeError, lambda: f"{op}: {name} must be floating point, got {t.dtype}")
         lead = t if lead is None else lead
-        _require(t.device == lead.device, ValueError, f"{op}: {name} is on {t.device}, the first argument on {lead.device}")
+        _require(
+            t.device == lead.device,
+            ValueError,
+            lambda: f"{op}: {name} is on {t.device}, the first argument on {lead.device}",
+        )
 
 
 def _same_dtype(op: str, **tensors):
     (lead_name, lead), *rest = tensors.items()
     for name, t in rest:
         same = t is None or t.dtype == lead.dtype or torch.is_autocast_enabled(lead.device.type)
-        _require(same, TypeError, f"{op}: {name} is {t is not None and t.dtype}, {lead_name} is {lead.dtype}; they must be equal")
+        _require(
+            same,
+            TypeError,
+            lambda: f"{op}: {name} is {t is not None and t.dtype}, {lead_name} is {lead.dtype}; they must be equal",
+        )
 
 
 def _run(op: str, *args, **features):
@@ -89,8 +102,11 @@ def explain(op, *args, **kwargs) -> backend.Choice:
 
     >>> print(pygpt.explain("layer_norm", x, (768,)))
     """
-    function = globals().get(op) if isinstance(op, str) else op
-    _require(getattr(function, "__module__", None) == __name__, ValueError, f"explain: unknown op {op!r}")
+    public = {name: globals()[name] for name in __all__}
+    function = public.get(op) if isinstance(op, str) else op
+    _require(
+        function in public.values(), ValueError, lambda: f"explain: unknown op {op!r}; known: {', '.join(__all__)}"
+    )
     backend.state.explaining = True
     try:
         function(*args, **kwargs)
@@ -143,20 +159,24 @@ def scaled_dot_product_attention(
     _check_tensors(op, query=query, key=key, value=value)
     _same_dtype(op, query=query, key=key, value=value)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _require(t.dim() >= 2, ValueError, f"{op}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
+        _require(
+            t.dim() >= 2, ValueError, lambda: f"{op}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}"
+        )
     (L, E), (S, Ek), (Sv, Ev) = query.shape[-2:], key.shape[-2:], value.shape[-2:]
-    _require(Ek == E, ValueError, f"{op}: key has head dimension {Ek}, query {E}; they must be equal")
-    _require(Sv == S, ValueError, f"{op}: value has {Sv} positions, key {S}; they must be equal")
-    _require(0.0 <= dropout_p <= 1.0, ValueError, f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    _require(softcap >= 0.0, ValueError, f"{op}: softcap must not be negative, got {softcap}")
+    _require(Ek == E, ValueError, lambda: f"{op}: key has head dimension {Ek}, query {E}; they must be equal")
+    _require(Sv == S, ValueError, lambda: f"{op}: value has {Sv} positions, key {S}; they must be equal")
+    _require(0.0 <= dropout_p <= 1.0, ValueError, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    _require(softcap >= 0.0, ValueError, lambda: f"{op}: softcap must not be negative, got {softcap}")
     scale = 1.0 / math.sqrt(max(E, 1)) if scale is None else float(scale)
     lower_right = False
     if isinstance(attn_mask, CausalBias):
-        _require(not is_causal, ValueError, f"{op}: is_causal and a CausalBias attn_mask are both set")
+        _require(not is_causal, ValueError, lambda: f"{op}: is_causal and a CausalBias attn_mask are both set")
         _require(
             (attn_mask.seq_len_q, attn_mask.seq_len_kv) == (L, S),
             ValueError,
-            f"{op}: the CausalBias is for ({attn_mask.seq_len_q}, {attn_mask.seq_len_kv}), the scores are ({L}, {S})",
+            lambda: (
+                f"{op}: the CausalBias is for ({attn_mask.seq_len_q}, {attn_mask.seq_len_kv}), the scores are ({L}, {S})"
+            ),
         )
         lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
         is_causal, attn_mask = not lower_right, None
@@ -182,10 +202,14 @@ def scaled_dot_product_attention(
         _require(
             tuple(alibi_slopes.shape) in ((Hq,), (B, Hq)),
             ValueError,
-            f"{op}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {tuple(alibi_slopes.shape)}",
+            lambda: f"{op}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {tuple(alibi_slopes.shape)}",
         )
     if "window" in features:
-        _require(len(window) == 2 and min(window) >= -1, ValueError, f"{op}: window must be (left, right) >= -1, got {window}")
+        _require(
+            len(window) == 2 and min(window) >= -1,
+            ValueError,
+            lambda: f"{op}: window must be (left, right) >= -1, got {window}",
+        )
 
     shape = lead + ((Hq,) if query.dim() > 2 or len(lead) else ())
     result = _attention(q, k, v, bool(is_causal), scale, features, return_lse)
@@ -212,21 +236,31 @@ def _four_dimensional(op, query, key, value, enable_gqa):
             raise ValueError(f"pygpt.{op}: the leading dimensions of {shapes} do not broadcast") from None
         q, k, v = (t.expand(*lead, *t.shape[-3:]).reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
     Hq, Hk, Hv = q.shape[1], k.shape[1], v.shape[1]
-    _require(Hk == Hv, ValueError, f"{op}: key has {Hk} heads, value {Hv}; they must be equal")
+    _require(Hk == Hv, ValueError, lambda: f"{op}: key has {Hk} heads, value {Hv}; they must be equal")
     if Hq != Hk:
-        _require(enable_gqa, ValueError, f"{op}: query has {Hq} heads, key {Hk}; pass enable_gqa=True for grouped heads")
-        _require(Hk > 0 and Hq % Hk == 0, ValueError, f"{op}: {Hq} query heads are no multiple of {Hk} key heads")
+        _require(
+            enable_gqa,
+            ValueError,
+            lambda: f"{op}: query has {Hq} heads, key {Hk}; pass enable_gqa=True for grouped heads",
+        )
+        _require(
+            Hk > 0 and Hq % Hk == 0, ValueError, lambda: f"{op}: {Hq} query heads are no multiple of {Hk} key heads"
+        )
     return q, k, v, lead
 
 
 def _mask(op, attn_mask, lead, shape):
     """attn_mask broadcast to (B, Hq, L, S), as a view where strides allow."""
     B, Hq, L, S = shape
-    _require(isinstance(attn_mask, Tensor), TypeError, f"{op}: attn_mask must be a Tensor, got {type(attn_mask).__name__}")
+    _require(
+        isinstance(attn_mask, Tensor),
+        TypeError,
+        lambda: f"{op}: attn_mask must be a Tensor, got {type(attn_mask).__name__}",
+    )
     _require(
         attn_mask.dtype == torch.bool or attn_mask.is_floating_point(),
         TypeError,
-        f"{op}: attn_mask must be boolean or floating point, got {attn_mask.dtype}",
+        lambda: f"{op}: attn_mask must be boolean or floating point, got {attn_mask.dtype}",
     )
     full = (*lead, Hq, L, S)
     try:
@@ -237,18 +271,26 @@ def _mask(op, attn_mask, lead, shape):
 
 # ------------------------------------------------------------------------------- linear, mlp
 def _check_linear(op, x, in_name, weight, bias, weight_name="weight", bias_name="bias"):
-    _require(weight.dim() == 2, ValueError, f"{op}: {weight_name} must be a matrix, got shape {tuple(weight.shape)}")
+    _require(
+        weight.dim() == 2, ValueError, lambda: f"{op}: {weight_name} must be a matrix, got shape {tuple(weight.shape)}"
+    )
     K, N = weight.shape[1], weight.shape[0]
-    _require(x == K, ValueError, f"{op}: {in_name} has {x} features, {weight_name} {tuple(weight.shape)} wants {K}")
+    _require(
+        x == K, ValueError, lambda: f"{op}: {in_name} has {x} features, {weight_name} {tuple(weight.shape)} wants {K}"
+    )
     if bias is not None:
-        _require(tuple(bias.shape) == (N,), ValueError, f"{op}: {bias_name} must have shape ({N},), got {tuple(bias.shape)}")
+        _require(
+            tuple(bias.shape) == (N,),
+            ValueError,
+            lambda: f"{op}: {bias_name} must have shape ({N},), got {tuple(bias.shape)}",
+        )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    _check_tensors("linear", input=input, weight=weight, bias=bias)
+    _check_tensors("linear", ("bias",), input=input, weight=weight, bias=bias)
     _same_dtype("linear", input=input, weight=weight, bias=bias)
-    _require(input.dim() >= 1, ValueError, "linear: input needs at least 1 dimension, got a scalar")
+    _require(input.dim() >= 1, ValueError, lambda: "linear: input needs at least 1 dimension, got a scalar")
     _check_linear("linear", input.shape[-1], "input", weight, bias)
     return _run("linear", input, weight, bias)
 
@@ -268,11 +310,23 @@ def mlp(
     Bias and activation run in the first GEMM's epilogue, the activation's gradient in that of the
     backward GEMM. Kept for backward: the hidden layer, and for the gelus also what went into it.
     """
-    _check_tensors("mlp", input=input, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
+    _check_tensors(
+        "mlp",
+        ("fc_bias", "proj_bias"),
+        input=input,
+        fc_weight=fc_weight,
+        fc_bias=fc_bias,
+        proj_weight=proj_weight,
+        proj_bias=proj_bias,
+    )
     _same_dtype("mlp", input=input, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
     known = ", ".join(reference.ACTIVATIONS)
-    _require(activation in reference.ACTIVATIONS, ValueError, f"mlp: unknown activation {activation!r}; known: {known}")
-    _require(input.dim() >= 1, ValueError, "mlp: input needs at least 1 dimension, got a scalar")
+    _require(
+        activation in reference.ACTIVATIONS,
+        ValueError,
+        lambda: f"mlp: unknown activation {activation!r}; known: {known}",
+    )
+    _require(input.dim() >= 1, ValueError, lambda: "mlp: input needs at least 1 dimension, got a scalar")
     _check_linear("mlp", input.shape[-1], "input", fc_weight, fc_bias, "fc_weight", "fc_bias")
     _check_linear("mlp", fc_weight.shape[0], "the hidden layer", proj_weight, proj_bias, "proj_weight", "proj_bias")
     return _run("mlp", input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
@@ -283,18 +337,22 @@ def _norm_shape(op, input, normalized_shape, **params):
     """The number of normalised dimensions, after checking them against input and parameters."""
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     n = len(shape)
-    _require(n >= 1, ValueError, f"{op}: normalized_shape must have at least one dimension")
+    _require(n >= 1, ValueError, lambda: f"{op}: normalized_shape must have at least one dimension")
     fits = tuple(input.shape[-n:]) == shape
-    _require(fits, ValueError, f"{op}: normalized_shape {shape} is not the end of the input's shape {tuple(input.shape)}")
+    _require(
+        fits,
+        ValueError,
+        lambda: f"{op}: normalized_shape {shape} is not the end of the input's shape {tuple(input.shape)}",
+    )
     for name, p in params.items():
         ok = p is None or tuple(p.shape) == shape
-        _require(ok, ValueError, f"{op}: {name} must have shape {shape}, got {ok or tuple(p.shape)}")
+        _require(ok, ValueError, lambda: f"{op}: {name} must have shape {shape}, got {ok or tuple(p.shape)}")
     return n
 
 
 def _flat(t, n):
     """The last n dimensions as one; the op's canonical shape."""
-    return t if t is None or n == 1 else t.reshape(*t.shape[: t.dim() - n], -1)
+    return t if t is None or n == 1 else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :]))
 
 
 def layer_norm(
@@ -304,7 +362,7 @@ def layer_norm(
 
     input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
     """
-    _check_tensors("layer_norm", input=input, weight=weight, bias=bias)
+    _check_tensors("layer_norm", ("weight", "bias"), input=input, weight=weight, bias=bias)
     n = _norm_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if n == 1:
         return _run("layer_norm", input, weight, bias, eps)
@@ -324,9 +382,13 @@ def add_layer_norm(
     input, residual (..., *normalized_shape), of equal shape, their dtypes promoted as by addition;
     the rest as in `layer_norm`.
     """
-    _check_tensors("add_layer_norm", input=input, residual=residual, weight=weight, bias=bias)
+    _check_tensors("add_layer_norm", ("weight", "bias"), input=input, residual=residual, weight=weight, bias=bias)
     same = input.shape == residual.shape
-    _require(same, ValueError, f"add_layer_norm: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+    _require(
+        same,
+        ValueError,
+        lambda: f"add_layer_norm: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}",
+    )
     n = _norm_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if input.dtype != residual.dtype:  # as x + residual promotes; autocast mixes them in every block
         common = torch.promote_types(input.dtype, residual.dtype)
@@ -339,11 +401,12 @@ def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
 
     input (..., *normalized_shape), weight normalized_shape or None -> input's shape.
-    eps: default torch.finfo(input.dtype).eps.
+    eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
     """
-    _check_tensors("rms_norm", input=input, weight=weight)
+    _check_tensors("rms_norm", ("weight",), input=input, weight=weight)
     n = _norm_shape("rms_norm", input, normalized_shape, weight=weight)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     y = _run("rms_norm", _flat(input, n), _flat(weight, n), eps)
     return y if n == 1 else y.view(input.shape)
 
@@ -353,7 +416,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); approximate="tanh" as in GPT-2."""
     _check_tensors("gelu", input=input)
     known = approximate in ("none", "tanh")
-    _require(known, ValueError, f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    _require(known, ValueError, lambda: f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
     return _run("gelu", input, approximate)
 
 

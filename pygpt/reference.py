@@ -29,7 +29,7 @@ def _acc(t):
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _wanted(needs, grads, like: Tensor):
@@ -60,7 +60,9 @@ def attention(
     """softmax(scale * q k^T + bias) v over (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)."""
     plain = window is None and alibi_slopes is None and softcap == 0.0 and not lower_right
     if plain and not return_lse and not (is_causal and attn_mask is not None):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     k, v = _repeat_heads(q, k, v)
     L, S = q.shape[-2], k.shape[-2]
     dist = _distance(L, S, q.device, lower_right)
@@ -157,16 +159,26 @@ def _tanh_cdf(x):
 
 
 ACTIVATIONS = {
-    # name: PyTorch's expression, value(x), derivative(x) - the relu family's from its own value
-    "gelu": (F.gelu, lambda x: x * _cdf(x), lambda x: _cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)),
+    # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or for the relu family its own value
+    "gelu": (
+        F.gelu,
+        lambda x: x * _cdf(x),
+        lambda dy, x: dy * (_cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)),
+    ),
     "gelu_tanh": (
         lambda x: F.gelu(x, approximate="tanh"),
         lambda x: x * _tanh_cdf(x),
-        lambda x: _tanh_cdf(x)
-        + x * _tanh_cdf(x) * _tanh_cdf(-x) * 2.0 * _SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * x * x),
+        lambda dy, x: (
+            dy
+            * (_tanh_cdf(x) + x * _tanh_cdf(x) * _tanh_cdf(-x) * 2.0 * _SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * x * x))
+        ),
     ),
-    "relu": (F.relu, F.relu, lambda y: (y > 0).to(y.dtype)),
-    "relu2": (lambda x: F.relu(x).square(), lambda x: F.relu(x).square(), lambda y: 2.0 * y.sqrt()),
+    "relu": (F.relu, F.relu, lambda dy, y: torch.where(y <= 0, 0.0, dy)),
+    "relu2": (
+        lambda x: F.relu(x).square(),
+        lambda x: F.relu(x).square(),
+        lambda dy, y: torch.where(y <= 0, 0.0, 2.0 * y.sqrt() * dy),
+    ),
 }
 SAVES_INPUT = ("gelu", "gelu_tanh")  # the others rebuild their derivative from their output
 
@@ -188,8 +200,8 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
 def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
     """-> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias."""
     dy2, x2, h2 = (_acc(_rows(t)) for t in (dy, x, hidden))
-    derivative = ACTIVATIONS[activation][2](_acc(_rows(pre)) if activation in SAVES_INPUT else h2)
-    dpre = dy2 @ _acc(proj_weight) * derivative
+    saved = _acc(_rows(pre)) if activation in SAVES_INPUT else h2
+    dpre = ACTIVATIONS[activation][2](dy2 @ _acc(proj_weight), saved)
     grads = ((dpre @ _acc(fc_weight)).view(x.shape), dpre.mT @ x2, dpre.sum(0), dy2.mT @ h2, dy2.sum(0))
     return _wanted(needs, grads, x)
 
@@ -282,7 +294,7 @@ def gelu_fwd(x, approximate):
 
 
 def gelu_bwd(dy, x, approximate):
-    return (_acc(dy) * ACTIVATIONS[_gelu_name(approximate)][2](_acc(x))).to(x.dtype).contiguous()
+    return ACTIVATIONS[_gelu_name(approximate)][2](_acc(dy), _acc(x)).to(x.dtype).contiguous()
 
 
 def relu(x):
@@ -294,4 +306,5 @@ def relu_fwd(x):
 
 
 def relu_bwd(dy, y):
-    return torch.where(y > 0, dy, torch.zeros_like(dy)).contiguous()
+    """dy, but 0 where y <= 0. (PyTorch's own op, because it is differentiable in y as well.)"""
+    return torch.ops.aten.threshold_backward(dy, y, 0).contiguous()

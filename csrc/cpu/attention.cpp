@@ -274,6 +274,25 @@ struct Packed {
       for (int64_t c = 0; i < L && c < Ev; c++) dot += to_acc(dO.data[i * dO.rs + c * dO.cs]) * to_acc(O.data[i * O.rs + c * O.cs]);
       delta[i] += dot;
     }
+    if (L <= kFewQueries) own_statistics();
+  }
+
+  // few_queries sums its scores in another order than score_tile; a row that sees one key would not give
+  // P = 1 exactly. So the lse of so few rows is found again, from the scores that backward forms.
+  void own_statistics() {
+    T* s = scratch<T, Strip>(kTogether * MR * BC);
+    Row<T> row[kFewQueries];
+    for (int64_t j0 = 0; visible(a, 0, L, j0) > 0; j0 += BC) {
+      const int64_t panels = ceil_div(visible(a, 0, L, j0), NR<T>);
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t j = j0 + p * NR<T>;
+        const Tile<T> tile = score_tile(q, k + j * E, E, 0, j, a.k_len, a.is_causal);
+        for (int64_t r = 0; r < L; r++)
+          for (int w = 0; w < NV; w++) store(s + r * BC + p * NR<T> + w * W<T>, tile.c[r][w]);
+      }
+      for (int64_t r = 0; r < L; r++) softmax_row(s + r * BC, panels * NV, row[r].m, row[r].l);
+    }
+    for (int64_t r = 0; r < L; r++) lse[r] = row[r].l == 0 ? kInf<T> : row[r].m + std::log(row[r].l);
   }
 };
 

@@ -124,13 +124,15 @@ PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
     default: return activate<Activation::relu2, T>(x);
   }
 }
+// d, the gradient of the activation's output -> that of its input. The relu family selects rather than
+// multiplies: a NaN or infinity of d stops at a unit that is off.
 template <class T>
-PYGPT_INLINE Vec<T> derived(Activation a, Vec<T> saved) {
+PYGPT_INLINE Vec<T> backpropagated(Activation a, Vec<T> d, Vec<T> saved) {
   switch (a) {
-    case Activation::gelu: return derivative<Activation::gelu, T>(saved);
-    case Activation::gelu_tanh: return derivative<Activation::gelu_tanh, T>(saved);
-    case Activation::relu: return derivative<Activation::relu, T>(saved);
-    default: return derivative<Activation::relu2, T>(saved);
+    case Activation::gelu: return d * derivative<Activation::gelu, T>(saved);
+    case Activation::gelu_tanh: return d * derivative<Activation::gelu_tanh, T>(saved);
+    case Activation::relu: return saved <= 0 ? Vec<T>{} : d;
+    default: return saved <= 0 ? Vec<T>{} : d * derivative<Activation::relu2, T>(saved);
   }
 }
 
@@ -174,11 +176,11 @@ void mlp_bwd(const MlpArgs& a) {
     const int64_t M = a.rows, H = a.hidden_dim;
     const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, H);
     weight_gradient(M, a.out, H, dy, hidden, a.dproj_weight, a.dproj_bias);
-    if (!a.dpre) return;
+    if (!a.dx && !a.dfc_weight && !a.dfc_bias) return;
     const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
     gemm<S>(M, H, a.out, dy, matrix<S>(a.proj_weight), nullptr,
             [=, out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
-              store(out + i * H + j, c * derived<Acc<S>>(activation, load(saved + i * H + j, n)), n);
+              store(out + i * H + j, backpropagated<Acc<S>>(activation, c, load(saved + i * H + j, n)), n);
             });
     weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
     if (a.dx) gemm<S>(M, a.in, H, dpre, matrix<S>(a.fc_weight), nullptr, store_to<S>(a.dx, a.in));
