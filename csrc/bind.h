@@ -13,6 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "ops.h"
 
 namespace pygpt::bind {
@@ -98,8 +102,22 @@ struct Call {
 };
 
 // ---------------------------------------------------------------- tensors to Args
+// A result this large comes from the system each time, and touching it first costs more than computing it
+// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
+inline void ask_for_large_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const size_t bytes = size_t(t.numel()) * t.element_size();
+  if (bytes < 16 * kPage || !t.is_cpu()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // or not
+#endif
+}
+
 inline Tensor empty(const Tensor& like, const Shape& size, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, size, type);
+  Tensor t = torch::stable::new_empty(like, size, type);
+  ask_for_large_pages(t);
+  return t;
 }
 // An output gradient: with no elements where it isn't wanted.
 inline Tensor wanted(bool need, const Tensor& like, const Shape& size) { return empty(like, need ? size : Shape{0}); }

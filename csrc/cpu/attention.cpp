@@ -54,11 +54,21 @@ IVec<T> lane_index() {
   return v;
 }
 
+// A B of two packed panels, K channels long: in runs of 128, so that long rows round no worse than short ones.
+template <class T>
+PYGPT_INLINE Tile<T> dot_products(int64_t K, const T* a, const T* b) {
+  constexpr int64_t kRun = 128;
+  Tile<T> tile = multiply<1, MR>(std::min(K, kRun), a, b, NR<T>);
+  for (int64_t k = kRun; k < K; k += kRun)
+    add(tile, multiply<1, MR>(std::min(K - k, kRun), a + k * MR, b + k * NR<T>, NR<T>));
+  return tile;
+}
+
 // Scores of MR query rows from row0 against one panel of keys from `first`; those of keys from `keys` on,
 // and above the diagonal if causal, become -inf.
 template <class T>
 PYGPT_INLINE Tile<T> score_tile(const T* q, const T* k, int64_t E, int64_t row0, int64_t first, int64_t keys, bool causal) {
-  Tile<T> tile = multiply<1, MR>(E, q, k, NR<T>);
+  Tile<T> tile = dot_products(E, q, k);
   if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
     for (int r = 0; r < MR; r++) {
       const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
@@ -237,6 +247,18 @@ struct ValueGradient;
 struct QueryGradient;
 struct QueryGradientPartials;
 
+template <class S, class T = Acc<S>>
+T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
+  Vec<T> total[2] = {};
+  if (a.cs == 1 && b.cs == 1) {
+    for (int64_t j = 0; j < n; j += W<T>) total[j / W<T> % 2] += load(a.data + j, n - j) * load(b.data + j, n - j);
+    return sum<T>(total[0] + total[1]);
+  }
+  double slow = 0;
+  for (int64_t j = 0; j < n; j++) slow += double(to_acc(a.data[j * a.cs])) * double(to_acc(b.data[j * b.cs]));
+  return T(slow);
+}
+
 // Everything of one head that the key tiles share, packed. A "t" operand is the right-hand side of a
 // product that sums over its rows: panels [row][NR].
 template <class S>
@@ -269,10 +291,8 @@ struct Packed {
     for (int64_t i = 0; i < padded; i++) {
       const T given = i < L ? static_cast<const T*>(a.lse)[offset + i] : kInf<T>;
       lse[i] = given == -kInf<T> ? kInf<T> : given;  // a row that sees nothing, or is none: P = 0
-      delta[i] = i < L && a.dlse ? -static_cast<const T*>(a.dlse)[offset + i] : T(0);
-      T dot = 0;
-      for (int64_t c = 0; i < L && c < Ev; c++) dot += to_acc(dO.data[i * dO.rs + c * dO.cs]) * to_acc(O.data[i * O.rs + c * O.cs]);
-      delta[i] += dot;
+      if (i >= L) delta[i] = 0;
+      else delta[i] = row_dot(dO.at(i, 0), O.at(i, 0), Ev) - (a.dlse ? static_cast<const T*>(a.dlse)[offset + i] : T(0));
     }
     if (L <= kFewQueries) own_statistics();
   }
@@ -310,7 +330,7 @@ void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64
         continue;
       }
       const Tile<T> s = score_tile(x.q + row0 * x.E, x.k + j * x.E, x.E, row0, j, x.a.k_len, x.a.is_causal);
-      const Tile<T> dp = multiply<1, MR>(x.Ev, x.go + row0 * x.Ev, x.v + j * x.Ev, NR<T>);
+      const Tile<T> dp = dot_products(x.Ev, x.go + row0 * x.Ev, x.v + j * x.Ev);
       for (int r = 0; r < MR; r++) {
         const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);
         for (int w = 0; w < NV; w++) {
