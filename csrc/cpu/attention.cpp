@@ -29,6 +29,7 @@ namespace {
 
 constexpr int64_t BC = MR == 14 ? 224 : 192;  // keys a tile: a multiple of MR and of every NR
 constexpr int64_t BR = MR == 14 ? 112 : 96;   // query rows a block
+constexpr int64_t LD = BC + 16;               // row stride of P and dS; a rounder one would crowd a few cache sets
 constexpr int64_t kStrips = BR / MR;
 constexpr int64_t kTogether = MR == 14 ? 2 : 4;  // strips that share each panel of K and V while it is in L1
 static_assert(BC % MR == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BR % MR == 0);
@@ -132,7 +133,7 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
   const int64_t E = a.head_dim, rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
   T* q = scratch<T, PackedQ>(BR * E);
   pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, E, T(a.scale));
-  T* s = scratch<T, Strip>(kTogether * MR * BC);
+  T* s = scratch<T, Strip>(kTogether * MR * LD);
   Tile<T>* out = scratch<Tile<T>, Output>(kStrips * v_panels);
   std::fill(out, out + kStrips * v_panels, Tile<T>{});
   Row<T> state[BR];
@@ -147,18 +148,18 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
           const int64_t j = j0 + p * NR<T>;
           const Tile<T> tile = score_tile(q + strip * MR * E, k + j * E, E, i0 + strip * MR, j, a.k_len, a.is_causal);
           for (int r = 0; r < MR; r++)
-            for (int w = 0; w < NV; w++) store(s + ((strip - first) * MR + r) * BC + p * NR<T> + w * W<T>, tile.c[r][w]);
+            for (int w = 0; w < NV; w++) store(s + ((strip - first) * MR + r) * LD + p * NR<T> + w * W<T>, tile.c[r][w]);
         }
       T shrink[kTogether * MR];
       for (int64_t r = 0; r < (end - first) * MR; r++) {
         Row<T>& row = state[first * MR + r];
         const int64_t vectors = ceil_div(seen(first + r / MR), NR<T>) * NV;
-        shrink[r] = vectors ? softmax_row(s + r * BC, vectors, row.m, row.l) : T(1);
+        shrink[r] = vectors ? softmax_row(s + r * LD, vectors, row.m, row.l) : T(1);
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {
-          const T* x = s + (strip - first) * MR * BC;
-          const Tile<T> more = multiply<BC, 1>(seen(strip), x, v + (p * a.k_len + j0) * NR<T>, NR<T>);
+          const T* x = s + (strip - first) * MR * LD;
+          const Tile<T> more = multiply<LD, 1>(seen(strip), x, v + (p * a.k_len + j0) * NR<T>, NR<T>);
           Tile<T>& sofar = out[strip * v_panels + p];
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
@@ -300,7 +301,7 @@ struct Packed {
   // few_queries sums its scores in another order than score_tile; a row that sees one key would not give
   // P = 1 exactly. So the lse of so few rows is found again, from the scores that backward forms.
   void own_statistics() {
-    T* s = scratch<T, Strip>(kTogether * MR * BC);
+    T* s = scratch<T, Strip>(kTogether * MR * LD);
     Row<T> row[kFewQueries];
     for (int64_t j0 = 0; visible(a, 0, L, j0) > 0; j0 += BC) {
       const int64_t panels = ceil_div(visible(a, 0, L, j0), NR<T>);
@@ -308,9 +309,9 @@ struct Packed {
         const int64_t j = j0 + p * NR<T>;
         const Tile<T> tile = score_tile(q, k + j * E, E, 0, j, a.k_len, a.is_causal);
         for (int64_t r = 0; r < L; r++)
-          for (int w = 0; w < NV; w++) store(s + r * BC + p * NR<T> + w * W<T>, tile.c[r][w]);
+          for (int w = 0; w < NV; w++) store(s + r * LD + p * NR<T> + w * W<T>, tile.c[r][w]);
       }
-      for (int64_t r = 0; r < L; r++) softmax_row(s + r * BC, panels * NV, row[r].m, row[r].l);
+      for (int64_t r = 0; r < L; r++) softmax_row(s + r * LD, panels * NV, row[r].m, row[r].l);
     }
     for (int64_t r = 0; r < L; r++) lse[r] = row[r].l == 0 ? kInf<T> : row[r].m + std::log(row[r].l);
   }
@@ -323,10 +324,10 @@ void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64
   for (int64_t panel = 0; panel * NR<T> < BC; panel++)
     for (int64_t i = 0; i < rows; i += MR) {
       const int64_t row0 = i0 + i, j = j0 + panel * NR<T>;
-      T *to_p = p + i * BC + panel * NR<T>, *to_ds = ds + i * BC + panel * NR<T>;
+      T *to_p = p + i * LD + panel * NR<T>, *to_ds = ds + i * LD + panel * NR<T>;
       if (panel * NR<T> >= visible(x.a, row0, MR, j0)) {
         for (int r = 0; r < MR; r++)
-          for (int w = 0; w < NV; w++) store(to_p + r * BC + w * W<T>, Vec<T>{}), store(to_ds + r * BC + w * W<T>, Vec<T>{});
+          for (int w = 0; w < NV; w++) store(to_p + r * LD + w * W<T>, Vec<T>{}), store(to_ds + r * LD + w * W<T>, Vec<T>{});
         continue;
       }
       const Tile<T> s = score_tile(x.q + row0 * x.E, x.k + j * x.E, x.E, row0, j, x.a.k_len, x.a.is_causal);
@@ -335,8 +336,8 @@ void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64
         const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);
         for (int w = 0; w < NV; w++) {
           const Vec<T> e = exp2<T>((s.c[r][w] - lse) * kLog2e<T>);
-          store(to_p + r * BC + w * W<T>, e);
-          store(to_ds + r * BC + w * W<T>, e * (dp.c[r][w] - delta));
+          store(to_p + r * LD + w * W<T>, e);
+          store(to_ds + r * LD + w * W<T>, e * (dp.c[r][w] - delta));
         }
       }
     }
@@ -346,12 +347,14 @@ void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64
 template <class T>
 void add_transposed_product(Tile<T>* acc, const T* x, const T* y, int64_t L, int64_t i0, int64_t rows, int64_t keys,
                             int64_t panels, int64_t first_row) {
-  for (int64_t j = 0; j < keys; j += MR) {
-    const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows);  // rows before see none of these keys
+  constexpr int64_t kKeys = MR == 14 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
+  for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
     for (int64_t p = 0; p < panels; p++)
-      add(acc[j / MR * panels + p],
-          multiply<1, int(BC)>(rows - start, x + start * BC + j, y + (p * L + i0 + start) * NR<T>, NR<T>));
-  }
+      for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
+        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows);  // rows before see none of these keys
+        add(acc[j / MR * panels + p],
+            multiply<1, int(LD)>(rows - start, x + start * LD + j, y + (p * L + i0 + start) * NR<T>, NR<T>));
+      }
 }
 
 template <class S>
@@ -369,7 +372,7 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
   using T = Acc<S>;
   const AttentionArgs& a = x.a;
   const int64_t keys = std::min(BC, a.k_len - j0);
-  T *p = scratch<T, ProbabilityBlock>(BR * BC), *ds = scratch<T, ScoreGradientBlock>(BR * BC);
+  T *p = scratch<T, ProbabilityBlock>(BR * LD), *ds = scratch<T, ScoreGradientBlock>(BR * LD);
   Tile<T>* dk = scratch<Tile<T>, KeyGradient>(BC / MR * x.e_panels);
   Tile<T>* dv = scratch<Tile<T>, ValueGradient>(BC / MR * x.v_panels);
   std::fill(dk, dk + BC / MR * x.e_panels, Tile<T>{});
@@ -381,7 +384,7 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
         add(dq[(i0 + i) / MR * x.e_panels + e],
-            multiply<BC, 1>(visible(a, i0 + i, MR, j0), ds + i * BC, x.kt + (e * a.k_len + j0) * NR<T>, NR<T>));
+            multiply<LD, 1>(visible(a, i0 + i, MR, j0), ds + i * LD, x.kt + (e * a.k_len + j0) * NR<T>, NR<T>));
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.got, x.L, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.L, i0, rows, keys, x.e_panels, first_row);
