@@ -22,7 +22,8 @@ import pygpt
 from pygpt.backend import choose
 
 BLOCK = 0.004  # seconds: short calls are repeated to fill a block, far above the timer's resolution
-MIN_PAIRS, MIN_PAIRS_SLOW, MAX_PAIRS = 5, 3, 200  # slow: a pair takes over a second
+MIN_PAIRS = {1.0: 5, 10.0: 3, math.inf: 1}  # a pair takes less than so many seconds: pairs at least
+MAX_PAIRS = 200
 MAX_SETS = 8
 
 
@@ -86,7 +87,8 @@ def compare(benchmark, ours: Callable, eager: Callable, seconds: float) -> dict 
     estimate = _estimate(ours), _estimate(eager)
     calls = max(1, math.ceil(BLOCK / min(estimate)))
     pair = calls * sum(estimate)
-    pairs = min(MAX_PAIRS, max(MIN_PAIRS if pair < 1 else MIN_PAIRS_SLOW, int(seconds / pair)))
+    least = next(pairs for limit, pairs in MIN_PAIRS.items() if pair < limit)
+    pairs = min(MAX_PAIRS, max(least, int(seconds / pair)))
     eager_times, turns = [], random.Random(0)
 
     def eager_turns():

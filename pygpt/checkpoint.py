@@ -42,8 +42,8 @@ def atomic(path: Path):
             os.close(folder)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    total = 0
+def _checksum(tensors: dict[str, Tensor], metadata: dict) -> int:
+    total = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
     return total
@@ -52,7 +52,8 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
     """OSError if it cannot be written; the old file is then untouched."""
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    header = json.dumps({"format": FORMAT, "checksum": _checksum(tensors), **metadata})
+    metadata = json.loads(json.dumps({"format": FORMAT, **metadata}))  # as it will be read
+    header = json.dumps({"checksum": _checksum(tensors, metadata), **metadata})
     with atomic(path) as temporary:
         try:
             save_file(tensors, temporary, {"pygpt": header})
@@ -72,9 +73,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UsageError(f"{path} is not a readable checkpoint: {e}") from None
     if header is None:
         raise UsageError(f"{path} is a safetensors file, but no pygpt checkpoint")
-    metadata = json.loads(header)
-    if metadata["format"] != FORMAT:
-        raise UsageError(f"{path} has checkpoint format {metadata['format']}; this version reads {FORMAT}")
-    if metadata["checksum"] != _checksum(tensors):
-        raise UsageError(f"{path} is damaged: its tensors do not match their checksum")
+    try:
+        metadata = json.loads(header)
+        checksum, found = metadata.pop("checksum"), metadata["format"]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UsageError(f"{path} is damaged: its header cannot be read") from None
+    if found != FORMAT:
+        raise UsageError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
+    if checksum != _checksum(tensors, metadata):
+        raise UsageError(f"{path} is damaged: its contents do not match their checksum")
     return tensors, metadata

@@ -121,6 +121,15 @@ PRESETS = {
 }  # fmt: skip
 
 
+def _compiled(model):
+    """torch.compile(model); UsageError where torch.compile does not work, for want of a C++ compiler for example."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
+    except Exception as e:  # of many kinds, none of them public
+        raise UsageError(f"--compile: torch.compile does not work here: {str(e).splitlines()[0]}") from None
+    return torch.compile(model)
+
+
 class Trainer:
     """One model with its optimiser, batches and step count; the backend is ``settings.backend``."""
 
@@ -144,7 +153,7 @@ class Trainer:
         groups = {"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
         self.scaler = torch.amp.GradScaler("cpu", enabled=s.dtype == "float16")
-        self.forward = torch.compile(self.model) if s.compile else self.model
+        self.forward = _compiled(self.model) if s.compile else self.model
 
     def _check_backend(self):
         name, c = self.settings.backend or chosen(), self.model.config

@@ -178,7 +178,9 @@ def damaged(data: bytes):
     middle = bytearray(data)
     middle[-100] ^= 1
     yield "cut", data[: len(data) // 2], "not a readable checkpoint"
-    yield "flipped", bytes(middle), "damaged: its tensors do not match their checksum"
+    yield "flipped", bytes(middle), "damaged: its contents do not match their checksum"
+    yield "relabelled", data.replace(b'steps\\":', b'stepz\\":'), "damaged: its contents do not match their checksum"
+    yield "unreadable", data.replace(b'{\\"checksum', b'[\\"checksum'), "damaged: its header cannot be read"
     yield "empty", b"", "not a readable checkpoint"
     yield "other", save({"x": torch.zeros(3)}), "no pygpt checkpoint"
 
@@ -200,6 +202,18 @@ def test_checkpoint_of_another_text(checkpoint, text, capsys):
 
 
 # ------------------------------------------------------------------------------- as a process
+def test_compile_without_a_compiler(tmp_path, text):
+    """One line, before anything is written."""
+    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1]), "CXX": "/nonexistent", "PATH": "/nonexistent"}
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "pygpt", "train", "--compile", "--data", text, "--out", str(tmp_path / "out")]
+    command += ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "--compile" in result.stderr and "compiler" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_module_as_a_process(tmp_path):
     env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])}
     command = [sys.executable, "-m", "pygpt", "generate", str(tmp_path / "nothing")]

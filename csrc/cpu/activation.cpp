@@ -1,7 +1,6 @@
 // gelu, gelu_tanh, relu and relu2 by themselves: y = act(x), dx = dy act'(x). The mathematics is in vmath.h.
 //
-// gelu saves x, relu its own output y, which the next op keeps anyway. relu's backward selects
-// rather than multiplies, so that an infinite gradient stops at a unit that is off.
+// gelu saves x, relu its own output y, which the next op keeps anyway.
 #include <algorithm>
 
 #include "parallel.h"
@@ -42,12 +41,7 @@ void backward(const ActivationArgs& a) {
   const S* dy = static_cast<const S*>(a.dy);
   S* dx = static_cast<S*>(a.dx);
   for_each<T>(a.n, [=](int64_t i, int64_t n) {
-    Vec<T> v = load(saved + i, n), d = load(dy + i, n);
-    if constexpr (A == Activation::relu)
-      d = v <= 0 ? Vec<T>{} : d;
-    else
-      d *= derivative<A, T>(v);
-    store(dx + i, d, n);
+    store(dx + i, backpropagate<A, T>(load(dy + i, n), load(saved + i, n)), n);
   });
 }
 

@@ -124,15 +124,13 @@ PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
     default: return activate<Activation::relu2, T>(x);
   }
 }
-// d, the gradient of the activation's output -> that of its input. The relu family selects rather than
-// multiplies: a NaN or infinity of d stops at a unit that is off.
 template <class T>
 PYGPT_INLINE Vec<T> backpropagated(Activation a, Vec<T> d, Vec<T> saved) {
   switch (a) {
-    case Activation::gelu: return d * derivative<Activation::gelu, T>(saved);
-    case Activation::gelu_tanh: return d * derivative<Activation::gelu_tanh, T>(saved);
-    case Activation::relu: return saved <= 0 ? Vec<T>{} : d;
-    default: return saved <= 0 ? Vec<T>{} : d * derivative<Activation::relu2, T>(saved);
+    case Activation::gelu: return backpropagate<Activation::gelu, T>(d, saved);
+    case Activation::gelu_tanh: return backpropagate<Activation::gelu_tanh, T>(d, saved);
+    case Activation::relu: return backpropagate<Activation::relu, T>(d, saved);
+    default: return backpropagate<Activation::relu2, T>(d, saved);
   }
 }
 

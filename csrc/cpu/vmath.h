@@ -207,5 +207,17 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   }
 }
 
+// d, the gradient of the activation's output -> that of its input. The relu family selects rather than
+// multiplies: a NaN or infinity of d stops at a unit that is off.
+template <Activation A, class T>
+PYGPT_INLINE Vec<T> backpropagate(Vec<T> d, Vec<T> saved) {
+  if constexpr (A == Activation::relu)
+    return saved <= 0 ? Vec<T>{} : d;
+  else if constexpr (A == Activation::relu2)
+    return saved <= 0 ? Vec<T>{} : d * derivative<A, T>(saved);
+  else
+    return d * derivative<A, T>(saved);
+}
+
 }  // namespace PYGPT_ISA
 }  // namespace pygpt::cpu
