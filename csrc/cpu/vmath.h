@@ -2,7 +2,7 @@
 //
 // float: own polynomials, fitted for least relative error. At worst, in units in the last place:
 //     exp2 0.8                                      (1.1 without fused multiply-add)
-//     gelu and its derivative 3 above -1, 9 above -4, 25 above -8      (4, 13, 44)
+//     gelu and its derivative 3 above -1, 8 above -4, 25 above -8      (4, 13, 45)
 //     gelu_tanh and its derivative 3, 18, 113
 // (the derivatives: of the larger of their terms; they have a zero near -0.75).
 // So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. Results below the smallest
@@ -11,10 +11,12 @@
 // the derivative at inf.
 // double: the C library's functions, lane by lane.
 //
-// The exact gelu's functions take one exponential and one division. With a = |x| and the standard
-// normal cdf and pdf,
-//     cdf(-a) = exp(-a^2/2) 2^H(a / (a + 7.5)),     cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
-// with polynomials H, D, E; at a the value is 1 minus that at -a. H(0) = -1 is exact, and so is cdf(0).
+// The exact gelu's functions take one exponential and one division, neither waiting for the other. With
+// a = |x| and the standard normal cdf and pdf,
+//     cdf(-a) = exp(-a^2/2) (1/8 + (1/4 + a N(a)) / Q(a)),    cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
+// with polynomials N, Q, D, E; at 0 both are exactly 1/2. (The 1/8 takes part of the rounding off the
+// quotient where a is small; more of it would cost digits of the tail.) gelu(x) = max(x, 0) - a cdf(-a); the
+// derivative at a is 1 minus that at -a.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -79,28 +81,36 @@ PYGPT_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[N]) {
   return y;
 }
 
-constexpr float kExp2[] = {1.f, 0.6931472f, 0.24022648f, 0.0555036f, 0.009618506f, 0.0013390806f, 0.00015326461f};
-
-// 2^(n + f) for integers n, |f| <= 1/2, where n comes out of nearest(x).
 #if defined(__AVX512F__)
-PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (Vec<float>)_mm512_maskz_roundscale_ps(-1, (__m512)x, 8); }
-PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {
-  return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)polynomial(f, kExp2), (__m512)n);
-}
+constexpr float kOne = 1, kRound = 0x1.8p23f;
 #else
-constexpr float kRound = 0x1.8p23f;  // x + kRound holds round(x) in its low bits
-PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (x + kRound) - kRound; }
-PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {  // -126 <= n <= 128; 0 if n = -126
-  Vec<float> p = polynomial(f, kExp2);
-  return (p + p) * bit_cast<Vec<float>>((bit_cast<IVec<float>>(n + kRound) << 23) + (126 << 23));
-}
+constexpr float kOne = 2, kRound = 0x1.8p23f + 126;  // x + kRound: in its low bits, 2^(round(x) - 1)'s exponent
 #endif
+constexpr float kExp2[] = {kOne,
+                           kOne * 0.6931472f,
+                           kOne * 0.24022648f,
+                           kOne * 0.0555036f,
+                           kOne * 0.009618506f,
+                           kOne * 0.0013390806f,
+                           kOne * 0.00015326461f};
 
-// exp(-a^2 / 2) 2^h; the coefficients below make good the rounding of the constant.
-PYGPT_INLINE Vec<float> gauss(Vec<float> a, Vec<float> h) {
+PYGPT_INLINE Vec<float> nearest(Vec<float> x) { return (x + kRound) - kRound; }
+
+// 2^(n + f) for integers n, |f| <= 1/2. But for AVX-512, -126 <= n <= 128, and it is 0 if n = -126.
+PYGPT_INLINE Vec<float> power(Vec<float> n, Vec<float> f) {
+  const Vec<float> p = polynomial(f, kExp2);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n);
+#else
+  return p * bit_cast<Vec<float>>(bit_cast<IVec<float>>(n + kRound) << 23);
+#endif
+}
+
+// exp(-a^2 / 2); the coefficients below make good the rounding of the constant.
+PYGPT_INLINE Vec<float> gauss(Vec<float> a) {
   constexpr float kMinusHalfLog2e = -0x1.715476p-1f;
-  Vec<float> aa = a * a, n = nearest(aa * kMinusHalfLog2e + h);
-  return power(n, (aa * kMinusHalfLog2e - n) + h);
+  Vec<float> aa = a * a, n = nearest(aa * kMinusHalfLog2e);
+  return power(n, aa * kMinusHalfLog2e - n);
 }
 
 }  // namespace detail
@@ -136,21 +146,26 @@ PYGPT_INLINE Vec<T> sqrt(Vec<T> x) {
 
 // ---------------------------------------------------------------- of the standard normal distribution
 #if defined(__AVX512F__)
-constexpr float kCdfEnd = 14.5f, kSlopeEnd = 14.5f;  // where they come to 0
+constexpr float kTailEnd = 14.5f;  // where exp(-a^2 / 2) comes to 0
 #else
-constexpr float kCdfEnd = 12.95f, kSlopeEnd = 13.2f;
+constexpr float kTailEnd = 13.2f;
 #endif
 
+inline double cdf(double x) { return 0.5 * std::erfc(x * -0.707106781186547524401); }
+
+// x cdf(x) = max(x, 0) - |x| cdf(-|x|).
 template <class T>
-PYGPT_INLINE Vec<T> cdf(Vec<T> x) {
+PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
-    return detail::each<T>(x, [](T v) { return 0.5 * std::erfc(v * -0.707106781186547524401); });
+    return x * detail::each<T>(x, cdf);
   } else {
-    constexpr float kH[] = {-1.f,      -8.633284f, 6.1112385f,  -1.2613237f, -8.869861f,
-                            5.5340266f, 19.865513f, -49.430836f, 46.454796f,  -17.917442f};
-    Vec<T> a = at_most(magnitude<T>(x), kCdfEnd);
-    Vec<T> tail = detail::gauss(a, detail::polynomial(a / (a + T(7.5)), kH));
-    return x < 0 ? tail : 1 - tail;
+    constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
+    constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
+    constexpr float kEighth = 0.12500002f;  // makes good the rounding of Q(0) = 2/3
+    const Vec<T> m = magnitude<T>(at_most(x, kTailEnd));  // infinite, and the result NaN, only at -inf
+    const Vec<T> a = at_most(m, kTailEnd);
+    const Vec<T> quotient = (a * a * detail::polynomial(a, kN) + m * T(0.25)) / detail::polynomial(a, kQ);
+    return at_least(x, 0) - detail::gauss(a) * (m * kEighth + quotient);
   }
 }
 
@@ -158,12 +173,12 @@ PYGPT_INLINE Vec<T> cdf(Vec<T> x) {
 template <class T>
 PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
-    return cdf<T>(x) + detail::each<T>(x, [](T v) { return v * std::exp(v * v * -0.5) * 0.398942280401432677940; });
+    return detail::each<T>(x, [](T v) { return cdf(v) + v * std::exp(v * v * -0.5) * 0.398942280401432677940; });
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
     constexpr float kE[] = {1.f, 1.4295318f, 0.8305759f, 0.23714224f, 0.029214934f};
-    Vec<T> a = at_most(magnitude<T>(x), kSlopeEnd);
-    Vec<T> tail = detail::gauss(a, Vec<T>{}) * detail::polynomial(a, kD) / detail::polynomial(a, kE);
+    const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
+    const Vec<T> tail = detail::gauss(a) * (detail::polynomial(a, kD) / detail::polynomial(a, kE));
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   }
 }
@@ -181,7 +196,7 @@ constexpr double kU3 = kU * 0.044715;
 template <Activation A, class T>
 PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   if constexpr (A == Activation::gelu) {
-    return x * cdf<T>(x);
+    return gelu<T>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
     return x / (1 + exp2<T>(x * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * (x * x))));
   } else {
