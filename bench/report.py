@@ -1,6 +1,7 @@
 """What a run says: the machine it ran on, the table, the JSON file."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -8,10 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import cpuinfo
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import pygpt
 
@@ -30,6 +28,8 @@ VARIABLES = (  # what can lower or redirect either side
 
 def machine(peaks: Peaks) -> dict:
     """Everything a figure depends on."""
+    import cpuinfo  # here, as rich below: the GPU benchmarks do without
+
     cpu = cpuinfo.get_cpu_info()
     features = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
     return {
@@ -88,7 +88,9 @@ def verdict(row: dict) -> str:
 
 
 # ------------------------------------------------------------------------------- the table
-def table(rows: list[dict], title: str = "") -> Table:
+def table(rows: list[dict], title: str = ""):
+    from rich.table import Table
+
     t = Table(title=title, title_justify="left", title_style="", header_style="bold", box=None, pad_edge=False)
     for name in ("op", "shape", "dtype", "direction"):
         t.add_column(name, no_wrap=True)
@@ -112,6 +114,8 @@ def table(rows: list[dict], title: str = "") -> Table:
 
 def show(rows: list[dict], m: dict):
     """Prints head and table: coloured in a terminal, plain text of full width elsewhere."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160, no_color=True)
@@ -122,19 +126,24 @@ def show(rows: list[dict], m: dict):
 
 # ------------------------------------------------------------------------------- the file
 def default_path(m: dict) -> Path:
-    """bench/results/<cpu>-<instruction set>-<date>.json"""
-    words = "".join(c if c.isalnum() else " " for c in m["cpu"].lower()).split()
-    return RESULTS / f"{'-'.join(words)}-{m['isa_ours'].replace(' ', '-')}-{m['date'][:10]}.json"
+    """bench/results/<cpu>-<instruction set>-<date>.json, or <gpu>-<date>.json"""
+    name = m["gpu"] if "gpu" in m else f"{m['cpu']} {m['isa_ours']}"
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    return RESULTS / f"{'-'.join(words)}-{m['date'][:10]}.json"
 
 
 def save(path: Path, rows: list[dict], m: dict):
     """Writes {"machine": ..., "rows": [...]}; the file appears whole or not at all."""
 
     def short(value):
-        return float(f"{value:.5g}") if isinstance(value, float) else value
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        if isinstance(value, float):
+            return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no inf
+        return value
 
-    lines = ",\n".join("    " + json.dumps({k: short(v) for k, v in row.items()}) for row in rows)
-    about = json.dumps({k: short(v) for k, v in m.items()}, indent=2).replace("\n", "\n  ")
+    lines = ",\n".join("    " + json.dumps(short(row)) for row in rows)
+    about = json.dumps(short(m), indent=2).replace("\n", "\n  ")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
         file.write(f'{{\n  "machine": {about},\n  "rows": [\n{lines}\n  ]\n}}\n')

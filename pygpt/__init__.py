@@ -1,5 +1,10 @@
 """pygpt: fused GPT kernels for PyTorch - attention, MLP, norms - as drop-in ops, modules and a model."""
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "triton_kernels").is_dir():  # a checkout: the folder lies beside this one
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import functional, nn
 from .backend import Choice, backend
 from .functional import explain

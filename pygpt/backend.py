@@ -7,6 +7,7 @@ with the reasons; only the default falls back.
 """
 
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Mapping
@@ -88,14 +89,33 @@ def _compiled() -> tuple[SimpleNamespace | None, str]:
     return SimpleNamespace(**{name: getattr(torch.ops.pygpt, name).default for name in names}), ""
 
 
+def _triton() -> tuple[object, str, tuple]:
+    """The Triton kernels, why they are missing, and the devices they serve. Imports Triton only where it can run."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed; pip install 'triton>=3.6'", ("cuda",)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        why = "torch finds no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
+        return None, why, ("cuda",)
+    try:
+        kernels = importlib.import_module("pygpt.triton_kernels")
+    except ImportError as e:
+        return None, f"Triton cannot be used ({e})", ("cuda",)
+    return kernels, "", ("cpu",) if interpreted else ("cuda",)
+
+
 _kernels, _why = _compiled()
+_triton_kernels, _why_no_triton, _triton_devices = _triton()
 
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cpp", _kernels, _why, ("cpu",), features={"attention": ("return_lse",)}, max_head_dim=256),
         Backend("cuda", None, "the CUDA kernels are not part of this version", devices=("cuda",), max_head_dim=256),
-        Backend("triton", None, "the Triton kernels are not part of this version", devices=("cuda",), max_head_dim=256),
+        Backend(
+            "triton", _triton_kernels, _why_no_triton, _triton_devices, FLOATS[1:],
+            features={"attention": ("return_lse",)}, max_head_dim=256,
+        ),
         Backend("torch", reference),
     )
 }

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,7 @@ def gather() -> dict:
     return {
         "pygpt": __version__,
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -30,8 +32,15 @@ def gather() -> dict:
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _why_not(row, op: str) -> str | None:
-    """None where the backend serves float32 CPU tensors of the op (cuda and triton: GPU tensors)."""
+    """None where the backend serves float32 tensors of the op on its devices."""
     if row.missing:
         return row.missing
     return None if op in row.ops else f"{op} is not among its ops"
@@ -49,6 +58,7 @@ def run(args: argparse.Namespace):
     ops = found.pop("ops")
     capabilities = ", ".join(found.pop("cpu_capabilities")) or "none"
     found["extension"] = found["extension"] or "not built"
+    found["triton"] = found["triton"] or "not installed"
     found["cpu_capability"] = f"{found['cpu_capability'] or '-'} (available: {capabilities})"
     found["chosen_backend"] = found["chosen_backend"] or "none: each call goes to the first that serves it"
     for name, value in found.items():

@@ -8,7 +8,7 @@ Each op appears three ways, all with the same argument order:
 ``<op>_bwd(...)``  the explicit backward, written out as mathematics.
 
 The last two define the signature of every backend. In float64 they are the oracle of the tests; on
-meta tensors they are the shape functions of the compiled ops. Statistics and accumulation are
+meta tensors they are the shape functions of the registered ops. Statistics and accumulation are
 float32 (float64 for float64), as in the kernels. ``needs`` says which gradients are wanted, in the
 order they are returned; an unwanted one comes back with no elements.
 """
@@ -111,13 +111,16 @@ def _heads_last(t: Tensor) -> Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_fwd(q, k, v, is_causal, scale):
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, H, L, Ev) laid out as (B, L, H, Ev), lse (B, H, L) = log sum_j exp(s_ij)."""
     p, lse = _softmax(_scores(q, k, is_causal, scale))
     return _heads_last((p @ _acc(v)).to(q.dtype)), lse
 
 
-def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
+def attention_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    is_causal: bool, scale: float, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """p = exp(s - lse); dv = p^T dout; ds = p (dout v^T - rowsum(dout out) + dlse);
     dq = scale ds k; dk = scale ds^T q. Nothing but lse is kept of the L x S matrices."""
     s = _scores(q, k, is_causal, scale)
@@ -137,12 +140,12 @@ def linear(x, weight, bias):
     return F.linear(x, weight, bias)
 
 
-def linear_fwd(x, weight, bias):
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _acc(x) @ _acc(weight).mT
     return (y if bias is None else y + _acc(bias)).to(x.dtype)
 
 
-def linear_bwd(dy, x, weight, needs):
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     dy2, x2 = _acc(_rows(dy)), _acc(_rows(x))
     return _wanted(needs, ((dy2 @ _acc(weight)).view(x.shape), dy2.mT @ x2, dy2.sum(0)), x)
 
@@ -188,7 +191,9 @@ def mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     return F.linear(ACTIVATIONS[activation][0](F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
 
 
-def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
+def mlp_fwd(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y (..., O), hidden (..., H) after the activation, pre (..., H) before it (SAVES_INPUT only)."""
     pre = _acc(x) @ _acc(fc_weight).mT
     pre = pre if fc_bias is None else pre + _acc(fc_bias)
@@ -197,7 +202,10 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, saved
 
 
-def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
+def mlp_bwd(
+    dy: Tensor, x: Tensor, fc_weight: Tensor, proj_weight: Tensor, hidden: Tensor, pre: Tensor,
+    activation: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias."""
     dy2, x2, h2 = (_acc(_rows(t)) for t in (dy, x, hidden))
     saved = _acc(_rows(pre)) if activation in SAVES_INPUT else h2
@@ -217,7 +225,7 @@ def _affine(xhat, weight, bias):
     return y if bias is None else y + _acc(bias)
 
 
-def layer_norm_fwd(x, weight, bias, eps):
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> y like x, mean and rstd with x's leading shape."""
     xa = _acc(x)
     mean = xa.mean(-1)
@@ -233,7 +241,9 @@ def _norm_bwd(dy, xhat, weight, rstd, centre):
     return (dx - g.mean(-1, keepdim=True) if centre else dx) * rstd[..., None]
 
 
-def layer_norm_bwd(dy, x, weight, mean, rstd, needs):
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     xhat = (_acc(x) - mean[..., None]) * rstd[..., None]
     dya = _acc(dy)
     grads = _norm_bwd(dy, xhat, weight, rstd, True), _rows(dya * xhat).sum(0), _rows(dya).sum(0)
@@ -246,14 +256,18 @@ def add_layer_norm(x, residual, weight, bias, eps):
     return layer_norm(s, weight, bias, eps), s
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, eps):
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, s = x + residual rounded to the input's dtype, mean and rstd of s."""
     s = (x + residual).contiguous()
     y, mean, rstd = layer_norm_fwd(s, weight, bias, eps)
     return y, s, mean, rstd
 
 
-def add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, needs):
+def add_layer_norm_bwd(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> the gradient of x and of residual (they are equal), dweight, dbias. ds may be None."""
     xhat = (_acc(s) - mean[..., None]) * rstd[..., None]
     dya = _acc(dy)
@@ -267,14 +281,16 @@ def rms_norm(x, weight, eps):
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def rms_norm_fwd(x, weight, eps):
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """-> y like x, rstd with x's leading shape."""
     xa = _acc(x)
     rstd = torch.rsqrt(xa.square().mean(-1) + eps)
     return _affine(xa * rstd[..., None], weight, None).to(x.dtype).contiguous(), rstd
 
 
-def rms_norm_bwd(dy, x, weight, rstd, needs):
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     xhat = _acc(x) * rstd[..., None]
     return _wanted(needs, (_norm_bwd(dy, xhat, weight, rstd, False), _rows(_acc(dy) * xhat).sum(0)), x)
 
@@ -289,11 +305,11 @@ def _gelu_name(approximate):
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def gelu_fwd(x, approximate):
+def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
     return ACTIVATIONS[_gelu_name(approximate)][1](_acc(x)).to(x.dtype).contiguous()
 
 
-def gelu_bwd(dy, x, approximate):
+def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     return ACTIVATIONS[_gelu_name(approximate)][2](_acc(dy), _acc(x)).to(x.dtype).contiguous()
 
 
@@ -301,10 +317,10 @@ def relu(x):
     return F.relu(x)
 
 
-def relu_fwd(x):
+def relu_fwd(x: Tensor) -> Tensor:
     return F.relu(x).contiguous()
 
 
-def relu_bwd(dy, y):
+def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
     """dy, but 0 where y <= 0. (PyTorch's own op, because it is differentiable in y as well.)"""
     return torch.ops.aten.threshold_backward(dy, y, 0).contiguous()

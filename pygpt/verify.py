@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from . import functional, reference
+from .backend import _named, choose
 from .backend import backend as chosen
-from .backend import choose
 
 ULPS = 4.0
 ELEMENTS, DRAWS = 512, 24  # a direction passes on so many elements or after so many draws
@@ -240,14 +240,17 @@ def describe(op: str, dims: dict) -> str:
     return ",".join(f"{key}={'x'.join(map(str, _lead(value)))}" for key, value in complete(op, dims).items())
 
 
-def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t):
-    """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``."""
+def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t, device="cpu"):
+    """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``.
+
+    The numbers are those of the CPU ``generator`` on any device.
+    """
 
     def random(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
     def rounded(a, dtype=dtype):
-        return view(a.to(dtype)) if isinstance(a, Tensor) else a
+        return view(a.to(device, dtype)) if isinstance(a, Tensor) else a
 
     args = tuple(rounded(a) for a in SPECS[op].draw(random, complete(op, dims)))
     with torch.no_grad():
@@ -376,6 +379,7 @@ def add_arguments(parser):
     parser.add_argument("--backend", help="cpp, cuda, triton or torch; default: what serves each op here")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are; default: cpu")
     parser.add_argument(
         "--shape", help="your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304"
     )
@@ -390,11 +394,15 @@ def run(args) -> int:
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     generator = torch.Generator().manual_seed(seed)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("verify: --device cuda: torch finds no GPU here")
+    if args.backend and not args.dtypes:
+        dtypes = [name for name in dtypes if DTYPES[name] in _named(args.backend).dtypes]
     rows = []
     for op in ops if own is None else own:
         for dims in SPECS[op].shapes if own is None else (own[op],):
             for dtype in dtypes:
-                rows += measure(op, dims, DTYPES[dtype], generator, args.backend)
+                rows += measure(op, dims, DTYPES[dtype], generator, args.backend, device=args.device)
     failed = sum(not row.passed for row in rows)
     if args.json:
         json.dump({"seed": seed, "passed": not failed, "rows": [_plain(row) for row in rows]}, sys.stdout, indent=1)

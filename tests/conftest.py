@@ -1,24 +1,73 @@
 """What every test gets: its backends, a fresh seed, one thread.
 
-PYGPT_TEST_BACKENDS (default "cpp,torch") names the backends under test. One that is missing fails its
-tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output shows it.
+PYGPT_TEST_BACKENDS (default "cpp,triton,torch") names the backends under test. One that is missing fails
+its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output shows it.
+
+Without a GPU the Triton kernels run in Triton's interpreter, tens of milliseconds a call: they are tested
+in the modules that say INTERPRETED = n, there on every n-th case of a test (all of them in `make test-all`).
+With one, they run on it.
 """
 
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
-BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,torch").split(",")
-COMPILED = [name for name in BACKENDS if name != "torch"]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's products are small; threads make them slower
+
+BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,torch").split(",")
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, names in (("backend", BACKENDS), ("compiled", COMPILED)):
+    share = getattr(metafunc.module, "INTERPRETED", None)
+    names = [name for name in BACKENDS if name != "triton" or share]
+    for fixture, wanted in (("backend", names), ("compiled", [name for name in names if name != "torch"])):
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, names, scope="session")
+            metafunc.parametrize(fixture, wanted, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Drops what a backend's dtypes rule out, and marks as slow what the interpreter leaves to `make test-all`."""
+    from pygpt.backend import TABLE
+
+    kept, dropped, seen = [], [], Counter()
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        name = params.get("backend") or params.get("compiled")
+        if name in TABLE and params.get("dtype", torch.float32) not in TABLE[name].dtypes:
+            dropped.append(item)
+            continue
+        kept.append(item)
+        if name == "triton" and not torch.cuda.is_available():
+            test = item.module, item.originalname
+            if seen[test] % item.module.INTERPRETED:
+                item.add_marker("slow")
+            seen[test] += 1
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture
+def device(request):
+    """Where the backend under test runs."""
+    names = [request.getfixturevalue(n) for n in ("backend", "compiled") if n in request.fixturenames]
+    return "cuda" if names and names[0] in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def interpreted_once(request, monkeypatch):
+    """In the interpreter a direction that passes is drawn once; one that fails, as often as ever."""
+    from pygpt import verify
+
+    names = [request.getfixturevalue(n) for n in ("backend", "compiled") if n in request.fixturenames]
+    if names == ["triton"] and not torch.cuda.is_available():
+        monkeypatch.setattr(verify, "ELEMENTS", 1)
 
 
 @pytest.fixture(autouse=True)

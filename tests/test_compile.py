@@ -11,6 +11,8 @@ from pygpt import verify
 
 TYPICAL = list(cases.variants(cases.TYPICAL))
 
+INTERPRETED = 1  # see conftest
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

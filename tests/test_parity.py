@@ -10,6 +10,8 @@ import torch
 import pygpt
 from pygpt import verify
 
+INTERPRETED = 2  # see conftest
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -32,31 +34,31 @@ def every(table):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", every(cases.CASES))
-def test_shapes(op, dims, dtype, backend, generator):
-    assert_exact(op, dims, dtype, generator, backend)
+def test_shapes(op, dims, dtype, backend, device, generator):
+    assert_exact(op, dims, dtype, generator, backend, device=device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", every(cases.SLOW))
-def test_many_shapes(op, dims, dtype, compiled, generator):
-    assert_exact(op, dims, dtype, generator, compiled)
+def test_many_shapes(op, dims, dtype, compiled, device, generator):
+    assert_exact(op, dims, dtype, generator, compiled, device=device)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", list(cases.variants(cases.TYPICAL)), ids=cases.ids)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
-def test_layouts(layout, op, dims, dtype, backend, generator):
-    assert_exact(op, dims, dtype, generator, backend, view=layout)
+def test_layouts(layout, op, dims, dtype, backend, device, generator):
+    assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
 
 
 @pytest.mark.parametrize(
     "dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)]
 )
 @pytest.mark.parametrize("op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "gelu"])
-def test_large_values(op, dtype, size, backend, generator):
+def test_large_values(op, dtype, size, backend, device, generator):
     """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
-    assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size)
+    assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
@@ -64,9 +66,9 @@ def test_large_values(op, dtype, size, backend, generator):
 @pytest.mark.parametrize(
     "op, dims", [v for v in cases.variants(cases.TYPICAL) if v[0] != "attention_lse"], ids=cases.ids
 )
-def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, generator):
+def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, device, generator):
     dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
-    args, grads = verify.draw(op, dims, dtype, generator)
+    args, grads = verify.draw(op, dims, dtype, generator, device=device)
     with pygpt.backend(backend):
         for at in (i for i, a in enumerate(args) if isinstance(a, torch.Tensor)):
             spoilt = [a.clone() if i == at else a for i, a in enumerate(args)]

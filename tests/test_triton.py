@@ -1,0 +1,320 @@
+"""What is Triton's own: both ways of reading tiles, launching, the registered ops, and the interpreter's errors.
+
+Parity with float64 is in test_parity.py, torch.compile in test_compile.py. Without a GPU all of it runs
+in Triton's interpreter, and the last test compiles every kernel for GPUs that are not there.
+"""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import pygpt
+from pygpt import reference, verify
+from pygpt.backend import OPS, TABLE
+
+if TABLE["triton"].missing:
+    pytest.fail(TABLE["triton"].missing, pytrace=False)
+from pygpt.triton_kernels import common
+
+KERNELS = TABLE["triton"].kernels
+DEVICE = TABLE["triton"].devices[0]
+NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
+TYPICAL = list(cases.variants(cases.TYPICAL))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROOT = Path(__file__).parents[1]
+
+
+def registered(name):
+    return getattr(torch.ops.pygpt_triton, name).default
+
+
+def draw(op, dims, dtype, generator, **how):
+    return verify.draw(op, dims, dtype, generator, device=DEVICE, **how)
+
+
+def directions(op, args, grads):
+    with pygpt.backend("triton"):
+        return verify.directions(op, verify.SPECS[op].call, args, grads)
+
+
+def assert_exact(op, dims, dtype, generator, **how):
+    failed = [
+        row for row in verify.measure(op, dims, dtype, generator, "triton", device=DEVICE, **how) if not row.passed
+    ]
+    assert not failed, "\n".join(map(str, failed))
+
+
+# ------------------------------------------------------------------------------- the ops
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_is_that_of_the_compiled_op(name):
+    """But for the names of what is returned."""
+
+    def plain(schema):
+        arguments = [(a.name, str(a.type)) for a in schema.arguments]
+        return arguments, [str(r.type) for r in schema.returns]
+
+    assert plain(registered(name)._schema) == plain(getattr(torch.ops.pygpt, name).default._schema)
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_opcheck(op, dims, generator):
+    args, grads = draw(op, dims, torch.float32, generator)
+    for name, call in cases.kernel_calls(op, args, grads, KERNELS):
+        torch.library.opcheck(registered(name), call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*TYPICAL, ("attention", {"S": 0}), ("layer_norm", {"M": 0})], ids=cases.ids)
+def test_results_look_like_the_references(op, dims, dtype, generator):
+    """Shape, dtype and strides; with every gradient wanted, and with none."""
+    args, grads = draw(op, {**cases.TINY[op], **dims}, dtype, generator)
+    for name, call in cases.kernel_calls(op, args, grads, reference):
+        for wanted in (True, False):
+            call = [[wanted] * len(a) if isinstance(a, list) else a for a in call]
+            ours, theirs = (verify.as_tuple(getattr(k, name)(*call)) for k in (KERNELS, reference))
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+                assert cases.layout_of(a) == cases.layout_of(b), name
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_every_subset_of_gradients(op, dims, generator):
+    """Bitwise the gradients of the full backward, run after run; the unwanted come back empty; inputs stay."""
+    args, grads = draw(op, dims, torch.bfloat16, generator)
+    *_, (name, call) = cases.kernel_calls(op, args, grads, KERNELS)
+    tensors = [a for a in call if isinstance(a, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    backward = getattr(KERNELS, name)
+    full = verify.as_tuple(backward(*call))
+    subsets = list(product((False, True), repeat=len(call[-1]))) if isinstance(call[-1], list) else [None]
+    for needs in subsets[:: max(1, len(subsets) // 8)] + [subsets[-1]]:
+        found = verify.as_tuple(backward(*call[:-1], call[-1] if needs is None else list(needs)))
+        for need, g, want in zip(needs or [True], found, full, strict=True):
+            assert torch.equal(g, want) if need else g.numel() == 0
+    assert all(map(torch.equal, tensors, before))
+
+
+# ------------------------------------------------------------------------------- every path
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("target", common.TARGETS)
+@pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
+def test_every_targets_configurations(op, target, dtype, generator):
+    """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
+    dims = {"attention_lse": {"B": 1, "H": 2, "L": 150, "S": 140, "E": 64, "causal": 1}, "linear": {"M": 130, "K": 96}}
+    with common.compiling_for(target):
+        assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
+        assert_exact(op, dims.get(op, {"M": 130, "C": 48, "H": 136}), dtype, generator)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "rms_norm"])
+@pytest.mark.parametrize("N", [8192, 10_000, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+def test_wide_rows(op, N, dtype, generator):
+    """The longest kept in registers, and those read in pieces."""
+    assert_exact(op, {"M": 5, "N": N, "mean": 3.0}, dtype, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_scale(scale, causal, dtype, generator):
+    args, grads = draw("attention_lse", {"L": 70, "S": 150, "B": 1, "H": 2, "E": 24}, dtype, generator)
+    args = *args[:3], causal, scale
+    ours = directions("attention_lse", args, grads)
+    theirs = verify.directions("attention_lse", verify.eager("attention_lse"), args, grads)
+    exact, terms = verify.in_float64("attention_lse", args, grads)
+    for key, want in exact.items():
+        size = max(want.abs().max(), terms.get(key, want).abs().max(), torch.finfo(dtype).tiny)
+        error, yardstick = ((t[key] - want).abs().max() / size for t in (ours, theirs))
+        assert error <= 2 * yardstick.nan_to_num() + verify.allowance(dtype) * 2, (
+            key
+        )  # PyTorch's causal: NaN if scale <= 0
+
+
+def test_large_offsets_are_64_bit(generator):
+    """Rows farther apart than 2^31 elements; the memory in between is never touched."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("needs 10 GB of GPU memory")
+    rows, width, far = 3, 5, 2**31 + 11
+    x = torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE)
+    wide = torch.empty((rows - 1) * far + width, dtype=torch.bfloat16, device=DEVICE)
+    wide = wide.as_strided((rows, width), (far, 1)).copy_(x)
+    assert torch.equal(
+        KERNELS.layer_norm_fwd(wide, None, None, 1e-5)[0], KERNELS.layer_norm_fwd(x, None, None, 1e-5)[0]
+    )
+    assert torch.equal(KERNELS.linear_fwd(wide, x, None), KERNELS.linear_fwd(x, x, None))
+    heads = [wide.as_strided((1, 1, rows, width), (0, 0, far, 1)), x[None, None]]
+    ours, want = (KERNELS.attention_fwd(t, t, t, True, 0.5)[0] for t in heads)
+    assert torch.equal(ours, want)
+
+
+# ------------------------------------------------------------------------------- launching
+class Recorded:
+    """Stands for a kernel; refuses the configurations it is told to."""
+
+    __name__ = "recorded"
+
+    def __init__(self, *refused):
+        self.refused, self.calls = refused, []
+
+    def __getitem__(self, grid):
+        def run(*args, BLOCK, num_warps, num_stages, **constants):
+            self.calls.append((grid, BLOCK))
+            if BLOCK in self.refused:
+                raise triton.runtime.errors.OutOfResources(BLOCK, 0, "shared memory")
+
+        return run
+
+
+def configurations():
+    return common.Configs("test", tuple(common.Config({"BLOCK": block}) for block in (64, 32, 16)))
+
+
+def start(kernel, configs, n=100):
+    common.launch(kernel, lambda blocks: n // blocks["BLOCK"], torch.zeros(3, device=DEVICE), configs=configs)
+
+
+def test_what_does_not_fit_gives_way_to_the_next(monkeypatch):
+    kernel, configs = Recorded(64), configurations()
+    start(kernel, configs)
+    start(kernel, configs)
+    assert kernel.calls == [((1,), 64), ((3,), 32), ((3,), 32)]  # the refused one is not tried again
+
+
+def test_nothing_fits():
+    with pytest.raises(RuntimeError, match="no configuration of recorded fits .*shared memory"):
+        start(Recorded(64, 32, 16), configurations())
+
+
+def test_an_empty_grid_starts_nothing():
+    kernel = Recorded()
+    start(kernel, configurations(), n=0)
+    assert not kernel.calls
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"x": "y"}', "\0\xff", '{"KEY": 99}', '{"KEY": -1}'])
+def test_autotuning_survives_any_cache(content, monkeypatch, tmp_path):
+    """The fastest candidate is found and kept; what the file held before does not matter."""
+    monkeypatch.setenv("PYGPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    times, measured = {64: 3.0, 32: 1.0, 16: 2.0}, []
+
+    def do_bench(run):
+        run()
+        measured.append(kernel.calls[-1][1])
+        return times[measured[-1]]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    kernel, configs = Recorded(), configurations()
+
+    def tuned():
+        arguments = (torch.zeros(3, device=DEVICE),)
+        return common._tuned(kernel, lambda blocks: 1, arguments, {}, configs).blocks["BLOCK"]
+
+    if content is not None:
+        tuned()
+        (key,) = common.read_cache()
+        common.cache_file().write_text(content.replace("KEY", key), encoding="latin-1")
+        measured.clear()
+    assert tuned() == 32 and measured == [64, 32, 16]
+    assert tuned() == 32 and measured == [64, 32, 16]  # from the file
+    assert [f.name for f in common.cache_file().parent.iterdir()] == ["triton.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PYGPT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    common._write_cache("key", 1)
+    assert common.read_cache() == {}
+
+
+# ------------------------------------------------------------------------------- the interpreter's errors
+# Each asserts what a GPU does. Where the interpreter is wrong the kernels avoid it: see common.py.
+def interpreter_is_wrong(why):
+    return pytest.mark.xfail(common.INTERPRETED, reason=why, raises=Exception, strict=False)
+
+
+@triton.jit
+def _convert(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i).to(y.dtype.element_ty))
+
+
+@triton.jit
+def _double(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(y + i, a + a)
+
+
+@triton.jit
+def _square(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a = tl.load(x + at)
+    tl.store(y + at, tl.dot(a, a))
+
+
+def run(kernel, x, dtype, N=16):
+    y = torch.empty_like(x, dtype=dtype, device=DEVICE)
+    kernel[(1,)](x.to(DEVICE), y, N)
+    return y.cpu()
+
+
+@interpreter_is_wrong("float32 to bfloat16 truncates instead of rounding to nearest even")
+def test_rounding_to_bfloat16(generator):
+    x = torch.randn(16, generator=generator)
+    assert torch.equal(run(_convert, x, torch.bfloat16), x.bfloat16())
+
+
+@interpreter_is_wrong("bfloat16 subnormal numbers are not converted to float32 rightly")
+def test_subnormal_bfloat16():
+    x = torch.arange(1, 17).to(torch.int16).view(torch.bfloat16)
+    assert torch.equal(run(_convert, x, torch.float32), x.float())
+
+
+@interpreter_is_wrong("bfloat16 arithmetic works on the bits as integers")
+def test_arithmetic_in_bfloat16(generator):
+    x = torch.randn(16, generator=generator).bfloat16()
+    assert torch.equal(run(_double, x, torch.bfloat16), x + x)
+
+
+@interpreter_is_wrong("a product of bfloat16 matrices multiplies the bits as integers")
+def test_product_in_bfloat16(generator):
+    x = torch.randn(16, 16, generator=generator).bfloat16()
+    torch.testing.assert_close(run(_square, x, torch.float32), x.float() @ x.float())
+
+
+def test_the_same_in_float16_and_float32(generator):
+    for dtype in (torch.float16, torch.float32):
+        x = torch.randn(16, 16, generator=generator).to(dtype)
+        torch.testing.assert_close(run(_square, x, torch.float32), x.float() @ x.float(), rtol=2e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------- compiled for GPUs that are not here
+def compile_all(*options):
+    command = [sys.executable, "-m", "bench.static", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500)
+    assert done.returncode == 0, "\n".join(
+        line
+        for line in (done.stdout + done.stderr[-3000:]).splitlines()
+        if "WRONG" in line or "Error" in line or "wrong" in line
+    )
+
+
+@pytest.mark.parametrize("target", common.TARGETS)
+def test_first_choices_compile(target):
+    """No error, no spill, no more shared memory than there is, and tensor cores for 16-bit products."""
+    compile_all("--targets", target, "--jobs", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", common.TARGETS)
+def test_every_configuration_compiles(target):
+    compile_all("--targets", target, "--all", "--dtypes", "bf16,fp16,fp32")

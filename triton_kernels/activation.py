@@ -1,0 +1,154 @@
+"""gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x), one element at a time.
+
+    gelu        x cdf(x)  (Hendrycks and Gimpel 2016)      cdf(x) + x pdf(x)
+    gelu_tanh   x sigmoid(2u), 2u = x (U + U3 x^2)         sigmoid(2u) + x sigmoid(2u) sigmoid(-2u) (U + 3 U3 x^2)
+    relu        max(x, 0)                                  1 where not y <= 0
+    relu2       max(x, 0)^2  (So et al. 2021)              2 sqrt(y) where not y <= 0
+
+cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus save x;
+the relu family saves its output y, which the next op keeps anyway.
+
+The exact gelu takes one exponential and one division, and no erf: 0.5 (1 + erf) has no digits left in
+the lower tail. With a = |x| and the polynomials H, D, E of csrc/cpu/vmath.h, fitted for least relative error,
+
+    cdf(-a) = exp(-a^2/2) 2^H(a / (a + 7.5)),     cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
+
+and at a the value is 1 minus that at -a.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LOG2E, Config, Configs, launch, to_storage
+
+U = tl.constexpr(1.59576912160573071176)
+U3 = tl.constexpr(1.59576912160573071176 * 0.044715)
+END = tl.constexpr(14.5)  # both tails are 0 from here on
+
+
+# ------------------------------------------------------------------------------- device functions
+@triton.jit
+def _normal_cdf(x):
+    a = tl.minimum(tl.abs(x), END)
+    t = a / (a + 7.5)
+    h = -17.917442 * t + 46.454796
+    h = h * t - 49.430836
+    h = h * t + 19.865513
+    h = h * t + 5.5340266
+    h = h * t - 8.869861
+    h = h * t - 1.2613237
+    h = h * t + 6.1112385
+    h = h * t - 8.633284
+    h = h * t - 1.0
+    tail = tl.exp2(a * a * (-0.5 * LOG2E) + h)
+    return tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
+def _gelu_slope(x):
+    """cdf(x) + x pdf(x); NaN at infinity, as PyTorch's."""
+    a = tl.minimum(tl.abs(x), END)
+    d = -0.011654989 * a - 0.09460677
+    d = d * a - 0.31971186
+    d = d * a - 0.47531727
+    d = d * a - 0.08311839
+    d = d * a + 0.5
+    e = 0.029214934 * a + 0.23714224
+    e = e * a + 0.8305759
+    e = e * a + 1.4295318
+    e = e * a + 1.0
+    tail = tl.exp2(a * a * (-0.5 * LOG2E)) * d / e
+    return tl.where(x < 0, tail, 1 - tail) + x * 0
+
+
+@triton.jit
+def _gelu_tanh_slope(x):
+    xx = x * x
+    e = tl.exp2(tl.abs(x) * (-U * LOG2E - U3 * LOG2E * xx))  # exp(-|2u|) cannot overflow
+    r = 1 / (1 + e)
+    s = tl.where(x < 0, e * r, r)
+    return s + x * (e * r * r) * (U + 3 * U3 * xx)
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """act(x) of float32 x."""
+    if NAME == "gelu":
+        y = x * _normal_cdf(x)
+    elif NAME == "gelu_tanh":
+        y = x / (1 + tl.exp2(x * (-U * LOG2E - U3 * LOG2E * (x * x))))
+    else:
+        tl.static_assert(NAME == "relu" or NAME == "relu2")
+        y = tl.where(x < 0, 0.0, x)
+        if NAME == "relu2":
+            y *= y
+    return y
+
+
+@triton.jit
+def backpropagate(d, saved, NAME: tl.constexpr):
+    """d, the float32 gradient of act's output -> that of its input. saved: float32 x for the gelus, else y.
+
+    The relu family selects rather than multiplies: a NaN or infinity of d stops at a unit that is off.
+    """
+    if NAME == "gelu":
+        d *= _gelu_slope(saved)
+    elif NAME == "gelu_tanh":
+        d *= _gelu_tanh_slope(saved)
+    else:
+        tl.static_assert(NAME == "relu" or NAME == "relu2")
+        if NAME == "relu2":
+            d *= 2 * tl.sqrt(saved)
+        d = tl.where(saved <= 0, 0.0, d)
+    return d
+
+
+# ------------------------------------------------------------------------------- kernels
+@triton.jit
+def activation_fwd_kernel(x, y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = activate(tl.load(x + at, at < n).to(tl.float32), NAME)
+    tl.store(y + at, to_storage(out, y.dtype.element_ty), at < n)
+
+
+@triton.jit
+def activation_bwd_kernel(dy, saved, dx, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dy + at, at < n).to(tl.float32)
+    out = backpropagate(d, tl.load(saved + at, at < n).to(tl.float32), NAME)
+    tl.store(dx + at, to_storage(out, dx.dtype.element_ty), at < n)
+
+
+# ------------------------------------------------------------------------------- launchers
+_SHAPES = ((4096, 8), (2048, 4), (2048, 8), (1024, 4))
+FWD, BWD = (Configs("any", tuple(Config({"BLOCK": block}, warps) for block, warps in _SHAPES)) for _ in range(2))
+
+
+def _elementwise(kernel, configs, name, *inputs):
+    """kernel over the contiguous elements of inputs -> a tensor like the first."""
+    inputs = [t.contiguous() for t in inputs]
+    out = torch.empty_like(inputs[0])
+    n = out.numel()
+    launch(kernel, lambda c: triton.cdiv(n, c["BLOCK"]), *inputs, out, n, configs=configs, NAME=name)
+    return out
+
+
+def gelu_fwd(x, approximate):
+    """x (...) -> y (...)."""
+    return _elementwise(activation_fwd_kernel, FWD, "gelu" if approximate == "none" else "gelu_tanh", x)
+
+
+def gelu_bwd(dy, x, approximate):
+    """dy, x (...) -> dx (...)."""
+    return _elementwise(activation_bwd_kernel, BWD, "gelu" if approximate == "none" else "gelu_tanh", dy, x)
+
+
+def relu_fwd(x):
+    """x (...) -> y (...)."""
+    return _elementwise(activation_fwd_kernel, FWD, "relu", x)
+
+
+def relu_bwd(dy, y):
+    """dy, y (...) -> dx (...)."""
+    return _elementwise(activation_bwd_kernel, BWD, "relu", dy, y)

@@ -1,0 +1,434 @@
+"""softmax(scale q k^T) v without the (L, S) matrix in memory: FlashAttention-2 (Dao 2023).
+
+q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev), out (B, H, L, Ev); s = scale q k^T, causal: only j <= i.
+
+    forward    p_ij = exp(s_ij - m_i), m_i the largest s_ij so far; l_i = sum_j p_ij
+               out_i = sum_j p_ij v_j / l_i,   lse_i = m_i + log l_i        (l, out rescaled as m grows)
+    backward   p = exp(s - lse),   delta_i = sum out_i dout_i - dlse_i
+               ds = p (dout v^T - delta),   dv = p^T dout,   dk = scale ds^T q,   dq = scale ds k
+
+Saved: out and lse, one number a row. exp is exp2 with log2(e) folded into the scale. Tiles that causal
+masking leaves empty are not visited, and only those on the diagonal or across the end pay for a mask.
+A row without keys gives out = 0 and lse = -inf.
+
+Backward is deterministic without float atomics: one kernel keeps a tile of k and v and walks the
+queries for dk and dv, another keeps a tile of q and walks the keys for dq. That costs seven products
+where five would do with atomics.
+
+Scores of a million leave few digits behind the point. So that a row's largest p is 1 all the same (in
+bfloat16 the rounding of any other would be an error of the whole row), the largest score is subtracted
+before scaling, and backward rounds the product in scale q k^T - lse as forward did when it formed lse:
+the kernels are compiled without fusing products into sums.
+
+16-bit tiles come through tensor descriptors (TMA) where the device and their alignment allow, else
+through pointers; head dimensions are padded to a power of two inside the tile. float32 products run on
+the ordinary cores, which hold operands in registers: there a product over the head dimension is summed
+in chunks, read again from cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, dot, launch, target, tileable, to_storage
+
+L2_BYTES = 16 << 20  # of keys and values that programs running at one time should share
+
+
+# ------------------------------------------------------------------------------- device functions
+@triton.jit
+def _load_rows(src, b, h, row, rows, b_stride, h_stride, row_stride,
+               WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """ROWS rows of head (b, h) from row on, at most WIDTH elements of each, padded to BLOCK; zero outside."""
+    if TMA:
+        return src.load([b, h, row, 0]).reshape([ROWS, BLOCK])
+    else:
+        r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
+        at = src + b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride + r[:, None] * row_stride + c[None, :]
+        if WIDTH == BLOCK:
+            return tl.load(at, (r < rows)[:, None], other=0.0)
+        else:
+            return tl.load(at, (r < rows)[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _product(x, y, x_tile, y_tile, b, h, x_row, y_row, x_rows, y_rows, x_b, x_h, x_s, y_b, y_h, y_s,
+             WIDTH: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """x_tile y_tile^T, (X_ROWS, Y_ROWS); with CHUNK, from x and y, so many elements of their rows at a time."""
+    acc = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
+    if CHUNK:
+        for e in range(0, WIDTH, CHUNK):
+            xe = _load_rows(x + e, b, h, x_row, x_rows, x_b, x_h, x_s, WIDTH - e, X_ROWS, CHUNK, False)
+            ye = _load_rows(y + e, b, h, y_row, y_rows, y_b, y_h, y_s, WIDTH - e, Y_ROWS, CHUNK, False)
+            acc = dot(xe, ye.T, acc)
+    else:
+        acc = dot(x_tile, y_tile.T, acc)
+    return acc
+
+
+@triton.jit
+def _store_rows(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Into rows of a (B, T, H, WIDTH) tensor, seen as (B, H, T, WIDTH)."""
+    r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
+    start = (head // heads).to(tl.int64) * rows * heads + head % heads
+    at = (start + r[:, None] * heads) * WIDTH + c[None, :]
+    tl.store(dst + at, to_storage(x, dst.dtype.element_ty), (r < rows)[:, None] & (c < WIDTH)[None, :])
+
+
+@triton.jit
+def _tile_and_head(tiles, heads, GROUP):
+    """Which tile of which head this program serves: GROUP heads at a time, to share their keys and values
+    in the L2 cache; within a group all heads' first tiles, then their second ones."""
+    first = tl.program_id(0) // (GROUP * tiles) * GROUP
+    within = tl.program_id(0) % (GROUP * tiles)
+    size = tl.minimum(heads - first, GROUP)
+    return within // size, first + within % size
+
+
+# ------------------------------------------------------------------------------- forward
+@triton.jit
+def _attend(
+    acc, m, l, qt, q, k, v, b, h, row, begin, end, L, S, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys begin .. end to a tile of rows. m is the largest q k^T so far, scale in units of log2."""
+    for start in tl.range(begin, end, BLOCK_N):
+        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
+        s = _product(
+            q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
+        )  # fmt: skip
+        if NEGATIVE:
+            s = -s
+        seen = s
+        if MASKED:
+            j = start + tl.arange(0, BLOCK_N)
+            visible = (j < S)[None, :]
+            if CAUSAL:
+                visible = visible & (j[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
+            seen = tl.where(visible, s, float("-inf"))
+        top = tl.maximum(m, tl.max(seen, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2((s - base[:, None]) * scale)
+        if MASKED:
+            p = tl.where(visible, p, 0.0)
+        shrink = tl.where(m == float("-inf"), 0.0, tl.exp2((m - base) * scale))
+        l = l * shrink + tl.sum(p, 1)
+        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+        acc = dot(to_storage(p, vt.dtype), vt, acc * shrink[:, None])
+        m = top
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=["GROUP"])
+def attention_fwd_kernel(
+    out, lse, q, k, v, heads, H, L, S, scale, GROUP, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """A program serves BLOCK_M rows of one head, the longest first. heads = B H; scale >= 0, its sign is NEGATIVE."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    tile, head = _tile_and_head(tiles, heads, GROUP)
+    row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
+    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
+    whole, end = S, S
+    if CAUSAL:
+        whole, end = tl.minimum(row + 1, S), tl.minimum(row + BLOCK_M, S)
+    whole = whole // BLOCK_N * BLOCK_N  # keys that all rows see
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_EV], tl.float32)
+    for masked in tl.static_range(2):
+        acc, m, l = _attend(
+            acc, m, l, qt, q, k, v, b, h, row, whole if masked else 0, end if masked else whole, L, S, scale * LOG2E,
+            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+            masked, CAUSAL, NEGATIVE, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+    i = row + tl.arange(0, BLOCK_M)
+    natural = m * scale + tl.log2(l) * LN2
+    tl.store(lse + head.to(tl.int64) * L + i, tl.where(l == 0, float("-inf"), natural), i < L)
+    acc = acc / tl.where(l == 0, 1.0, l)[:, None]
+    _store_rows(out, acc, head, row, L, H, EV, BLOCK_M, BLOCK_EV)
+
+
+# ------------------------------------------------------------------------------- backward
+@triton.jit
+def attention_delta_kernel(delta, out, dout, dlse, H, L, o_b, o_h, o_s, d_b, d_h, d_s, l_b, l_h, l_s,
+                           EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """delta (B H, L) = rowsum(out dout) - dlse."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    head, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
+    b, h = head // H, head % H
+    o = _load_rows(out, b, h, row, L, o_b, o_h, o_s, EV, BLOCK_M, BLOCK_EV, False)
+    d = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, False)
+    sums = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
+    i = row + tl.arange(0, BLOCK_M)
+    if dlse is not None:
+        sums -= tl.load(dlse + b.to(tl.int64) * l_b + h.to(tl.int64) * l_h + i.to(tl.int64) * l_s, i < L, other=0.0)
+    tl.store(delta + head.to(tl.int64) * L + i, sums, i < L)
+
+
+@triton.jit
+def _load_lse(lse, i, L):
+    """inf, so that p becomes 0, for a row without keys and past the end."""
+    x = tl.load(lse + i, i < L, other=float("inf"))
+    return tl.where(x == float("-inf"), float("inf"), x)
+
+
+@triton.jit
+def _gather_rows(
+    dk, dv, kt, vt, q, k, v, dout, lse, delta, b, h, col, begin, end, L, S, scale,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    MASKED: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Adds the rows begin .. end to dk (but for the scale) and dv of a tile of keys."""
+    for start in tl.range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        qt = _load_rows(q, b, h, start, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
+        st = _product(
+            k, q, kt, qt, b, h, col, start, S, L, k_b, k_h, k_s, q_b, q_h, q_s, E, BLOCK_N, BLOCK_M, CHUNK
+        )  # fmt: skip
+        pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
+        if MASKED:
+            pt = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= i[None, :], pt, 0.0)
+        do = _load_rows(dout, b, h, start, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA)
+        if NEED_V:
+            dv = dot(to_storage(pt, do.dtype), do, dv)
+        if NEED_K:
+            dpt = _product(
+                v, dout, vt, do, b, h, col, start, S, L, v_b, v_h, v_s, d_b, d_h, d_s, EV, BLOCK_N, BLOCK_M, CHUNK
+            )  # fmt: skip
+            dst = pt * (dpt - tl.load(delta + i, i < L, other=0.0)[None, :])
+            dk = dot(to_storage(dst, qt.dtype), qt, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["GROUP"])
+def attention_dkdv_kernel(
+    dk, dv, q, k, v, dout, lse, delta, heads, H, L, S, scale, GROUP,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """A program serves BLOCK_N keys of one head, the longest walk first."""
+    tile, head = _tile_and_head(tl.cdiv(S, BLOCK_N), heads, GROUP)
+    col, b, h = tile * BLOCK_N, head // H, head % H
+    kt = _load_rows(k, b, h, col, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
+    vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+    lse += head.to(tl.int64) * L
+    delta += head.to(tl.int64) * L
+    begin, whole = 0, 0
+    if CAUSAL:
+        begin = col // BLOCK_M * BLOCK_M  # the first row that sees one of these keys, and those that see all
+        whole = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, tl.cdiv(L, BLOCK_M) * BLOCK_M)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
+    for masked in tl.static_range(1, -1, -1):
+        dk_acc, dv_acc = _gather_rows(
+            dk_acc, dv_acc, kt, vt, q, k, v, dout, lse, delta, b, h, col,
+            begin if masked else whole, whole if masked else L, L, S, scale,
+            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+            masked, dk is not None, dv is not None, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+    if dk is not None:
+        _store_rows(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
+    if dv is not None:
+        _store_rows(dv, dv_acc, head, col, S, H, EV, BLOCK_N, BLOCK_EV)
+
+
+@triton.jit
+def _gather_keys(
+    dq, qt, do, q, k, v, dout, lse, delta, b, h, row, begin, end, L, S, scale,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys begin .. end to dq (but for the scale) of a tile of rows."""
+    for start in tl.range(begin, end, BLOCK_N):
+        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
+        s = _product(
+            q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
+        )  # fmt: skip
+        p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
+        if MASKED:
+            j = start + tl.arange(0, BLOCK_N)
+            visible = (j < S)[None, :]
+            if CAUSAL:
+                visible = visible & (j[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
+            p = tl.where(visible, p, 0.0)
+        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+        dp = _product(
+            dout, v, do, vt, b, h, row, start, L, S, d_b, d_h, d_s, v_b, v_h, v_s, EV, BLOCK_M, BLOCK_N, CHUNK
+        )  # fmt: skip
+        dq = dot(to_storage(p * (dp - delta[:, None]), kt.dtype), kt, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["GROUP"])
+def attention_dq_kernel(
+    dq, q, k, v, dout, lse, delta, heads, H, L, S, scale, GROUP,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+):  # fmt: skip
+    """A program serves BLOCK_M rows of one head, the longest first."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    tile, head = _tile_and_head(tiles, heads, GROUP)
+    row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
+    i = row + tl.arange(0, BLOCK_M)
+    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
+    do = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA)
+    row_lse = _load_lse(lse + head.to(tl.int64) * L, i, L)
+    row_delta = tl.load(delta + head.to(tl.int64) * L + i, i < L, other=0.0)
+    whole, end = S, S
+    if CAUSAL:
+        whole, end = tl.minimum(row + 1, S), tl.minimum(row + BLOCK_M, S)
+    whole = whole // BLOCK_N * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for masked in tl.static_range(2):
+        acc = _gather_keys(
+            acc, qt, do, q, k, v, dout, row_lse, row_delta, b, h, row,
+            whole if masked else 0, end if masked else whole, L, S, scale,
+            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+            masked, CAUSAL, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+        )  # fmt: skip
+    _store_rows(dq, acc * scale, head, row, L, H, E, BLOCK_M, BLOCK_E)
+
+
+# ------------------------------------------------------------------------------- configurations
+# (BLOCK_M, BLOCK_N, warps, stages), the best first, by (largest padded head dimension, itemsize), or where a
+# target has its own, (..., target). None spills a register: bench/static.py shows it.
+FWD_SHAPES = {
+    (64, 2): ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
+    (64, 2, "sm80"): ((128, 64, 8, 3), (64, 64, 4, 3)),
+    (128, 2): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+    (128, 2, "sm80"): ((128, 32, 8, 3), (64, 32, 4, 2)),
+    (128, 2, "sm100"): ((128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2)),
+    (128, 2, "gfx942"): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    (256, 2): ((128, 32, 8, 2), (64, 32, 8, 1)),
+    (256, 2, "sm80"): ((64, 64, 8, 1),),
+    (256, 2, "gfx942"): ((64, 32, 8, 2), (32, 32, 8, 2)),
+    (64, 4): ((64, 16, 8, 1), (32, 16, 4, 1)),
+    (128, 4): ((64, 16, 8, 1), (32, 16, 8, 1)),
+    (256, 4): ((32, 16, 8, 1), (16, 16, 8, 1)),
+}
+DKDV_SHAPES = {
+    (64, 2): ((64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)),
+    (64, 2, "sm80"): ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
+    (64, 2, "gfx942"): ((32, 128, 8, 2), (32, 64, 4, 2)),
+    (128, 2): ((64, 64, 8, 2), (32, 64, 8, 1)),
+    (128, 2, "sm100"): ((64, 64, 8, 1), (32, 64, 8, 1)),
+    (128, 2, "gfx942"): ((32, 64, 8, 1), (32, 32, 8, 1)),
+    (256, 2): ((32, 64, 8, 1), (16, 64, 8, 1)),
+    (256, 2, "gfx942"): ((16, 64, 8, 1), (16, 32, 8, 1)),
+    (64, 4): ((16, 64, 8, 1), (16, 32, 4, 1)),
+    (128, 4): ((16, 32, 8, 1), (16, 16, 8, 1)),
+    (256, 4): ((16, 16, 8, 1),),
+}
+DQ_SHAPES = {
+    (64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
+    (64, 2, "sm80"): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    (128, 2): ((128, 64, 8, 2), (64, 32, 8, 1)),
+    (128, 2, "sm80"): ((128, 32, 8, 2), (64, 64, 8, 2)),
+    (128, 2, "gfx942"): ((128, 32, 8, 2), (64, 32, 8, 1)),
+    (256, 2): ((128, 32, 8, 1), (64, 32, 8, 1)),
+    (256, 2, "sm80"): ((64, 32, 8, 1),),
+    (256, 2, "gfx942"): ((64, 16, 8, 1), (32, 16, 8, 1)),
+    (64, 4): ((64, 16, 8, 1), (32, 16, 4, 1)),
+    (64, 4, "sm80"): ((32, 16, 8, 1), (32, 16, 4, 1)),
+    (128, 4): ((32, 16, 8, 1), (16, 16, 8, 1)),
+    (256, 4): ((16, 16, 8, 1),),
+}
+
+
+def _table(shapes: dict) -> dict:
+    def configs(name, bucket, itemsize):
+        candidates = shapes.get((bucket, itemsize, name)) or shapes[bucket, itemsize]
+        blocks = [({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in candidates]
+        return Configs(f"{name}, head dimension {bucket}, {itemsize} bytes", tuple(Config(*each) for each in blocks))
+
+    return {(n, *key[:2]): configs(n, *key[:2]) for n in TARGETS for key in shapes if len(key) == 2}
+
+
+FWD, DKDV, DQ = _table(FWD_SHAPES), _table(DKDV_SHAPES), _table(DQ_SHAPES)
+DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
+WIDE = 256  # the bucket in which registers hold the sums of dk or of dv, but not of both
+
+
+# ------------------------------------------------------------------------------- launchers
+def _padded(width: int) -> int:
+    return max(triton.next_power_of_2(width), 16)
+
+
+class _Call:
+    """What the kernels of one call have in common."""
+
+    def __init__(self, q, k, v, is_causal, *others):
+        """others: tensors that are read in tiles too."""
+        (B, H, L, E), (S, EV) = q.shape, v.shape[2:]
+        self.H, self.L, self.S, self.heads = H, L, S, B * H
+        self.bucket = target(q), max(64, _padded(E), _padded(EV)), q.itemsize
+        q, k, v, *others = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v, *others))
+        self.q, self.k, self.v, self.others = q, k, v, others
+        self.tma = q.itemsize == 2 and tileable(q, k, v, *others)
+        self.sizes = self.heads, H, L, S
+        self.group = max(1, L2_BYTES // max(1, S * (E + EV) * q.itemsize))
+        self.constants = {
+            "CAUSAL": is_causal, "E": E, "EV": EV, "TMA": self.tma, "CHUNK": 0 if q.itemsize == 2 else 16,
+            "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
+        }  # fmt: skip
+
+    def __call__(self, kernel, table, outputs, inputs, scale: float, per: str, rows: int, **constants):
+        """inputs: (tensor, its tile's rows, its tile's width); per: the constant that divides rows among programs."""
+        tensors = [
+            Tiled(t, (1, 1, tile, self.constants[f"BLOCK_{width}"])) if self.tma and tile else t
+            for t, tile, width in inputs
+        ]
+        strides = [s for t, tile, _ in inputs if tile for s in t.stride()[:3]]
+        launch(
+            kernel, lambda c: self.heads * triton.cdiv(rows, c[per]), *outputs, *tensors, *self.sizes, scale,
+            self.group, *strides, configs=table[self.bucket], fuse=False, **self.constants, **constants,
+        )  # fmt: skip
+
+
+def _heads_last(like, B, H, T, width):
+    return like.new_empty(B, T, H, width).transpose(1, 2)
+
+
+def attention_fwd(q, k, v, is_causal, scale):
+    """q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev) -> out (B, H, L, Ev) laid out (B, L, H, Ev), lse (B, H, L)."""
+    call = _Call(q, k, v, is_causal)
+    B, L, EV = q.shape[0], call.L, v.shape[3]
+    out, lse = _heads_last(q, B, call.H, L, EV), q.new_empty(B, call.H, L, dtype=torch.float32)
+    inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
+    call(attention_fwd_kernel, FWD, (out, lse), inputs, abs(scale), "BLOCK_M", L, NEGATIVE=scale < 0)
+    return out, lse
+
+
+def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
+    """-> dq, dk, dv, laid out as out is. dlse (B, H, L) may be None."""
+    call = _Call(q, k, v, is_causal, dout)
+    (dout,) = call.others
+    B, H, L, S, EV = q.shape[0], call.H, call.L, call.S, v.shape[3]
+    delta = torch.empty_like(lse)
+    launch(
+        attention_delta_kernel, lambda c: B * H * triton.cdiv(L, c["BLOCK_M"]),
+        delta, out, dout, dlse, H, L, *out.stride()[:3], *dout.stride()[:3], *(dlse.stride() if dlse is not None else (0,) * 3),
+        configs=DELTA, EV=EV, BLOCK_EV=_padded(EV),
+    )  # fmt: skip
+    dq, dk, dv = (
+        _heads_last(q, B, H, t.shape[2], t.shape[3]) if need else None for need, t in zip(needs, (q, k, v), strict=True)
+    )
+
+    rows, keys = "BLOCK_M", "BLOCK_N"
+    inputs = (call.q, rows, "E"), (call.k, keys, "E"), (call.v, keys, "EV"), (dout, rows, "EV")
+    inputs += (lse, None, None), (delta, None, None)
+    for some in ((dk, None), (None, dv)) if call.bucket[1] == WIDE else ((dk, dv),):
+        if any(g is not None for g in some):
+            call(attention_dkdv_kernel, DKDV, some, inputs, scale, keys, S)
+    if dq is not None:
+        call(attention_dq_kernel, DQ, (dq,), inputs, scale, rows, L)
+    return tuple(q.new_empty(0) if g is None else g for g in (dq, dk, dv))

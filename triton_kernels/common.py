@@ -1,0 +1,246 @@
+"""What every kernel shares: the types, launching, and the choice of a configuration.
+
+Kernels read 16-bit or float32 tensors and compute in float32. `dot` and `to_storage` are the only
+places where a kernel's arithmetic depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1,
+which runs kernels in NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if
+they were integers, and truncates where the hardware rounds to nearest even. Both are corrected here;
+tests/test_triton.py shows the errors in Triton itself. For the same reason bfloat16 must be converted
+with ``.to(tl.float32)`` before any arithmetic.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IN_NUMPY = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# ------------------------------------------------------------------------------- device functions
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b; float32 in true float32 (never TF32), 16-bit types on the tensor cores.
+
+    There the order of a sum does not depend on which operand comes first; NumPy's does, but not in float64.
+    """
+    if IN_NUMPY and a.dtype != tl.float32:
+        a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return acc + tl.dot(a, b, out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def to_storage(x, dtype: tl.constexpr):
+    """float32 -> dtype, rounded to nearest even."""
+    if IN_NUMPY and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+# ------------------------------------------------------------------------------- configurations
+@dataclass(frozen=True)
+class Config:
+    """Constants of a kernel that change its speed and not its meaning."""
+
+    blocks: dict
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass
+class Configs:
+    """Candidates for one kernel, one kind of device and one bucket of sizes, the best first.
+
+    The first one whose registers and shared memory the device has is used: Triton checks both before
+    anything is launched. PYGPT_AUTOTUNE=1 measures them all instead.
+    """
+
+    name: str  # of the bucket, unique for its kernel
+    candidates: tuple[Config, ...]
+    chosen: dict = field(default_factory=dict)  # device -> Config
+
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")  # what configurations are shipped for
+_target: str | None = None  # set by `compiling_for`
+_observe: Callable | None = None
+_targets: dict = {}  # device index -> target
+
+
+def target(t: torch.Tensor) -> str:
+    """Whose configurations serve this tensor's device: the newest of TARGETS that is not newer than it."""
+    if _target or t.device.type != "cuda":
+        return _target or "sm90"
+    if t.device.index not in _targets:
+        if torch.version.hip:
+            found = "gfx942"
+        else:
+            major = torch.cuda.get_device_capability(t.device)[0]
+            found = "sm90" if major == 9 else "sm100" if major == 10 else "sm80"
+        _targets[t.device.index] = found
+    return _targets[t.device.index]
+
+
+@contextmanager
+def compiling_for(name: str, observe: Callable | None = None):
+    """Launchers inside choose the configurations of this target, whatever the device of their tensors.
+
+    With observe(kernel, args, constants, configs) they start nothing: it is called instead.
+    """
+    global _target, _observe
+    previous = _target, _observe
+    _target, _observe = name, observe
+    try:
+        yield
+    finally:
+        _target, _observe = previous
+
+
+# ------------------------------------------------------------------------------- tensor descriptors
+@dataclass(frozen=True)
+class Tiled:
+    """An argument of `launch`: a tensor that the kernel reads in blocks through a descriptor (TMA).
+
+    block: its shape; a name stands for that constant of the chosen Config.
+    """
+
+    tensor: torch.Tensor
+    block: tuple[int | str, ...]
+
+    @property
+    def device(self):
+        return self.tensor.device
+
+    def descriptor(self, blocks: dict) -> TensorDescriptor:
+        t = self.tensor
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [blocks.get(n, n) for n in self.block])
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Adjacent elements in rows that all begin at multiples of 16 bytes: what wide loads and descriptors need."""
+    steps = [stride * t.itemsize for stride in t.stride()[:-1]]
+    return t.numel() > 0 and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in steps)
+
+
+def tileable(*tensors: torch.Tensor) -> bool:
+    """Whether descriptors can serve these tensors: aligned, on a device with TMA, within its limits."""
+    return target(tensors[0]) in ("sm90", "sm100") and all(
+        aligned(t) and all(0 < stride * t.itemsize < 2**40 for stride in t.stride()) and max(t.shape) < 2**31
+        for t in tensors
+    )
+
+
+# ------------------------------------------------------------------------------- launching
+def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, **constants):
+    """kernel[grid(blocks)](*args, **constants, **blocks) on the device of the first tensor among args.
+
+    grid: the blocks of the chosen Config -> the number of programs; nothing runs if it is 0.
+    fuse: whether the compiler may turn a product and a sum into an fma.
+    """
+    constants["enable_fp_fusion"] = fuse
+    if _observe is not None:
+        return _observe(kernel, args, constants, configs)
+    device = _device(args)
+    config = configs.chosen.get(device)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        if config is not None:
+            return _start(kernel, grid, args, constants, config)
+        if AUTOTUNE and device.type == "cuda":
+            configs.chosen[device] = _tuned(kernel, grid, args, constants, configs)
+        for candidate in (configs.chosen[device],) if device in configs.chosen else configs.candidates:
+            try:
+                _start(kernel, grid, args, constants, candidate)
+            except triton.runtime.errors.OutOfResources as e:
+                refused = e
+                continue
+            configs.chosen[device] = candidate
+            return None
+        raise RuntimeError(f"pygpt: no configuration of {kernel.__name__} fits {device}: {refused}")
+
+
+def _device(args) -> torch.device:
+    return next(a for a in args if a is not None).device
+
+
+def _start(kernel, grid, args, constants, config):
+    programs = grid(config.blocks)
+    if programs:
+        args = [a.descriptor(config.blocks) if isinstance(a, Tiled) else a for a in args]
+        kernel[(programs,)](
+            *args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages
+        )
+
+
+# ------------------------------------------------------------------------------- autotuning, on request
+AUTOTUNE = os.environ.get("PYGPT_AUTOTUNE") == "1"
+
+
+def cache_file() -> Path:
+    """Where PYGPT_AUTOTUNE=1 keeps what it found: PYGPT_CACHE_DIR, or pygpt in the user's cache folder."""
+    folder = os.environ.get("PYGPT_CACHE_DIR")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pygpt"
+    return (Path(folder) if folder else base) / "triton.json"
+
+
+def read_cache() -> dict:
+    """{key: index of a candidate}; empty where the file is missing or not what it should be."""
+    try:
+        found = json.loads(cache_file().read_text())
+        return {k: v for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(key: str, index: int):
+    """Adds one entry; the file is replaced as a whole. A folder that cannot be written is no error."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
+            json.dump({**read_cache(), key: index}, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _tuned(kernel, grid, args, constants, configs: Configs) -> Config:
+    device = torch.cuda.get_device_name(_device(args))
+    blocks = ";".join(map(str, configs.candidates))
+    key = f"{device} | triton {triton.__version__} | {kernel.__name__} | {configs.name} | {blocks}"
+    index = read_cache().get(key)
+    if index is None or not 0 <= index < len(configs.candidates):
+        index = _fastest(kernel, grid, args, constants, configs.candidates)
+        _write_cache(key, index)
+    return configs.candidates[index]
+
+
+def _fastest(kernel, grid, args, constants, candidates) -> int:
+    times = []
+    for candidate in candidates:
+        try:
+            times.append(triton.testing.do_bench(lambda c=candidate: _start(kernel, grid, args, constants, c)))
+        except triton.runtime.errors.OutOfResources:
+            times.append(float("inf"))
+    return times.index(min(times))
+
+
+# ------------------------------------------------------------------------------- helpers of launchers
+def rows_of(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (rows, C) with adjacent elements: a view where the strides allow, else a copy."""
+    t = t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.new_empty(t.shape[:-1].numel(), 0)
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()

@@ -1,0 +1,380 @@
+"""layer_norm, add_layer_norm and rms_norm over rows x of N elements (Ba et al. 2016; Zhang and Sennrich 2019).
+
+    y = xhat w + b,   xhat = (x - mean) rstd,   mean = sum(x) / N,   rstd = 1 / sqrt(sum((x - mean)^2) / N + eps)
+    dx = rstd (g - sum(g) / N - xhat sum(g xhat) / N) + ds,   g = dy w
+    dw = sum over rows of dy xhat,   db = sum over rows of dy
+
+rms_norm has no mean: x - mean becomes x, and sum(g) goes. add_layer_norm first stores s = x + residual,
+rounded to the dtype, and normalises that; ds is the gradient that reaches s by its other road. mean and
+rstd, float32, one each per row, are saved so that backward forms xhat without a reduction.
+
+The mean is found twice: once plainly, then, with the variance, as the mean of what centring left over
+(corrected two-pass scheme: Chan, Golub and LeVeque 1983). It takes the first mean's rounding error out
+of the variance and of y.
+
+A row is read once and stays in registers up to FWD_WIDTH and BWD_WIDTH elements; the wide_ kernels read
+a longer one again for each pass. dw and db: PROGRAMS programs at most walk the rows and sum in registers,
+and `column_sums` adds what they found, in order; how many there are depends on the shape alone.
+
+Tensors of kernels are (rows, N) with adjacent elements and a stride from row to row; mean, rstd (rows,);
+weight, bias (N,). An optional tensor that is None takes its work out of the kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Config, Configs, launch, rows_of, to_storage
+
+FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows held in registers
+TILE = 2048  # elements of a tile of rows in backward
+PROGRAMS = 256  # at most, that sum dw and db: two for each multiprocessor of an H100
+
+
+# ------------------------------------------------------------------------------- forward
+@triton.jit
+def _load_sum(x, residual, col, mask):
+    """x, or x + residual rounded to their dtype, in float32; x and residual point to the rows."""
+    loaded = tl.load(x + col, mask, other=0.0)
+    value = loaded.to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + col, mask, other=0.0).to(tl.float32)
+        value = to_storage(value, loaded.dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _affine(xhat, weight, bias, col, mask):
+    """xhat weight + bias in columns col."""
+    if weight is not None:
+        xhat *= tl.load(weight + col, mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        xhat += tl.load(bias + col, mask, other=0.0).to(tl.float32)
+    return xhat
+
+
+@triton.jit
+def _variance(squares, left, count):
+    """From the sum of squares of what centring left over, and the mean of it; NaN stays."""
+    variance = squares / count - left * left
+    return tl.where(variance < 0, 0.0, variance)
+
+
+@triton.jit
+def norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, rows, N, x_stride, residual_stride, eps,
+                    ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """A program serves ROWS rows of N <= WIDTH elements. s is written if there is a residual."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, WIDTH)[None, :]
+    known, inside = row < rows, (row < rows)[:, None] & (col < N)
+    count = tl.cast(N, tl.float32)
+    if residual is not None:
+        residual += row[:, None] * residual_stride
+    value = _load_sum(x + row[:, None] * x_stride, residual, col, inside)
+    if residual is not None:
+        tl.store(s + row[:, None] * N + col, to_storage(value, s.dtype.element_ty), inside)
+    if mean is not None:
+        first = tl.div_rn(tl.sum(value, 1), count)
+        value = tl.where(inside, value - first[:, None], 0.0)
+        left = tl.div_rn(tl.sum(value, 1), count)
+        scale = tl.rsqrt(_variance(tl.sum(value * value, 1), left, count) + eps)
+        value -= left[:, None]
+        tl.store(mean + row, first + left, known)
+    else:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / count + eps)
+    tl.store(rstd + row, scale, known)
+    out = _affine(value * scale[:, None], weight, bias, col, col < N)
+    tl.store(y + row[:, None] * N + col, to_storage(out, y.dtype.element_ty), inside)
+
+
+@triton.jit
+def wide_norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, N, x_stride, residual_stride, eps,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """A program serves one row of any length, BLOCK elements at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    count = tl.cast(N, tl.float32)
+    x += row * x_stride
+    if residual is not None:
+        residual += row * residual_stride
+    first, left = 0.0, 0.0
+    if mean is not None:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, N, BLOCK):
+            total += _load_sum(x, residual, start + cols, start + cols < N)
+        first = tl.div_rn(tl.sum(total, 0), count)
+    total = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        inside = start + cols < N
+        value = tl.where(inside, _load_sum(x, residual, start + cols, inside) - first, 0.0)
+        total += value
+        squares += value * value
+    if mean is not None:
+        left = tl.div_rn(tl.sum(total, 0), count)
+        tl.store(mean + row, first + left)
+    scale = tl.rsqrt(_variance(tl.sum(squares, 0), left, count) + eps)
+    tl.store(rstd + row, scale)
+    for start in range(0, N, BLOCK):
+        col = start + cols
+        value = _load_sum(x, residual, col, col < N)
+        if residual is not None:
+            tl.store(s + row * N + col, to_storage(value, s.dtype.element_ty), col < N)
+        out = _affine(((value - first) - left) * scale, weight, bias, col, col < N)
+        tl.store(y + row * N + col, to_storage(out, y.dtype.element_ty), col < N)
+
+
+# ------------------------------------------------------------------------------- backward
+@triton.jit
+def _load_xhat(x, mean, rstd, col, mask):
+    """x, mean and rstd point to the rows, or are a row's; where mask is off, dy must be 0."""
+    value = tl.load(x + col, mask, other=0.0).to(tl.float32)
+    if mean is not None:
+        value -= mean
+    return value * rstd
+
+
+@triton.jit
+def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dw, db, rows, N, dy_stride, ds_stride, x_stride,
+                    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """dx, and the sums of dw and db over the rows this program walks, a line of (programs, N) float32 each.
+
+    WIDTH columns belong to a program. dx needs whole rows: WIDTH >= N unless dx is None.
+    """
+    slices = tl.cdiv(N, WIDTH)
+    program, programs = tl.program_id(0) // slices, tl.num_programs(0) // slices
+    col = (tl.program_id(0) % slices) * WIDTH + tl.arange(0, WIDTH)
+    columns = (col < N)[None, :]
+    dw_sum = tl.zeros([ROWS, WIDTH], tl.float32)
+    db_sum = tl.zeros([ROWS, WIDTH], tl.float32)
+    count = tl.cast(N, tl.float32)
+    if weight is not None:
+        w = tl.load(weight + col, col < N, other=0.0).to(tl.float32)[None, :]
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        known = row < rows
+        inside = known[:, None] & columns
+        d = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, other=0.0).to(tl.float32)
+        if db is not None:
+            db_sum += d
+        if dx is not None or dw is not None:
+            scale = tl.load(rstd + row, known, other=0.0)[:, None]
+            shift = None
+            if mean is not None:
+                shift = tl.load(mean + row, known, other=0.0)[:, None]
+            xhat = _load_xhat(x + row[:, None] * x_stride, shift, scale, col[None, :], inside)
+        if dw is not None:
+            dw_sum += d * xhat
+        if dx is not None:
+            if weight is not None:
+                d *= w
+            out = d - xhat * (tl.sum(d * xhat, 1) / count)[:, None]
+            if mean is not None:
+                out -= (tl.sum(d, 1) / count)[:, None]
+            out *= scale
+            if ds is not None:
+                out += tl.load(ds + row[:, None] * ds_stride + col[None, :], inside, other=0.0).to(tl.float32)
+            tl.store(dx + row[:, None] * N + col[None, :], to_storage(out, dx.dtype.element_ty), inside)
+    line = program.to(tl.int64) * N + col
+    if dw is not None:
+        tl.store(dw + line, tl.sum(dw_sum, 0), col < N)
+    if db is not None:
+        tl.store(db + line, tl.sum(db_sum, 0), col < N)
+
+
+@triton.jit
+def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, N, dy_stride, ds_stride, x_stride,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """dx of one row of any length, BLOCK elements at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    count = tl.cast(N, tl.float32)
+    scale = tl.load(rstd + row)
+    shift = None
+    if mean is not None:
+        shift = tl.load(mean + row)
+    dy += row * dy_stride
+    x += row * x_stride
+    g_sum = tl.zeros([BLOCK], tl.float32)
+    gx_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        col = start + cols
+        g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
+        g_sum += g
+        gx_sum += g * _load_xhat(x, shift, scale, col, col < N)
+    g_mean, gx_mean = tl.sum(g_sum, 0) / count, tl.sum(gx_sum, 0) / count
+    for start in range(0, N, BLOCK):
+        col = start + cols
+        g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
+        out = g - _load_xhat(x, shift, scale, col, col < N) * gx_mean
+        if mean is not None:
+            out -= g_mean
+        out *= scale
+        if ds is not None:
+            out += tl.load(ds + row * ds_stride + col, col < N, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + col, to_storage(out, dx.dtype.element_ty), col < N)
+
+
+@triton.jit
+def _column_sum(partials, out, P, N, col, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([LINES, BLOCK], tl.float32)
+    for start in range(0, P, LINES):
+        line = start + tl.arange(0, LINES).to(tl.int64)
+        inside = (line < P)[:, None] & (col < N)[None, :]
+        total += tl.load(partials + line[:, None] * N + col[None, :], inside, other=0.0)
+    tl.store(out + col, to_storage(tl.sum(total, 0), out.dtype.element_ty), col < N)
+
+
+@triton.jit
+def column_sums_kernel(a, b, a_out, b_out, P, N, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """(P, N) -> (N,); b and b_out may be None."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _column_sum(a, a_out, P, N, col, LINES, BLOCK)
+    if b is not None:
+        _column_sum(b, b_out, P, N, col, LINES, BLOCK)
+
+
+# ------------------------------------------------------------------------------- configurations
+WIDTHS = [2**k for k in range(4, 15)]  # buckets: the width rounded up
+
+
+def _fwd_configs(width: int, itemsize: int) -> Configs:
+    """64 bytes a lane. A row of up to 2 KiB fits one warp, which needs no shared memory to reduce it."""
+    warps = min(max(width * itemsize // 2048, 1), 16)
+    if width <= 256:
+        shapes = ((2048 // width, 4), (1024 // width, 4), (4096 // width, 8))
+    else:
+        shapes = ((max(2048 // (width * itemsize), 1), warps), (1, min(2 * warps, 16)), (max(2048 // width, 1), 4))
+    blocks = [({"ROWS": rows, "WIDTH": width}, warps) for rows, warps in dict.fromkeys(shapes)]
+    return Configs(f"width {width} x {itemsize}", tuple(Config(*shape) for shape in blocks))
+
+
+def _bwd_configs(width: int) -> Configs:
+    """8 to 16 elements a lane, of which each takes about five registers; the next tiles are loaded ahead."""
+    warps = 16 if width > 4096 else 8
+    blocks = {"ROWS": max(TILE // width, 1), "WIDTH": width}
+    depths = (2, 1) if width > 4096 else (2,)
+    return Configs(f"width {width}", tuple(Config({**blocks, "STAGES": stages}, warps) for stages in depths))
+
+
+FWD = {(width, size): _fwd_configs(width, size) for width in WIDTHS if width <= FWD_WIDTH for size in (2, 4)}
+BWD = {width: _bwd_configs(width) for width in WIDTHS if width <= BWD_WIDTH}
+WIDE = tuple(Config({"BLOCK": block}, warps) for block, warps in ((2048, 8), (4096, 16)))
+WIDE_FWD, WIDE_BWD = Configs("wide", WIDE), Configs("wide", WIDE)
+WIDE_SUMS = Configs("sums", (Config({"ROWS": 16, "WIDTH": 256, "STAGES": 2}, 8),))
+MANY_LINES = Configs("many", (Config({"LINES": 128, "BLOCK": 16}, 4), Config({"LINES": 64, "BLOCK": 32}, 4)))
+FEW_LINES = Configs("few", (Config({"LINES": 16, "BLOCK": 128}, 4), Config({"LINES": 8, "BLOCK": 256}, 4)))
+
+
+def _bucket(width: int) -> int:
+    return max(triton.next_power_of_2(width), WIDTHS[0])
+
+
+# ------------------------------------------------------------------------------- launchers
+def column_sums(*partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """One or two contiguous float32 (P, N) of one shape -> the sums of their columns, (N,) each, in a fixed order."""
+    P, N = partials[0].shape
+    outs = [p.new_empty(N, dtype=dtype) for p in partials]
+    a, b = (*partials, None)[:2]
+    a_out, b_out = (*outs, None)[:2]
+    configs = FEW_LINES if P <= 16 else MANY_LINES
+    launch(column_sums_kernel, lambda c: triton.cdiv(N, c["BLOCK"]), a, b, a_out, b_out, P, N, configs=configs)
+    return outs
+
+
+def sums_over_rows(dy: torch.Tensor) -> torch.Tensor:
+    """dy (rows, N) with adjacent elements -> (N,) in its dtype: the gradient of a bias."""
+    rows, N = dy.shape
+    programs = min(32, triton.cdiv(rows, 16))
+    db = dy.new_empty(programs, N, dtype=torch.float32)
+    launch(
+        norm_bwd_kernel, lambda c: programs * triton.cdiv(N, c["WIDTH"]),
+        dy, None, None, None, None, None, None, None, db, rows, N, dy.stride(0), 0, 0, configs=WIDE_SUMS,
+    )  # fmt: skip
+    return column_sums(db, dtype=dy.dtype)[0]
+
+
+def _stride(t) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _contiguous(t):
+    return None if t is None else t.contiguous()
+
+
+def _norm_fwd(x, residual, weight, bias, eps, centre):
+    """-> y, s (None without a residual), mean (None unless centre), rstd."""
+    lead, x2 = x.shape[:-1], rows_of(x)
+    residual2 = None if residual is None else rows_of(residual)
+    rows, N = x2.shape
+    y = x.new_empty(x.shape)
+    s = None if residual is None else x.new_empty(x.shape)
+    mean = x.new_empty(lead, dtype=torch.float32) if centre else None
+    rstd = x.new_empty(lead, dtype=torch.float32)
+    tensors = x2, residual2, _contiguous(weight), _contiguous(bias), s, y, mean, rstd
+    rest = N, _stride(x2), _stride(residual2), eps
+    if N > FWD_WIDTH:
+        launch(wide_norm_fwd_kernel, lambda c: rows, *tensors, *rest, configs=WIDE_FWD)
+    else:
+        configs = FWD[_bucket(N), x.itemsize]
+        launch(norm_fwd_kernel, lambda c: triton.cdiv(rows, c["ROWS"]), *tensors, rows, *rest, configs=configs)
+    return y, s, mean, rstd
+
+
+def _norm_bwd(dy, ds, x, weight, mean, rstd, needs):
+    """-> dx, dw, db; needs has three entries."""
+    dy2, x2 = rows_of(dy), rows_of(x)
+    ds2 = None if ds is None else rows_of(ds)
+    rows, N = x2.shape
+    bucket, wide = _bucket(N), N > BWD_WIDTH
+    weight = _contiguous(weight)
+    tensors, strides = (dy2, ds2, x2, weight, mean, rstd), (_stride(dy2), _stride(ds2), _stride(x2))
+    dx = x.new_empty(x.shape) if needs[0] else None
+    programs = min(PROGRAMS, triton.cdiv(rows, 16 if wide else max(TILE // bucket, 1)))
+    if wide:
+        programs = min(programs, 32)  # for each slice of the columns
+    dw, db = (x.new_empty(programs, N, dtype=torch.float32) if need else None for need in needs[1:])
+    if wide and needs[0]:
+        launch(wide_norm_bwd_kernel, lambda c: rows, *tensors, dx, N, *strides, configs=WIDE_BWD)
+    if any(needs[1:]) or needs[0] and not wide:
+        launch(
+            norm_bwd_kernel,
+            lambda c: programs * triton.cdiv(N, c["WIDTH"]),
+            *tensors, None if wide else dx, dw, db, rows, N, *strides,
+            configs=WIDE_SUMS if wide else BWD[bucket],
+        )  # fmt: skip
+    wanted = [sums for sums in (dw, db) if sums is not None]
+    sums = iter(column_sums(*wanted, dtype=x.dtype) if wanted else ())
+    return tuple(g if g is not None else x.new_empty(0) for g in (dx, *(next(sums) if n else None for n in needs[1:])))
+
+
+def layer_norm_fwd(x, weight, bias, eps):
+    """x (..., N) -> y (..., N), mean (...), rstd (...)."""
+    y, _, mean, rstd = _norm_fwd(x, None, weight, bias, eps, True)
+    return y, mean, rstd
+
+
+def layer_norm_bwd(dy, x, weight, mean, rstd, needs):
+    """-> dx (..., N), dweight (N,), dbias (N,)."""
+    return _norm_bwd(dy, None, x, weight, mean, rstd, needs)
+
+
+def add_layer_norm_fwd(x, residual, weight, bias, eps):
+    """x, residual (..., N) -> y, s (..., N), mean, rstd (...)."""
+    return _norm_fwd(x, residual, weight, bias, eps, True)
+
+
+def add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, needs):
+    """-> the gradient of x and of residual (..., N), dweight (N,), dbias (N,). ds (..., N) or None."""
+    return _norm_bwd(dy, ds, s, weight, mean, rstd, needs)
+
+
+def rms_norm_fwd(x, weight, eps):
+    """x (..., N) -> y (..., N), rstd (...)."""
+    y, _, _, rstd = _norm_fwd(x, None, weight, None, eps, False)
+    return y, rstd
+
+
+def rms_norm_bwd(dy, x, weight, rstd, needs):
+    """-> dx (..., N), dweight (N,)."""
+    return _norm_bwd(dy, None, x, weight, None, rstd, (*needs, False))[:2]
