@@ -391,13 +391,14 @@ sys.exit(gpu.main({DRY!r}))
 
 # ------------------------------------------------------------------------------- make gpu
 def test_steps_end_in_time(capfd, monkeypatch):
-    monkeypatch.setattr(gpu_run, "PATIENCE", 1)
+    monkeypatch.setattr(gpu_run, "PATIENCE", 60)
     steps = gpu_run.Steps(dict(os.environ))
     polite = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed')"
-    code, lines, late = steps.run("polite", [sys.executable, "-c", polite], 1.0)
+    code, lines, late = steps.run("polite", [sys.executable, "-c", polite], 4.0)
     assert (lines, late) == (["on", "3 passed"], True)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
-    code, lines, late = steps.run("deaf", [sys.executable, "-c", deaf], 1.0)
+    monkeypatch.setattr(gpu_run, "PATIENCE", 1)
+    code, lines, late = steps.run("deaf", [sys.executable, "-c", deaf], 4.0)
     assert (code, lines, late) == (-signal.SIGKILL, ["on"], True)
     assert steps.run("quick", [sys.executable, "-c", "print(1); exit(3)"], 60) == (3, ["1"], False)
     assert "=== polite:" in capfd.readouterr().out
