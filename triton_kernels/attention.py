@@ -38,14 +38,14 @@ L2_BYTES = 16 << 20  # of keys and values that programs running at one time shou
 # ------------------------------------------------------------------------------- device functions
 @triton.jit
 def _load_rows(src, b, h, row, rows, b_stride, h_stride, row_stride,
-               WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """ROWS rows of head (b, h) from row on, at most WIDTH elements of each, padded to BLOCK; zero outside."""
+               WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """ROWS rows of head (b, h) from row on, at most WIDTH elements of each, padded to BLOCK, or WHOLE blocks; zero outside."""
     if TMA:
         return src.load([b, h, row, 0]).reshape([ROWS, BLOCK])
     else:
         r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
         at = src + b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride + r[:, None] * row_stride + c[None, :]
-        if WIDTH == BLOCK:
+        if WHOLE:
             return tl.load(at, (r < rows)[:, None], other=0.0)
         else:
             return tl.load(at, (r < rows)[:, None] & (c < WIDTH)[None, :], other=0.0)
@@ -58,8 +58,12 @@ def _product(x, y, x_tile, y_tile, b, h, x_row, y_row, x_rows, y_rows, x_b, x_h,
     acc = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
     if CHUNK:
         for e in range(0, WIDTH, CHUNK):
-            xe = _load_rows(x + e, b, h, x_row, x_rows, x_b, x_h, x_s, WIDTH - e, X_ROWS, CHUNK, False)
-            ye = _load_rows(y + e, b, h, y_row, y_rows, y_b, y_h, y_s, WIDTH - e, Y_ROWS, CHUNK, False)
+            xe = _load_rows(
+                x + e, b, h, x_row, x_rows, x_b, x_h, x_s, WIDTH - e, X_ROWS, CHUNK, False, WIDTH % CHUNK == 0
+            )
+            ye = _load_rows(
+                y + e, b, h, y_row, y_rows, y_b, y_h, y_s, WIDTH - e, Y_ROWS, CHUNK, False, WIDTH % CHUNK == 0
+            )
             acc = dot(xe, ye.T, acc)
     else:
         acc = dot(x_tile, y_tile.T, acc)
@@ -95,7 +99,7 @@ def _attend(
 ):  # fmt: skip
     """Adds the keys begin .. end to a tile of rows. m is the largest q k^T so far, scale in units of log2."""
     for start in tl.range(begin, end, BLOCK_N):
-        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
+        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
         )  # fmt: skip
@@ -115,7 +119,7 @@ def _attend(
             p = tl.where(visible, p, 0.0)
         shrink = tl.where(m == float("-inf"), 0.0, tl.exp2((m - base) * scale))
         l = l * shrink + tl.sum(p, 1)
-        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
         acc = dot(to_storage(p, vt.dtype), vt, acc * shrink[:, None])
         m = top
     return acc, m, l
@@ -131,7 +135,7 @@ def attention_fwd_kernel(
     tiles = tl.cdiv(L, BLOCK_M)
     tile, head = _tile_and_head(tiles, heads, GROUP)
     row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
-    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
+    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
     whole, end = S, S
     if CAUSAL:
         whole, end = tl.minimum(row + 1, S), tl.minimum(row + BLOCK_M, S)
@@ -160,8 +164,8 @@ def attention_delta_kernel(delta, out, dout, dlse, H, L, o_b, o_h, o_s, d_b, d_h
     tiles = tl.cdiv(L, BLOCK_M)
     head, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     b, h = head // H, head % H
-    o = _load_rows(out, b, h, row, L, o_b, o_h, o_s, EV, BLOCK_M, BLOCK_EV, False)
-    d = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, False)
+    o = _load_rows(out, b, h, row, L, o_b, o_h, o_s, EV, BLOCK_M, BLOCK_EV, False, EV == BLOCK_EV)
+    d = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, False, EV == BLOCK_EV)
     sums = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
     i = row + tl.arange(0, BLOCK_M)
     if dlse is not None:
@@ -187,14 +191,14 @@ def _gather_rows(
     """Adds the rows begin .. end to dk (but for the scale) and dv of a tile of keys."""
     for start in tl.range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
-        qt = _load_rows(q, b, h, start, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
+        qt = _load_rows(q, b, h, start, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
         st = _product(
             k, q, kt, qt, b, h, col, start, S, L, k_b, k_h, k_s, q_b, q_h, q_s, E, BLOCK_N, BLOCK_M, CHUNK
         )  # fmt: skip
         pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
         if MASKED:
             pt = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= i[None, :], pt, 0.0)
-        do = _load_rows(dout, b, h, start, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA)
+        do = _load_rows(dout, b, h, start, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
         if NEED_V:
             dv = dot(to_storage(pt, do.dtype), do, dv)
         if NEED_K:
@@ -216,8 +220,8 @@ def attention_dkdv_kernel(
     """A program serves BLOCK_N keys of one head, the longest walk first."""
     tile, head = _tile_and_head(tl.cdiv(S, BLOCK_N), heads, GROUP)
     col, b, h = tile * BLOCK_N, head // H, head % H
-    kt = _load_rows(k, b, h, col, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
-    vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+    kt = _load_rows(k, b, h, col, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
+    vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
     lse += head.to(tl.int64) * L
     delta += head.to(tl.int64) * L
     begin, whole = 0, 0
@@ -248,7 +252,7 @@ def _gather_keys(
 ):  # fmt: skip
     """Adds the keys begin .. end to dq (but for the scale) of a tile of rows."""
     for start in tl.range(begin, end, BLOCK_N):
-        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA)
+        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
         )  # fmt: skip
@@ -259,7 +263,7 @@ def _gather_keys(
             if CAUSAL:
                 visible = visible & (j[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
             p = tl.where(visible, p, 0.0)
-        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA)
+        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
         dp = _product(
             dout, v, do, vt, b, h, row, start, L, S, d_b, d_h, d_s, v_b, v_h, v_s, EV, BLOCK_M, BLOCK_N, CHUNK
         )  # fmt: skip
@@ -279,8 +283,8 @@ def attention_dq_kernel(
     tile, head = _tile_and_head(tiles, heads, GROUP)
     row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
     i = row + tl.arange(0, BLOCK_M)
-    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA)
-    do = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA)
+    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
+    do = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
     row_lse = _load_lse(lse + head.to(tl.int64) * L, i, L)
     row_delta = tl.load(delta + head.to(tl.int64) * L + i, i < L, other=0.0)
     whole, end = S, S
