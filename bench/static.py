@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
@@ -114,7 +114,6 @@ class Job:
     aligned: tuple  # arguments known to be divisible by 16
     blocks: dict
     options: dict  # of the compiler
-    rank: int  # of the configuration among its bucket's candidates
     products: bool  # whether it multiplies 16-bit matrices
 
 
@@ -126,14 +125,14 @@ def jobs(target: str, dtype: torch.dtype, wide: bool) -> Iterator[Job]:
         with common.compiling_for(target, lambda *launch: found.append(launch)):
             run()
         for kernel, args, constants, configs in found:
-            for rank, config in enumerate(configs.candidates[: None if wide else 1]):
-                job = _job(call, target, dtype, kernel, args, constants, config, rank)
-                if (key := repr(job).partition("dtype=")[2]) not in seen:
+            for config in configs.candidates[: None if wide else 1]:
+                job = _job(call, target, dtype, kernel, args, constants, config)
+                if (key := repr(replace(job, call=""))) not in seen:
                     seen.add(key)
                     yield job
 
 
-def _job(call, target, dtype, kernel, args, constants, config, rank) -> Job:
+def _job(call, target, dtype, kernel, args, constants, config) -> Job:
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants | config.blocks
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = named.pop("enable_fp_fusion")
@@ -162,7 +161,7 @@ def _job(call, target, dtype, kernel, args, constants, config, rank) -> Job:
     )
     return Job(
         call, TYPES[dtype], target, kernel.fn.__module__, kernel.__name__, signature, known, tuple(aligned),
-        config.blocks, options, rank, products,
+        config.blocks, options, products,
     )  # fmt: skip
 
 
@@ -202,9 +201,7 @@ def compile_job(job: Job) -> Result:
     try:
         compiled = triton.compile(source, target=device.gpu, options=job.options)
     except Exception as e:  # of many kinds
-        result.wrong = (
-            f"does not compile: {type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else ''}"
-        )
+        result.wrong = f"does not compile: {type(e).__name__}: {str(e).strip().rpartition(chr(10))[2]}"
         return result
     result.shared = compiled.metadata.shared
     inspect = _inspect_nvidia if device.gpu.backend == "cuda" else _inspect_amd

@@ -301,16 +301,16 @@ def gelu(x, approximate):
     return F.gelu(x, approximate=approximate)
 
 
-def _gelu_name(approximate):
+def gelu_name(approximate):
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
 def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
-    return ACTIVATIONS[_gelu_name(approximate)][1](_acc(x)).to(x.dtype).contiguous()
+    return ACTIVATIONS[gelu_name(approximate)][1](_acc(x)).to(x.dtype).contiguous()
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    return ACTIVATIONS[_gelu_name(approximate)][2](_acc(dy), _acc(x)).to(x.dtype).contiguous()
+    return ACTIVATIONS[gelu_name(approximate)][2](_acc(dy), _acc(x)).to(x.dtype).contiguous()
 
 
 def relu(x):

@@ -9,7 +9,7 @@ cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.0447
 the relu family saves its output y, which the next op keeps anyway.
 
 The exact gelu takes one exponential and one division, and no erf: 0.5 (1 + erf) has no digits left in
-the lower tail. With a = |x| and the polynomials H, D, E of csrc/cpu/vmath.h, fitted for least relative error,
+the lower tail. With a = |x| and polynomials H, D, E, fitted for least relative error,
 
     cdf(-a) = exp(-a^2/2) 2^H(a / (a + 7.5)),     cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
 
@@ -19,6 +19,8 @@ and at a the value is 1 minus that at -a.
 import torch
 import triton
 import triton.language as tl
+
+from pygpt.reference import gelu_name
 
 from .common import LOG2E, Config, Configs, launch, to_storage
 
@@ -136,12 +138,12 @@ def _elementwise(kernel, configs, name, *inputs):
 
 def gelu_fwd(x, approximate):
     """x (...) -> y (...)."""
-    return _elementwise(activation_fwd_kernel, FWD, "gelu" if approximate == "none" else "gelu_tanh", x)
+    return _elementwise(activation_fwd_kernel, FWD, gelu_name(approximate), x)
 
 
 def gelu_bwd(dy, x, approximate):
     """dy, x (...) -> dx (...)."""
-    return _elementwise(activation_bwd_kernel, BWD, "gelu" if approximate == "none" else "gelu_tanh", dy, x)
+    return _elementwise(activation_bwd_kernel, BWD, gelu_name(approximate), dy, x)
 
 
 def relu_fwd(x):

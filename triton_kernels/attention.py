@@ -80,6 +80,16 @@ def _store_rows(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def _visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which keys of a tile its rows may attend to: (1, BLOCK_N), if causal (BLOCK_M, BLOCK_N)."""
+    j = (col + tl.arange(0, BLOCK_N))[None, :]
+    if CAUSAL:
+        return (j < S) & (j <= (row + tl.arange(0, BLOCK_M))[:, None])
+    else:
+        return j < S
+
+
+@triton.jit
 def _tile_and_head(tiles, heads, GROUP):
     """Which tile of which head this program serves: GROUP heads at a time, to share their keys and values
     in the L2 cache; within a group all heads' first tiles, then their second ones."""
@@ -107,10 +117,7 @@ def _attend(
             s = -s
         seen = s
         if MASKED:
-            j = start + tl.arange(0, BLOCK_N)
-            visible = (j < S)[None, :]
-            if CAUSAL:
-                visible = visible & (j[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
+            visible = _visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N)
             seen = tl.where(visible, s, float("-inf"))
         top = tl.maximum(m, tl.max(seen, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -258,11 +265,7 @@ def _gather_keys(
         )  # fmt: skip
         p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
         if MASKED:
-            j = start + tl.arange(0, BLOCK_N)
-            visible = (j < S)[None, :]
-            if CAUSAL:
-                visible = visible & (j[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
-            p = tl.where(visible, p, 0.0)
+            p = tl.where(_visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
         vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
         dp = _product(
             dout, v, do, vt, b, h, row, start, L, S, d_b, d_h, d_s, v_b, v_h, v_s, EV, BLOCK_M, BLOCK_N, CHUNK

@@ -244,3 +244,8 @@ def rows_of(t: torch.Tensor) -> torch.Tensor:
     """(..., C) as (rows, C) with adjacent elements: a view where the strides allow, else a copy."""
     t = t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.new_empty(t.shape[:-1].numel(), 0)
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional parameter of a kernel that takes no strides for it."""
+    return None if t is None else t.contiguous()

@@ -27,12 +27,26 @@ import torch
 import triton
 import triton.language as tl
 
+from pygpt.reference import SAVES_INPUT
+
 from .activation import activate, backpropagate
-from .common import TARGETS, Config, Configs, Tiled, aligned, dot, launch, rows_of, target, tileable, to_storage
+from .common import (
+    TARGETS,
+    Config,
+    Configs,
+    Tiled,
+    aligned,
+    contiguous,
+    dot,
+    launch,
+    rows_of,
+    target,
+    tileable,
+    to_storage,
+)
 from .norm import column_sums, sums_over_rows
 
 SUM_ROWS = 64  # rows of a tile that are summed into one line of the partial bias gradient
-SAVES_INPUT = ("gelu", "gelu_tanh")
 
 
 # ------------------------------------------------------------------------------- the kernel
@@ -187,10 +201,6 @@ def _weight_gradient(dy, x):
     return column_sums(parts.view(splits, N * K), dtype=x.dtype)[0].view(N, K)
 
 
-def _contiguous(t):
-    return None if t is None else t.contiguous()
-
-
 def _if(need: bool, gradient, like):
     """gradient() if it is wanted, else nothing."""
     return gradient() if need else like.new_empty(0)
@@ -200,7 +210,7 @@ def linear_fwd(x, weight, bias):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = rows_of(x)
-    _gemm(rows, weight.mT, y.view(rows.shape[0], weight.shape[0]), bias=_contiguous(bias))
+    _gemm(rows, weight.mT, y.view(rows.shape[0], weight.shape[0]), bias=contiguous(bias))
     return y
 
 
@@ -219,7 +229,7 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     x2, H = rows_of(x), fc_weight.shape[0]
     hidden = x.new_empty(*x.shape[:-1], H)
     pre = torch.empty_like(hidden) if activation in SAVES_INPUT else None
-    _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), bias=_contiguous(fc_bias), pre=pre, activation=activation)
+    _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), bias=contiguous(fc_bias), pre=pre, activation=activation)
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, x.new_empty(0) if pre is None else pre
 
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Config, Configs, launch, rows_of, to_storage
+from .common import Config, Configs, contiguous, launch, rows_of, to_storage
 
 FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows held in registers
 TILE = 2048  # elements of a tile of rows in backward
@@ -298,10 +298,6 @@ def _stride(t) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def _contiguous(t):
-    return None if t is None else t.contiguous()
-
-
 def _norm_fwd(x, residual, weight, bias, eps, centre):
     """-> y, s (None without a residual), mean (None unless centre), rstd."""
     lead, x2 = x.shape[:-1], rows_of(x)
@@ -311,7 +307,7 @@ def _norm_fwd(x, residual, weight, bias, eps, centre):
     s = None if residual is None else x.new_empty(x.shape)
     mean = x.new_empty(lead, dtype=torch.float32) if centre else None
     rstd = x.new_empty(lead, dtype=torch.float32)
-    tensors = x2, residual2, _contiguous(weight), _contiguous(bias), s, y, mean, rstd
+    tensors = x2, residual2, contiguous(weight), contiguous(bias), s, y, mean, rstd
     rest = N, _stride(x2), _stride(residual2), eps
     if N > FWD_WIDTH:
         launch(wide_norm_fwd_kernel, lambda c: rows, *tensors, *rest, configs=WIDE_FWD)
@@ -327,7 +323,7 @@ def _norm_bwd(dy, ds, x, weight, mean, rstd, needs):
     ds2 = None if ds is None else rows_of(ds)
     rows, N = x2.shape
     bucket, wide = _bucket(N), N > BWD_WIDTH
-    weight = _contiguous(weight)
+    weight = contiguous(weight)
     tensors, strides = (dy2, ds2, x2, weight, mean, rstd), (_stride(dy2), _stride(ds2), _stride(x2))
     dx = x.new_empty(x.shape) if needs[0] else None
     programs = min(PROGRAMS, triton.cdiv(rows, 16 if wide else max(TILE // bucket, 1)))
