@@ -1,11 +1,19 @@
-"""Builds pygpt/_C.abi3.so: every kernel of csrc/cpu once per instruction set, and the binding.
+"""Builds pygpt/_C.abi3.so, the CPU kernels, and where there is nvcc pygpt/_cuda.abi3.so, the CUDA kernels.
 
-One library serves every Python >= 3.10 and torch >= 2.10 (limited API, LibTorch stable ABI); the
-instruction set is chosen when it is loaded, so nothing is tuned to the machine that builds.
+Each library serves every Python >= 3.10 and torch >= 2.10 (limited API, LibTorch stable ABI). CPU kernels are
+compiled once per instruction set and chosen when the library is loaded, so nothing is tuned to the machine
+that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
+
+  PYGPT_BUILD_CUDA=0|1         never | or fail without nvcc; by default if nvcc is found
+  PYGPT_CUDA_ARCHS="80 90"     the GPUs to build for, 75 to 121; by default the one that is there, else 80 and 90.
+                               Newer ones run the PTX of the last
+  MAX_JOBS                     compilers at a time; by default one per core
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +27,7 @@ ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     ISAS["avx512"] = [*ISAS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]
+STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -30,6 +39,13 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
+]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
 ]
 
 
@@ -47,50 +63,126 @@ def torch_paths():
     return cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of PATH, or where the toolkit is usually installed."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes]
+    return next(filter(None, [*places, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+
+
+def cuda_compiler() -> str | None:
+    wish = os.environ.get("PYGPT_BUILD_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"pygpt: PYGPT_BUILD_CUDA must be 0 or 1, got {wish!r}")
+    nvcc = None if wish == "0" else find_nvcc()
+    if wish == "1" and nvcc is None:
+        sys.exit("pygpt: PYGPT_BUILD_CUDA=1, but nvcc is neither in CUDA_HOME/bin, PATH nor /usr/local/cuda/bin")
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    """Compute capabilities without the point, oldest first."""
+    archs = os.environ.get("PYGPT_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").replace(".", "").split()
+    if not archs and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        archs = found.stdout.replace(".", "").split() if found.returncode == 0 else []
+    if any(not arch.isdigit() for arch in archs):
+        sys.exit(f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities such as '80 90', got {' '.join(archs)!r}")
+    return sorted(set(archs), key=int) or ["80", "90"]
+
+
 class BuildKernels(build_ext):
-    """setuptools compiles a source once; kernels are compiled once per instruction set, in parallel."""
+    """setuptools compiles a source once; CPU kernels are compiled once per instruction set, CUDA's by nvcc."""
+
+    def build_extensions(self):
+        self.include, self.library = torch_paths()
+        self.pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)))
+        with self.pool:
+            super().build_extensions()
 
     def build_extension(self, ext):
-        include, library = torch_paths()
-        ext.library_dirs += library
-        objects = Path(self.build_temp)
-        jobs = [("csrc/bind_cpu.cpp", "binding", ["-DTORCH_TARGET_VERSION=0x020a000000000000"])]
-        jobs += [("csrc/cpu/dispatch.cpp", "dispatch", [])]
+        build = {"pygpt._C": self.build_cpu, "pygpt._cuda": self.build_cuda}[ext.name]
+        try:
+            build(ext)
+        except Exception as e:
+            advice = (
+                "A C++17 compiler is needed (g++ >= 9 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
+                "  on Fedora, dnf install gcc-c++; on macOS, xcode-select --install. CXX=... names another."
+                if ext.name == "pygpt._C"
+                else "NVCC_CCBIN=... names another host compiler; PYGPT_BUILD_CUDA=0 leaves the CUDA kernels out."
+            )
+            sys.exit(f"pygpt: building {ext.name} failed: {e}\n  {advice}")
+
+    def compile_host(self, source, folder, flags, depends):
+        return self.compiler.compile(
+            [source], str(Path(self.build_temp) / folder), include_dirs=self.include, extra_postargs=FLAGS + flags,
+            depends=depends,
+        )  # fmt: skip
+
+    def build_cpu(self, ext):
+        jobs = [("csrc/bind_cpu.cpp", "binding", [STABLE]), ("csrc/cpu/dispatch.cpp", "dispatch", [])]
         jobs += [
             (f"csrc/cpu/{op}.cpp", isa, [f"-DPYGPT_ISA={isa}", *flags]) for isa, flags in ISAS.items() for op in CPU
         ]
+        found = self.pool.map(lambda job: self.compile_host(*job, ext.depends), jobs)
+        ext.extra_objects = [o for objects in found for o in objects]
+        ext.library_dirs += self.library
+        ext.sources = []
+        super().build_extension(ext)
 
-        def compile_one(job):
-            source, folder, flags = job
-            return self.compiler.compile(
-                [source], str(objects / folder), include_dirs=include, extra_postargs=FLAGS + flags, depends=ext.depends
-            )
+    def build_cuda(self, ext):
+        nvcc, archs = cuda_compiler(), cuda_archs()
+        objects = Path(self.build_temp) / f"cuda-{'-'.join(archs)}"
+        objects.mkdir(parents=True, exist_ok=True)
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        newest = max(Path(name).stat().st_mtime for name in [*ext.depends, "setup.py"])
 
-        workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        try:
-            with ThreadPoolExecutor(workers) as pool:
-                ext.extra_objects = [o for found in pool.map(compile_one, jobs) for o in found]
-            ext.sources = []
-            super().build_extension(ext)
-        except Exception as e:
-            sys.exit(
-                f"pygpt: building the kernels failed: {e}\n"
-                "  A C++17 compiler is needed (g++ >= 9 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
-                "  on Fedora, dnf install gcc-c++; on macOS, xcode-select --install. CXX=... names another."
-            )
+        def compile_kernels(source):
+            result = objects / f"{Path(source).stem}.o"
+            if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
+                partial = result.with_suffix(".partial.o")  # an interrupted compiler leaves nothing that looks whole
+                subprocess.run([nvcc, *CUDA_FLAGS, *code, "-c", source, "-o", partial], check=True)
+                partial.replace(result)
+            return str(result)
+
+        flags = [STABLE, f'-DPYGPT_CUDA_ARCHS="{" ".join(archs)}"']
+        binding = self.pool.submit(self.compile_host, "csrc/bind_cuda.cpp", objects.name, flags, ext.depends)
+        kernels = list(self.pool.map(compile_kernels, sorted(s for s in ext.sources if s.endswith(".cu"))))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [*(f"-L{path}" for path in self.library), "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        link = [nvcc, "-shared", "-cudart=static", "-o", target, *binding.result(), *kernels, *libraries]
+        subprocess.run(link, check=True)
 
 
-extension = Extension(
-    "pygpt._C",
-    sources=["csrc/bind_cpu.cpp"],
-    depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")],
-    libraries=["torch", "torch_cpu", "c10"],
-    py_limited_api=True,
-    language="c++",
-)
+def sources(pattern):
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+extensions = [
+    Extension(
+        "pygpt._C",
+        sources=["csrc/bind_cpu.cpp"],
+        depends=sources("csrc/*.h") + sources("csrc/cpu/*.h"),
+        libraries=["torch", "torch_cpu", "c10"],
+        py_limited_api=True,
+        language="c++",
+    )
+]
+if cuda_compiler():
+    extensions.append(
+        Extension(
+            "pygpt._cuda",
+            sources=["csrc/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
+            depends=sources("csrc/*.h") + sources("csrc/cuda/*.cuh"),
+            py_limited_api=True,
+        )
+    )
 
 setup(
-    ext_modules=[extension],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

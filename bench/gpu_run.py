@@ -1,13 +1,15 @@
 """make gpu: builds in place, runs the GPU tests, then the GPU benchmarks, in eight minutes in all.
 
 Offline, with what this interpreter has. While the tests run, other processes run each benchmark row
-once, so that its kernels come from the compilers' caches when it is measured. A step that fails or
-runs out of time does not keep the next from running. Exit codes: 0; 1 where a step failed; 2 without a GPU.
+once, so that its kernels come from the compilers' caches when it is measured, and the CUDA C++ kernels
+under compute-sanitizer. A step that fails or runs out of time does not keep the next from running. Exit
+codes: 0; 1 where a step failed; 2 without a GPU.
 """
 
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL, SPARE = 480, 20  # seconds; what ending everything may take
 LIMITS = {"build": 150, "tests": 200, "benchmark": 270}
-TESTS = ("tests/test_parity.py", "tests/test_triton.py")
+TESTS = ("tests/test_parity.py", "tests/test_cuda.py", "tests/test_triton.py")
 FAMILIES = ("attention", "mlp", "linear,gelu,relu", "layer_norm,add_layer_norm,rms_norm")  # prepared side by side
 PATIENCE = 15  # seconds between asking a step to stop and killing it
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
@@ -114,38 +116,53 @@ def present(steps: Steps, device: str) -> list[str]:
     return names
 
 
-class Preparing:
-    """Runs every benchmark row once, in processes of their own beside the tests."""
+class Beside:
+    """Processes that run beside the tests, and no longer: nothing may run beside the benchmarks."""
 
-    def __init__(self, steps: Steps, device: str, flags: list[str]):
-        command = [sys.executable, "-m", "bench.gpu", "--prepare", f"--budget={LIMITS['tests']}", f"--device={device}"]
-        how = {"cwd": ROOT, "env": steps.environment, "start_new_session": True}
-        self.log, self.processes = tempfile.TemporaryFile("w+"), []  # noqa: SIM115 - closed by `stop`
-        for ops in FAMILIES if device == "cuda" else FAMILIES[:1]:
-            full = [*command, *flags, f"--ops={ops}", "--peers=compile"]
-            self.processes.append(subprocess.Popen(full, **how, stdout=self.log, stderr=self.log))
+    def __init__(self, steps: Steps):
+        self.steps, self.running = steps, []  # of (step, whether it must succeed, process, log)
 
-    def wait(self, steps: Steps, seconds: float):
+    def start(self, step: str, command: list[str], must: bool):
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
+        how = {"cwd": ROOT, "env": self.steps.environment, "start_new_session": True}
+        self.running.append((step, must, subprocess.Popen(command, **how, stdout=log, stderr=log), log))
+
+    def wait(self, seconds: float):
         end = time.monotonic() + seconds
-        for process in self.processes:
+        for step, must, process, log in self.running:
             try:
-                process.wait(max(0.0, end - time.monotonic()))
+                code = process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                pass
-        codes = [process.poll() for process in self.processes]
-        if late := codes.count(None):
-            steps.say("kernels compiled ahead", f"{late} of {len(codes)} processes were not done in time")
-        if bad := [code for code in codes if code]:
-            self.log.seek(0)
-            last = (self.log.read().strip().splitlines() or ["no output"])[-1]
-            steps.say("kernels compiled ahead", f"{len(bad)} of {len(codes)} processes failed: {last}")
+                self.steps.say(step, "not done in time")
+                continue
+            log.seek(0)
+            last = (log.read().strip().splitlines() or ["no output"])[-1]
+            self.steps.say(step, f"failed (exit code {code}): {last}" if code else "ok", failed=must and code != 0)
 
     def stop(self):
-        """Nothing may run beside the benchmarks."""
-        for process in self.processes:
+        for _, _, process, log in self.running:
             signal_group(process, signal.SIGKILL)
             process.wait()
-        self.log.close()
+            log.close()
+
+
+def compile_ahead(beside: Beside, device: str, flags: list[str]):
+    """Runs every benchmark row once, so that its kernels come from the compilers' caches."""
+    command = [sys.executable, "-m", "bench.gpu", "--prepare", f"--budget={LIMITS['tests']}", f"--device={device}"]
+    for ops in FAMILIES if device == "cuda" else FAMILIES[:1]:
+        beside.start(f"compiled ahead: {ops}", [*command, *flags, f"--ops={ops}", "--peers=compile"], must=False)
+
+
+def sanitize(steps: Steps, beside: Beside):
+    """The CUDA C++ kernels on small shapes under compute-sanitizer; each wrapper of an instruction against the emulator."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        steps.say("compute-sanitizer", "skipped, not found")
+    else:
+        verify = [sys.executable, "-m", "pygpt", "verify", "--backend=cuda", "--device=cuda", "--json"]
+        for check in ("memcheck", "racecheck"):
+            beside.start(check, [tool, f"--tool={check}", "--error-exitcode=9", *verify], must=True)
+    beside.start("conformance", [sys.executable, "-m", "tests.emulator.conformance"], must=True)
 
 
 def tests(steps: Steps, names: list[str], arguments: list[str]):
@@ -206,14 +223,16 @@ def main(argv=None) -> int:
     steps = Steps(environment)
     build(steps)
     if names := present(steps, options.device):
-        preparing = Preparing(steps, options.device, [flag for flag in flags if flag != "--save"])
-        start = time.monotonic()
+        beside, start = Beside(steps), time.monotonic()
         try:
+            compile_ahead(beside, options.device, [flag for flag in flags if flag != "--save"])
+            if "cuda" in names:
+                sanitize(steps, beside)
             tests(steps, names, arguments)
             room = LIMITS["tests"] + start - time.monotonic()
-            preparing.wait(steps, min(room, steps.left() - LIMITS["benchmark"] - PATIENCE))
+            beside.wait(min(room, steps.left() - LIMITS["benchmark"] - PATIENCE))
         finally:
-            preparing.stop()
+            beside.stop()
         benchmark(steps, flags)
     print(f"\nmake gpu: {'FAILED' if steps.failed else 'ok'} in {time.monotonic() - began:.0f} s")
     for line in steps.said:

@@ -1,30 +1,15 @@
 // What stands between torch and a kernel, once for all devices: check, allocate, fill Args, launch.
 //
-// Each op is a template over the kernel entry points of a device; bind_cpu.cpp instantiates it. The
+// Each op is a template over the kernel entry points of a device; bind_cpu.cpp and bind_cuda.cpp instantiate it. The
 // schemas (SCHEMAS below) equal the signatures of <op>_fwd and <op>_bwd in pygpt/reference.py. Nothing
 // here touches data. Failures raise RuntimeError naming the op, the argument and what it should be.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "ops.h"
+#include "call.h"
 
 namespace pygpt::bind {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Needs = std::vector<bool>;
 
 constexpr const char* SCHEMAS[] = {
     "attention_fwd(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> (Tensor out, Tensor lse)",
@@ -50,151 +35,6 @@ constexpr const char* SCHEMAS[] = {
     "relu_fwd(Tensor x) -> Tensor",
     "relu_bwd(Tensor dy, Tensor y) -> Tensor",
 };
-
-// ---------------------------------------------------------------- checks
-using Shape = std::vector<int64_t>;
-
-inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-inline std::string to_string(const Shape& s) {
-  std::string text = "(";
-  for (size_t i = 0; i < s.size(); i++) text += (i ? ", " : "") + std::to_string(s[i]);
-  return text + ")";
-}
-
-// The checks of one call; `lead` is the tensor whose dtype and device the others must share.
-struct Call {
-  const char* op;
-  const Tensor& lead;
-  DType dtype;
-
-  Call(const char* op, const Tensor& lead) : op(op), lead(lead) {
-    switch (lead.scalar_type()) {
-      case ScalarType::Double: dtype = DType::f64; break;
-      case ScalarType::Float: dtype = DType::f32; break;
-      case ScalarType::BFloat16: dtype = DType::bf16; break;
-      case ScalarType::Half: dtype = DType::f16; break;
-      default: fail("the first argument must be float64, float32, bfloat16 or float16");
-    }
-  }
-  [[noreturn]] void fail(const std::string& message) const {
-    STD_TORCH_CHECK(false, "pygpt.", op, ": ", message);
-    throw;  // not reached
-  }
-  ScalarType statistics() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
-  void check(const char* name, const Tensor& t, const Shape& want, ScalarType type) const {
-    if (!t.defined()) fail(std::string(name) + " is undefined");
-    if (t.scalar_type() != type) fail(std::string(name) + " has the wrong dtype");
-    if (t.device() != lead.device()) fail(std::string(name) + " is on another device");
-    if (shape(t) != want) fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
-  }
-  void check(const char* name, const Tensor& t, const Shape& want) const { check(name, t, want, lead.scalar_type()); }
-  void check(const char* name, const MaybeTensor& t, const Shape& want) const {
-    if (t) check(name, *t, want);
-  }
-  void at_least(const char* name, const Tensor& t, int64_t dims) const {
-    if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
-  }
-  void count(const Needs& needs, size_t n) const {
-    if (needs.size() != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.size()));
-  }
-};
-
-// ---------------------------------------------------------------- tensors to Args
-// A result this large comes from the system each time, and touching it first costs more than computing it
-// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
-inline void ask_for_large_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (bytes < 16 * kPage || !t.is_cpu()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // or not
-#endif
-}
-
-inline Tensor empty(const Tensor& like, const Shape& size, std::optional<ScalarType> type = std::nullopt) {
-  Tensor t = torch::stable::new_empty(like, size, type);
-  ask_for_large_pages(t);
-  return t;
-}
-// An output gradient: with no elements where it isn't wanted.
-inline Tensor wanted(bool need, const Tensor& like, const Shape& size) { return empty(like, need ? size : Shape{0}); }
-inline void* output(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
-
-inline void* input(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
-
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
-inline const void* input(const MaybeTensor& t) { return t ? input(*t) : nullptr; }
-
-// A (..., C) tensor as rows of one stride, copied only where its strides don't allow that.
-inline Tensor as_rows(const Tensor& t) {
-  if (t.is_contiguous()) return t;
-  auto size = t.sizes(), stride = t.strides();
-  int64_t step = -1;  // of the next dimension out, once known
-  bool regular = size.back() == 1 || stride.back() == 1;
-  for (int64_t d = t.dim() - 2; d >= 0; d--) {
-    if (size[d] == 1) continue;
-    regular = regular && (step == -1 || stride[d] == step);
-    step = stride[d] * size[d];
-  }
-  return regular ? t : torch::stable::contiguous(t);
-}
-inline Rows rows(const Tensor& t) {  // of a tensor from as_rows
-  for (int64_t d = t.dim() - 2; d >= 0; d--)
-    if (t.size(d) != 1) return {input(t), t.stride(d)};
-  return {input(t), t.dim() ? t.sizes().back() : 1};
-}
-inline Rows rows(const MaybeTensor& t) { return t ? rows(*t) : Rows{nullptr, 0}; }
-
-inline Heads heads(const Tensor& t) { return {input(t), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
-
-// (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
-inline Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t E) {
-  return torch::stable::transpose(empty(like, {B, T, H, E}), 1, 2);
-}
-
-inline Shape leading(const Tensor& t) {
-  Shape s = shape(t);
-  s.pop_back();
-  return s;
-}
-inline Shape with_last(const Tensor& t, int64_t last) {
-  Shape s = shape(t);
-  s.back() = last;
-  return s;
-}
-inline int64_t product(const Shape& s) {
-  int64_t n = 1;
-  for (int64_t d : s) n *= d;
-  return n;
-}
-
-// A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
-struct Text {
-  StringHandle handle;
-  std::string take() const {
-    size_t length;
-    const char* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    std::string text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
-  }
-};
-
-inline Activation activation_named(const Call& call, const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu2") return Activation::relu2;
-  call.fail("unknown activation '" + name + "'; known: gelu, gelu_tanh, relu, relu2");
-}
-inline bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
-
 // ---------------------------------------------------------------- attention
 inline AttentionArgs attention_args(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
                                     double scale) {
@@ -213,18 +53,18 @@ inline AttentionArgs attention_args(const Call& call, const Tensor& q, const Ten
   return a;
 }
 
-template <void (*kernel)(const AttentionArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
   Call call("attention_fwd", q);
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
   Tensor out = empty_heads(q, a.batch, a.heads, a.q_len, a.v_dim);
   Tensor lse = empty(q, {a.batch, a.heads, a.q_len}, call.statistics());
   a.out = heads(out), a.lse = lse.mutable_data_ptr();
-  kernel(a);
+  call.run<kernel>(a);
   return {out, lse};
 }
 
-template <void (*kernel)(const AttentionArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
                                                  Tensor lse, bool is_causal, double scale, Needs needs) {
   Call call("attention_bwd", q);
@@ -245,11 +85,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, 
   if (needs[0]) a.dq = heads(dq);
   if (needs[1]) a.dk = heads(dk);
   if (needs[2]) a.dv = heads(dv);
-  kernel(a);
+  call.run<kernel>(a);
   return {dq, dk, dv};
 }
 
 // ---------------------------------------------------------------- linear, mlp
+inline Activation activation_named(const Call& call, const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
+  call.fail("unknown activation '" + name + "'; known: gelu, gelu_tanh, relu, relu2");
+}
+inline bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
+
 inline void check_matrix(const Call& call, const char* name, const Tensor& weight, int64_t in) {
   if (weight.dim() != 2) call.fail(std::string(name) + " must be a matrix, got " + to_string(shape(weight)));
   call.check(name, weight, {weight.size(0), in});
@@ -264,7 +113,7 @@ inline LinearArgs linear_args(const Call& call, const Tensor& x, const Tensor& w
   return a;
 }
 
-template <void (*kernel)(const LinearArgs&)>
+template <auto kernel>
 Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
   Call call("linear_fwd", x);
   LinearArgs a = linear_args(call, x, weight);
@@ -272,11 +121,11 @@ Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
   Tensor y = empty(x, with_last(x, a.out));
   x = as_rows(x), weight = as_rows(weight), bias = dense(bias);
   a.x = rows(x), a.weight = rows(weight), a.bias = input(bias), a.y = rows(y);
-  kernel(a);
+  call.run<kernel>(a);
   return y;
 }
 
-template <void (*kernel)(const LinearArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, Needs needs) {
   Call call("linear_bwd", x);
   LinearArgs a = linear_args(call, x, weight);
@@ -286,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight
   dy = as_rows(dy), x = as_rows(x), weight = as_rows(weight);
   a.dy = rows(dy), a.x = rows(x), a.weight = rows(weight);
   a.dx = output(needs[0], dx), a.dw = output(needs[1], dw), a.db = output(needs[2], db);
-  kernel(a);
+  call.run<kernel>(a);
   return {dx, dw, db};
 }
 
@@ -302,7 +151,7 @@ inline MlpArgs mlp_args(const Call& call, const Tensor& x, const Tensor& fc_weig
   return a;
 }
 
-template <void (*kernel)(const MlpArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, MaybeTensor fc_bias, Tensor proj_weight,
                                            MaybeTensor proj_bias, Text activation) {
   const std::string name = activation.take();
@@ -317,11 +166,11 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, MaybeTens
   a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.fc_bias = input(fc_bias), a.proj_bias = input(proj_bias);
   a.y = y.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr(), a.pre = output(saves_input(a.activation), pre);
-  kernel(a);
+  call.run<kernel>(a);
   return {y, hidden, pre};
 }
 
-template <void (*kernel)(const MlpArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight,
                                                            Tensor hidden, Tensor pre, Text activation, Needs needs) {
   const std::string name = activation.take();
@@ -342,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(Tensor dy, Tensor x, 
   a.hidden = input(hidden), a.pre = saves_input(a.activation) ? input(pre) : nullptr, a.dpre = output(inner, dpre);
   a.dx = output(needs[0], dx), a.dfc_weight = output(needs[1], dfc_weight), a.dfc_bias = output(needs[2], dfc_bias);
   a.dproj_weight = output(needs[3], dproj_weight), a.dproj_bias = output(needs[4], dproj_bias);
-  kernel(a);
+  call.run<kernel>(a);
   return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
 }
 
@@ -358,7 +207,7 @@ inline NormArgs norm_args(const Call& call, const Tensor& x, const MaybeTensor& 
 }
 
 // The forward of all three: fills mean and sum only where asked to.
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 void norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias, double eps, Tensor& y,
               Tensor* sum, Tensor* mean, Tensor& rstd) {
   NormArgs a = norm_args(call, x, weight, bias, eps);
@@ -370,11 +219,11 @@ void norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weig
   if (residual) residual = as_rows(*residual);
   a.x = rows(x), a.residual = rows(residual), a.weight = input(weight), a.bias = input(bias);
   a.y = y.mutable_data_ptr(), a.rstd = rstd.mutable_data_ptr();
-  kernel(a);
+  call.run<kernel>(a);
 }
 
 // The backward of all three; without a mean it is rms_norm's.
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTensor dsum, Tensor x, MaybeTensor weight,
                                             MaybeTensor mean, Tensor rstd, bool need_dx, bool need_dw, bool need_db) {
   NormArgs a = norm_args(call, x, weight, std::nullopt, 0.0);
@@ -388,18 +237,18 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTe
   a.dy = rows(dy), a.dsum = rows(dsum), a.x = rows(x), a.weight = input(weight);
   a.mean = mean ? input(*mean) : nullptr, a.rstd = input(rstd);
   a.dx = output(need_dx, dx), a.dw = output(need_dw, dw), a.db = output(need_db, db);
-  kernel(a);
+  call.run<kernel>(a);
   return {dx, dw, db};
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
   Tensor y, mean, rstd;
   norm_fwd<kernel>(Call("layer_norm_fwd", x), x, {}, weight, bias, eps, y, nullptr, &mean, rstd);
   return {y, mean, rstd};
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor mean, Tensor rstd,
                                                   Needs needs) {
   Call call("layer_norm_bwd", x);
@@ -407,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, MaybeTens
   return norm_bwd<kernel>(call, dy, {}, x, weight, mean, rstd, needs[0], needs[1], needs[2]);
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, MaybeTensor weight,
                                                               MaybeTensor bias, double eps) {
   Tensor y, sum, mean, rstd;
@@ -415,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
   return {y, sum, mean, rstd};
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, MaybeTensor ds, Tensor s, MaybeTensor weight, Tensor mean,
                                                       Tensor rstd, Needs needs) {
   Call call("add_layer_norm_bwd", s);
@@ -423,14 +272,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, MaybeTensor ds,
   return norm_bwd<kernel>(call, dy, ds, s, weight, mean, rstd, needs[0], needs[1], needs[2]);
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, double eps) {
   Tensor y, rstd;
   norm_fwd<kernel>(Call("rms_norm_fwd", x), x, {}, weight, {}, eps, y, nullptr, nullptr, rstd);
   return {y, rstd};
 }
 
-template <void (*kernel)(const NormArgs&)>
+template <auto kernel>
 std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor rstd, Needs needs) {
   Call call("rms_norm_bwd", x);
   call.count(needs, 2);
@@ -439,21 +288,21 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight,
 }
 
 // ---------------------------------------------------------------- activations
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor activation_fwd(const Call& call, Tensor x, Activation activation) {
   Tensor y = empty(x, shape(x));
   x = dense(x);
-  kernel({call.dtype, activation, x.numel(), input(x), y.mutable_data_ptr(), nullptr, nullptr});
+  call.run<kernel>(ActivationArgs{call.dtype, activation, x.numel(), input(x), y.mutable_data_ptr(), nullptr, nullptr});
   return y;
 }
 
 // x: the input for the gelus, the output for the relu family.
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor activation_bwd(const Call& call, Tensor dy, Tensor x, Activation activation) {
   call.check("dy", dy, shape(x));
   Tensor dx = empty(x, shape(x));
   x = dense(x), dy = dense(dy);
-  kernel({call.dtype, activation, x.numel(), input(x), input(x), input(dy), dx.mutable_data_ptr()});
+  call.run<kernel>(ActivationArgs{call.dtype, activation, x.numel(), input(x), input(x), input(dy), dx.mutable_data_ptr()});
   return dx;
 }
 
@@ -463,26 +312,26 @@ inline Activation gelu_named(const Call& call, const std::string& approximate) {
   call.fail("approximate must be 'none' or 'tanh', got '" + approximate + "'");
 }
 
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor gelu_fwd(Tensor x, Text approximate) {
   const std::string name = approximate.take();
   Call call("gelu_fwd", x);
   return activation_fwd<kernel>(call, x, gelu_named(call, name));
 }
 
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor gelu_bwd(Tensor dy, Tensor x, Text approximate) {
   const std::string name = approximate.take();
   Call call("gelu_bwd", x);
   return activation_bwd<kernel>(call, dy, x, gelu_named(call, name));
 }
 
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor relu_fwd(Tensor x) {
   return activation_fwd<kernel>(Call("relu_fwd", x), x, Activation::relu);
 }
 
-template <void (*kernel)(const ActivationArgs&)>
+template <auto kernel>
 Tensor relu_bwd(Tensor dy, Tensor y) {
   return activation_bwd<kernel>(Call("relu_bwd", y), dy, y, Activation::relu);
 }

@@ -6,6 +6,7 @@
 // float, or double when dtype is f64. All sizes and offsets are 64-bit.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 namespace pygpt {
 
@@ -101,5 +102,20 @@ namespace cpu {
 PYGPT_KERNELS(PYGPT_DECLARE)
 #undef PYGPT_DECLARE
 }  // namespace cpu
+
+namespace cuda {
+// Where a kernel runs, and temporary device memory that lives until what is launched has ended.
+struct Stream {
+  int device;
+  void* handle;                                // cudaStream_t
+  std::function<void*(int64_t bytes)> scratch;  // 256-byte aligned
+};
+
+// Null, or what went wrong. float64 is not served.
+using Error = const char*;
+#define PYGPT_DECLARE(name, Args) Error name(const Args&, const Stream&);
+PYGPT_KERNELS(PYGPT_DECLARE)
+#undef PYGPT_DECLARE
+}  // namespace cuda
 
 }  // namespace pygpt

@@ -89,31 +89,51 @@ def _compiled() -> tuple[SimpleNamespace | None, str]:
     return SimpleNamespace(**{name: getattr(torch.ops.pygpt, name).default for name in names}), ""
 
 
+def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
+    """The same ops once the CUDA kernels are registered too. Loads their library only where CUDA works."""
+    if compiled is None:
+        return None, "the compiled extension, which declares the ops, is missing"
+    if not torch.cuda.is_available():
+        built = importlib.util.find_spec("pygpt._cuda") is not None
+        return None, "torch finds no GPU here" + ("" if built else "; nor were the CUDA kernels built")
+    try:
+        from . import _cuda as library
+    except ImportError as e:
+        return None, f"the CUDA kernels are missing ({e}); with nvcc: pip install --no-build-isolation ."
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < (oldest := int(library.archs().split()[0])):
+        return None, f"built for sm_{oldest} and newer, this GPU is sm_{major}{minor}; PYGPT_CUDA_ARCHS chooses"
+    return compiled, ""
+
+
 def _triton() -> tuple[object, str, tuple]:
     """The Triton kernels, why they are missing, and the devices they serve. Imports Triton only where it can run."""
+    devices = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
     if importlib.util.find_spec("triton") is None:
-        return None, "Triton is not installed; pip install 'triton>=3.6'", ("cuda",)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and not torch.cuda.is_available():
+        return None, "Triton is not installed; pip install 'triton>=3.6'", devices
+    if devices == ("cuda",) and not torch.cuda.is_available():
         why = "torch finds no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
-        return None, why, ("cuda",)
+        return None, why, devices
     try:
-        kernels = importlib.import_module("pygpt.triton_kernels")
+        return importlib.import_module("pygpt.triton_kernels"), "", devices
     except ImportError as e:
-        return None, f"Triton cannot be used ({e})", ("cuda",)
-    return kernels, "", ("cpu",) if interpreted else ("cuda",)
+        return None, f"Triton cannot be used ({e})", devices
 
 
 _kernels, _why = _compiled()
+_cuda_kernels, _why_no_cuda = _cuda(_kernels)
 _triton_kernels, _why_no_triton, _triton_devices = _triton()
 
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cpp", _kernels, _why, ("cpu",), features={"attention": ("return_lse",)}, max_head_dim=256),
-        Backend("cuda", None, "the CUDA kernels are not part of this version", devices=("cuda",), max_head_dim=256),
         Backend(
             "triton", _triton_kernels, _why_no_triton, _triton_devices, FLOATS[1:],
+            features={"attention": ("return_lse",)}, max_head_dim=256,
+        ),
+        Backend(
+            "cuda", _cuda_kernels, _why_no_cuda, ("cuda",), FLOATS[1:],
             features={"attention": ("return_lse",)}, max_head_dim=256,
         ),
         Backend("torch", reference),

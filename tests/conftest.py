@@ -1,17 +1,18 @@
 """What every test gets: its backends, a fresh seed, one thread.
 
-PYGPT_TEST_BACKENDS (default "cpp,triton,torch") names the backends under test. One that is missing fails
-its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output shows it.
+PYGPT_TEST_BACKENDS (default "cpp,triton,cuda,torch") names the backends under test. One that is missing
+fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output shows it.
 
-Without a GPU the Triton kernels run in Triton's interpreter, tens of milliseconds a call: they are tested
-in the modules that say INTERPRETED = n, there on every n-th case of a test (all of them in `make test-all`).
-With one, they run on it.
+Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
+milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on every
+n-th case of a test (all of them in `make test-all`). With a GPU, they run on it.
 """
 
 import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's products are small; threads make them slower
 
-BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,torch").split(",")
+BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,cuda,torch").split(",")
+ON_GPU = ("triton", "cuda")
 
 
 def pytest_generate_tests(metafunc):
-    share = getattr(metafunc.module, "INTERPRETED", None)
-    names = [name for name in BACKENDS if name != "triton" or share]
+    share = getattr(metafunc.module, "GPU_SHARE", {})
+    names = [name for name in BACKENDS if name not in ON_GPU or name in share]
     for fixture, wanted in (("backend", names), ("compiled", [name for name in names if name != "torch"])):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, wanted, scope="session")
@@ -33,7 +35,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Drops what a backend's dtypes rule out, and marks as slow what the interpreter leaves to `make test-all`."""
+    """Drops what a backend's dtypes rule out, and marks as slow what slow backends leave to `make test-all`."""
     from pygpt.backend import TABLE
 
     kept, dropped, seen = [], [], Counter()
@@ -44,30 +46,40 @@ def pytest_collection_modifyitems(config, items):
             dropped.append(item)
             continue
         kept.append(item)
-        if name == "triton" and not torch.cuda.is_available():
-            test = item.module, item.originalname
-            if seen[test] % item.module.INTERPRETED:
+        if name in ON_GPU and not torch.cuda.is_available():
+            test = item.module, item.originalname, name
+            if seen[test] % item.module.GPU_SHARE[name]:
                 item.add_marker("slow")
             seen[test] += 1
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
 
 
+def under_test(request):
+    """The test's backend, or None."""
+    return next((request.getfixturevalue(n) for n in ("backend", "compiled") if n in request.fixturenames), None)
+
+
 @pytest.fixture
 def device(request):
     """Where the backend under test runs."""
-    names = [request.getfixturevalue(n) for n in ("backend", "compiled") if n in request.fixturenames]
-    return "cuda" if names and names[0] in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    return "cuda" if under_test(request) in ON_GPU and torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def interpreted_once(request, monkeypatch):
-    """In the interpreter a direction that passes is drawn once; one that fails, as often as ever."""
+def without_a_gpu(request, monkeypatch):
+    """The CUDA kernels come from the emulator. A direction that passes is drawn once; one that fails, as often as ever."""
     from pygpt import verify
+    from pygpt.backend import TABLE
 
-    names = [request.getfixturevalue(n) for n in ("backend", "compiled") if n in request.fixturenames]
-    if names == ["triton"] and not torch.cuda.is_available():
-        monkeypatch.setattr(verify, "ELEMENTS", 1)
+    if torch.cuda.is_available() or (name := under_test(request)) not in ON_GPU:
+        return
+    monkeypatch.setattr(verify, "ELEMENTS", 1)
+    if name == "cuda":
+        import emulator
+
+        row = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
+        monkeypatch.setitem(TABLE, "cuda", row)
 
 
 @pytest.fixture(autouse=True)

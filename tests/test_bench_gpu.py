@@ -404,6 +404,20 @@ def test_steps_end_in_time(capfd, monkeypatch):
     assert "=== polite:" in capfd.readouterr().out
 
 
+def test_beside_the_tests(capfd):
+    """What runs beside them is asked for at the end, and stopped."""
+    steps = gpu_run.Steps(dict(os.environ))
+    beside = gpu_run.Beside(steps)
+    for step, source, must in (("good", "print(1)", True), ("bad", "print('why'); exit(9)", True),
+                               ("poor", "exit(1)", False), ("long", "import time; time.sleep(60)", True)):  # fmt: skip
+        beside.start(step, [sys.executable, "-c", source], must)
+    beside.wait(5)
+    beside.stop()
+    assert steps.said == ["good: ok", "bad: failed (exit code 9): why", "poor: failed (exit code 1): no output",
+                          "long: not done in time"]  # fmt: skip
+    assert steps.failed and beside.running[-1][2].returncode == -signal.SIGKILL
+
+
 def test_outcome_of_pytest():
     assert gpu_run.outcome(["...", "2 failed, 10 passed, 3 skipped in 4.00s", "text"]) == {
         "failed": 2,
@@ -415,10 +429,10 @@ def test_outcome_of_pytest():
 
 def test_steps_after_a_failure(capsys, monkeypatch):
     """A failed build does not keep the rest from running; the exit code tells."""
-    ran = []
+    ran, started = [], []
     monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_run, "present", lambda steps, device: ["triton"])
-    monkeypatch.setattr(gpu_run, "Preparing", lambda *a: SimpleNamespace(wait=lambda *a: None, stop=lambda: None))
+    monkeypatch.setattr(gpu_run, "present", lambda steps, device: ["triton", "cuda"])
+    monkeypatch.setattr(gpu_run.Beside, "start", lambda self, step, command, must: started.append(step))
 
     def run(self, step, command, seconds, first=signal.SIGINT):
         ran.append((step, command))
@@ -430,5 +444,6 @@ def test_steps_after_a_failure(capsys, monkeypatch):
     assert gpu_run.main([]) == 1
     out = capsys.readouterr().out
     assert [step for step, _ in ran] == ["build", "tests", "benchmark"] and "--save" in ran[-1][1]
-    assert "build: failed" in out and "5 passed in 0 s; out of time, the rest was skipped (triton)" in out
+    assert "build: failed" in out and "5 passed in 0 s; out of time, the rest was skipped (triton, cuda)" in out
+    assert "conformance" in started and sum("compiled ahead" in step for step in started) == len(gpu_run.FAMILIES)
     assert ("-n" in ran[1][1]) == (find_spec("xdist") is not None) and "benchmark: 7 rows" in out

@@ -11,7 +11,7 @@ from pygpt import verify
 
 TYPICAL = list(cases.variants(cases.TYPICAL))
 
-INTERPRETED = 1  # see conftest
+GPU_SHARE = {"triton": 1}  # see conftest
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 import pygpt
 from pygpt import verify
 
-INTERPRETED = 2  # see conftest
+GPU_SHARE = {"triton": 2, "cuda": 1}  # see conftest
 
 
 @pytest.fixture(autouse=True)

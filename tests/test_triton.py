@@ -6,7 +6,6 @@ in Triton's interpreter, and the last test compiles every kernel for GPUs that a
 
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import cases
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 
 import pygpt
-from pygpt import reference, verify
+from pygpt import verify
 from pygpt.backend import OPS, TABLE
 
 if TABLE["triton"].missing:
@@ -70,37 +69,6 @@ def test_opcheck(op, dims, generator):
         torch.library.opcheck(registered(name), call)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("op, dims", [*TYPICAL, ("attention", {"S": 0}), ("layer_norm", {"M": 0})], ids=cases.ids)
-def test_results_look_like_the_references(op, dims, dtype, generator):
-    """Shape, dtype and strides; with every gradient wanted, and with none."""
-    args, grads = draw(op, {**cases.TINY[op], **dims}, dtype, generator)
-    for name, call in cases.kernel_calls(op, args, grads, reference):
-        for wanted in (True, False):
-            call = [[wanted] * len(a) if isinstance(a, list) else a for a in call]
-            ours, theirs = (verify.as_tuple(getattr(k, name)(*call)) for k in (KERNELS, reference))
-            for a, b in zip(ours, theirs, strict=True):
-                assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-                assert cases.layout_of(a) == cases.layout_of(b), name
-
-
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
-def test_every_subset_of_gradients(op, dims, generator):
-    """Bitwise the gradients of the full backward, run after run; the unwanted come back empty; inputs stay."""
-    args, grads = draw(op, dims, torch.bfloat16, generator)
-    *_, (name, call) = cases.kernel_calls(op, args, grads, KERNELS)
-    tensors = [a for a in call if isinstance(a, torch.Tensor)]
-    before = [t.clone() for t in tensors]
-    backward = getattr(KERNELS, name)
-    full = verify.as_tuple(backward(*call))
-    subsets = list(product((False, True), repeat=len(call[-1]))) if isinstance(call[-1], list) else [None]
-    for needs in subsets[:: max(1, len(subsets) // 8)] + [subsets[-1]]:
-        found = verify.as_tuple(backward(*call[:-1], call[-1] if needs is None else list(needs)))
-        for need, g, want in zip(needs or [True], found, full, strict=True):
-            assert torch.equal(g, want) if need else g.numel() == 0
-    assert all(map(torch.equal, tensors, before))
-
-
 # ------------------------------------------------------------------------------- every path
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("target", common.TARGETS)
@@ -111,48 +79,6 @@ def test_every_targets_configurations(op, target, dtype, generator):
     with common.compiling_for(target):
         assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
         assert_exact(op, dims.get(op, {"M": 130, "C": 48, "H": 136}), dtype, generator)
-
-
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "rms_norm"])
-@pytest.mark.parametrize("N", [8192, 10_000, 20_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
-def test_wide_rows(op, N, dtype, generator):
-    """The longest kept in registers, and those read in pieces."""
-    assert_exact(op, {"M": 5, "N": N, "mean": 3.0}, dtype, generator)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
-@pytest.mark.parametrize("causal", [False, True])
-def test_any_scale(scale, causal, dtype, generator):
-    args, grads = draw("attention_lse", {"L": 70, "S": 150, "B": 1, "H": 2, "E": 24}, dtype, generator)
-    args = *args[:3], causal, scale
-    ours = directions("attention_lse", args, grads)
-    theirs = verify.directions("attention_lse", verify.eager("attention_lse"), args, grads)
-    exact, terms = verify.in_float64("attention_lse", args, grads)
-    for key, want in exact.items():
-        size = max(want.abs().max(), terms.get(key, want).abs().max(), torch.finfo(dtype).tiny)
-        error, yardstick = ((t[key] - want).abs().max() / size for t in (ours, theirs))
-        assert error <= 2 * yardstick.nan_to_num() + verify.allowance(dtype) * 2, (
-            key
-        )  # PyTorch's causal: NaN if scale <= 0
-
-
-def test_large_offsets_are_64_bit(generator):
-    """Rows farther apart than 2^31 elements; the memory in between is never touched."""
-    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
-        pytest.skip("needs 10 GB of GPU memory")
-    rows, width, far = 3, 5, 2**31 + 11
-    x = torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE)
-    wide = torch.empty((rows - 1) * far + width, dtype=torch.bfloat16, device=DEVICE)
-    wide = wide.as_strided((rows, width), (far, 1)).copy_(x)
-    assert torch.equal(
-        KERNELS.layer_norm_fwd(wide, None, None, 1e-5)[0], KERNELS.layer_norm_fwd(x, None, None, 1e-5)[0]
-    )
-    assert torch.equal(KERNELS.linear_fwd(wide, x, None), KERNELS.linear_fwd(x, x, None))
-    heads = [wide.as_strided((1, 1, rows, width), (0, 0, far, 1)), x[None, None]]
-    ours, want = (KERNELS.attention_fwd(t, t, t, True, 0.5)[0] for t in heads)
-    assert torch.equal(ours, want)
 
 
 # ------------------------------------------------------------------------------- launching
@@ -305,9 +231,9 @@ def known(line):
 
 
 def compile_all(*options):
-    command = [sys.executable, "-m", "bench.static", *options]
+    command = [sys.executable, "-m", "bench.static", "--backends", "triton", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500)
-    assert " kernels compiled with Triton " in done.stdout, done.stderr[-3000:]
+    assert "\ntriton: " in done.stdout, done.stderr[-3000:]
     wrong = [line for line in done.stdout.splitlines() if "WRONG: " in line and not known(line)]
     assert not wrong, "\n".join(wrong)
 

@@ -1,0 +1,144 @@
+"""What a compiled kernel asks of a GPU: registers, spills, shared memory, occupancy, tensor-core instructions."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a multiprocessor (NVIDIA) or compute unit (AMD) offers."""
+
+    arch: int | str
+    shared: int  # bytes a block may use
+    shared_all: int  # bytes in all
+    tensor_core: str  # the instruction that Triton's 16-bit products must become
+    registers: int = 65536
+    threads: int = 2048
+    warp: int = 32
+
+
+DEVICES = {
+    "sm80": Device(80, 163 << 10, 164 << 10, "mma.sync"),
+    "sm90": Device(90, 227 << 10, 228 << 10, "wgmma.mma_async"),
+    "sm100": Device(100, 227 << 10, 228 << 10, "tcgen05.mma"),
+    "gfx942": Device("gfx942", 64 << 10, 64 << 10, "v_mfma", 4 * 512 * 64, warp=64),
+}
+FEW_BYTES = 64  # of stack, that may hold registers across a loop
+
+
+@dataclass
+class Result:
+    """A line of the table: one kernel as it is launched for one call."""
+
+    call: str
+    kernel: str
+    dtype: str
+    target: str
+    config: str
+    warps: int = 0
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    blocks_per_sm: int = 0
+    occupancy: float = 0.0
+    products: str = ""
+    wrong: str = ""
+
+    def judge(self, spills_in_a_loop: bool, must: str = ""):
+        """Fills in how many blocks fit, and what is wrong. ``must``: the instruction its products should be."""
+        device = DEVICES[self.target]
+        threads = self.warps * device.warp
+        by_registers = device.registers // (max(-(-self.registers // 8) * 8, 8) * threads)
+        by_shared = device.shared_all // (self.shared + 1024) if self.shared else 32
+        self.blocks_per_sm = min(by_registers, by_shared, device.threads // threads, 32)
+        self.occupancy = self.blocks_per_sm * threads / device.threads
+        if spills_in_a_loop or self.spilled > FEW_BYTES:
+            self.wrong = "spills"
+        elif self.shared > device.shared:
+            self.wrong = f"needs more shared memory than the device's {device.shared}"
+        elif must and must not in self.products:
+            self.wrong = f"no {must}"
+
+
+def table(results: list[Result]) -> str:
+    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "shared", "blocks", "occupancy",
+            "tensor cores", "")  # fmt: skip
+    lines = [head] + [
+        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled), str(r.shared),
+         str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, f"WRONG: {r.wrong}" if r.wrong else "")
+        for r in results
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+# ------------------------------------------------------------------------------- NVIDIA's machine code
+@dataclass
+class Function:
+    """One kernel of a cubin or a library."""
+
+    name: str  # mangled
+    arch: str  # such as sm_90
+    registers: int
+    stack: int  # bytes, where spilled registers go
+    shared: int  # bytes, of the static kind
+    sass: str = field(repr=False)
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}\b", self.sass))
+
+    def spills_in_a_loop(self) -> bool:
+        return _spills_in_a_loop(self.sass)
+
+
+def cuobjdump() -> str:
+    """The toolkit's, else the one that Triton brings."""
+    triton = find_spec("triton")
+    places = [shutil.which("cuobjdump"), shutil.which("cuobjdump", path="/usr/local/cuda/bin")]
+    if triton:
+        places.append(shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends/nvidia/bin"))
+    found = next(filter(None, places), None)
+    if found is None:
+        raise FileNotFoundError("cuobjdump is needed: it is part of the CUDA toolkit, and of Triton")
+    return found
+
+
+def functions(path: Path) -> list[Function]:
+    """Every kernel in a cubin, an object or a library, once for each architecture."""
+    dump = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", "-sass", path], capture_output=True, text=True, check=True
+    ).stdout
+    found, usage, code = [], {}, {}
+    arch, name = "", ""
+    for line in dump.splitlines():
+        if m := re.match(r"arch = (\w+)", line):
+            arch = m[1]
+        elif m := re.match(r"\s*Function (\S+):$", line):
+            name = m[1]
+        elif m := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            usage[arch, name] = tuple(map(int, m.groups()))
+        elif m := re.match(r"\s*Function : (\S+)", line):
+            name = m[1]
+            code[arch, name] = []
+        elif (arch, name) in code:
+            code[arch, name].append(line)
+    for (arch, name), (registers, stack, shared) in usage.items():
+        found.append(Function(name, arch, registers, stack, shared, "\n".join(code.get((arch, name), ()))))
+    return found
+
+
+def _spills_in_a_loop(sass: str) -> bool:
+    """Whether an innermost loop, a backward branch around no other, reads or writes local memory.
+
+    Up to a few registers put aside before a loop and fetched after it cost nothing; in one they cost bandwidth.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    branches = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\S* .*0x([0-9a-f]+)", text))]
+    loops = [(first, last) for first, last in branches if first < last]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    local = [at for at, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    return any(first <= at <= last for at in local for first, last in inner)

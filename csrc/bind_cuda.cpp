@@ -1,0 +1,44 @@
+// The Python module pygpt._cuda: importing it registers torch.ops.pygpt.* for CUDA tensors.
+//
+// Compiled by the host compiler against any torch, the CPU-only one included; what it needs of torch's CUDA part is
+// found when it is loaded. The kernels come with their own CUDA runtime, linked statically.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bind.h"
+
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // of torch's C interface
+
+namespace pygpt::bind {
+
+// torch's current stream. Its allocator reuses freed memory in the stream's order, so scratch may be freed on return.
+void with_stream(const Tensor& lead, const std::function<void(const cuda::Stream&)>& body) {
+  const int32_t device = lead.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  void* handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+  std::vector<Tensor> scratch;
+  body({device, handle, [&](int64_t bytes) {
+          scratch.push_back(torch::stable::new_empty(lead, {bytes}, ScalarType::Byte));
+          return scratch.back().mutable_data_ptr();
+        }});
+}
+
+}  // namespace pygpt::bind
+
+namespace {
+
+PyObject* archs(PyObject*, PyObject*) { return PyUnicode_FromString(PYGPT_CUDA_ARCHS); }
+
+PyMethodDef methods[] = {
+    {"archs", archs, METH_NOARGS, "The architectures compiled for, such as '80 90'; newer ones run the last one's PTX."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._cuda", "pygpt's CUDA kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt, CUDA, m) { PYGPT_IMPL(m, pygpt::cuda); }
+
+PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }

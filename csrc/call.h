@@ -1,0 +1,174 @@
+// What bind.h is written in: the checks of a call, outputs, and tensors as the pointers and strides of Args.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "ops.h"
+
+namespace pygpt::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Needs = std::vector<bool>;
+
+// Calls body with the stream that work on the tensor's device is queued on. Each library of CUDA kernels has its own.
+void with_stream(const Tensor& lead, const std::function<void(const cuda::Stream&)>& body);
+
+// ---------------------------------------------------------------- checks
+using Shape = std::vector<int64_t>;
+
+inline Shape shape(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline std::string to_string(const Shape& s) {
+  std::string text = "(";
+  for (size_t i = 0; i < s.size(); i++) text += (i ? ", " : "") + std::to_string(s[i]);
+  return text + ")";
+}
+
+// The checks of one call; `lead` is the tensor whose dtype and device the others must share.
+struct Call {
+  const char* op;
+  const Tensor& lead;
+  DType dtype;
+
+  Call(const char* op, const Tensor& lead) : op(op), lead(lead) {
+    switch (lead.scalar_type()) {
+      case ScalarType::Double: dtype = DType::f64; break;
+      case ScalarType::Float: dtype = DType::f32; break;
+      case ScalarType::BFloat16: dtype = DType::bf16; break;
+      case ScalarType::Half: dtype = DType::f16; break;
+      default: fail("the first argument must be float64, float32, bfloat16 or float16");
+    }
+  }
+  [[noreturn]] void fail(const std::string& message) const {
+    STD_TORCH_CHECK(false, "pygpt.", op, ": ", message);
+    throw;  // not reached
+  }
+  ScalarType statistics() const { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  void check(const char* name, const Tensor& t, const Shape& want, ScalarType type) const {
+    if (!t.defined()) fail(std::string(name) + " is undefined");
+    if (t.scalar_type() != type) fail(std::string(name) + " has the wrong dtype");
+    if (t.device() != lead.device()) fail(std::string(name) + " is on another device");
+    if (shape(t) != want) fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
+  }
+  void check(const char* name, const Tensor& t, const Shape& want) const { check(name, t, want, lead.scalar_type()); }
+  void check(const char* name, const MaybeTensor& t, const Shape& want) const {
+    if (t) check(name, *t, want);
+  }
+  void at_least(const char* name, const Tensor& t, int64_t dims) const {
+    if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
+  }
+  // A CPU kernel takes its Args; a CUDA kernel a stream too, and it returns what went wrong.
+  template <auto kernel, class Args>
+  void run(const Args& a) const {
+    if constexpr (std::is_invocable_v<decltype(kernel), const Args&>)
+      kernel(a);
+    else
+      with_stream(lead, [&](const cuda::Stream& stream) {
+        if (cuda::Error error = kernel(a, stream)) fail(error);
+      });
+  }
+  void count(const Needs& needs, size_t n) const {
+    if (needs.size() != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.size()));
+  }
+};
+
+// ---------------------------------------------------------------- tensors to Args
+// A result this large comes from the system each time, and touching it first costs more than computing it
+// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
+inline void ask_for_large_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const size_t bytes = size_t(t.numel()) * t.element_size();
+  if (bytes < 16 * kPage || !t.is_cpu()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // or not
+#endif
+}
+
+inline Tensor empty(const Tensor& like, const Shape& size, std::optional<ScalarType> type = std::nullopt) {
+  Tensor t = torch::stable::new_empty(like, size, type);
+  ask_for_large_pages(t);
+  return t;
+}
+// An output gradient: with no elements where it isn't wanted.
+inline Tensor wanted(bool need, const Tensor& like, const Shape& size) { return empty(like, need ? size : Shape{0}); }
+inline void* output(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
+
+inline void* input(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+inline const void* input(const MaybeTensor& t) { return t ? input(*t) : nullptr; }
+
+// A (..., C) tensor as rows of one stride, copied only where its strides don't allow that.
+inline Tensor as_rows(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  auto size = t.sizes(), stride = t.strides();
+  int64_t step = -1;  // of the next dimension out, once known
+  bool regular = size.back() == 1 || stride.back() == 1;
+  for (int64_t d = t.dim() - 2; d >= 0; d--) {
+    if (size[d] == 1) continue;
+    regular = regular && (step == -1 || stride[d] == step);
+    step = stride[d] * size[d];
+  }
+  return regular ? t : torch::stable::contiguous(t);
+}
+inline Rows rows(const Tensor& t) {  // of a tensor from as_rows
+  for (int64_t d = t.dim() - 2; d >= 0; d--)
+    if (t.size(d) != 1) return {input(t), t.stride(d)};
+  return {input(t), t.dim() ? t.sizes().back() : 1};
+}
+inline Rows rows(const MaybeTensor& t) { return t ? rows(*t) : Rows{nullptr, 0}; }
+
+inline Heads heads(const Tensor& t) { return {input(t), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
+
+// (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
+inline Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t E) {
+  return torch::stable::transpose(empty(like, {B, T, H, E}), 1, 2);
+}
+
+inline Shape leading(const Tensor& t) {
+  Shape s = shape(t);
+  s.pop_back();
+  return s;
+}
+inline Shape with_last(const Tensor& t, int64_t last) {
+  Shape s = shape(t);
+  s.back() = last;
+  return s;
+}
+inline int64_t product(const Shape& s) {
+  int64_t n = 1;
+  for (int64_t d : s) n *= d;
+  return n;
+}
+
+// A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
+struct Text {
+  StringHandle handle;
+  std::string take() const {
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    std::string text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+}  // namespace pygpt::bind

@@ -1,0 +1,112 @@
+// The activations and their derivatives, one element at a time, in float.
+//
+//     gelu        x cdf(x)                                   cdf(x) + x pdf(x)
+//     gelu_tanh   x s, s = sigmoid(2u), 2u = x (U + U3 x^2)  s + x s (1 - s) (U + 3 U3 x^2)
+//     relu        max(x, 0)                                  1 where not y <= 0
+//     relu2       max(x, 0)^2                                2 sqrt(y) where not y <= 0
+//
+// cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U.
+//
+// The exact gelu's functions take one exponential and one division, neither waiting for the other, and
+// no erf: 0.5 (1 + erf) has no digits left in the lower tail. With a = |x| and polynomials N, Q, D, E,
+//
+//     cdf(-a) = exp(-a^2/2) (1/8 + (1/4 + a N(a)) / Q(a)),    cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
+//
+// and the value at a is 1 minus that at -a. Exponentials and divisions are the approximate ones, 2 units
+// in the last place each. NaN stays NaN; at infinity all go where PyTorch's go (a derivative of a gelu: to NaN).
+#pragma once
+#include "platform.cuh"
+
+namespace pygpt::cuda {
+namespace activation {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kU = 1.59576912f, kU3 = 0.0713548163f;
+constexpr float kTailEnd = 14.5f;  // exp(-a^2 / 2) is 0 from here on
+
+__device__ __forceinline__ float gauss(float a) { return ptx::exp2_approx(a * a * (-0.5f * kLog2e)); }
+
+__device__ __forceinline__ float normal_cdf(float x) {
+  const float a = fminf(fabsf(x), kTailEnd);
+  float n = -0.000760470633f;
+  n = n * a - 0.00539803645f;
+  n = n * a - 0.0120918658f;
+  n = n * a + 0.0189300459f;
+  n = n * a + 0.146412551f;
+  n = n * a + 0.25f;
+  float q = 0.00608375808f;
+  q = q * a + 0.0626012236f;
+  q = q * a + 0.296509206f;
+  q = q * a + 0.775907934f;
+  q = q * a + 1.09966445f;
+  q = q * a + 0.666666687f;
+  const float tail = gauss(a) * (0.12500002f + __fdividef(n, q));
+  return x < 0 ? tail : 1 - tail;
+}
+
+__device__ __forceinline__ float gelu_slope(float x) {
+  const float a = fminf(fabsf(x), kTailEnd);
+  float d = -0.011654989f;
+  d = d * a - 0.09460677f;
+  d = d * a - 0.31971186f;
+  d = d * a - 0.47531727f;
+  d = d * a - 0.08311839f;
+  d = d * a + 0.5f;
+  float e = 0.029214934f;
+  e = e * a + 0.23714224f;
+  e = e * a + 0.8305759f;
+  e = e * a + 1.4295318f;
+  e = e * a + 1.f;
+  const float tail = gauss(a) * __fdividef(d, e);
+  return (x < 0 ? tail : 1 - tail) + x * 0;
+}
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+  return __fdividef(x, 1 + ptx::exp2_approx(x * (-kU * kLog2e - kU3 * kLog2e * (x * x))));
+}
+
+__device__ __forceinline__ float gelu_tanh_slope(float x) {
+  const float xx = x * x;
+  const float e = ptx::exp2_approx(fabsf(x) * (-kU * kLog2e - kU3 * kLog2e * xx));  // exp(-|2u|) cannot overflow
+  const float r = __fdividef(1.f, 1 + e), s = x < 0 ? e * r : r;
+  return s + x * (e * r * r) * (kU + 3 * kU3 * xx);
+}
+
+}  // namespace activation
+
+// act(x). kind is the same for the whole launch, here and below.
+__device__ __forceinline__ float activate(Activation kind, float x) {
+  switch (kind) {
+    case Activation::gelu: return x * activation::normal_cdf(x);
+    case Activation::gelu_tanh: return activation::gelu_tanh(x);
+    default: break;
+  }
+  const float y = x < 0 ? 0.f : x;
+  return kind == Activation::relu ? y : y * y;
+}
+
+// dy, the gradient of the activation's output -> that of its input. saved: x for the gelus, y for the relu
+// family, which selects rather than multiplies: a NaN or infinity of dy stops at a unit that is off.
+__device__ __forceinline__ float activation_gradient(Activation kind, float dy, float saved) {
+  switch (kind) {
+    case Activation::gelu: return dy * activation::gelu_slope(saved);
+    case Activation::gelu_tanh: return dy * activation::gelu_tanh_slope(saved);
+    default: break;
+  }
+  const float d = kind == Activation::relu ? dy : dy * (2 * sqrtf(saved));
+  return saved <= 0 ? 0.f : d;
+}
+
+// body(std::integral_constant<Activation, kind>), to make `kind` a compile-time constant of a kernel.
+template <class Body>
+Error by_activation(Activation kind, Body&& body) {
+  switch (kind) {
+    case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu2: return body(std::integral_constant<Activation, Activation::relu2>{});
+  }
+  return "unknown activation";
+}
+
+}  // namespace pygpt::cuda

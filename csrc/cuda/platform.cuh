@@ -1,0 +1,102 @@
+// What every kernel file includes first: CUDA as nvcc knows it, or as tests/emulator plays it on a CPU.
+//
+// The same .cu files compile with nvcc and with g++. For that they keep to a few rules:
+//   - no asm outside ptx.cuh, no <<<>>> (launch), no __CUDA_ARCH__ (PYGPT_ARCH);
+//   - shared memory through PYGPT_SHARED and PYGPT_DYNAMIC_SHARED;
+//   - 16-bit numbers are stored and moved as bf16 and f16, computed with as float.
+#pragma once
+#include "../ops.h"
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#ifdef __CUDA_ARCH__
+#define PYGPT_ARCH __CUDA_ARCH__
+#endif
+#define PYGPT_SHARED(type, name, dims) __shared__ type name dims        // PYGPT_SHARED(float, sums, [4][32]);
+#define PYGPT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
+namespace pygpt::cuda {
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+
+template <class T> __device__ T from_float(float x);  // to the nearest, ties to even
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+
+// Two 16-bit numbers in a register, the first in the low half.
+template <class T> __device__ uint32_t pack(float low, float high);
+template <> __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+template <> __device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+template <class T> __device__ float2 unpack(uint32_t both);
+template <> __device__ __forceinline__ float2 unpack<bf16>(uint32_t both) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
+}
+template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
+  return __half22float2(reinterpret_cast<const __half2&>(both));
+}
+
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
+             Arguments&&... arguments) {
+  cudaError_t e = cudaSuccess;
+  if (shared > (48 << 10))
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (e == cudaSuccess) {
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);
+    e = cudaGetLastError();
+  }
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
+}  // namespace pygpt::cuda
+
+#include "ptx.cuh"
+
+#else
+#include "emulator.h"
+#endif
+
+namespace pygpt::cuda {
+
+// body(T{}) for the element type named by dtype.
+template <class Body>
+Error by_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+    default: return "the CUDA kernels do not serve float64";
+  }
+}
+
+constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Over the 32 lanes of a warp, or aligned groups of `width` of them; every lane gets the result.
+template <int width = 32>
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int d = width / 2; d; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+template <int width = 32>
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int d = width / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+}  // namespace pygpt::cuda

@@ -1,0 +1,59 @@
+"""The CUDA kernels of csrc/cuda on a CPU. See README.md here.
+
+`kernels()` is a backend: the namespace of ``<op>_fwd`` and ``<op>_bwd`` whose every call runs under each
+schedule of threads, blocks and asynchronous copies, and raises if two of them differ in a bit.
+"""
+
+import functools
+import subprocess
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from pygpt.backend import OPS
+
+from . import build
+
+SCHEDULES = ("fifo", "reversed", "random")
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.uint8) if t.dim() else t.reshape(1).view(torch.uint8)
+
+
+def _under_every_schedule(module, name: str, op):
+    def call(*args):
+        first = None
+        for schedule in SCHEDULES:
+            module.schedule(schedule, torch.initial_seed() % 2**32)
+            found = op(*args)
+            tensors = found if isinstance(found, tuple) else (found,)
+            first = tensors if first is None else first
+            for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
+                if not torch.equal(_bits(a), _bits(b)):
+                    raise AssertionError(f"{name}: output {i} under the {schedule} schedule differs from {SCHEDULES[0]}")
+        return found
+
+    return call
+
+
+def launches(call: Callable) -> list[tuple[str, int, int]]:
+    """(kernel, threads of a block, bytes of dynamic shared memory) of each launch in ``call()``, none of which runs."""
+    module = build.load()
+    shown = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
+    names = {int(line[:16], 16): line[19:] for line in shown.splitlines() if line[:1] != " "}
+    module.record(True)
+    try:
+        call()
+    finally:
+        module.record(False)
+    return [(names[offset], threads, shared) for offset, threads, shared in module.launches()]
+
+
+@functools.cache
+def kernels() -> SimpleNamespace:
+    module = build.load()
+    names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
+    ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in names}
+    return SimpleNamespace(**{name: _under_every_schedule(module, name, op) for name, op in ops.items()})

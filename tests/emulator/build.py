@@ -1,0 +1,166 @@
+"""Builds the emulator with the kernels of csrc/cuda, and imports it.
+
+`load()` gives the Python module pygpt_emulator, whose import registers torch.ops.pygpt_emulator.*; `load_tests(file)`
+the same module with the kernels of .cu files of this folder, called through ctypes, and without torch. ninja
+compiles what has changed since the last time.
+
+With sanitizer="undefined" an error stops the launch like any other. "address" and "thread" need their
+runtime in the process from its start: run Python with `environment(sanitizer)`.
+"""
+
+import ctypes
+import fcntl
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "emulator"
+CXX = os.environ.get("CXX", "c++")
+
+# -ffp-contract=off: a * b + c is not one operation where the source has two.
+FLAGS = "-std=c++17 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native"
+WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-attributes"
+PROGRAM = "-fstack-clash-protection"  # of kernels: a frame larger than the guard page faults too
+MACHINE = "-O3 -fno-tree-loop-distribute-patterns"  # of *.cpp: loops stay loops; sanitizers watch memset
+
+SANITIZERS = {
+    None: ("", ""),  # of kernels, of the machine: it is not what a sanitizer watches, but must know that one does
+    "undefined": ("-fsanitize=bounds-strict,alignment", ""),
+    "address": ("-fsanitize=address", "-DPYGPT_ADDRESS_SANITIZER"),
+    "thread": ("-fsanitize=thread", "-DPYGPT_THREAD_SANITIZER"),
+}
+LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
+
+
+def environment(sanitizer: str) -> dict[str, str]:
+    """The environment variables that a Python process needs for load(sanitizer)."""
+    job = [CXX, f"-print-file-name={LIBRARIES[sanitizer]}"]
+    library = subprocess.run(job, capture_output=True, text=True, check=True).stdout.strip()
+    options = {
+        "address": {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"},
+        "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:suppress_equal_addresses=0"},
+    }[sanitizer]
+    return {"LD_PRELOAD": os.path.realpath(library), **options}
+
+
+def _missing_preload(sanitizer: str | None) -> None:
+    library = LIBRARIES.get(sanitizer)
+    if library and library.removesuffix(".so") not in Path("/proc/self/maps").read_text():
+        variables = " ".join(f"{k}={v}" for k, v in environment(sanitizer).items())
+        raise RuntimeError(f"the {sanitizer} sanitizer must be loaded before Python: start it with {variables}")
+
+
+@contextmanager
+def _locked(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _includes(torch: bool) -> str:
+    import pybind11
+
+    folders = [sysconfig.get_paths()["include"], pybind11.get_include()]
+    if torch:
+        from torch.utils import cpp_extension
+
+        folders = cpp_extension.include_paths()
+    return " ".join(f"-isystem {shlex.quote(f)}" for f in folders)
+
+
+def _torch_libraries() -> str:
+    from torch.utils import cpp_extension
+
+    (folder, *_) = cpp_extension.library_paths()
+    return f"-L{shlex.quote(folder)} -Wl,-rpath,{shlex.quote(folder)} -ltorch -ltorch_cpu -lc10"
+
+
+def _compile(source: Path, sanitizer: str | None) -> tuple[str, str]:
+    """The object of a source and the flags that are its own. Variants share what is the same."""
+    of_kernels, of_machine = SANITIZERS[sanitizer]
+    if source.suffix == ".cu":
+        return f"{sanitizer or 'plain'}-{source.stem}.o", f"{PROGRAM} {of_kernels} {of_machine}"
+    flags = {
+        "module.cpp": f"-O1 -g0 {_includes(torch=False)}",
+        "ops.cpp": f"-O1 -DTORCH_TARGET_VERSION=0x020a000000000000 {_includes(torch=True)}",
+    }
+    name = f"{sanitizer if of_machine else 'plain'}-{source.stem}.o"
+    return name, f"{flags.get(source.name, MACHINE)} {of_machine}"
+
+
+def _ninja_file(name: str, sources: list[Path], sanitizer: str | None, arch: int, libraries: str) -> str:
+    compiled = {source: _compile(source, sanitizer) for source in sources}
+    return "\n".join(
+        [
+            f"cxx = {CXX}",
+            f"flags = {FLAGS} {WARNINGS} -I{HERE} -I{KERNELS} -DPYGPT_ARCH={arch}",
+            "rule compile",
+            "  command = $cxx $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $libraries",
+            *(f"build {out}: compile {source}\n  more = {more}" for source, (out, more) in compiled.items()),
+            f"build {name}: link {' '.join(out for out, _ in compiled.values())}",
+            f"  libraries = {libraries}",
+            "",
+        ]
+    )
+
+
+def _build(name: str, sources: list[Path], sanitizer: str | None, arch: int, libraries: str = "") -> Path:
+    folder = BUILD / f"sm_{arch // 10}"
+    name = f"{sanitizer or 'plain'}-{name}.so"
+    ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+    with _locked(folder):
+        (folder / f"{name}.ninja").write_text(_ninja_file(name, sources, sanitizer, arch, libraries))
+        job = [ninja, "-C", str(folder), "-f", f"{name}.ninja", name]
+        done = subprocess.run(job, capture_output=True, text=True, check=False, env={**os.environ, "LD_PRELOAD": ""})
+    if done.returncode:
+        raise RuntimeError(f"building the emulator failed:\n{done.stdout}{done.stderr}")
+    return folder / name
+
+
+def _import(path: Path):
+    # Each module has a name of its own: pybind11 answers to one it has seen with the module it made then.
+    loader = importlib.machinery.ExtensionFileLoader(f"{path.stem}.pygpt_emulator", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def _machine() -> list[Path]:
+    return sorted(p for p in HERE.glob("*.cpp") if p.name != "ops.cpp")
+
+
+@functools.cache
+def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, arch: int = 900):
+    """The kernels of csrc/cuda, or the named files of them, as torch.ops.pygpt_emulator.*; once per process."""
+    import torch  # noqa: F401  before the module, which is linked to it
+
+    _missing_preload(sanitizer)
+    files = sorted(KERNELS.glob("*.cu")) if kernels is None else [KERNELS / f"{k}.cu" for k in kernels]
+    name = "-".join(["kernels", *(kernels or ())])
+    return _import(_build(name, [*files, *_machine(), HERE / "ops.cpp"], sanitizer, arch, _torch_libraries()))
+
+
+@functools.cache
+def load_tests(*files: str, sanitizer: str | None = None, arch: int = 900):
+    """The kernels of .cu files of this folder, without torch: a module whose `library` is the ctypes.CDLL."""
+    _missing_preload(sanitizer)
+    sources = [HERE / f"{f}.cu" for f in files]
+    module = _import(_build("-".join(files), [*sources, *_machine()], sanitizer, arch))
+    module.library = ctypes.CDLL(module.__file__)
+    return module

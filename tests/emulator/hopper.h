@@ -1,0 +1,226 @@
+// Hopper on a CPU: mbarriers, the tensor memory accelerator, wgmma, clusters. The functions of ptx.cuh's sm_90 part.
+//
+//   mbarrier   counts arrivals and bytes in its 64 bits. Bytes still expected when the block ends are an error.
+//   TMA        a box is poisoned when its load is issued, and read and written as late as the schedule allows; a
+//              store reads shared memory when it is waited for.
+//   wgmma      poisons d; the warp's product is formed, from what shared memory holds then, when it is waited for.
+//              Registers that changed since the last wgmma_fence that named them are an error.
+//   proxies    TMA and wgmma see dynamic shared memory as it was at the block's last fence_proxy_async(), plus what
+//              TMA wrote. So a missing fence shows; one made by the wrong thread, or too early by some, may not.
+//   clusters   run together; at its end a block's dynamic shared memory is NaN.
+// Alignments, ranges and descriptors are checked. fence_mbarrier_init and the register counts do nothing.
+#pragma once
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+
+#include "../../csrc/ops.h"
+#include "runtime.h"
+
+#define __CUDA_ARCH_FEAT_SM90_ALL  // as nvcc says of sm_90a
+
+namespace pygpt::cuda::ptx {
+
+enum class Swizzle { none, bytes32, bytes64, bytes128 };
+
+struct alignas(64) TensorMap {
+  const std::byte* data;
+  int64_t rows, cols, stride;  // stride in bytes
+  int box_rows, box_cols, element;
+  Swizzle swizzle;
+  unsigned char unused[80];
+  int box_bytes() const { return box_rows * box_cols * element; }
+};
+static_assert(sizeof(TensorMap) == 128);
+
+}  // namespace pygpt::cuda::ptx
+
+namespace pygpt::emulator {
+
+using cuda::ptx::Swizzle;
+using cuda::ptx::TensorMap;
+
+// hopper.cpp
+void mbarrier_init(uint64_t* bar, int count, Site site);
+void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site);
+void mbarrier_wait(uint64_t* bar, int parity, Site site);
+void fence_proxy_async();
+void check_box(const TensorMap& map, const void* shared, Site site);
+void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, int x, int y, Site site);
+void tma_store(const TensorMap& map, const std::byte* shared, int x, int y, Site site);
+void tma_store_commit();
+void tma_store_wait(int pending);
+uint64_t wgmma_descriptor(const void* shared, int leading, int stride, Swizzle swizzle, Site site);
+void wgmma_fence(const void* registers, int count);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+void* map_rank(const void* shared, int rank, Site site);
+const char* encode_2d_bytes(TensorMap& map, const void* data, int element, int64_t rows, int64_t cols, int64_t stride,
+                            int box_rows, int box_cols, Swizzle swizzle);
+
+// One lane's part of a product.
+struct Wgmma {
+  Thread* thread;
+  float* d;
+  const uint32_t* a_registers;  // or null
+  uint64_t a, b;
+  int n;
+  bool is_bf16, trans_a, trans_b, accumulate;
+};
+void wgmma(Wgmma& lane, Site site);
+
+// Where an element of an operand lies, in bytes from the start of the block's shared memory. i: along M or N.
+size_t operand_offset(uint64_t descriptor, bool trans, int i, int k);
+
+// Tells sanitizers which rows of the matrix a box covers.
+inline void touch_matrix(const TensorMap& map, int x, int y) {
+  const int64_t first = std::max(x, 0), last = std::min<int64_t>(map.cols, int64_t(x) + map.box_cols);
+  for (int64_t r = std::max(y, 0); r < std::min<int64_t>(map.rows, int64_t(y) + map.box_rows) && first < last; r++)
+    touch(map.data + r * map.stride + first * map.element, (last - first) * map.element);
+}
+// The 128 threads of a warp group share out an operand's elements, in pairs. size: along M or N.
+inline void touch_operand(uint64_t descriptor, bool trans, int size, Site site) {
+  for (int pair = current->rank % 128; pair < size * 8; pair += 128) {
+    const size_t offset = trans ? operand_offset(descriptor, true, pair % (size / 2) * 2, pair / (size / 2))
+                                : operand_offset(descriptor, false, pair / 8, pair % 8 * 2);
+    if (!is_shared(current->block->shared + offset, 4)) fail(site, "wgmma reads outside of shared memory");
+    touch(current->block->shared + offset, 4);
+  }
+}
+
+}  // namespace pygpt::emulator
+
+namespace pygpt::cuda::ptx {
+
+using emulator::Site;
+
+inline void named_barrier(int id, int threads, Site site = Site::here()) { emulator::barrier(id, threads, site); }
+
+// ---- mbarriers
+
+inline void mbarrier_init(uint64_t* bar, int count, Site site = Site::here()) {
+  emulator::mbarrier_init(bar, count, site);
+}
+inline void mbarrier_arrive(uint64_t* bar, Site site = Site::here()) {
+  emulator::touch(bar, 8);
+  emulator::mbarrier_arrive(bar, 0, site);
+}
+inline void mbarrier_expect(uint64_t* bar, int bytes, Site site = Site::here()) {
+  emulator::touch(bar, 8);
+  emulator::mbarrier_arrive(bar, bytes, site);
+}
+inline void mbarrier_wait(uint64_t* bar, int parity, Site site = Site::here()) {
+  emulator::touch(bar, 8);
+  emulator::mbarrier_wait(bar, parity, site);
+}
+inline void fence_mbarrier_init() {}
+inline void fence_proxy_async() { emulator::fence_proxy_async(); }
+
+// ---- The tensor memory accelerator
+
+inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, Site site = Site::here()) {
+  emulator::check_box(*map, shared, site);
+  emulator::touch_matrix(*map, x, y);
+  emulator::touch(bar, 8);
+  emulator::poison(shared, map->box_bytes());
+  emulator::tma_load(static_cast<std::byte*>(shared), *map, bar, x, y, site);
+}
+inline void tma_store_2d(const TensorMap* map, const void* shared, int x, int y, Site site = Site::here()) {
+  emulator::check_box(*map, shared, site);
+  emulator::touch(shared, map->box_bytes());
+  emulator::touch_matrix(*map, x, y);
+  emulator::tma_store(*map, static_cast<const std::byte*>(shared), x, y, site);
+}
+inline void tma_store_commit() { emulator::tma_store_commit(); }
+template <int N>
+inline void tma_store_wait() {
+  emulator::tma_store_wait(N);
+}
+
+// ---- Clusters
+
+inline int cluster_rank() { return emulator::current->block->cluster_rank; }
+inline void cluster_arrive(Site site = Site::here()) { emulator::cluster_arrive(site); }
+inline void cluster_wait(Site site = Site::here()) { emulator::cluster_wait(site); }
+template <class T>
+inline T* map_rank(T* p, int rank, Site site = Site::here()) {
+  return static_cast<T*>(emulator::map_rank(p, rank, site));
+}
+
+// ---- wgmma
+
+inline uint64_t wgmma_descriptor(const void* shared, int leading, int stride, Swizzle swizzle,
+                                 Site site = Site::here()) {
+  return emulator::wgmma_descriptor(shared, leading, stride, swizzle, site);
+}
+
+inline void wgmma_fence() {}
+template <class T, int n, class... More>
+inline void wgmma_fence(T (&written)[n], More&... more) {
+  emulator::wgmma_fence(written, n);
+  wgmma_fence(more...);
+}
+inline void wgmma_commit(Site site = Site::here()) { emulator::wgmma_commit(site); }
+template <int N>
+inline void wgmma_wait(Site site = Site::here()) {
+  emulator::wgmma_wait(N, site);
+}
+template <int N, class T, int n>
+inline void wgmma_wait(T (&)[n], Site site = Site::here()) {
+  emulator::wgmma_wait(N, site);
+}
+template <int N, class T, int n, class U, int m>
+inline void wgmma_wait(T (&)[n], U (&)[m], Site site = Site::here()) {
+  emulator::wgmma_wait(N, site);
+}
+
+constexpr bool has_wgmma(int n) { return n == 64 || n == 128 || n == 192 || n == 256; }
+
+template <class T, int N, bool transA = false, bool transB = false>
+inline void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, Site site = Site::here()) {
+  static_assert(has_wgmma(N));
+  emulator::touch_operand(a, transA, 64, site);
+  emulator::touch_operand(b, transB, N, site);
+  emulator::Wgmma lane{emulator::current, d, nullptr, a, b, N, std::is_same_v<T, bf16>, transA, transB, accumulate};
+  emulator::wgmma(lane, site);
+}
+template <class T, int N, bool transB = false>
+inline void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
+                         Site site = Site::here()) {
+  static_assert(has_wgmma(N));
+  emulator::touch_operand(b, transB, N, site);
+  emulator::Wgmma lane{emulator::current, d, a, 0, b, N, std::is_same_v<T, bf16>, false, transB, accumulate};
+  emulator::wgmma(lane, site);
+}
+
+template <int registers>
+inline void increase_registers() {
+  static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+}
+template <int registers>
+inline void decrease_registers() {
+  static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+}
+
+}  // namespace pygpt::cuda::ptx
+
+// ---- The host's side (csrc/cuda/hopper.cuh)
+
+namespace pygpt::cuda {
+
+template <class T>
+Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
+                int box_cols, ptx::Swizzle swizzle) {
+  return emulator::encode_2d_bytes(map, data, sizeof(T), rows, cols, stride, box_rows, box_cols, swizzle);
+}
+
+template <class... Parameters, class... Arguments>
+Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t shared, const Stream&,
+                     Arguments&&... arguments) {
+  const std::tuple<std::decay_t<Parameters>...> parameters{static_cast<Parameters>(arguments)...};
+  return emulator::run({grid, block, shared, cluster}, [&] { std::apply(kernel, parameters); });
+}
+
+}  // namespace pygpt::cuda

@@ -1,0 +1,54 @@
+// torch.ops.pygpt_emulator.*: the ops of csrc/bind.h on CPU tensors, computed by the emulated CUDA kernels.
+#include "../../csrc/bind.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace pygpt::bind {
+
+namespace {
+// What a kernel asks for, between two fences that a store past either end would break.
+struct Scratch {
+  static constexpr size_t kFence = 256;
+  explicit Scratch(size_t bytes) : bytes(bytes) {
+    base = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes + 2 * kFence + 255) / 256 * 256));
+    std::memset(base, kPattern, kFence);
+    std::memset(data(), 0xFF, bytes);  // NaN
+    std::memset(data() + bytes, kPattern, kFence);
+  }
+  Scratch(Scratch&& other) noexcept : bytes(other.bytes), base(std::exchange(other.base, nullptr)) {}
+  ~Scratch() { std::free(base); }
+  unsigned char* data() const { return base + kFence; }
+  bool intact() const {
+    for (size_t i = 0; i < kFence; i++)
+      if (base[i] != kPattern || data()[bytes + i] != kPattern) return false;
+    return true;
+  }
+  static constexpr unsigned char kPattern = 0xC5;
+  size_t bytes;
+  unsigned char* base;
+};
+}  // namespace
+
+void with_stream(const Tensor&, const std::function<void(const cuda::Stream&)>& body) {
+  std::vector<Scratch> scratch;
+  body({0, nullptr, [&](int64_t bytes) { return static_cast<void*>(scratch.emplace_back(size_t(bytes)).data()); }});
+  for (const Scratch& s : scratch)
+    STD_TORCH_CHECK(s.intact(), "a kernel wrote past an end of its ", s.bytes, " bytes of scratch memory");
+}
+
+}  // namespace pygpt::bind
+
+// For a build of some of the kernels only: what the others are then.
+namespace pygpt::cuda {
+#define PYGPT_MISSING(name, Args) \
+  __attribute__((weak)) Error name(const Args&, const Stream&) { return #name " is not part of this build"; }
+PYGPT_KERNELS(PYGPT_MISSING)
+#undef PYGPT_MISSING
+}  // namespace pygpt::cuda
+
+STABLE_TORCH_LIBRARY(pygpt_emulator, m) {
+  for (const char* schema : pygpt::bind::SCHEMAS) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pygpt_emulator, CPU, m) { PYGPT_IMPL(m, pygpt::cuda); }

@@ -1,0 +1,172 @@
+"""Hopper in the emulator: a TMA + mbarrier + wgmma GEMM, its planted bugs, and the conformance cases of ptx.cuh."""
+
+import ctypes
+import json
+import re
+
+import pytest
+import torch
+
+from tests.emulator import SCHEDULES, build, conformance
+
+GEMM, CASES = conformance.SOURCES[1], conformance.SOURCES[0]
+
+
+@pytest.fixture(params=SCHEDULES)
+def machine(request, seed):
+    return conformance.in_emulator(request.param, seed % 2**32)
+
+
+# ---------------------------------------------------------------- the GEMM
+
+
+@pytest.mark.parametrize("b_k_major", [True, False], ids=["b_n_k", "b_k_n"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", [(128, 128, 64), (1, 1, 1), (129, 8, 65), (200, 150, 390), (64, 300, 1000)], ids=str)
+def test_gemm_of_integers_is_exact(machine, shape, dtype, b_k_major):
+    assert conformance.integer_gemm(machine, *shape, dtype, b_k_major)
+
+
+def test_gemm_is_as_exact_as_pytorch(machine):
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = torch.randn(150, 400).to(dtype), torch.randn(400, 136).to(dtype)
+        c = torch.empty(150, 136, dtype=dtype)
+        machine.gemm(a, b, c, b_k_major=False)
+        exact = a.double() @ b.double()
+        assert (c.double() - exact).abs().max() <= 2 * ((a @ b).double() - exact).abs().max()
+
+
+def test_nan_and_inf_reach_their_rows_only(machine):
+    a, b, c = torch.ones(130, 64), torch.ones(64, 8), torch.empty(130, 8)
+    a[3, 5], a[129, 63] = torch.nan, torch.inf
+    a, b, c = a.bfloat16(), b.bfloat16(), c.bfloat16()
+    machine.gemm(a, b, c, b_k_major=False)
+    want = torch.full((130, 8), 64.0)
+    want[3], want[129] = torch.nan, torch.inf
+    torch.testing.assert_close(c.float(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("columns, complaint", [(60, "16 bytes"), (64, None)])
+def test_tensor_maps_are_checked(machine, columns, complaint):
+    a, b, c = (torch.ones(64, columns, dtype=torch.bfloat16) for _ in range(3))
+    if complaint:
+        with pytest.raises(RuntimeError, match=complaint):
+            machine.gemm(a, b, c, b_k_major=True)
+    else:
+        machine.gemm(a, b, c, b_k_major=True)
+
+
+# ---------------------------------------------------------------- planted bugs
+
+# What is planted, where, what the source says and what it says then; and what must be found: by a report that
+# matches, or (None) by wrong or differing results.
+BUGS = {
+    "no wait for an empty stage": (GEMM, "ptx::mbarrier_wait(&empty[turn.stage], (turn.round + 1) % 2);", "", None),
+    "empty waits for the wrong parity": (GEMM, "(turn.round + 1) % 2", "turn.round % 2", "deadlock"),
+    "too few bytes expected": (GEMM, "mbarrier_expect(bar, kTileA + kTileB)", "mbarrier_expect(bar, kTileA)", None),
+    "too many bytes expected": (
+        GEMM, "mbarrier_expect(bar, kTileA + kTileB)", "mbarrier_expect(bar, 40960)", "deadlock"),
+    "one arrival too many asked for": (GEMM, "4 * kConsumers)", "4 * kConsumers + 1)", "deadlock"),
+    "one arrival too few asked for": (GEMM, "4 * kConsumers)", "4 * kConsumers - 1)", None),
+    "arrivals of groups, not warps, asked for": (GEMM, "4 * kConsumers)", "kConsumers)", None),
+    "no barrier after mbarrier_init": (GEMM, "__syncthreads();", "", "not initialised"),
+    "no wait for the last products": (GEMM, "ptx::wgmma_wait<0>(d);", "", None),
+    "a stage given back while it is read": (GEMM, "ptx::wgmma_wait<1>();", "", None),
+    "no fence for the zeroed accumulators": (GEMM, "ptx::wgmma_fence(d);", "", "wgmma_fence"),
+    "a descriptor's stride": (GEMM, "consumer * 64 * kRow, 16, 8 * kRow", "consumer * 64 * kRow, 16, 4 * kRow", None),
+    "a descriptor's leading offset": (GEMM, "b_k_major ? 16 : 64 * kRow", "b_k_major ? 16 : 32 * kRow", None),
+    "a descriptor's swizzle": (GEMM, "b_k_major ? 16 : 64 * kRow, 8 * kRow, kSwizzle",
+                               "b_k_major ? 16 : 64 * kRow, 8 * kRow, ptx::Swizzle::bytes64", None),
+    "a k step": (GEMM, "a + k * 32 / 16", "a + k * 16 / 16", None),
+    "the epilogue's swizzle": (GEMM, "j % 8 ^ r % 8", "j % 8", None),
+    "no proxy fence before the store": (GEMM, "ptx::fence_proxy_async();", "", None),
+    "no barrier before the store": (GEMM, "ptx::named_barrier(1 + consumer, 128);", "", None),
+    "no wait for the store": (GEMM, "ptx::tma_store_wait<0>();", "", "this store reads"),
+    "no cluster barrier before reading": (
+        CASES, "ptx::cluster_arrive();\n  ptx::cluster_wait();\n  out[2", "out[2", None),
+    "no cluster barrier before the end": (
+        CASES, "= rank;\n  ptx::cluster_arrive();\n  ptx::cluster_wait();", "= rank;", None),
+}  # fmt: skip
+
+
+ORDERS = [("fifo", 0), ("reversed", 0), *(("random", seed) for seed in range(4))]
+
+
+def findings(machine, source):
+    """Per order of events what the emulator says of a source: a report, "wrong" results, or None."""
+    if source == CASES:
+        right = conformance.record("cluster", conformance.in_emulator().run("cluster"))
+    for schedule, seed in ORDERS:
+        machine.schedule(schedule, seed)
+        cases = conformance.Cases(machine.library, "cpu", 900)
+        try:
+            if source == CASES:
+                yield None if conformance.record("cluster", cases.run("cluster")) == right else "wrong"
+            else:
+                shapes = (200, 150, 1000, torch.bfloat16, True), (200, 150, 390, torch.float16, False)
+                yield None if all(conformance.integer_gemm(cases, *s) for s in shapes) else "wrong"
+        except RuntimeError as e:
+            yield str(e)
+
+
+def planted(bug):
+    """The file with the bug in it."""
+    source, right, wrong, _ = BUGS[bug]
+    text = source.read_text()
+    assert text.count(right) == 1, f"{source.name} has {text.count(right)} times {right!r}"
+    file = build.BUILD / "planted" / re.sub(r"\W", "_", f"{bug}.cu").replace("_cu", ".cu")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text.replace(right, wrong):
+        file.write_text(text.replace(right, wrong))
+    return file
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug):
+    source, _, _, complaint = BUGS[bug]
+    file = planted(bug)
+    found = list(findings(conformance.emulator_of(f"planted-{file.stem}", file), source))
+    assert any(found), f"not found under any of {ORDERS}"
+    assert not complaint or any(complaint in (f or "") for f in found), found
+    print(*found, sep="\n")
+
+
+RACES = """
+import sys, torch
+from pathlib import Path
+from tests.emulator import conformance
+machine = conformance.emulator_of(sys.argv[1], Path(sys.argv[2]), sanitizer="thread")
+cases = conformance.Cases(machine.library, "cpu", 900)
+print(conformance.integer_gemm(cases, 200, 150, 390, torch.bfloat16, True))
+"""
+
+
+@pytest.mark.parametrize("bug", [None, "no barrier before the store"])
+def test_race_checker_sees_tma_and_wgmma(bug, run_python):
+    file = planted(bug) if bug else GEMM
+    done = run_python(RACES, f"races-{file.stem}", str(file), **build.environment("thread"))
+    assert ("data race" in done.stderr) == bool(bug), done.stderr[-3000:]
+    assert bug or (done.returncode == 0 and done.stdout == "True\n"), done.stdout + done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------- conformance
+
+
+def test_conformance_cases_do_not_depend_on_the_schedule(machine):
+    first = conformance.in_emulator()
+    answers = {name: first.run(name) for name in first.index}
+    other = conformance.in_emulator("random", 1)
+    for name, answer in answers.items():
+        assert answer.any() and (other.run(name) == answer).all(), name
+
+
+def test_emulator_answers_as_gpus_did():
+    for path in conformance.golden_files():
+        assert conformance.disagreements(conformance.in_emulator(), json.loads(path.read_text())) == [], path.name
+
+
+@pytest.mark.skipif(not conformance.nvcc(), reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_conformance_compiles_for_the_device(arch, tmp_path):
+    library = ctypes.CDLL(str(conformance.build_for_device(arch, tmp_path)))
+    assert library.conformance_count() == len(conformance.in_emulator().index)
