@@ -152,7 +152,13 @@ class BuildKernels(build_ext):
         kernels = list(self.pool.map(compile_kernels, sorted(s for s in ext.sources if s.endswith(".cu"))))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [*(f"-L{path}" for path in self.library), "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = [
+            *(f"-L{path}" for path in self.library),
+            "-Xlinker=--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         link = [nvcc, "-shared", "-cudart=static", "-o", target, *binding.result(), *kernels, *libraries]
         subprocess.run(link, check=True)
 

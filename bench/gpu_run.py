@@ -205,7 +205,9 @@ def benchmark(steps: Steps, flags: list[str]):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_run", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, tiny and quick")
-    parser.add_argument("--test-args", default="", metavar="ARGS", help="for pytest (default: -n 8 where pytest-xdist is)")
+    parser.add_argument(
+        "--test-args", default="", metavar="ARGS", help="for pytest (default: -n 8 where pytest-xdist is)"
+    )
     parser.add_argument("--bench-args", default="", metavar="ARGS", help="for python -m bench.gpu")
     options = parser.parse_args(argv)
     if options.device == "cuda" and (why := no_gpu()):

@@ -1,8 +1,7 @@
-"""How a row is measured: our op and PyTorch eager, turn by turn, in one benchmark.
+"""How calls are timed, turn by turn, and what the machine itself can do.
 
-Machines drift, so two numbers taken a minute apart say nothing about each other. `compare` times
-pairs: a block of our calls and a block of PyTorch's, in an order drawn anew for each pair. The ratio
-is that of the two medians; beside it stands the median over the pairs of each pair's own ratio.
+Machines drift, so two numbers taken a minute apart say nothing about each other. A race goes round its
+candidates, a block of calls each, in an order drawn anew for each round; what is compared are medians.
 Every call takes the next of several input sets, so that data comes from where a model would find it.
 """
 
@@ -10,20 +9,18 @@ import glob
 import itertools
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 import pygpt
-from pygpt.backend import choose
 
 BLOCK = 0.004  # seconds: short calls are repeated to fill a block, far above the timer's resolution
-MIN_PAIRS = {1.0: 5, 10.0: 3, math.inf: 1}  # a pair takes less than so many seconds: pairs at least
-MAX_PAIRS = 200
+LEAST = {0.5: 5, 5.0: 3, math.inf: 1}  # a candidate's block takes less than so many seconds: rounds at least
+MOST = 200  # rounds
 MAX_SETS = 8
 
 
@@ -58,53 +55,100 @@ def input_sets(setup: Callable[[], Work]) -> list[Work]:
 
 def caller(function: Callable, tensors: list[tuple], direction: str, skip: int = 0) -> Callable:
     """Called without arguments, runs ``function`` on the next set; "backward": only its gradients."""
-    if direction == "forward":
-        calls = [partial(function, *ts) for ts in tensors]
-    else:
-        calls = [_backward(function, ts) for ts in tensors]
+    calls = [prepared(function, ts, direction) for ts in tensors]
     ring = itertools.cycle(calls[skip:] + calls[:skip])
 
     def call():
-        next(ring)()  # the result is dropped here: its release is part of the time, on both sides alike
+        next(ring)()  # the result is dropped here: its release is part of the time, on all sides alike
 
     return call
 
 
-def _backward(function, tensors):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = [torch.randn_like(o) for o in outputs]
+def prepared(function: Callable, tensors: tuple, direction: str) -> Callable:
+    """A call without arguments -> its results: the outputs, or the gradients of all ``tensors``."""
+    if direction == "forward":
+        return partial(function, *tensors)
+    outputs, leaves = _forward(function, tensors)
+    grads = [torch.empty_like(o).copy_(torch.randn(o.shape, device=o.device)) for o in outputs]  # laid out as outputs
     return partial(torch.autograd.grad, outputs, leaves, grads, retain_graph=True)
 
 
+def once(function: Callable, tensors: tuple, direction: str) -> Callable:
+    """A call without arguments that keeps nothing: forward, or forward and backward."""
+    if direction == "forward":
+        return partial(function, *tensors)
+
+    def both():
+        outputs, leaves = _forward(function, tensors)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
+    return both
+
+
+def _forward(function, tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return as_tuple(function(*leaves)), leaves
+
+
+def as_tuple(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 # ------------------------------------------------------------------------------- how
-def compare(benchmark, ours: Callable, eager: Callable, seconds: float) -> dict | None:
-    """Times both for about ``seconds``; pytest-benchmark times ours, its teardown the other half of each pair."""
-    if benchmark.disabled:
-        benchmark.pedantic(ours)
-        return None
-    estimate = _estimate(ours), _estimate(eager)
-    calls = max(1, math.ceil(BLOCK / min(estimate)))
-    pair = calls * sum(estimate)
-    least = next(pairs for limit, pairs in MIN_PAIRS.items() if pair < limit)
-    pairs = min(MAX_PAIRS, max(least, int(seconds / pair)))
-    eager_times, turns = [], random.Random(0)
+@dataclass
+class Times:
+    """Seconds per call of one candidate, block by block."""
 
-    def eager_turns():
-        """Advanced before and after each of our blocks."""
-        for _ in range(pairs):
-            eager_first = turns.random() < 0.5
-            if eager_first:
-                eager_times.append(_block(eager, calls))
-            yield
-            if not eager_first:
-                eager_times.append(_block(eager, calls))
+    calls: int  # in a block
+    seconds: list[float] = field(default_factory=list)
 
-    turn = eager_turns()
-    next(turn)
-    benchmark.pedantic(ours, rounds=pairs, iterations=calls, teardown=lambda: next(turn, None))
-    return _summary(benchmark.stats.stats.data, eager_times, calls)
+
+class CpuClock:
+    device = "cpu"
+
+    def estimate(self, call: Callable) -> float:
+        """Seconds of a call, warm: the best of those that fit into a twentieth of a second, at least two if quick."""
+        best = first = _block(call, 1)
+        end = time.perf_counter() + 0.05
+        while first < 0.5 and (best == first or time.perf_counter() < end):
+            best = min(best * (1 - 1e-9), _block(call, 1))
+        return best
+
+    def race(self, calls: dict[str, Callable], estimates: dict[str, float], seconds: float) -> dict[str, Times]:
+        """Times the candidates turn by turn in blocks for about ``seconds`` each. They must be warm."""
+        times = {name: Times(max(1, math.ceil(BLOCK / estimates[name]))) for name in calls}
+        cost = sum(times[name].calls * estimates[name] for name in calls)
+        least = next(rounds for limit, rounds in LEAST.items() if cost < limit * len(calls))
+        turns = random.Random(0)
+        for _ in range(min(MOST, max(least, int(seconds * len(calls) / cost)))):
+            for name in turns.sample(list(calls), len(calls)):
+                times[name].seconds.append(_block(calls[name], times[name].calls))
+        return times
+
+    def peaks(self, dtypes, quick: bool) -> "Peaks":
+        return measure_peaks(dtypes, quick)
+
+
+class GpuClock:
+    """The same face over gpu_timer.py: events on the stream, a cold L2 cache, a full queue."""
+
+    device = "cuda"
+
+    def __init__(self):
+        from . import gpu_timer
+
+        self.by, self.timer = gpu_timer, gpu_timer.CudaTimer()
+
+    def estimate(self, call):
+        return self.timer.time([(call, 0.0)])[0][0] / 1e3
+
+    def race(self, calls, estimates, seconds):
+        timings = self.by.race(self.timer, calls, seconds * len(calls))
+        return {name: Times(1, [ms / 1e3 for ms in timing.device]) for name, timing in timings.items()}
+
+    def peaks(self, dtypes, quick):
+        limits = self.by.limits(self.timer, dtypes)
+        return Peaks({name: limits[name] * 1e3 for name in dtypes}, f"{self.by.GEMM}^3 matmul", limits["copy"] * 1e3)
 
 
 def _block(call, calls: int) -> float:
@@ -114,65 +158,18 @@ def _block(call, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _estimate(call) -> float:
-    """Seconds of a call, warm: the best of the calls that fit into a twentieth of a second, at least two if quick."""
-    best = first = _block(call, 1)
-    end = time.perf_counter() + 0.05
-    while first < 0.5 and (best == first or time.perf_counter() < end):
-        best = min(best * (1 - 1e-9), _block(call, 1))
-    return best
-
-
-def _summary(ours: list[float], eager: list[float], calls: int) -> dict:
-    assert len(ours) == len(eager)
-    mid, peer = statistics.median(ours), statistics.median(eager)
-    return {
-        "ours_ms": mid * 1e3,
-        "eager_ms": peer * 1e3,
-        "ratio": peer / mid,
-        "paired_ratio": statistics.median(e / o for o, e in zip(ours, eager, strict=True)),
-        "pairs": len(ours),
-        "calls_per_block": calls,
-    }
-
-
-def measure(
-    benchmark, op: str, setup: Callable[[], Work], direction: str, seconds: float, peaks: "Peaks"
-) -> dict | None:
-    """One row: the comparison, and its rates against the machine's peaks."""
-    sets = input_sets(setup)
-    tensors, work = [w.tensors for w in sets], sets[0]
-    ours = caller(work.ours, tensors, direction)
-    eager = caller(work.eager, tensors, direction, skip=len(sets) // 2)
-    row = compare(benchmark, ours, eager, seconds)
-    if row is None:
-        return None
-    amount = work.amount[direction == "backward"]
-    if work.bound == "memory":
-        rates(row, amount * work.tensors[0].element_size() / 1e9, "GB/s", peaks.copy)
-    else:
-        rates(row, amount / 1e9, "GFLOP/s", peaks.fma)
-    return row | {"input_sets": len(sets), "backend": choose(op, work.tensors).backend}
-
-
-def rates(row: dict, amount: float, unit: str, peak: float):
-    """Adds both rates in ``unit`` and our share of ``peak``."""
-    row |= {"unit": unit, "rate": amount / row["ours_ms"] * 1e3, "eager_rate": amount / row["eager_ms"] * 1e3}
-    row["share_of_peak"] = row["rate"] / peak
-
-
 # ------------------------------------------------------------------------------- the machine
 @dataclass(frozen=True)
 class Peaks:
     """The best this machine did in this run, all threads."""
 
-    fma: float  # float32 multiply-adds, GFLOP/s
-    fma_by: str
+    flops: dict[str, float]  # dtype -> GFLOP/s; CPU: float32 multiply-adds, the yardstick for every dtype
+    flops_by: str
     copy: float  # Tensor.copy_ of memory far larger than the caches, read plus write, GB/s
-    cpu_share: float  # of the cores' time, what this process got while measuring the first
+    cpu_share: float | None = None  # of the cores' time, what this process got while measuring the first
 
 
-def measure_peaks(quick: bool = False) -> Peaks:
+def measure_peaks(dtypes, quick: bool = False) -> Peaks:
     seconds = 0.3 if quick else 1.0
     a, b = torch.randn(2, 2048, 2048)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -182,7 +179,8 @@ def measure_peaks(quick: bool = False) -> Peaks:
     source = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
     target = torch.empty_like(source).fill_(0.0)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
-    return Peaks(max(fma, matmul), "multiply-add loop" if fma >= matmul else "2048 x 2048 matmul", copy, cpu_share)
+    by = "multiply-add loop" if fma >= matmul else "2048 x 2048 matmul"
+    return Peaks(dict.fromkeys(dtypes, max(fma, matmul)), by, copy, cpu_share)
 
 
 def fma_rate(milliseconds: int) -> float:

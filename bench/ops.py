@@ -1,9 +1,10 @@
-"""Every op, forward and backward, beside PyTorch eager: `python -m bench`, or `pytest bench/ops.py`.
+"""What is measured of every op: the shapes, our call, the same in plain PyTorch, and the work in it.
 
-One set-up function per op gives its inputs, our call, the same in plain PyTorch, and the FLOPs or the
-elements moved. CASES are the rows; those marked standard are held to the first bar (see README.md).
+One set-up function per op gives its inputs, both calls, and the FLOPs or the elements moved. CASES are
+the shapes; those marked standard are held to the first bar (see README.md).
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as TF
 
 from pygpt import functional as F
 
-from . import harness
 from .harness import Work
 
 ACTIVATIONS = {
@@ -112,7 +112,7 @@ def relu(make, N, C):
     return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
 
 
-# ------------------------------------------------------------------------------- the rows
+# ------------------------------------------------------------------------------- the shapes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "backward")
 
@@ -128,56 +128,104 @@ class Case:
     def op(self):
         return self.setup.__name__
 
+    @property
+    def dims(self) -> dict:
+        return dict(zip(dimensions(self.setup), self.args, strict=True))
+
+
+def dimensions(setup) -> tuple[str, ...]:
+    """The names of a set-up function's arguments after ``make``."""
+    return tuple(inspect.signature(setup).parameters)[1:]
+
+
+def case(setup, *args, standard: tuple = ()) -> Case:
+    """A Case under the name its shape has everywhere."""
+    d = dict(zip(dimensions(setup), args, strict=True))
+    match setup.__name__:
+        case "attention":
+            length = f"T{d['L']}" if d["L"] == d["S"] else f"L{d['L']} S{d['S']}"
+            shape = f"B{d['B']} H{d['H']} {length} D{d['D']} {'causal' if d['causal'] else 'full'}"
+        case "linear":
+            shape = f"{d['M']} x {d['K']} -> {d['N']}"
+        case "mlp":
+            shape = f"B{d['B']} T{d['T']} C{d['C']} {d['activation']}"
+        case _:
+            shape = f"{d['N']} x {d['C']}" + {"none": " erf", "tanh": " tanh"}.get(d.get("approximate"), "")
+    return Case(setup, args, shape, standard)
+
 
 ALL, FLOAT32 = tuple(DTYPES), ("float32",)
 CASES = [
-    Case(attention, (1, 12, 1024, 1024, 64, True), "B1 H12 T1024 D64 causal", ALL),
-    Case(attention, (1, 12, 1024, 1024, 64, False), "B1 H12 T1024 D64 full", ALL),
-    Case(attention, (1, 12, 4096, 4096, 64, True), "B1 H12 T4096 D64 causal", FLOAT32),
-    Case(attention, (1, 12, 2048, 2048, 128, False), "B1 H12 T2048 D128 full", FLOAT32),
-    Case(attention, (1, 12, 64, 64, 64, True), "B1 H12 T64 D64 causal"),
-    Case(attention, (1, 12, 1, 1024, 64, False), "B1 H12 L1 S1024 D64 full"),
-    Case(attention, (2, 3, 77, 133, 40, False), "B2 H3 L77 S133 D40 full"),
-    Case(linear, (4096, 768, 3072), "4096 x 768 -> 3072", ALL),
-    Case(linear, (4096, 3072, 768), "4096 x 3072 -> 768", ALL),
-    Case(linear, (8, 768, 3072), "8 x 768 -> 3072"),
-    Case(linear, (1001, 333, 517), "1001 x 333 -> 517"),
-    Case(mlp, (8, 512, 768, "gelu_tanh"), "B8 T512 C768 gelu_tanh", ALL),
-    Case(mlp, (8, 512, 768, "gelu"), "B8 T512 C768 gelu", FLOAT32),
-    Case(mlp, (8, 512, 768, "relu"), "B8 T512 C768 relu", FLOAT32),
-    Case(mlp, (8, 512, 768, "relu2"), "B8 T512 C768 relu2"),
-    Case(mlp, (1, 8, 384, "gelu_tanh"), "B1 T8 C384 gelu_tanh"),
+    case(attention, 1, 12, 1024, 1024, 64, True, standard=ALL),
+    case(attention, 1, 12, 1024, 1024, 64, False, standard=ALL),
+    case(attention, 1, 12, 4096, 4096, 64, True, standard=FLOAT32),
+    case(attention, 1, 12, 2048, 2048, 128, False, standard=FLOAT32),
+    case(attention, 1, 12, 64, 64, 64, True),
+    case(attention, 1, 12, 1, 1024, 64, False),
+    case(attention, 2, 3, 77, 133, 40, False),
+    case(linear, 4096, 768, 3072, standard=ALL),
+    case(linear, 4096, 3072, 768, standard=ALL),
+    case(linear, 8, 768, 3072),
+    case(linear, 1001, 333, 517),
+    case(mlp, 8, 512, 768, "gelu_tanh", standard=ALL),
+    case(mlp, 8, 512, 768, "gelu", standard=FLOAT32),
+    case(mlp, 8, 512, 768, "relu", standard=FLOAT32),
+    case(mlp, 8, 512, 768, "relu2"),
+    case(mlp, 1, 8, 384, "gelu_tanh"),
     *(
-        Case(norm, (rows, cols), f"{rows} x {cols}", standard)
+        case(norm, rows, cols, standard=standard)
         for norm in (layer_norm, add_layer_norm, rms_norm)
         for rows, cols, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
     ),
-    Case(gelu, (4096, 3072, "none"), "4096 x 3072 erf", ALL),
-    Case(gelu, (4096, 3072, "tanh"), "4096 x 3072 tanh", ALL),
-    Case(gelu, (8, 64, "none"), "8 x 64 erf"),
-    Case(relu, (4096, 3072), "4096 x 3072", ALL),
-    Case(relu, (1001, 333), "1001 x 333"),
+    case(gelu, 4096, 3072, "none", standard=ALL),
+    case(gelu, 4096, 3072, "tanh", standard=ALL),
+    case(gelu, 8, 64, "none"),
+    case(relu, 4096, 3072, standard=ALL),
+    case(relu, 1001, 333),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
+SWEEP = [256 << i for i in range(7)]  # sequence lengths
 
 
-def rows(options):
-    """(case, dtype, direction) of every row asked for."""
-    for case in CASES:
-        for dtype in options.dtypes:
-            if case.op in options.ops and (dtype in case.standard or not options.only_standard):
-                yield from ((case, dtype, direction) for direction in options.directions)
+def sweep(longest: int) -> list[Case]:
+    """Causal attention at growing length: how time and memory grow."""
+    return [case(attention, 1, 12, T, T, 64, True) for T in SWEEP if T <= longest]
 
 
-def pytest_generate_tests(metafunc):
-    found = list(rows(metafunc.config.option))
-    ids = ["-".join((case.op, case.shape.replace(" ", "_"), dtype, direction)) for case, dtype, direction in found]
-    metafunc.parametrize("case, dtype, direction", found, ids=ids)
+def custom(text: str, ops) -> list[Case]:
+    """``B=1,H=12,T=512,D=64`` for every op in ``ops`` that has these dimensions; the others come from its first case.
+
+    T is L and S of attention. ValueError says what is wrong.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
+        raise ValueError(f"wants KEY=VALUE,..., got {bad[0] or text!r}")
+    given = {key: value for key, _, value in pairs}
+    found = []
+    for first in {case.op: case for case in reversed(CASES) if case.op in ops}.values():
+        wanted = dict(given)
+        if first.op == "attention" and "T" in wanted:
+            length = wanted.pop("T")
+            wanted = {"L": length, "S": length} | wanted
+        if set(wanted) <= set(first.dims):
+            dims = first.dims | {key: _value(key, value, first.dims[key]) for key, value in wanted.items()}
+            found.append(case(first.setup, *dims.values()))
+    if not found:
+        known = "; ".join(f"{s.__name__}: {', '.join(dimensions(s))}" for s in SETUPS if s.__name__ in ops)
+        raise ValueError(f"no op has the dimensions {', '.join(given)}; they are {known}")
+    return found[::-1]
 
 
-def test_op(case, dtype, direction, benchmark, peaks, keep, pytestconfig):
-    def setup():
-        return case.setup(lambda *shape: torch.randn(shape).to(DTYPES[dtype]), *case.args)
+SETUPS = tuple(dict.fromkeys(case.setup for case in CASES))
+WORDS = {"activation": tuple(ACTIVATIONS), "approximate": ("none", "tanh"), "causal": ("0", "1")}
 
-    row = harness.measure(benchmark, case.op, setup, direction, pytestconfig.option.seconds, peaks)
-    keep(row, op=case.op, shape=case.shape, dtype=dtype, direction=direction, standard=dtype in case.standard)
+
+def _value(key: str, text: str, default):
+    """One value of a custom shape, read as what ``default`` is."""
+    if key in WORDS:
+        if text not in WORDS[key]:
+            raise ValueError(f"{key} must be one of {', '.join(WORDS[key])}; got {text!r}")
+        return text == "1" if isinstance(default, bool) else text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{key} must be a positive integer, got {text!r}")
+    return int(text)

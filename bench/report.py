@@ -1,19 +1,17 @@
-"""What a run says: the machine it ran on, the table, the JSON file."""
+"""What a run says: the machine it ran on, the table, and what is not in it."""
 
 import json
 import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 import pygpt
-
-from .harness import Peaks
+from pygpt.files import atomic
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
 RESULTS = Path(__file__).parent / "results"
@@ -26,13 +24,14 @@ VARIABLES = (  # what can lower or redirect either side
 )
 
 
-def machine(peaks: Peaks) -> dict:
+def machine(peaks, options) -> dict:
     """Everything a figure depends on."""
     import cpuinfo  # here, as rich below: the GPU benchmarks do without
 
     cpu = cpuinfo.get_cpu_info()
     features = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name(0), "cuda": torch.version.cuda} if options.device == "cuda" else {}
+    return gpu | {
         "cpu": cpu.get("brand_raw", "unknown CPU"),
         "cpu_features": [name for name in features if name in cpu.get("flags", ())],
         "isa_ours": pygpt._C.cpu_capability() if hasattr(pygpt, "_C") else "not built",
@@ -42,86 +41,145 @@ def machine(peaks: Peaks) -> dict:
         "torch": torch.__version__,
         "pygpt": pygpt.__version__,
         "python": sys.version.split()[0],
-        "fma_peak_gflops": peaks.fma,
-        "fma_peak_by": peaks.fma_by,
+        "peak_gflops": peaks.flops,
+        "peak_by": peaks.flops_by,
         "copy_peak_gbs": peaks.copy,
         "cpu_share": peaks.cpu_share,
-        "command": os.environ.get("PYGPT_BENCH_COMMAND") or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "backends": options.backends,
+        "peers": list(options.peers),
+        "command": shlex.join(["pygpt", "bench", *getattr(options, "given", ())]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
 
 
 def head(m: dict) -> str:
+    """The machine in a few lines; ``m`` may be bench.gpu's."""
+    if "peak_gflops" not in m:
+        return f"{m['gpu']}, torch {m['torch']}"
     forced = ", ".join(f"{k}={v}" for k, v in m["forced"].items())
     isa = f"instruction sets: ours {m['isa_ours']}, PyTorch {m['isa_torch']}"
+    name = m.get("gpu") or f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads"
+    peaks = m["peak_gflops"] if "gpu" in m else {"float32": m["peak_gflops"]["float32"]}
+    flops = ", ".join(f"{value:.0f} GFLOP/s {dtype}" for dtype, value in peaks.items())
     lines = [
-        f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads, torch {m['torch']}",
+        f"{name}, torch {m['torch']}",
         isa + (f"; forced by {forced}" if forced else ""),
-        f"peaks: {m['fma_peak_gflops']:.0f} GFLOP/s float32 ({m['fma_peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
+        f"peaks: {flops} ({m['peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
     ]
-    if m["cpu_share"] < 0.9:
+    if m["cpu_share"] is not None and m["cpu_share"] < 0.9:
         got = f"{m['cpu_share']:.0%} of {m['threads']} cores"
         lines.append(f"the machine is busy: this run got {got}; distrust every figure")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------- verdicts
-def bar(row: dict) -> float | None:
-    """The ratio the first bar asks of this row, or None."""
-    if not row["standard"]:
+# ------------------------------------------------------------------------------- the first bar
+def bar(result) -> float | None:
+    """The ratio to PyTorch eager that the first bar asks of a row, or None."""
+    if not result.standard:
         return None
-    if row["dtype"] == "float32":
+    if result.dtype == "float32":
         return 1.0
-    four = row["op"] == "mlp" or (row["op"], row["direction"]) == ("attention", "backward")
-    return 4.0 if row["dtype"] == "bfloat16" and four else None
+    four = result.op == "mlp" or (result.op, result.direction) == ("attention", "backward")
+    return 4.0 if result.dtype == "bfloat16" and four else None
 
 
-def passes(row: dict) -> bool:
-    wanted = bar(row)
-    return wanted is None or (row["backend"] != "torch" and row["ratio"] >= wanted * (1 - NOISE))
-
-
-def verdict(row: dict) -> str:
-    if row["backend"] == "torch":
-        return "not ours"
-    return "faster" if row["ratio"] >= 1 else "even" if row["ratio"] >= 1 - NOISE else "slower"
+def passes(result) -> bool:
+    """Whether all of ours meet the first bar, noise allowed for."""
+    wanted = bar(result)
+    ratios = [result.ratio(entry) for entry in result.ours]
+    return wanted is None or all(ratio is None or ratio >= wanted * (1 - NOISE) for ratio in ratios)
 
 
 # ------------------------------------------------------------------------------- the table
-def table(rows: list[dict], title: str = ""):
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+
+
+def megabytes(memory: int | None) -> str:
+    return "" if memory is None else f"{memory / 2**20:.1f}"
+
+
+def line(result) -> str:
+    """One row in one line, while a run goes on."""
+    from .results import verdict
+
+    parts = []
+    for entry in result.ours:
+        peers = ", ".join(f"{result.ratio(entry, p.name):.2f}x {p.name}" for p in result.peers) or "no peer"
+        speed = f"{number(entry.rate)} {entry.unit} ({entry.share:.0%})"
+        parts.append(f"{entry.name} {number(entry.ms, 4)} ms, {speed}; {peers}; {verdict(result, entry)}")
+    return f"{result}: {'; '.join(parts)}"
+
+
+COLOURS = {"faster": "green", "slower": "red"}
+
+
+def table(results: list, brief: bool = False):
+    """A rich table: a line for each of our candidates, with a column for each peer. brief: for a narrow terminal."""
     from rich.table import Table
 
-    t = Table(title=title, title_justify="left", title_style="", header_style="bold", box=None, pad_edge=False)
-    for name in ("op", "shape", "dtype", "direction"):
+    from .results import verdict
+
+    peers = list(dict.fromkeys(peer.name for result in results for peer in result.peers))
+    peers = [peer for peer in peers if peer == "eager" or not brief]
+    t = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("op", "shape", "dtype", "direction", "ours"):
         t.add_column(name, no_wrap=True)
-    for name in ("ours ms", "torch ms", "rate", "of peak", "torch/ours", "paired"):
+    for name in ("ms", *(() if brief else ("±", "rate", "MB")), "of peak", *(f"vs {peer}" for peer in peers)):
         t.add_column(name, justify="right", no_wrap=True)
     t.add_column("verdict", no_wrap=True)
-    colour = {"faster": "green", "slower": "red"}
-    for row in rows:
-        word = verdict(row)
-        t.add_row(
-            *(row[name] for name in ("op", "shape", "dtype", "direction")),
-            *(f"{row[name]:.4g}" if row[name] < 1000 else f"{row[name]:.0f}" for name in ("ours_ms", "eager_ms")),
-            f"{row['rate']:.4g} {row['unit']}" if row["rate"] < 1000 else f"{row['rate']:.0f} {row['unit']}",
-            f"{row['share_of_peak']:.0%}",
-            f"{row['ratio']:.2f}",
-            f"{row['paired_ratio']:.2f}",
-            f"[{colour[word]}]{word}[/]" if word in colour else word,
-        )
+    for result in results:
+        for entry in result.ours:
+            word = verdict(result, entry)
+            colour = COLOURS.get(word.split()[0])
+            rate = f"{number(entry.rate)} {entry.unit}"
+            more = () if brief else (f"{entry.spread / 2:.0%}", rate, megabytes(entry.memory))
+            ratios = (result.ratio(entry, peer) for peer in peers)
+            t.add_row(
+                *(result.op, result.shape, result.dtype, result.direction, entry.name),
+                *(number(entry.ms, 4), *more, f"{entry.share:.0%}"),
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                f"[{colour}]{word}[/]" if colour else word,
+            )
     return t
 
 
-def show(rows: list[dict], m: dict):
-    """Prints head and table: coloured in a terminal, plain text of full width elsewhere."""
+def notes(about: dict) -> list[str]:
+    """What is not in the table, and why."""
+    keys = ("op", "shape", "dtype", "direction", "candidate")
+    found = [f"FAILED: {' '.join(row[key] for key in keys)}: {row['why']}" for row in about["failed"]]
+    found += [f"not used: {name}: {why}" for name, why in about["absent"].items()]
+    for why, what in about["refused"].items():
+        found.append(f"{why} ({what[0] if len(what) == 1 else f'{len(what)} rows'})")
+    if left := about["left_out"]:
+        found.append(f"left out for want of time: {len(left)} rows, from {left[0]} on")
+    return found
+
+
+def console():
+    """Coloured in a terminal, plain text of full width elsewhere."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160, no_color=True)
-    console.print(head(m), soft_wrap=True)
-    console.print()
-    console.print(table(rows))
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=250, no_color=True)
+
+
+def show(results: list, about: dict):
+    """Prints head, table and notes."""
+    from rich.measure import Measurement
+
+    out = console()
+    out.print(head(about["machine"]), soft_wrap=True, markup=False)
+    out.print()
+    full = table(results)
+    brief = Measurement.get(out, out.options.update(max_width=10_000), full).maximum > out.width
+    out.print(table(results, brief=True) if brief else full)
+    if brief:
+        out.print("(this terminal is too narrow for all columns; the page has them)")
+    for note in notes(about):
+        out.print(note, soft_wrap=True, markup=False)
 
 
 # ------------------------------------------------------------------------------- the file
@@ -132,20 +190,21 @@ def default_path(m: dict) -> Path:
     return RESULTS / f"{'-'.join(words)}-{m['date'][:10]}.json"
 
 
+def short(value):
+    """For JSON: floats of five digits, and none that is not finite."""
+    if isinstance(value, dict):
+        return {k: short(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [short(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
 def save(path: Path, rows: list[dict], m: dict):
-    """Writes {"machine": ..., "rows": [...]}; the file appears whole or not at all."""
-
-    def short(value):
-        if isinstance(value, dict):
-            return {k: short(v) for k, v in value.items()}
-        if isinstance(value, float):
-            return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no inf
-        return value
-
+    """Writes bench.gpu's {"machine": ..., "rows": [...]}; the file appears whole or not at all."""
     lines = ",\n".join("    " + json.dumps(short(row)) for row in rows)
     about = json.dumps(short(m), indent=2).replace("\n", "\n  ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
-        file.write(f'{{\n  "machine": {about},\n  "rows": [\n{lines}\n  ]\n}}\n')
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with atomic(path) as temporary:
+        temporary.write_text(f'{{\n  "machine": {about},\n  "rows": [\n{lines}\n  ]\n}}\n')

@@ -55,7 +55,9 @@ def main() -> int:
     add("--backends", type=some_of(BACKENDS), metavar="A,B", help="triton, cuda or both; default: those there are")
     add("--targets", type=some_of(DEVICES), default=list(DEVICES), metavar="A,B", help=f"some of {', '.join(DEVICES)}")
     add("--dtypes", type=some_of(DTYPES), default=["bf16", "fp32"], metavar="A,B", help="default: bf16,fp32; also fp16")
-    add("--all", action="store_true", help="of Triton every candidate, width and activation, not only the first choices")
+    add(
+        "--all", action="store_true", help="of Triton every candidate, width and activation, not only the first choices"
+    )
     add("--only", default="", help="calls whose name starts with this: attention, mlp, norm, activation")
     add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     add("--json", type=Path, metavar="PATH", help="write the table to this file")

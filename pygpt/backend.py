@@ -101,8 +101,13 @@ def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
     except ImportError as e:
         return None, f"the CUDA kernels are missing ({e}); with nvcc: pip install --no-build-isolation ."
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < (oldest := int(library.archs().split()[0])):
-        return None, f"built for sm_{oldest} and newer, this GPU is sm_{major}{minor}; PYGPT_CUDA_ARCHS chooses"
+    if (arch := 10 * major + minor) < 80:
+        return None, f"the CUDA kernels need sm_80 or newer, this GPU is sm_{arch}"
+    if arch < (oldest := int(library.archs().split()[0])):
+        return (
+            None,
+            f"the CUDA kernels were built for sm_{oldest} and newer, this GPU is sm_{arch}; set PYGPT_CUDA_ARCHS",
+        )
     return compiled, ""
 
 
@@ -129,12 +134,22 @@ TABLE: dict[str, Backend] = {
     for b in (
         Backend("cpp", _kernels, _why, ("cpu",), features={"attention": ("return_lse",)}, max_head_dim=256),
         Backend(
-            "triton", _triton_kernels, _why_no_triton, _triton_devices, FLOATS[1:],
-            features={"attention": ("return_lse",)}, max_head_dim=256,
+            "triton",
+            _triton_kernels,
+            _why_no_triton,
+            _triton_devices,
+            FLOATS[1:],
+            features={"attention": ("return_lse",)},
+            max_head_dim=256,
         ),
         Backend(
-            "cuda", _cuda_kernels, _why_no_cuda, ("cuda",), FLOATS[1:],
-            features={"attention": ("return_lse",)}, max_head_dim=256,
+            "cuda",
+            _cuda_kernels,
+            _why_no_cuda,
+            ("cuda",),
+            FLOATS[1:],
+            features={"attention": ("return_lse",)},
+            max_head_dim=256,
         ),
         Backend("torch", reference),
     )

@@ -1,12 +1,7 @@
-"""One safetensors file holds a whole run: tensors (the model's under their own names) and JSON metadata.
-
-A file is replaced atomically: whatever happens while saving, the path holds the old content or the new.
-"""
+"""One safetensors file holds a whole run: tensors (the model's under their own names) and JSON metadata."""
 
 import json
-import os
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,31 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .data import UsageError
+from .files import atomic
 
 FORMAT = 1
-
-
-@contextmanager
-def atomic(path: Path):
-    """Yields a path in the same folder to write; on success it is synced to disk and moved to ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes it readable by its owner only
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is durable once its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict) -> int:

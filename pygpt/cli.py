@@ -6,8 +6,8 @@ Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 
 import argparse
 import importlib
+import importlib.util
 import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "train the reference GPT on text",
     "generate": "continue a prompt from a checkpoint",
     "demo": "train on backends torch and cpp side by side and compare",
-    "bench": "the benchmark suite (in a checkout)",
+    "bench": "every op's speed and memory beside PyTorch and other libraries",
 }
 
 
@@ -55,18 +55,21 @@ def _run(argv: list[str]):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, help in COMMANDS.items():
         sub = commands.add_parser(command, help=help, description=help, allow_abbrev=False)
-        if command == name and command != "bench":
-            importlib.import_module(f".{command}", __package__).add_arguments(sub)
-    if name == "bench":
-        return _bench(argv[argv.index("bench") + 1 :])
+        if command == name:
+            _module(command).add_arguments(sub)
     args = parser.parse_args(argv)
-    return importlib.import_module(f".{args.command}", __package__).run(args)
+    args.given = argv[argv.index(args.command) + 1 :]
+    return _module(args.command).run(args)
 
 
-def _bench(arguments: list[str]):
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "bench" / "__main__.py").is_file():
-        raise UsageError("the benchmarks are not installed; run `python -m bench` in a checkout of pygpt")
-    sys.path.insert(0, str(checkout))
-    sys.argv = ["bench", *arguments]
-    runpy.run_module("bench", run_name="__main__", alter_sys=True)
+def _module(command: str):
+    if command != "bench":
+        return importlib.import_module(f".{command}", __package__)
+    checkout = Path(__file__).resolve().parents[1]  # where bench/ stands beside the package
+    if (checkout / "bench" / "command.py").is_file():
+        if str(checkout) not in sys.path:
+            sys.path.insert(0, str(checkout))
+        return importlib.import_module("bench.command")
+    if importlib.util.find_spec("pygpt.bench") is None:
+        raise UsageError("the benchmarks are not installed; a checkout of pygpt has them in bench/")
+    return importlib.import_module("pygpt.bench.command")

@@ -117,6 +117,8 @@ def _table(losses: dict, seconds: dict, validation: dict, tokens_per_step: int):
     gaps = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
     ratio = median(seconds["torch"]) / median(seconds["cpp"])
     early = min(100, len(gaps))
-    print(f"largest difference of the two loss curves: {max(gaps[:early]):.1e} in the first {early} steps, {max(gaps):.1e} in all")
+    print(
+        f"largest difference of the two loss curves: {max(gaps[:early]):.1e} in the first {early} steps, {max(gaps):.1e} in all"
+    )
     print("  (training amplifies the last bit's rounding, in any two runs that do not add in the same order)")
     print(f'speed of "cpp" relative to "torch": {ratio:.2f}x (medians of {len(losses["cpp"])} steps each)')

@@ -6,7 +6,7 @@ import time
 from itertools import accumulate
 from pathlib import Path
 
-from .checkpoint import atomic
+from .files import atomic
 
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -24,14 +24,15 @@ class Progress:
     ...     progress.update(1, "loss 5.5")
     """
 
-    def __init__(self, label: str, total: int, done: int = 0):
+    def __init__(self, label: str, total: int, done: int = 0, steady: bool = False):
+        """steady: the bar is drawn when it is updated, and no thread redraws it beside what is being timed."""
         self.label, self.total, self.first, self.start = label, total, done, time.monotonic()
-        self.last_line, self.bar = -PLAIN_EVERY, None
+        self.last_line, self.bar, self.steady = -PLAIN_EVERY, None, steady
         if sys.stdout.isatty() and importlib.util.find_spec("rich"):
             from rich import progress as rich
 
             columns = "{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[status]}"
-            self.bar = rich.Progress(*columns, rich.TimeRemainingColumn(compact=True), "left")
+            self.bar = rich.Progress(*columns, rich.TimeRemainingColumn(compact=True), "left", auto_refresh=not steady)
             self.task = self.bar.add_task(label, total=total, completed=done, status="")
 
     def __enter__(self):
@@ -45,7 +46,7 @@ class Progress:
 
     def update(self, done: int, status: str):
         if self.bar:
-            self.bar.update(self.task, completed=done, status=status)
+            self.bar.update(self.task, completed=done, status=status, refresh=self.steady)
             return
         elapsed = time.monotonic() - self.start
         if elapsed - self.last_line >= PLAIN_EVERY or done == self.total:

@@ -76,7 +76,7 @@ def without_a_gpu(request, monkeypatch):
         return
     monkeypatch.setattr(verify, "ELEMENTS", 1)
     if name == "cuda":
-        import emulator
+        from tests import emulator
 
         row = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
         monkeypatch.setitem(TABLE, "cuda", row)

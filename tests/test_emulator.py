@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from emulator import SCHEDULES, build
+from tests.emulator import SCHEDULES, build
 
 INT, FLOAT = np.int32, np.float32
 SEEDS = range(3)

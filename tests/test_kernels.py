@@ -65,7 +65,9 @@ def test_wide_rows(op, N, dtype, compiled, device, generator):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_any_scale(scale, causal, dtype, compiled, device, generator):
-    args, grads = verify.draw("attention_lse", {"L": 70, "S": 150, "B": 1, "H": 2, "E": 24}, dtype, generator, device=device)
+    args, grads = verify.draw(
+        "attention_lse", {"L": 70, "S": 150, "B": 1, "H": 2, "E": 24}, dtype, generator, device=device
+    )
     args = *args[:3], causal, scale
     with pygpt.backend(compiled):
         ours = verify.directions("attention_lse", verify.SPECS["attention_lse"].call, args, grads)

@@ -9,8 +9,8 @@
 // Bound by memory: it moves three times the bytes of x, with dsum four times. Blocks stay for many rows: they
 // keep dw and db in registers, copy the next row to shared memory while they work on this one (a lane reads back
 // only what it copied itself, which takes no barrier), and leave one line of sums each for column_sums. How many
-// blocks there are depends on the shape alone; their lines add 3 % to the bytes at 16384 x 768 in 16 bits. Rows too
-// long for that are read twice for dx, and once more for dw and for db.
+// blocks there are depends on the shape alone; at 16384 x 768 in 16 bits their lines are 4 % of those bytes, written
+// and read once more. Rows too long for that are read twice for dx, and once more for dw and for db.
 #include "norm.cuh"
 #include "reduce.cuh"
 

@@ -38,7 +38,7 @@ struct Sums {
 namespace column_sums_detail {
 
 constexpr int kThreads = 256, kUnroll = 4;
-constexpr int64_t kFewRows = 512;   // summed by one launch
+constexpr int64_t kFewRows = 256;   // summed by one launch
 constexpr int64_t kBlocks = 1024;   // tiles times slices, about
 constexpr int64_t kSliceRows = 64;  // at least in a slice
 

@@ -32,7 +32,9 @@ def _under_every_schedule(module, name: str, op):
             first = tensors if first is None else first
             for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
                 if not torch.equal(_bits(a), _bits(b)):
-                    raise AssertionError(f"{name}: output {i} under the {schedule} schedule differs from {SCHEDULES[0]}")
+                    raise AssertionError(
+                        f"{name}: output {i} under the {schedule} schedule differs from {SCHEDULES[0]}"
+                    )
         return found
 
     return call

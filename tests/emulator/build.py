@@ -30,6 +30,7 @@ CXX = os.environ.get("CXX", "c++")
 
 # -ffp-contract=off: a * b + c is not one operation where the source has two.
 FLAGS = "-std=c++17 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native"
+MORE = os.environ.get("PYGPT_EMULATOR_FLAGS", "")  # such as -O0, for a debugger
 WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-attributes"
 PROGRAM = "-fstack-clash-protection"  # of kernels: a frame larger than the guard page faults too
 MACHINE = "-O3 -fno-tree-loop-distribute-patterns"  # of *.cpp: loops stay loops; sanitizers watch memset
@@ -106,8 +107,9 @@ def _ninja_file(name: str, sources: list[Path], sanitizer: str | None, arch: int
         [
             f"cxx = {CXX}",
             f"flags = {FLAGS} {WARNINGS} -I{HERE} -I{KERNELS} -DPYGPT_ARCH={arch}",
+            f"last = {MORE}",
             "rule compile",
-            "  command = $cxx $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
+            "  command = $cxx $flags $more $last -MMD -MF $out.d -x c++ -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",

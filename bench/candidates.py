@@ -1,0 +1,173 @@
+"""What takes part in a row: our backends and their peers, each as a call that is warm, right, and weighed.
+
+Whoever cannot take part says why. Results are held against PyTorch eager's before anything is timed: a call
+that computes something else must not look fast. (How exact ours are is for `pygpt verify` to judge.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from pygpt.backend import TABLE, choose
+
+from . import gpt, gpu_rows, harness, memory, ops
+from .gpu_rows import Refused
+from .harness import Peaks, Work
+from .peers import Peer
+
+OFF = 0.05  # ||result - eager's|| / ||eager's||, far above any rounding: another computation
+TOO_SLOW, PATIENCE = 30, 0.1  # times the fastest candidate, and seconds a call: a peer not worth the wait
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a case, in a dtype and a direction."""
+
+    case: ops.Case
+    dtype: str
+    direction: str
+
+    @property
+    def about(self) -> dict:
+        c = self.case
+        return {"op": c.op, "shape": c.shape, "dtype": self.dtype, "direction": self.direction, "dims": c.dims,
+                "standard": self.dtype in c.standard}  # fmt: skip
+
+    def __str__(self):
+        return f"{self.case.op} {self.case.shape} {self.dtype} {self.direction}"
+
+
+@dataclass
+class Field:
+    """Who takes part in a row, and what the row's work is."""
+
+    unit: str
+    amount: float  # of units, per call: 1e9 FLOPs or bytes, or tokens
+    peak: float  # the machine's, in ``unit``
+    calls: dict[str, Callable] = field(default_factory=dict)  # name -> a call without arguments
+    about: dict[str, dict] = field(default_factory=dict)  # name -> {"ours", "memory"}
+    refused: dict[str, str] = field(default_factory=dict)  # peer -> why
+    failed: dict[str, str] = field(default_factory=dict)  # our backend -> why
+    input_sets: int = 0
+    intensity: float | None = None  # operations per byte that must move
+    rotate: list[tuple] = field(default_factory=list)
+    estimates: dict[str, float] = field(default_factory=dict)  # seconds of a call
+
+    def refuse(self, name: str, why: str):
+        (self.refused if self.about.get(name, {}).get("ours") is False else self.failed)[name] = why
+        self.calls.pop(name, None)
+
+
+def prepare(row: Row, backends: list[str], peers: dict[str, Peer], peaks: Peaks, clock, say=lambda name: None) -> Field:
+    """``say`` gets the candidate whose turn it is, which may take a while."""
+    if row.case.op == "gpt":
+        return drop_the_slow(training_step(row, backends, peers, peaks, clock.device, say), clock)
+    device, dtype = clock.device, ops.DTYPES[row.dtype]
+    sets = harness.input_sets(lambda: row.case.setup(partial(_draw, dtype, device), *row.case.args))
+    work = sets[0]
+    found = field_of(row, work, peaks)
+    found.input_sets, found.rotate = len(sets), [w.tensors for w in sets]
+    reference = results(work.eager, work.tensors, row.direction)
+    found.intensity = intensity(work, reference, row.direction)
+    functions = {}
+    for name in backends:
+        found.about[name] = {"ours": True}
+        if why := TABLE[name].objections(row.case.op, work.tensors, {}):
+            found.refuse(name, f"not served: {'; '.join(why)}")
+        else:
+            served = choose(row.case.op, work.tensors).backend == name  # then the call need not be told
+            functions[name] = work.ours if served else gpu_rows.ours(name, work)
+    for name, peer in peers.items():
+        if not peer.serves(row.case.op):
+            continue
+        found.about[name] = {"ours": False}
+        try:
+            adapt = partial(peer.function, row.case.op, row.direction, work, row.case.dims)
+            functions[name] = gpu_rows.trying(adapt)
+        except Refused as e:
+            found.refuse(name, str(e))
+    for place, (name, function) in enumerate(functions.items()):
+        say(name)
+        try:
+            enter(found, name, function, peers.get(name), row, reference, device, place)
+        except Refused as e:
+            found.refuse(name, str(e))
+    return drop_the_slow(found, clock)
+
+
+def _draw(dtype, device, *shape):
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def field_of(row: Row, work: Work, peaks: Peaks) -> Field:
+    amount = work.amount[row.direction == "backward"]
+    if work.bound == "memory":
+        return Field("GB/s", amount * work.tensors[0].element_size() / 1e9, peaks.copy)
+    return Field("GFLOP/s", amount / 1e9, peaks.flops[row.dtype])
+
+
+def intensity(work: Work, reference: tuple, direction: str) -> float:
+    """FLOPs per byte that must move at least, inputs and results. A norm or an activation counts one per element."""
+    if work.bound == "memory":
+        return 1.0 / work.tensors[0].element_size()
+    return work.amount[direction == "backward"] / sum(t.nbytes for t in (*work.tensors, *reference))
+
+
+def results(function: Callable, tensors: tuple, direction: str) -> tuple:
+    """Outputs, or gradients for upstream gradients that are always the same."""
+    torch.manual_seed(0)
+    return harness.as_tuple(harness.prepared(function, tensors, direction)())
+
+
+def enter(found: Field, name: str, function, peer: Peer | None, row: Row, reference, device: str, place: int):
+    """Checks, weighs and adds one candidate. Raises Refused."""
+    convert, export = (peer.convert, peer.export) if peer else (lambda t: t,) * 2
+    tensors = gpu_rows.trying(lambda: [convert(ts) for ts in found.rotate])
+    got = gpu_rows.trying(lambda: results(lambda *ts: export(function(*ts)), tensors[0], row.direction))
+    if why := difference(got, reference):
+        raise Refused(why)
+    once = harness.once(function, tensors[0], row.direction)
+    found.about[name]["memory"] = gpu_rows.trying(lambda: memory.peak_bytes(once, device))
+    skip = place * len(tensors) // max(len(found.about), 1)  # no two candidates are at the same set
+    found.calls[name] = gpu_rows.trying(lambda: harness.caller(function, tensors, row.direction, skip))
+
+
+def difference(got: tuple, wanted: tuple) -> str:
+    """Why the results are not PyTorch's; empty if they are."""
+    if [g.shape for g in got] != [w.shape for w in wanted]:
+        return f"its results have shapes {[tuple(g.shape) for g in got]}, PyTorch's {[tuple(w.shape) for w in wanted]}"
+    for g, w in zip(got, wanted, strict=True):
+        w = w.float()
+        error = ((g.to(w.device).float() - w).norm() / w.norm().clamp_min(1e-30)).item()
+        if not error <= OFF:
+            return f"its result is {error:.0%} off PyTorch's: another computation"
+    return ""
+
+
+def drop_the_slow(found: Field, clock) -> Field:
+    """Takes out peers that would cost far more time than their figure is worth."""
+    seconds = found.estimates = {name: clock.estimate(call) for name, call in found.calls.items()}
+    for name, took in seconds.items():
+        if not found.about[name]["ours"] and took > max(PATIENCE, TOO_SLOW * min(seconds.values())):
+            found.refuse(name, f"{took:.2g} s a call, more than {TOO_SLOW} times the fastest")
+    return found
+
+
+def training_step(row: Row, backends, peers, peaks: Peaks, device: str, say) -> Field:
+    """Of the GPT: one candidate is one model with its optimizer."""
+    found = None
+    for name in (*backends, *(name for name in ("eager", "compile") if name in peers)):
+        say(name)
+        model, step = gpt.trainer(row.case.args[0], row.dtype, device, name)
+        if found is None:
+            found = Field("tok/s", gpt.BATCH * gpt.BLOCK, peaks.flops["float32"] * 1e9 / gpt.flops_per_token(model))
+            found.input_sets = gpt.BATCHES
+        found.about[name] = {"ours": name in backends}
+        try:
+            found.about[name]["memory"] = gpu_rows.trying(lambda s=step: memory.peak_bytes(s, device))
+            found.calls[name] = step
+        except Refused as e:
+            found.refuse(name, str(e))
+    return found

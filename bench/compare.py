@@ -1,0 +1,80 @@
+"""`pygpt bench --compare A.json B.json`: what became slower or faster, beyond what the measurements spread."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import report, results
+from .results import Entry, Result
+
+
+@dataclass(frozen=True)
+class Change:
+    row: Result
+    old: Entry
+    new: Entry
+
+    @property
+    def factor(self) -> float:
+        """Time now over time then."""
+        return self.new.ms / self.old.ms
+
+    @property
+    def word(self) -> str:
+        wide = 1 + results.margin(self.old, self.new)
+        if self.factor > wide:
+            return "slower"
+        return "faster" if self.factor < 1 / wide else "same"
+
+    @property
+    def regression(self) -> bool:
+        return self.new.ours and self.word == "slower"
+
+
+def changes(old: list[Result], new: list[Result]) -> list[Change]:
+    """Of every candidate that both runs measured."""
+    before = {str(row): row.entries for row in old}
+    pairs = ((row, before.get(str(row), {}).get(name), entry) for row in new for name, entry in row.entries.items())
+    return [Change(row, then, now) for row, then, now in pairs if then is not None]
+
+
+def show(first: Path, second: Path) -> int:
+    """Prints the comparison -> 1 where one of ours became slower, else 0. UsageError if there is nothing to compare."""
+    documents = [results.read(path) for path in (first, second)]
+    old, new = (results.rows(document) for document in documents)
+    found = changes(old, new)
+    if not found:
+        raise results.UsageError(f"{first} and {second} have no row in common")
+    out = report.console()
+    heads = [report.head(results.about(document)["machine"]) for document in documents]
+    out.print("\n".join(dict.fromkeys(heads)), soft_wrap=True, markup=False)
+    if heads[0].splitlines()[:2] != heads[1].splitlines()[:2]:
+        out.print("These are two machines or set-ups: what differs may be theirs.")
+    out.print(table([change for change in found if change.new.ours or change.word != "same"]))
+    gone = {str(row) for row in old} ^ {str(row) for row in new}
+    if gone:
+        out.print(f"{len(gone)} rows are in one file only")
+    bad = sum(change.regression for change in found)
+    ours = sum(change.new.ours for change in found)
+    out.print(f"{bad} of {ours} timings of ours became slower by more than their spread")
+    return 1 if bad else 0
+
+
+def table(found: list[Change]):
+    from rich.table import Table
+
+    t = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("op", "shape", "dtype", "direction", "candidate"):
+        t.add_column(name, no_wrap=True)
+    for name in ("A ms", "B ms", "B/A", "spread", "A MB", "B MB"):
+        t.add_column(name, justify="right", no_wrap=True)
+    t.add_column("", no_wrap=True)
+    for c in sorted(found, key=lambda change: -change.factor):
+        word = "REGRESSION" if c.regression else c.word
+        colour = {"REGRESSION": "bold red", "faster": "green"}.get(word, "")
+        t.add_row(
+            c.row.op, c.row.shape, c.row.dtype, c.row.direction, c.new.name,
+            report.number(c.old.ms, 4), report.number(c.new.ms, 4), f"{c.factor:.2f}",
+            f"{results.margin(c.old, c.new):.0%}", report.megabytes(c.old.memory), report.megabytes(c.new.memory),
+            f"[{colour}]{word}[/]" if colour else word,
+        )  # fmt: skip
+    return t

@@ -1,0 +1,68 @@
+"""Peak memory of one call: what it needs at its worst moment, beyond what was there before it began.
+
+On a GPU the caching allocator counts. A CPU has several allocators (PyTorch's, MKL's and oneDNN's scratch, the
+kernels' own), so the kernel counts there: free heap pages are given back, the high-water mark of resident memory
+is reset, and after the call the mark less the memory resident before it is the figure. All that the call touched is
+in it, results too; what a library allocated in an earlier call and kept is not.
+
+Meanwhile every block of any size comes from mmap, so that what a call frees is gone at once; otherwise a 4 MB block
+placed beside a freed one of 16 MB counted as 20 MB. Afterwards, the C library's thresholds are where they arrive
+by themselves in a program that has once freed a block of 32 MB.
+"""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets VmHWM
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+EVERY, USUAL = 64 << 10, 32 << 20  # blocks from here on come from mmap
+
+
+def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
+    """Runs ``call`` twice and measures the second; None where the system cannot say."""
+    call()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    libc = ctypes.CDLL(None)
+    if not RESET.exists() or not hasattr(libc, "mallopt"):
+        return None
+    libc.mallopt(M_MMAP_THRESHOLD, EVERY)
+    try:
+        libc.malloc_trim(0)
+        RESET.write_text("5")
+        before = resident("VmRSS")
+        call()
+        return max(0, resident("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, USUAL)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
+
+
+def resident(which: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most since the last reset."""
+    return _kilobytes("/proc/self/status")[which] * 1024
+
+
+def available() -> int | None:
+    """Bytes the system can still give; None where it doesn't say."""
+    try:
+        return _kilobytes("/proc/meminfo")["MemAvailable"] * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def _kilobytes(path: str) -> dict[str, int]:
+    fields = (line.split() for line in Path(path).read_text().splitlines())
+    return {f[0].rstrip(":"): int(f[1]) for f in fields if f[-1] == "kB"}

@@ -1,0 +1,237 @@
+"""The figures of a run, in matplotlib: what a table of a hundred rows cannot show at a glance."""
+
+import importlib.util
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from pygpt.data import UsageError
+from pygpt.files import atomic
+
+from .results import Result
+
+OURS = {"cpp": "#d1495b", "cuda": "#d1495b", "triton": "#8f2d56", "torch": "#c17c74"}
+PEERS = ("#30638e", "#4c9f70", "#edae49", "#6d597a", "#00798c", "#9c6644", "#7f7f7f", "#b5838d")
+MARKS = "osD^vPX*<>"
+TIDY = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
+        "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "pygpt", "svg.fonttype": "path"}  # fmt: skip
+
+
+def all_figures(rows: list[Result], machine: dict, curves: dict) -> dict | None:
+    """{name: Figure} of what ``rows`` can show; None without matplotlib. curves: see `training_curves`."""
+    if not importlib.util.find_spec("matplotlib"):
+        return None
+    import matplotlib
+
+    with matplotlib.rc_context(TIDY):
+        drawn = {
+            "ratios": ratios(rows),
+            "speed": by_length(rows, "rate"),
+            "memory": by_length(rows, "memory") or memory_bars(rows),
+            "roofline": roofline(rows, machine),
+            "training": training(curves),
+        }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def write(figure, path: Path):
+    """As the suffix says; the same figure gives the same file."""
+    import matplotlib
+
+    undated = {"Date": None} if path.suffix == ".svg" else {}
+    with matplotlib.rc_context(TIDY), atomic(path) as temporary:
+        figure.savefig(temporary, metadata=undated, dpi=150)
+
+
+def _subplots(width: float, height: float, columns: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _colours(rows: list[Result]) -> dict[str, str]:
+    """Each candidate's colour, the same in every figure of a run."""
+    peers = sorted({peer.name for row in rows for peer in row.peers}, key=lambda name: (name != "eager", name))
+    return OURS | {name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)}
+
+
+# ------------------------------------------------------------------------------- ours over theirs
+def ratios(rows: list[Result]):
+    """A line per shape and dtype, a point per direction: how many times PyTorch eager's speed."""
+    points = defaultdict(dict)
+    for row in rows:
+        for entry in row.ours[:1]:
+            if (ratio := row.ratio(entry)) is not None and (row.standard or not any(r.standard for r in rows)):
+                points[row.op, row.shape, row.dtype][row.direction] = ratio
+    if not points:
+        return None
+    figure, (axes,) = _subplots(8, 1 + 0.24 * len(points))
+    labels = [f"{op}  {shape}  {dtype}" for op, shape, dtype in points]
+    looks = {"forward": ("#d1495b", "o"), "backward": ("#30638e", "D"), "step": ("#4c9f70", "s")}
+    for direction, (colour, mark) in looks.items():
+        found = [(found[direction], y) for y, found in enumerate(points.values()) if direction in found]
+        if found:
+            axes.scatter(*zip(*found, strict=True), color=colour, marker=mark, s=26, label=direction, zorder=3)
+    for y, found in enumerate(points.values()):
+        axes.plot([min(found.values()), max(found.values())], [y, y], color="0.75", zorder=1)
+    axes.axvline(1, color="0.3", linewidth=1)
+    low, high = (pick(v for found in points.values() for v in found.values()) for pick in (min, max))
+    axes.set_xscale("log")
+    axes.set_xlim(min(low, 0.9) / 1.1, max(high, 1.2) * 1.1)
+    ticks = [x for x in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if low / 1.3 <= x <= high * 1.3 or x == 1]
+    axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_title("Speed over PyTorch eager's", loc="left")
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    return figure
+
+
+# ------------------------------------------------------------------------------- by sequence length
+def families(rows: list[Result]) -> list[list[Result]]:
+    """Attention rows that differ in nothing but the sequence length: the longest such list of each direction."""
+    found = defaultdict(list)
+    for row in rows:
+        if row.op == "attention" and row.dims and row.dims["L"] == row.dims["S"]:
+            rest = tuple(value for key, value in row.dims.items() if key not in "LS")
+            found[row.direction, row.dtype, rest].append(row)
+    best = {}
+    for (direction, *_), members in found.items():
+        if len(members) > max(1, len(best.get(direction, ()))):
+            best[direction] = sorted(members, key=lambda row: row.dims["L"])
+    return list(best.values())
+
+
+def by_length(rows: list[Result], what: str):
+    """Attention's "rate" or "memory" over the sequence length, a line per candidate, a panel per direction."""
+    found = [f for f in families(rows) if any(getattr(e, what) is not None for row in f for e in row.entries.values())]
+    if not found:
+        return None
+    colours = _colours(rows)
+    figure, panels = _subplots(4.5 * len(found), 3.6, len(found))
+    for axes, members in zip(panels, found, strict=True):
+        names = dict.fromkeys(entry.name for row in members for entry in (*row.ours, *row.peers))
+        for name, mark in zip(names, MARKS * 3, strict=False):
+            entries = [(row.dims["L"], row.entries[name]) for row in members if name in row.entries]
+            known = [(T, getattr(e, what)) for T, e in entries if getattr(e, what)]
+            xs, ys = [T for T, _ in known], [y / 2**20 if what == "memory" else y for _, y in known]
+            axes.plot(xs, ys, marker=mark, markersize=4, label=name, color=colours[name])
+        first = members[0]
+        if what == "rate":
+            peaks = [e.rate / e.share for row in members for e in row.ours if e.share]
+            if peaks:
+                axes.axhline(peaks[0], color="0.3", linewidth=1, linestyle="--")
+                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate("measured peak", (1, peaks[0]), **place)
+            axes.set(ylabel=first.ours[0].unit if first.ours else "")
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set(ylabel="MB at the worst moment of a call")
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([row.dims["L"] for row in members], [str(row.dims["L"]) for row in members])
+        rest = " ".join(part for part in first.shape.split() if not part.startswith("T"))
+        axes.set(xlabel="sequence length", title=f"attention {first.direction}, {rest}, {first.dtype}")
+    panels[0].legend()
+    return figure
+
+
+def memory_bars(rows: list[Result]):
+    """Peak memory of ours and of PyTorch eager, where there is no sweep."""
+    known = [row for row in rows if row.standard and row.ours and row.ours[0].memory and "eager" in row.entries]
+    known = [row for row in known if row.entries["eager"].memory]
+    if not known:
+        return None
+    figure, (axes,) = _subplots(8, 1 + 0.32 * len(known))
+    for shift, pick, label, colour in (
+        (-0.18, lambda row: row.ours[0], "ours", OURS["cpp"]),
+        (0.18, lambda row: row.entries["eager"], "PyTorch eager", PEERS[0]),
+    ):
+        values = [pick(row).memory / 2**20 for row in known]
+        axes.barh([y + shift for y in range(len(known))], values, height=0.34, color=colour, label=label)
+    axes.set_yticks(range(len(known)), [str(row) for row in known])
+    axes.set_ylim(len(known) - 0.4, -0.6)
+    axes.set(title="Peak memory of a call beyond its inputs", xlabel="MB")
+    axes.legend()
+    return figure
+
+
+# ------------------------------------------------------------------------------- roofline
+def roofline(rows: list[Result], machine: dict):
+    """Where each row stands below the machine's two limits."""
+    known = [row for row in rows if row.intensity and row.ours and row.ours[0].share]
+    if not known or "peak_gflops" not in machine:
+        return None
+    peak, copy = max(machine["peak_gflops"].values()), machine["copy_peak_gbs"]
+    figure, (axes,) = _subplots(8, 4.5)
+    places = [row.intensity for row in known] + [peak / copy]  # the ridge too
+    low, high = min(places) / 2, max(places) * 4
+    xs = [low * (high / low) ** (i / 200) for i in range(201)]
+    axes.plot(xs, [min(peak, copy * x) for x in xs], color="0.3", linewidth=1.5)
+    axes.annotate(f"{peak:.0f} GFLOP/s", (high, peak), ha="right", va="bottom")
+    axes.annotate(f"{copy:.0f} GB/s", (low, copy * low * 1.3), ha="left", va="bottom")
+    by_op = defaultdict(list)
+    for row in known:
+        by_op[row.op].append(row)
+    for (op, members), mark, colour in zip(by_op.items(), MARKS * 2, (OURS["cpp"], *PEERS) * 2, strict=False):
+        for direction, face in (("forward", colour), ("backward", "none")):
+            points = [(row.intensity, _flops(row)) for row in members if row.direction == direction]
+            if points:
+                label = op if direction == "forward" or len({r.direction for r in members}) == 1 else None
+                x, y = zip(*points, strict=True)
+                axes.scatter(x, y, marker=mark, s=30, facecolors=face, edgecolors=colour, label=label, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(min(_flops(row) for row in known) / 2, peak * 2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_minor_formatter(lambda x, _: "")
+    axes.set(xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
+    axes.set(title="Ours below the machine's limits (hollow: backward)")
+    axes.legend(ncols=2, loc="lower right")
+    return figure
+
+
+def _flops(row: Result) -> float:
+    """GFLOP/s; where bytes are counted, their rate times the conventional operations per byte."""
+    entry = row.ours[0]
+    return entry.rate * row.intensity if entry.unit == "GB/s" else entry.rate
+
+
+# ------------------------------------------------------------------------------- training
+def training_curves(path: Path) -> dict[str, tuple[list, list]]:
+    """Label -> (steps, losses) of a log.jsonl of `pygpt train`, or of its folder. UsageError if it is none."""
+    path = path / "log.jsonl" if path.is_dir() else path
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        labels = {"loss": "train", "val_loss": "validation"}
+        points = {key: [(e["step"], e[key]) for e in entries if key in e] for key in labels}
+    except FileNotFoundError:
+        raise UsageError(f"--training: no such file: {path}") from None
+    except (ValueError, TypeError, KeyError, OSError) as e:
+        raise UsageError(f"--training: {path} is not a log of `pygpt train`: {e}") from None
+    if not any(points.values()):
+        raise UsageError(f"--training: {path} has no losses")
+    curves = {key: tuple(map(list, zip(*found, strict=True))) for key, found in points.items() if found}
+    return {f"{path.parent.name} {labels[key]}": curve for key, curve in curves.items()}
+
+
+def training(curves: dict):
+    """Losses by step."""
+    if not curves:
+        return None
+    figure, (axes,) = _subplots(8, 4)
+    for (label, (steps, losses)), colour in zip(curves.items(), (OURS["cpp"], *PEERS) * 3, strict=False):
+        few = len(steps) <= 60
+        axes.plot(steps, losses, color=colour, marker="o" if few else "", markersize=3.5, linewidth=1.5, label=label)
+    lowest = min(loss for _, losses in curves.values() for loss in losses if math.isfinite(loss))
+    axes.annotate(f"{lowest:.3f}", (0.99, lowest), xycoords=("axes fraction", "data"), ha="right", va="top")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training")
+    axes.legend()
+    return figure
