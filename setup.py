@@ -132,7 +132,7 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def build_cuda(self, ext):
-        nvcc, archs = cuda_compiler(), cuda_archs()
+        nvcc, archs = NVCC, CUDA_ARCHS
         objects = Path(self.build_temp) / f"cuda-{'-'.join(archs)}"
         objects.mkdir(parents=True, exist_ok=True)
         code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -177,7 +177,9 @@ extensions = [
         language="c++",
     )
 ]
-if cuda_compiler():
+NVCC = cuda_compiler()
+if NVCC:
+    CUDA_ARCHS = cuda_archs()
     extensions.append(
         Extension(
             "pygpt._cuda",

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL, SPARE = 480, 20  # seconds; what ending everything may take
 LIMITS = {"build": 150, "tests": 200, "benchmark": 270}
-TESTS = ("tests/test_parity.py", "tests/test_cuda.py", "tests/test_triton.py")
+TESTS = ("tests/test_parity.py", "tests/test_kernels.py", "tests/test_cuda.py", "tests/test_triton.py")
 FAMILIES = ("attention", "mlp", "linear,gelu,relu", "layer_norm,add_layer_norm,rms_norm")  # prepared side by side
 PATIENCE = 15  # seconds between asking a step to stop and killing it
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when Triton is imported
+
 from .gpu_code import DEVICES, table
 from .options import some_of
 

@@ -4,15 +4,12 @@ The launchers of pygpt.triton_kernels run on meta tensors, which have shapes and
 what they would launch is compiled instead, each shipped configuration, for each target.
 """
 
-import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
 import torch
 import triton

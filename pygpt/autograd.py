@@ -14,6 +14,25 @@ from torch.autograd import Function
 from . import reference
 
 
+class _NoContext:
+    """What forward gets where nobody will ask for gradients: it keeps nothing."""
+
+    @staticmethod
+    def save_for_backward(*tensors):
+        pass
+
+    @staticmethod
+    def set_materialize_grads(value):
+        pass
+
+
+def apply(function: type[Function], k, tensors, args):
+    """``function.apply(k, *args)``, without its cost (5 us) where none of the ``tensors`` needs a gradient."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return function.apply(k, *args)
+    return function.forward(_NoContext(), k, *args)
+
+
 def _create_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

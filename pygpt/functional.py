@@ -80,7 +80,7 @@ def _run(op: str, *args, **features):
     k = backend.pick(op, tensors, features)
     if k is reference:
         return getattr(reference, op)(*args, **features)
-    return _FUNCTIONS[op].apply(k, *args)
+    return autograd.apply(_FUNCTIONS[op], k, tensors, args)
 
 
 def _autocast(op: str, device: str, args):

@@ -13,7 +13,7 @@ from .backend import OPS, TABLE, chosen
 
 
 def gather() -> dict:
-    extension = find_spec("pygpt._C")
+    extension, cuda = find_spec("pygpt._C"), find_spec("pygpt._cuda")
     built = not TABLE["cpp"].missing
     if built:
         from . import _C
@@ -25,6 +25,7 @@ def gather() -> dict:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "extension": extension.origin if extension else None,
+        "cuda_extension": cuda.origin if cuda else None,
         "cpu_capability": _C.cpu_capability() if built else None,
         "cpu_capabilities": list(_C.cpu_capabilities()) if built else [],
         "chosen_backend": chosen(),
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace):
         return
     ops = found.pop("ops")
     capabilities = ", ".join(found.pop("cpu_capabilities")) or "none"
-    found["extension"] = found["extension"] or "not built"
+    for name in ("extension", "cuda_extension"):
+        found[name] = found[name] or "not built"
     found["triton"] = found["triton"] or "not installed"
     found["cpu_capability"] = f"{found['cpu_capability'] or '-'} (available: {capabilities})"
     found["chosen_backend"] = found["chosen_backend"] or "none: each call goes to the first that serves it"

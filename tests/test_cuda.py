@@ -27,6 +27,27 @@ def test_built_where_there_is_nvcc():
         assert LIBRARY is not None
 
 
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"PYGPT_BUILD_CUDA": "yes"}, "PYGPT_BUILD_CUDA must be 0 or 1, got 'yes'"),
+        (
+            {"PYGPT_BUILD_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"},
+            "PYGPT_BUILD_CUDA=1, but nvcc is neither",
+        ),
+        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "hopper"}, "must be compute capabilities such as '80 90'"),
+    ],
+)
+def test_bad_wishes_stop_the_build_before_it_begins(variables, message):
+    if "PYGPT_CUDA_ARCHS" in variables and not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    if variables.get("PATH") and Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is where it is always found")
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+
+
 @needs_library
 def test_what_is_left_to_torchs_cuda_part():
     """Everything else is in the library, in torch without CUDA, or in the system: it can be built on any machine."""

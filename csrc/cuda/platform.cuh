@@ -53,8 +53,8 @@ template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
              Arguments&&... arguments) {
-  cudaError_t e = cudaSuccess;
-  if (shared > (48 << 10))
+  cudaError_t e = cudaSetDevice(stream.device);
+  if (e == cudaSuccess && shared > (48 << 10))
     e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (e == cudaSuccess) {
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);

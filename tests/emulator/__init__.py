@@ -54,8 +54,8 @@ def launches(call: Callable) -> list[tuple[str, int, int]]:
 
 
 @functools.cache
-def kernels() -> SimpleNamespace:
-    module = build.load()
+def kernels(sanitizer: str | None = None) -> SimpleNamespace:
+    module = build.load(sanitizer)
     names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
     ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in names}
     return SimpleNamespace(**{name: _under_every_schedule(module, name, op) for name, op in ops.items()})

@@ -46,6 +46,8 @@ LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 def environment(sanitizer: str) -> dict[str, str]:
     """The environment variables that a Python process needs for load(sanitizer)."""
+    if sanitizer not in LIBRARIES:
+        return {}
     job = [CXX, f"-print-file-name={LIBRARIES[sanitizer]}"]
     library = subprocess.run(job, capture_output=True, text=True, check=True).stdout.strip()
     options = {
