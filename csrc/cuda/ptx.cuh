@@ -107,9 +107,11 @@ __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t 
 #else
 
 // sm_75 has no bfloat16 in its tensor cores: lane (g, t) fetches rows g and g + 8 of A, columns 2t and 2t + 1 of B.
+// Right and slow; not inlined, for kernels of a hundred products would take minutes to compile.
 template <>
-__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __noinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int quad = threadIdx.x & 28, column = 8 * (threadIdx.x & 3);
+#pragma unroll 1
   for (int k = 0; k < 16; k += 2)  // k, k + 1: in lane k % 8 / 2 of a quad, in its first or second registers
     for (int i = 0; i < 4; ++i) {
       const int lane = k % 8 / 2;
