@@ -159,8 +159,10 @@ class BuildKernels(build_ext):
             "-ltorch_cpu",
             "-lc10",
         ]
-        link = [nvcc, "-shared", "-cudart=static", "-o", target, *binding.result(), *kernels, *libraries]
+        partial = target.with_suffix(".partial")
+        link = [nvcc, "-shared", "-cudart=static", "-o", partial, *binding.result(), *kernels, *libraries]
         subprocess.run(link, check=True)
+        partial.replace(target)
 
 
 def sources(pattern):

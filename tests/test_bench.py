@@ -145,7 +145,7 @@ def test_the_training_step(plain, monkeypatch):
     assert bench(*FEW, "--ops=gpt", "--dtypes=float32,bfloat16,float16") == 0
     assert [(row.dtype, row.direction) for row in rows()] == [("float32", "step"), ("bfloat16", "step")]
     (ours,) = rows()[0].ours
-    assert ours.unit == "tok/s" and ours.rate == pytest.approx(8 / ours.ms * 1e3, rel=1e-3) and ours.memory > 0
+    assert ours.unit == "tok/s" and ours.rate == pytest.approx(8 / ours.ms * 1e3, rel=1e-3) and ours.memory >= 0
 
 
 @pytest.mark.parametrize("wanted, code, times", [(0.0, 0, 1), (1e9, 1, 1 + command.ATTEMPTS)])
