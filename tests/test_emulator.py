@@ -343,6 +343,7 @@ for op, dims in (*cases.variants(cases.TYPICAL), *large, *wide):
     for dtype, view in every[::2] if sys.argv[1] == "thread" else every:  # each access costs it 20 times as much
         failed = [row for row in verify.measure(op, dims, dtype, generator, "cuda", view=view) if not row.passed]
         assert not failed, failed
+    print(op, dims, flush=True)
 print("all right")
 """
 

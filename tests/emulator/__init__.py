@@ -22,10 +22,10 @@ def _bits(t: torch.Tensor) -> torch.Tensor:
     return t.contiguous().view(torch.uint8) if t.dim() else t.reshape(1).view(torch.uint8)
 
 
-def _under_every_schedule(module, name: str, op):
+def _under(schedules, module, name: str, op):
     def call(*args):
         first = None
-        for schedule in SCHEDULES:
+        for schedule in schedules:
             module.schedule(schedule, torch.initial_seed() % 2**32)
             found = op(*args)
             tensors = found if isinstance(found, tuple) else (found,)
@@ -33,7 +33,7 @@ def _under_every_schedule(module, name: str, op):
             for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
                 if not torch.equal(_bits(a), _bits(b)):
                     raise AssertionError(
-                        f"{name}: output {i} under the {schedule} schedule differs from {SCHEDULES[0]}"
+                        f"{name}: output {i} under the {schedule} schedule differs from {schedules[0]}"
                     )
         return found
 
@@ -56,6 +56,7 @@ def launches(call: Callable) -> list[tuple[str, int, int]]:
 @functools.cache
 def kernels(sanitizer: str | None = None) -> SimpleNamespace:
     module = build.load(sanitizer)
+    schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # a race shows under any of them
     names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
     ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in names}
-    return SimpleNamespace(**{name: _under_every_schedule(module, name, op) for name, op in ops.items()})
+    return SimpleNamespace(**{name: _under(schedules, module, name, op) for name, op in ops.items()})
