@@ -6,13 +6,15 @@ is reset, and after the call the mark less the memory resident before it is the 
 in it, results too; what a library allocated in an earlier call and kept is not.
 
 Meanwhile every block of any size comes from mmap, so that what a call frees is gone at once; otherwise a 4 MB block
-placed beside a freed one of 16 MB counted as 20 MB. Afterwards, the C library's thresholds are where they arrive
-by themselves in a program that has once freed a block of 32 MB.
+placed beside a freed one of 16 MB counted as 20 MB. The C library looks among the heap's free blocks first: those are
+taken before the call and freed after it. Afterwards, its thresholds are where they arrive by themselves in a program
+that has once freed a block of 32 MB.
 """
 
 import ctypes
 import gc
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,12 @@ import torch
 RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets VmHWM
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 EVERY, USUAL = 64 << 10, 32 << 20  # blocks from here on come from mmap
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's mallinfo2: ten sizes, of which ``arena`` is what the heap holds, free or in use."""
+
+    _fields_ = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
 
 
 def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
@@ -33,19 +41,31 @@ def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    libc = ctypes.CDLL(None)
-    if not RESET.exists() or not hasattr(libc, "mallopt"):
-        return None
-    libc.mallopt(M_MMAP_THRESHOLD, EVERY)
     try:
-        libc.malloc_trim(0)
-        RESET.write_text("5")
-        before = resident("VmRSS")
-        call()
-        return max(0, resident("VmHWM") - before)
-    except (OSError, KeyError):
+        with _no_heap():
+            RESET.write_text("5")
+            before = resident("VmRSS")
+            call()
+            return max(0, resident("VmHWM") - before)
+    except (OSError, KeyError, AttributeError):
         return None
+
+
+@contextmanager
+def _no_heap():
+    """Blocks of ``EVERY`` bytes and more come from mmap; AttributeError where the C library is not glibc."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes, libc.mallinfo2.restype = ctypes.c_void_p, [ctypes.c_void_p], _Mallinfo
+    libc.mallopt(M_MMAP_THRESHOLD, EVERY)
+    taken, size = [], libc.mallinfo2().arena
+    try:
+        while libc.mallinfo2().arena <= size:  # the heap grows once no free block is large enough
+            taken.append(libc.malloc(EVERY - 1024))
+        libc.malloc_trim(0)
+        yield
     finally:
+        for block in taken:
+            libc.free(block)
         libc.mallopt(M_MMAP_THRESHOLD, USUAL)
         libc.mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
 
