@@ -34,7 +34,7 @@ PyObject* fma_rate(PyObject*, PyObject* milliseconds) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: baseline, avx2 or avx512."},
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: baseline, avx2, avx512 or avx512_bf16."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets compiled that this machine can run."},
     {"fma_rate", fma_rate, METH_O, "fma_rate(milliseconds): measured float32 multiply-add peak, GFLOP/s, all threads."},
     {nullptr, nullptr, 0, nullptr}};

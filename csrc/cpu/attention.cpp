@@ -16,7 +16,8 @@
 // added in order.
 //
 // All products run on the packed GEMM's microkernel (gemm.h). Packing Q, K, V, dO a head at a time
-// converts 16-bit types and absorbs any strides; P and dS are operands as they lie.
+// converts 16-bit types and absorbs any strides; P and dS are operands as they lie. Where the machine
+// multiplies pairs of bf16, forward's products take them: P is rounded to bf16, its row sums are not.
 #include <cmath>
 #include <limits>
 
@@ -55,9 +56,9 @@ IVec<T> lane_index() {
   return v;
 }
 
-// A B of two packed panels, K channels long: in runs of 128, so that long rows round no worse than short ones.
-template <class T>
-PYGPT_INLINE Tile<T> dot_products(int64_t K, const T* a, const T* b) {
+// A B of two packed panels, K steps long: in runs of 128, so that long rows round no worse than short ones.
+template <class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE Tile<T> dot_products(int64_t K, const U* a, const U* b) {
   constexpr int64_t kRun = 128;
   Tile<T> tile = multiply<1, MR>(std::min(K, kRun), a, b, NR<T>);
   for (int64_t k = kRun; k < K; k += kRun)
@@ -65,11 +66,23 @@ PYGPT_INLINE Tile<T> dot_products(int64_t K, const T* a, const T* b) {
   return tile;
 }
 
-// Scores of MR query rows from row0 against one panel of keys from `first`; those of keys from `keys` on,
-// and above the diagonal if causal, become -inf.
-template <class T>
-PYGPT_INLINE Tile<T> score_tile(const T* q, const T* k, int64_t E, int64_t row0, int64_t first, int64_t keys, bool causal) {
-  Tile<T> tile = dot_products(E, q, k);
+// A step of Q is scaled when it is packed, unless it is a pair, which stays as it is: then its scores are.
+template <class U>
+Read<U> scaled(double scale) {
+  if constexpr (Step<U>::kDepth == 1) return {U(scale)};
+  return {};
+}
+
+// Scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
+// keys from `keys` on, and above the diagonal if causal, become -inf.
+template <class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE Tile<T> score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first) {
+  const int64_t keys = a.k_len;
+  const bool causal = a.is_causal;
+  Tile<T> tile = dot_products(steps, q, k);
+  if constexpr (Step<U>::kDepth > 1)
+    for (int r = 0; r < MR; r++)
+      for (int v = 0; v < NV; v++) tile.c[r][v] *= T(a.scale);
   if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
     for (int r = 0; r < MR; r++) {
       const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
@@ -96,9 +109,9 @@ struct Row {
   T m = -kInf<T>, l = 0;  // running maximum and sum
 };
 
-// One row of scores -> exp(score - m') in place; updates the running maximum and sum, and returns the
-// factor by which the output so far shrinks.
-template <class T>
+// One row of scores -> exp(score - m') in place, as steps U; updates the running maximum and sum, and returns
+// the factor by which the output so far shrinks.
+template <class U, class T>
 PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
   Vec<T> top = load(p);
   for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
@@ -108,7 +121,7 @@ PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
   Vec<T> total = {};
   for (int64_t v = 0; v < vectors; v++) {
     const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
-    store(p + v * W<T>, e);
+    Step<U>::store(reinterpret_cast<U*>(p) + v * W<T> / Step<U>::kDepth, e);
     total += e;
   }
   const T shrink = before == m ? T(1) : std::exp2((before - shift) * kLog2e<T>);
@@ -128,11 +141,14 @@ PYGPT_INLINE void finish_row(const AttentionArgs& a, int64_t b, int64_t h, int64
 
 // One block of BR query rows of head (b, h) from row i0, against packed keys and values.
 template <class S>
-void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const Acc<S>* k, const Acc<S>* v) {
+void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const StepOf<S>* k, const StepOf<S>* v) {
   using T = Acc<S>;
-  const int64_t E = a.head_dim, rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
-  T* q = scratch<T, PackedQ>(BR * E);
-  pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, E, T(a.scale));
+  using U = StepOf<S>;
+  constexpr int64_t kDepth = Step<U>::kDepth;
+  const int64_t rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
+  const int64_t steps = ceil_div(a.head_dim, kDepth), v_steps = ceil_div(a.k_len, kDepth);
+  U* q = scratch<U, PackedQ>(BR * steps);
+  pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, a.head_dim, scaled<U>(a.scale));
   T* s = scratch<T, Strip>(kTogether * MR * LD);
   Tile<T>* out = scratch<Tile<T>, Output>(kStrips * v_panels);
   std::fill(out, out + kStrips * v_panels, Tile<T>{});
@@ -146,7 +162,7 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
         for (int64_t strip = first; strip < end; strip++) {
           if (p * NR<T> >= seen(strip)) continue;
           const int64_t j = j0 + p * NR<T>;
-          const Tile<T> tile = score_tile(q + strip * MR * E, k + j * E, E, i0 + strip * MR, j, a.k_len, a.is_causal);
+          const Tile<T> tile = score_tile(a, q + strip * MR * steps, k + j * steps, steps, i0 + strip * MR, j);
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++) store(s + ((strip - first) * MR + r) * LD + p * NR<T> + w * W<T>, tile.c[r][w]);
         }
@@ -154,12 +170,13 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
       for (int64_t r = 0; r < (end - first) * MR; r++) {
         Row<T>& row = state[first * MR + r];
         const int64_t vectors = ceil_div(seen(first + r / MR), NR<T>) * NV;
-        shrink[r] = vectors ? softmax_row(s + r * LD, vectors, row.m, row.l) : T(1);
+        shrink[r] = vectors ? softmax_row<U>(s + r * LD, vectors, row.m, row.l) : T(1);
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {
-          const T* x = s + (strip - first) * MR * LD;
-          const Tile<T> more = multiply<LD, 1>(seen(strip), x, v + (p * a.k_len + j0) * NR<T>, NR<T>);
+          const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * LD);
+          const U* y = v + (p * v_steps + j0 / kDepth) * NR<T>;
+          const Tile<T> more = multiply<LD, 1>(ceil_div(seen(strip), kDepth), x, y, NR<T>);
           Tile<T>& sofar = out[strip * v_panels + p];
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
@@ -176,10 +193,11 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
 template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
+  using U = StepOf<S>;
   const int64_t blocks = ceil_div(a.q_len, BR), group = a.heads / std::max<int64_t>(a.kv_heads, 1);
   parallel_for(a.batch * a.heads * blocks, [&](int64_t begin, int64_t end) {
-    T* k = scratch<T, PackedK>(round_up(a.k_len, NR<T>) * a.head_dim);
-    T* v = scratch<T, PackedV>(round_up(a.v_dim, NR<T>) * a.k_len);
+    U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * ceil_div(a.head_dim, Step<U>::kDepth));
+    U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * ceil_div(a.k_len, Step<U>::kDepth));
     int64_t packed = -1;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, kv = b * a.kv_heads + h / group;
@@ -222,7 +240,7 @@ void few_queries(const AttentionArgs& a) {
           p[j] = sum<T>(dot);
         }
         std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
-        const T shrink = softmax_row(p, ceil_div(n, W<T>), m, l);
+        const T shrink = softmax_row<T>(p, ceil_div(n, W<T>), m, l);
         for (int64_t e = 0; e < Ev; e += W<T>) {
           Vec<T> sum[2] = {};
           for (int64_t j = 0; j < n; j++) sum[j % 2] += p[j] * load(V.data + (j0 + j) * V.rs + e, Ev - e);
@@ -272,7 +290,7 @@ struct Packed {
   Packed(const AttentionArgs& a, int64_t b, int64_t h)
       : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)) {
     const int64_t padded = round_up(L, MR), kpad = round_up(a.k_len, NR<T>);
-    const T scale = T(a.scale);
+    const Read<T> scale = {T(a.scale)};
     q = scratch<T, PackedQ>(padded * E), qt = scratch<T, PackedQt>(e_panels * NR<T> * L);
     go = scratch<T, PackedDo>(padded * Ev), got = scratch<T, PackedDot>(v_panels * NR<T> * L);
     k = scratch<T, PackedK>(kpad * E), kt = scratch<T, PackedKt>(e_panels * NR<T> * a.k_len);
@@ -307,11 +325,11 @@ struct Packed {
       const int64_t panels = ceil_div(visible(a, 0, L, j0), NR<T>);
       for (int64_t p = 0; p < panels; p++) {
         const int64_t j = j0 + p * NR<T>;
-        const Tile<T> tile = score_tile(q, k + j * E, E, 0, j, a.k_len, a.is_causal);
+        const Tile<T> tile = score_tile(a, q, k + j * E, E, 0, j);
         for (int64_t r = 0; r < L; r++)
           for (int w = 0; w < NV; w++) store(s + r * LD + p * NR<T> + w * W<T>, tile.c[r][w]);
       }
-      for (int64_t r = 0; r < L; r++) softmax_row(s + r * LD, panels * NV, row[r].m, row[r].l);
+      for (int64_t r = 0; r < L; r++) softmax_row<T>(s + r * LD, panels * NV, row[r].m, row[r].l);
     }
     for (int64_t r = 0; r < L; r++) lse[r] = row[r].l == 0 ? kInf<T> : row[r].m + std::log(row[r].l);
   }
@@ -330,7 +348,7 @@ void gradient_block(const Packed<S>& x, Acc<S>* p, Acc<S>* ds, int64_t i0, int64
           for (int w = 0; w < NV; w++) store(to_p + r * LD + w * W<T>, Vec<T>{}), store(to_ds + r * LD + w * W<T>, Vec<T>{});
         continue;
       }
-      const Tile<T> s = score_tile(x.q + row0 * x.E, x.k + j * x.E, x.E, row0, j, x.a.k_len, x.a.is_causal);
+      const Tile<T> s = score_tile(x.a, x.q + row0 * x.E, x.k + j * x.E, x.E, row0, j);
       const Tile<T> dp = dot_products(x.Ev, x.go + row0 * x.Ev, x.v + j * x.Ev);
       for (int r = 0; r < MR; r++) {
         const Vec<T> lse = set1(x.lse[row0 + r]), delta = set1(x.delta[row0 + r]);

@@ -1,5 +1,5 @@
 // Chooses, once, the kernels of the best instruction set this machine has, like PyTorch's own.
-// PYGPT_CPU_CAPABILITY=baseline|avx2|avx512 forces a lower one.
+// PYGPT_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 forces a lower one.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -24,6 +24,7 @@ PYGPT_ISA_TABLE(baseline)
 #if defined(__x86_64__)
 PYGPT_ISA_TABLE(avx2)
 PYGPT_ISA_TABLE(avx512)
+PYGPT_ISA_TABLE(avx512_bf16)
 #endif
 
 std::vector<const Kernels*> supported() {
@@ -34,6 +35,7 @@ std::vector<const Kernels*> supported() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2) found.push_back(&avx2::table);
   if (has_avx2 && has_avx512) found.push_back(&avx512::table);
+  if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
 #endif
   return found;
 }
