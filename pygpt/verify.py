@@ -13,7 +13,7 @@ result; it matters where PyTorch happens to be exact.
 ``cancelled`` is the largest of the terms that cancel in a softmax's or a norm's input gradient: where
 they cancel to nothing (one key, rows of width 1) rounding is all that is left of the result. Small
 results are drawn several times, so that neither side is judged by one lucky element; for the same
-reason a direction fails only after DRAWS draws, the errors and the scale being the largest over all.
+reason a direction fails only after MOST draws, the errors and the scale being the largest over all.
 
 For float64 there is no wider reference: x64 has rounding errors of its own, and PyTorch's may be the
 very same ones. Its yardstick is PyTorch's error in float32, where it can be measured, times
@@ -37,7 +37,7 @@ from .backend import _named, choose
 from .backend import backend as chosen
 
 ULPS = 4.0
-ELEMENTS, DRAWS = 512, 24  # a direction passes on so many elements or after so many draws
+ELEMENTS, DRAWS, MOST = 512, 24, 96  # passes on so many elements or draws; fails after so many
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 
@@ -302,7 +302,7 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
     """One Row per direction of ``op``; ``backend`` None lets the table decide. ``how``: see `draw`."""
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
     worst: dict[str, list[float]] = {}  # over the draws: our error, PyTorch's, the scale
-    for n in range(1, DRAWS + 1):
+    for n in range(1, MOST + 1):
         args, grads = draw(op, dims, dtype, generator, **how)
         x64, terms = in_float64(op, args, grads)
         theirs, narrow = directions(op, eager(op), args, grads), None
@@ -327,7 +327,8 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             Row(op, shape, name, served, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
         ]
-        if all(row.passed for row in rows) and all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values()):
+        enough = n >= DRAWS or all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values())
+        if enough and all(row.passed for row in rows):
             break
     return rows
 
