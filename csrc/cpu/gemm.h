@@ -52,7 +52,8 @@ struct Step {
   using Sum = E;
   static constexpr int kDepth = 1;  // neighbours along k
   static Vec<E> lanes(const E* p) { return load(p); }
-  static void store(E* p, Vec<E> x) { cpu::PYGPT_ISA::store(p, x); }  // W values, as steps
+  static void store(E* p, Vec<E> x) { cpu::PYGPT_ISA::store(p, x); }  // values of one row, as W / kDepth steps
+  static Vec<E> join(const Vec<E> (&rows)[1]) { return rows[0]; }     // values of kDepth rows, as W steps down
   static Vec<E> all(E x) { return set1(x); }
   static Vec<E> multiply_add(Vec<E> a, Vec<E> b, Vec<E> c) { return a * b + c; }
   static E total(E x) { return x; }
@@ -82,6 +83,10 @@ struct Step<Pair> {
   static void store(Pair* p, Vec<float> x) {  // subnormals become 0
     const __m256bh pairs = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(p, &pairs, sizeof pairs);
+  }
+  static Vec<float> join(const Vec<float> (&rows)[2]) {
+    const U16 low = (U16)_mm512_cvtneps_pbh((__m512)rows[0]), high = (U16)_mm512_cvtneps_pbh((__m512)rows[1]);
+    return bit_cast<Vec<float>>(zero_extend(low) | zero_extend(high) << 16);
   }
   static Vec<float> all(Pair x) { return (Vec<float>)_mm512_set1_epi32(int(x.bits)); }
   static Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
