@@ -1,6 +1,7 @@
 # make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch
 # make test   the whole test suite          make test-all   with the heavier sweeps too
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
+# make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, in 8 minutes and offline: builds in place, runs the GPU tests and the
 #             GPU benchmarks with what PYTHON has. No GPU at hand: GPU_ARGS="--device cpu" is a dry run.
 #
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 
-.PHONY: demo test test-all bench gpu dist build clean
+.PHONY: demo test test-all bench instructions gpu dist build clean
 demo: build
 	$(BIN)/pygpt demo
 
@@ -25,6 +26,9 @@ test-all: build
 
 bench: build
 	$(BIN)/python -m bench
+
+instructions: build
+	$(BIN)/python -m bench.instructions
 
 gpu:
 	@$(PYTHON) -m bench.gpu_run $(GPU_ARGS)

@@ -1,7 +1,7 @@
-"""One training step of the GPT: forward, backward and AdamW, on 8 sequences of 256 tokens.
+"""The GPT itself: a training step (forward, backward, AdamW), and one token decoded with a cache of keys and values.
 
-6 layers, 384 wide, 6 heads (nanoGPT's character model). bfloat16 is autocast over float32 parameters, as in
-training. PyTorch eager is the same model under `pygpt.backend("torch")`.
+bfloat16 is autocast over float32 parameters in training, and bfloat16 parameters in decoding, as is usual. PyTorch
+eager is the same model under `pygpt.backend("torch")`.
 """
 
 import itertools
@@ -10,46 +10,101 @@ import torch
 
 import pygpt
 
-from .ops import Case
+from .ops import DTYPES, Case
 
-BATCH, BLOCK, LAYERS, HEADS, WIDTH = 8, 256, 6, 6, 384
 BATCHES = 4
 
 
-def gpt(make, vocabulary):
+# ------------------------------------------------------------------------------- the models
+def gpt(make, layers, heads, width, batch, block, vocabulary):
     """The set-up functions' place in a Case; see `trainer`."""
 
 
-CASES = [  # vocabulary: bytes, Shakespeare's characters
-    Case(gpt, (vocabulary,), f"L{LAYERS} C{WIDTH} H{HEADS} B{BATCH} T{BLOCK} V{vocabulary}", standard)
-    for vocabulary, standard in ((256, ("float32", "bfloat16")), (65, ()))
+def decode(make, layers, heads, width, batch, block, vocabulary):
+    """The same; ``block`` tokens are in the cache. See `decoder`."""
+
+
+NANO, GPT2 = (6, 6, 384), (12, 12, 768)  # nanoGPT's character model, GPT-2 124M
+
+
+def case(setup, model, batch, block, vocabulary, standard=()) -> Case:
+    layers, heads, width = model
+    shape = f"L{layers} C{width} H{heads} B{batch} T{block} V{vocabulary}"
+    return Case(setup, (*model, batch, block, vocabulary), shape, standard)
+
+
+CASES = [  # vocabulary: bytes, Shakespeare's characters, GPT-2's
+    case(gpt, NANO, 8, 256, 256, standard=("float32", "bfloat16")),
+    case(gpt, NANO, 8, 256, 65),
+    case(gpt, GPT2, 1, 512, 50304),
+    case(decode, GPT2, 1, 512, 50304),
 ]
-DTYPES = ("float32", "bfloat16")
-DIRECTION = "step"
+USUAL = ("float32", "bfloat16")  # dtypes
+DIRECTIONS = {"gpt": "step", "decode": "token"}
 
 
 def flops_per_token(model) -> int:
     """6 N + 12 L C T: forward and backward of every weight, and of attention (PaLM, Chowdhery et al. 2022)."""
-    embedding = model.transformer.wpe.weight.numel()
-    return 6 * (sum(p.numel() for p in model.parameters()) - embedding) + 12 * LAYERS * WIDTH * BLOCK
+    c, embedding = model.config, model.transformer.wpe.weight.numel()
+    return 6 * (sum(p.numel() for p in model.parameters()) - embedding) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-def trainer(vocabulary: int, dtype: str, device: str, name: str):
-    """A model and a function that trains it by one step on its next batch. ``name``: a backend, "eager" or "compile"."""
+# ------------------------------------------------------------------------------- the candidates
+def names(op: str, peers) -> list[str]:
+    """The peers that take part. A cache grows with each token, which torch.compile would compile anew."""
+    return [name for name in ("eager", "compile") if name in peers and (op, name) != ("decode", "compile")]
+
+
+def candidate(row, device: str, name: str, peaks):
+    """A call, the tokens it is worth, and how many a second the machine's peak allows. ``name``: a backend or a peer."""
+    return {"gpt": trainer, "decode": decoder}[row.case.op](row.case.dims, row.dtype, device, name, peaks)
+
+
+def model_of(dims: dict, device: str, room: int = 0):
     torch.manual_seed(0)
-    config = pygpt.GPTConfig(vocab_size=vocabulary, block_size=BLOCK, n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH)
-    model = pygpt.GPT(config).to(device).train()
+    return pygpt.GPT(
+        pygpt.GPTConfig(dims["vocabulary"], dims["block"] + room, dims["layers"], dims["heads"], dims["width"]), device
+    )
+
+
+def serving(name: str):
+    return pygpt.backend("torch" if name in ("eager", "compile") else name)
+
+
+def trainer(dims: dict, dtype: str, device: str, name: str, peaks):
+    """Trains a model by one step on its next batch. Peak: the FLOPs of float32."""
+    model = model_of(dims, device).train()
     forward = torch.compile(model) if name == "compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    batches = itertools.cycle(torch.randint(vocabulary, (BATCHES, 2, BATCH, BLOCK), device=device))
-    backend = "torch" if name in ("eager", "compile") else name
+    B, T = dims["batch"], dims["block"]
+    batches = itertools.cycle(torch.randint(dims["vocabulary"], (BATCHES, 2, B, T), device=device))
 
     def step():
         tokens, targets = next(batches)
-        with pygpt.backend(backend), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with serving(name), torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             _, loss = forward(tokens, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return model, step
+    return step, B * T, peaks.flops["float32"] * 1e9 / flops_per_token(model)
+
+
+def decoder(dims: dict, dtype: str, device: str, name: str, peaks):
+    """Decodes one token after ``block`` others, always the same place. Peak: every weight read at the speed of a copy."""
+    B, T = dims["batch"], dims["block"]
+    model = model_of(dims, device, room=1).to(DTYPES[dtype]).eval()
+    tokens = torch.randint(dims["vocabulary"], (B, T + 1), device=device)
+    caches = model.new_caches()
+
+    @torch.no_grad()
+    def token():
+        with serving(name):
+            model(tokens[:, -1:], caches=caches)
+        for cache in caches:
+            cache.length = T
+
+    with torch.no_grad(), serving(name):
+        model(tokens[:, :T], caches=caches)
+    weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
+    return token, B, B * peaks.copy * 1e9 / weights

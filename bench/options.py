@@ -7,9 +7,10 @@ import torch
 
 from pygpt.data import UsageError
 
+from . import gpt
 from .ops import DIRECTIONS, DTYPES, OPS, SWEEP, custom
 
-EVERY_OP, EVERY_DIRECTION = (*OPS, "gpt"), (*DIRECTIONS, "step")
+EVERY_OP, EVERY_DIRECTION = (*OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
 QUICK_BUDGET = 90  # seconds; the last row begins before, and a run ends within two minutes
 
 

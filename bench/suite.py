@@ -16,8 +16,7 @@ def cases(options) -> list[ops.Case]:
         found = list(dict.fromkeys(group.case for group in gpu_rows.plan(options.ops)))
     else:
         found = [case for case in ops.CASES if case.op in options.ops]
-    if "gpt" in options.ops:
-        found += gpt.CASES
+    found += [case for case in gpt.CASES if case.op in options.ops]
     if options.quick:
         found = list({case.op: case for case in reversed(found)}.values())[::-1]
     return found
@@ -27,8 +26,8 @@ def rows(options) -> list[Row]:
     """Every row asked for; those that matter most first, for a run may end early."""
     found = []
     for case in cases(options):
-        known = gpt.DTYPES if case.op == "gpt" else tuple(ops.DTYPES)
-        ways = (gpt.DIRECTION,) if case.op == "gpt" else ops.DIRECTIONS
+        whole = case.op in gpt.DIRECTIONS
+        known, ways = (gpt.USUAL, (gpt.DIRECTIONS[case.op],)) if whole else (tuple(ops.DTYPES), ops.DIRECTIONS)
         for dtype in (d for d in known if d in options.dtypes):
             if dtype in case.standard or not options.only_standard:
                 found += [Row(case, dtype, way) for way in ways if way in options.directions]

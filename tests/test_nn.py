@@ -58,7 +58,7 @@ def test_mlp(activation, bias, backend):
 
 def plain_attention(m, x):
     """Heads one by one, scores in full."""
-    B, T, C = x.shape
+    _, T, C = x.shape
     D, H, G = C // m.num_heads, m.num_heads, m.num_heads // m.num_kv_heads
     qkv = F.linear(x, m.c_attn.weight, m.c_attn.bias)
     q, k, v = qkv.split((C, D * m.num_kv_heads, D * m.num_kv_heads), dim=2)

@@ -13,6 +13,7 @@
 // j, once, after the whole sum; it adds a bias, applies an activation, stores.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "parallel.h"
 #include "simd.h"
