@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from pygpt import verify
 from pygpt.backend import TABLE, choose
 
 from . import gpt, gpu_rows, harness, memory, ops
@@ -62,8 +63,8 @@ class Field:
 
 def prepare(row: Row, backends: list[str], peers: dict[str, Peer], peaks: Peaks, clock, say=lambda name: None) -> Field:
     """``say`` gets the candidate whose turn it is, which may take a while."""
-    if row.case.op == "gpt":
-        return drop_the_slow(training_step(row, backends, peers, peaks, clock.device, say), clock)
+    if row.case.op in gpt.DIRECTIONS:
+        return drop_the_slow(whole_model(row, backends, peers, peaks, clock.device, say), clock)
     device, dtype = clock.device, ops.DTYPES[row.dtype]
     sets = harness.input_sets(lambda: row.case.setup(partial(_draw, dtype, device), *row.case.args))
     work = sets[0]
@@ -118,7 +119,7 @@ def intensity(work: Work, reference: tuple, direction: str) -> float:
 def results(function: Callable, tensors: tuple, direction: str) -> tuple:
     """Outputs, or gradients for upstream gradients that are always the same."""
     torch.manual_seed(0)
-    return harness.as_tuple(harness.prepared(function, tensors, direction)())
+    return verify.as_tuple(harness.prepared(function, tensors, direction)())
 
 
 def enter(found: Field, name: str, function, peer: Peer | None, row: Row, reference, device: str, place: int):
@@ -155,19 +156,17 @@ def drop_the_slow(found: Field, clock) -> Field:
     return found
 
 
-def training_step(row: Row, backends, peers, peaks: Peaks, device: str, say) -> Field:
-    """Of the GPT: one candidate is one model with its optimizer."""
+def whole_model(row: Row, backends, peers, peaks: Peaks, device: str, say) -> Field:
+    """Of the GPT: one candidate is one model, in training with its optimizer."""
     found = None
-    for name in (*backends, *(name for name in ("eager", "compile") if name in peers)):
+    for name in (*backends, *gpt.names(row.case.op, peers)):
         say(name)
-        model, step = gpt.trainer(row.case.args[0], row.dtype, device, name)
-        if found is None:
-            found = Field("tok/s", gpt.BATCH * gpt.BLOCK, peaks.flops["float32"] * 1e9 / gpt.flops_per_token(model))
-            found.input_sets = gpt.BATCHES
+        call, tokens, peak = gpt.candidate(row, device, name, peaks)
+        found = found or Field("tok/s", tokens, peak, input_sets=gpt.BATCHES if row.case.op == "gpt" else 1)
         found.about[name] = {"ours": name in backends}
         try:
-            found.about[name]["memory"] = gpu_rows.trying(lambda s=step: memory.peak_bytes(s, device))
-            found.calls[name] = step
+            found.about[name]["memory"] = gpu_rows.trying(lambda c=call: memory.peak_bytes(c, device))
+            found.calls[name] = call
         except Refused as e:
             found.refuse(name, str(e))
     return found

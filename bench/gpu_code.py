@@ -1,5 +1,6 @@
 """What a compiled kernel asks of a GPU: registers, spills, shared memory, occupancy, tensor-core instructions."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -95,13 +96,17 @@ class Function:
         return _spills_in_a_loop(self.sass)
 
 
+def tool(name: str, *places: Path) -> str | None:
+    """A program of the CUDA toolkit: of PATH, of CUDA_HOME, where the toolkit usually is, or else in ``places``."""
+    homes = filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))
+    folders = [None, *(Path(home) / "bin" for home in (*homes, "/usr/local/cuda")), *places]
+    return next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
+
+
 def cuobjdump() -> str:
     """The toolkit's, else the one that Triton brings."""
     triton = find_spec("triton")
-    places = [shutil.which("cuobjdump"), shutil.which("cuobjdump", path="/usr/local/cuda/bin")]
-    if triton:
-        places.append(shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends/nvidia/bin"))
-    found = next(filter(None, places), None)
+    found = tool("cuobjdump", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []))
     if found is None:
         raise FileNotFoundError("cuobjdump is needed: it is part of the CUDA toolkit, and of Triton")
     return found

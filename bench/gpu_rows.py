@@ -197,8 +197,7 @@ class Check:
 def results(function: Callable, tensors, grads=None) -> tuple[dict[str, tuple], tuple]:
     """{"forward": outputs, "backward": gradients of all tensors}, and the upstream gradients (drawn unless given)."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    outs = function(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    outs = verify.as_tuple(function(*leaves))
     grads = tuple(torch.randn_like(o) for o in outs) if grads is None else grads
     found = torch.autograd.grad(outs, leaves, grads)
     return {"forward": tuple(o.detach() for o in outs), "backward": found}, grads
@@ -246,7 +245,7 @@ def check(candidates: dict[str, Callable], work: ops.Work) -> dict[str, dict[str
 
 # ------------------------------------------------------------------------------- first bars, as data
 H200_COPY = 4.3  # TB/s; the bars in TB/s were set for it
-BARS = {  # shared PERFORMANCE.md B, for bfloat16 on Hopper: (op, what the shape says) -> forward, backward
+BARS = {  # for bfloat16 on Hopper: (op, what the shape says) -> forward, backward
     ("attention", "T1024 D64 causal"): (290, 200),
     ("attention", "T8192 D128 causal"): (480, 380),
     ("mlp", "C768"): (520, 520),

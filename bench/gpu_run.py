@@ -9,7 +9,6 @@ codes: 0; 1 where a step failed; 2 without a GPU.
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+
+from . import gpu_code
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL, SPARE = 480, 20  # seconds; what ending everything may take
@@ -155,13 +156,13 @@ def compile_ahead(beside: Beside, device: str, flags: list[str]):
 
 def sanitize(steps: Steps, beside: Beside):
     """The CUDA C++ kernels on small shapes under compute-sanitizer; each wrapper of an instruction against the emulator."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
+    sanitizer = gpu_code.tool("compute-sanitizer")
+    if sanitizer is None:
         steps.say("compute-sanitizer", "skipped, not found")
     else:
         verify = [sys.executable, "-m", "pygpt", "verify", "--backend=cuda", "--device=cuda", "--json"]
         for check in ("memcheck", "racecheck"):
-            beside.start(check, [tool, f"--tool={check}", "--error-exitcode=9", *verify], must=True)
+            beside.start(check, [sanitizer, f"--tool={check}", "--error-exitcode=9", *verify], must=True)
     beside.start("conformance", [sys.executable, "-m", "tests.emulator.conformance"], must=True)
 
 

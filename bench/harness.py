@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 import pygpt
+from pygpt import verify
 
 BLOCK = 0.004  # seconds: short calls are repeated to fill a block, far above the timer's resolution
 LEAST = {0.5: 5, 5.0: 3, math.inf: 1}  # a candidate's block takes less than so many seconds: rounds at least
@@ -87,11 +88,7 @@ def once(function: Callable, tensors: tuple, direction: str) -> Callable:
 
 def _forward(function, tensors):
     leaves = [t.detach().requires_grad_() for t in tensors]
-    return as_tuple(function(*leaves)), leaves
-
-
-def as_tuple(outputs) -> tuple:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return verify.as_tuple(function(*leaves)), leaves
 
 
 # ------------------------------------------------------------------------------- how

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 
 import torch
 
+from pygpt import verify
+
 from . import gpu_rows
 from .gpu_rows import Group, Refused
 from .memory import available
@@ -182,7 +184,7 @@ def _tinygrad_tensors(tensors):
 
 
 def _tinygrad_export(result):
-    found = [torch.from_numpy(t.numpy()) for t in (result if isinstance(result, tuple) else (result,))]
+    found = [torch.from_numpy(t.numpy()) for t in verify.as_tuple(result)]
     return found[0] if len(found) == 1 else tuple(found)
 
 

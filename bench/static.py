@@ -19,6 +19,8 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when Triton is imported
 
+from pygpt.files import atomic
+
 from .gpu_code import DEVICES, table
 from .options import some_of
 
@@ -78,7 +80,8 @@ def main() -> int:
         print(f"{name}: {why or f'{len(found[name])} kernels, {sum(bool(row.wrong) for row in found[name])} wrong'}")
     if options.json:
         rows = [{"backend": name, **asdict(row)} for name in found for row in found[name]]
-        options.json.write_text(json.dumps(rows, indent=1))
+        with atomic(options.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1))
     return 1 if wrong or not all(found.values()) or not found else 0
 
 

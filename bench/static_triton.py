@@ -21,54 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pygpt import triton_kernels as kernels
 
 from .gpu_code import DEVICES, Result, functions
+from .launches import calls
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 # ------------------------------------------------------------------------------- what is launched
-def calls(dtype: torch.dtype, wide: bool) -> Iterator[tuple[str, callable]]:
-    """(name, call) of launchers on meta tensors that between them use every bucket of configurations.
-
-    wide: also sizes that need odd tiles, or that alignment keeps from descriptors.
-    """
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def attention(E, EV, L=1024, S=1024):
-        q, k, v = empty(2, 4, L, E), empty(2, 4, S, E), empty(2, 4, S, EV)
-        out, lse = kernels.attention_fwd(q, k, v, True, 0.1)
-        kernels.attention_bwd(out, lse, q, k, v, out, lse, True, 0.1, (True, True, True))
-
-    def mlp(M, C, H, activation):
-        x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)
-        y, hidden, pre = kernels.mlp_fwd(x, fc, fb, proj, pb, activation)
-        kernels.mlp_bwd(y, x, fc, proj, hidden, pre, activation, (True,) * 5)
-
-    def norm(M, N):
-        x, w = empty(M, N), empty(N)
-        y, s, mean, rstd = kernels.add_layer_norm_fwd(x, x, w, w, 1e-5)
-        kernels.add_layer_norm_bwd(y, s, x, w, mean, rstd, (True,) * 3)
-
-    def elements(n):
-        x = empty(n)
-        for approximate in ("none", "tanh"):
-            kernels.gelu_bwd(kernels.gelu_fwd(x, approximate), x, approximate)
-        kernels.relu_bwd(kernels.relu_fwd(x), x)
-
-    for E, EV in ((64, 64), (128, 128), (256, 256), *(((80, 48), (20, 20)) if wide else ())):
-        yield f"attention {E}" + (f",{EV}" if EV != E else ""), lambda E=E, EV=EV: attention(E, EV)
-    for activation in ("gelu", "relu2") if wide else ("gelu",):
-        yield f"mlp {activation}", lambda activation=activation: mlp(16384, 768, 3072, activation)
-    yield "mlp few rows", lambda: mlp(16, 768, 3072, "gelu_tanh")
-    if wide:
-        yield "mlp odd", lambda: mlp(1000, 771, 517, "gelu")
-    for N in (*(2**k for k in range(4, 15)), 40000) if wide else (64, 1024, 4096, 8192, 16384, 40000):
-        yield f"norm {N}", lambda N=N: norm(8192, N)
-    yield "activation", lambda: elements(1 << 24)
-
-
 @dataclass(frozen=True)
 class Job:
     """One kernel as it would be launched with one configuration."""
@@ -89,7 +48,7 @@ class Job:
 def jobs(target: str, dtype: str, wide: bool) -> Iterator[Job]:
     """Every launch of `calls`, with every candidate configuration (only the first unless wide)."""
     seen = set()
-    for call, run in calls(DTYPES[dtype], wide):
+    for call, run in calls(kernels, DTYPES[dtype], "meta", wide):
         found = []
         with common.compiling_for(target, lambda *launch, found=found: found.append(launch)):
             run()

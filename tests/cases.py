@@ -210,6 +210,12 @@ def kernel_calls(op, args, grads, k):
     return [(f"{op}_fwd", args), (f"{op}_bwd", (*backward, [True] * gradients) if gradients else backward)]
 
 
+def assert_exact(*args, **how):
+    """`verify.measure` passes every direction."""
+    failed = [row for row in verify.measure(*args, **how) if not row.passed]
+    assert not failed, "\n".join(map(str, failed))
+
+
 def layout_of(t):
     """The strides that matter: of dimensions with more than one element."""
     return [stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1] if t.numel() else []

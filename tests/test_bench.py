@@ -12,6 +12,7 @@ import pytest
 import torch
 from bench_small import FEW, PEAKS, ROOT, TINY, bench, document, plain, rows, small
 
+import pygpt
 from bench import candidates, command, compare, gpt, ops, peers, plots, readme, report, results
 from bench.results import Entry, Result
 from pygpt.data import UsageError
@@ -138,14 +139,27 @@ def test_budget(plain, capsys):
     )
 
 
-def test_the_training_step(plain, monkeypatch):
-    for name, value in {"BATCH": 1, "BLOCK": 8, "LAYERS": 1, "HEADS": 2, "WIDTH": 16}.items():
-        monkeypatch.setattr(gpt, name, value)
-    monkeypatch.setattr(gpt, "CASES", [ops.Case(gpt.gpt, (7,), "tiny", ("float32",))])
-    assert bench(*FEW, "--ops=gpt", "--dtypes=float32,bfloat16,float16") == 0
-    assert [(row.dtype, row.direction) for row in rows()] == [("float32", "step"), ("bfloat16", "step")]
+@pytest.mark.parametrize("setup, tokens", [(gpt.gpt, 2 * 8), (gpt.decode, 2)])
+def test_whole_models(setup, tokens, plain, monkeypatch):
+    tiny = gpt.case(setup, (1, 2, 16), 2, 8, 7, standard=("float32",))
+    monkeypatch.setattr(gpt, "CASES", [tiny])
+    assert bench(*FEW, f"--ops={tiny.op}", "--dtypes=float32,bfloat16,float16") == 0
+    way = gpt.DIRECTIONS[tiny.op]
+    assert [(row.dtype, row.direction) for row in rows()] == [("float32", way), ("bfloat16", way)]
     (ours,) = rows()[0].ours
-    assert ours.unit == "tok/s" and ours.rate == pytest.approx(8 / ours.ms * 1e3, rel=1e-3) and ours.memory >= 0
+    assert ours.unit == "tok/s" and ours.rate == pytest.approx(tokens / ours.ms * 1e3, rel=1e-3) and ours.memory >= 0
+
+
+def test_decoding_repeats_one_place():
+    row = candidates.Row(gpt.case(gpt.decode, (1, 2, 16), 2, 8, 7), "bfloat16", "token")
+    call, tokens, peak = gpt.candidate(row, "cpu", "torch", PEAKS)
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out[0]) if isinstance(module, pygpt.GPT) else None
+    ):
+        call(), call()
+    assert tokens == 2 and peak > 0 and seen[0].shape == (2, 1, 7) and torch.equal(*seen)
+    assert gpt.names("decode", ("eager", "compile")) == ["eager"]
 
 
 @pytest.mark.parametrize("wanted, code, times", [(0.0, 0, 1), (1e9, 1, 1 + command.ATTEMPTS)])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as TF
 from bench_small import PEAKS, TINY, options, small
 
-from bench import candidates, gpu_timer, harness, memory, ops, peers, suite
+from bench import candidates, gpt, gpu_timer, harness, memory, ops, peers, suite
 from bench.gpu_rows import Refused
 
 __all__ = ["small"]  # fixtures
@@ -19,12 +19,12 @@ __all__ = ["small"]  # fixtures
 def test_the_suite(monkeypatch):
     monkeypatch.undo()
     every = suite.rows(options("--dtypes=float32,bfloat16,float16"))
-    assert {row.case.op for row in every} == {*ops.OPS, "gpt"} and len(set(every)) == len(every)
+    assert {row.case.op for row in every} == {*ops.OPS, *gpt.DIRECTIONS} and len(set(every)) == len(every)
     standard = [row.dtype in row.case.standard for row in every]
     assert standard == sorted(standard, reverse=True)  # what matters most comes first
     assert all(row.dtype in row.case.standard for row in suite.rows(options("--only-standard")))
     quick = suite.rows(options("--quick"))
-    assert len(quick) == 2 * len(ops.OPS) + 1 and {row.dtype for row in quick} == {"float32"}
+    assert len(quick) == 2 * len(ops.OPS) + len(gpt.DIRECTIONS) and {row.dtype for row in quick} == {"float32"}
     assert options("--quick").budget < 120
     lengths = [row.case.dims["L"] for row in suite.rows(options("--sweep", "--directions=backward"))]
     assert lengths == [256, 512, 1024, 2048, 4096, 8192, 16384]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from bench.gpu_code import tool
 from tests.emulator import SCHEDULES, build, conformance
 
 GEMM, CASES = conformance.SOURCES[1], conformance.SOURCES[0]
@@ -125,7 +126,7 @@ def planted(bug):
 def test_planted_bug_is_found(bug):
     source, _, _, complaint = BUGS[bug]
     file = planted(bug)
-    found = list(findings(conformance.emulator_of(f"planted-{file.stem}", file), source))
+    found = list(findings(build.load_tests(file), source))
     assert any(found), f"not found under any of {ORDERS}"
     assert not complaint or any(complaint in (f or "") for f in found), found
     print(*found, sep="\n")
@@ -133,9 +134,8 @@ def test_planted_bug_is_found(bug):
 
 RACES = """
 import sys, torch
-from pathlib import Path
-from tests.emulator import conformance
-machine = conformance.emulator_of(sys.argv[1], Path(sys.argv[2]), sanitizer="thread")
+from tests.emulator import build, conformance
+machine = build.load_tests(sys.argv[1], sanitizer="thread")
 cases = conformance.Cases(machine.library, "cpu", 900)
 print(conformance.integer_gemm(cases, 200, 150, 390, torch.bfloat16, True))
 """
@@ -144,7 +144,7 @@ print(conformance.integer_gemm(cases, 200, 150, 390, torch.bfloat16, True))
 @pytest.mark.parametrize("bug", [None, "no barrier before the store"])
 def test_race_checker_sees_tma_and_wgmma(bug, run_python):
     file = planted(bug) if bug else GEMM
-    done = run_python(RACES, f"races-{file.stem}", str(file), **build.environment("thread"))
+    done = run_python(RACES, str(file), **build.environment("thread"))
     assert ("data race" in done.stderr) == bool(bug), done.stderr[-3000:]
     assert bug or (done.returncode == 0 and done.stdout == "True\n"), done.stdout + done.stderr[-3000:]
 
@@ -165,7 +165,7 @@ def test_emulator_answers_as_gpus_did():
         assert conformance.disagreements(conformance.in_emulator(), json.loads(path.read_text())) == [], path.name
 
 
-@pytest.mark.skipif(not conformance.nvcc(), reason="no nvcc")
+@pytest.mark.skipif(not tool("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_conformance_compiles_for_the_device(arch, tmp_path):
     library = ctypes.CDLL(str(conformance.build_for_device(arch, tmp_path)))

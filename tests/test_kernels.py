@@ -56,9 +56,7 @@ def test_every_subset_of_gradients(op, dims, kernels, device, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 def test_wide_rows(op, N, dtype, compiled, device, generator):
     """The longest kept in registers, and those read in pieces."""
-    rows = verify.measure(op, {"M": 5, "N": N, "mean": 3.0}, dtype, generator, compiled, device=device)
-    failed = [row for row in rows if not row.passed]
-    assert not failed, "\n".join(map(str, failed))
+    cases.assert_exact(op, {"M": 5, "N": N, "mean": 3.0}, dtype, generator, compiled, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
@@ -103,13 +101,10 @@ def test_large_offsets_are_64_bit(kernels, device, generator):
 def test_more_rows_than_a_grid_is_high(op, compiled, device, generator):
     """CUDA's y and z dimensions end at 65,535."""
     dims = {"M": 70_000, "N": 8} if op != "linear" else {"M": 70_000, "K": 8, "N": 3}
-    failed = [r for r in verify.measure(op, dims, torch.float32, generator, compiled, device=device) if not r.passed]
-    assert not failed, "\n".join(map(str, failed))
+    cases.assert_exact(op, dims, torch.float32, generator, compiled, device=device)
 
 
 @pytest.mark.slow
 def test_more_heads_than_a_grid_is_high(compiled, device, generator):
     dims = {"B": 35_000, "H": 2, "L": 2, "S": 2, "E": 8}
-    rows = verify.measure("attention", dims, torch.bfloat16, generator, compiled, device=device)
-    failed = [row for row in rows if not row.passed]
-    assert not failed, "\n".join(map(str, failed))
+    cases.assert_exact("attention", dims, torch.bfloat16, generator, compiled, device=device)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import pygpt
+from pygpt import verify
 from pygpt.functional import add_layer_norm, layer_norm, rms_norm
 
 
@@ -29,7 +30,7 @@ def assert_same(ours, theirs, leaves):
     """Outputs and the gradients of a random function of all of them."""
     grads = []
     for outs in (ours, theirs):
-        outs = outs if isinstance(outs, tuple) else (outs,)
+        outs = verify.as_tuple(outs)
         torch.manual_seed(0)
         grads.append(torch.autograd.grad(outs, leaves, [torch.randn(o.shape, dtype=o.dtype) for o in outs]))
     torch.testing.assert_close(ours, theirs)

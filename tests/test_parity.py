@@ -23,11 +23,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def assert_exact(*args, **how):
-    failed = [row for row in verify.measure(*args, **how) if not row.passed]
-    assert not failed, "\n".join(map(str, failed))
-
-
 def every(table):
     return [pytest.param(op, dims, id=f"{op}-{cases.ids(dims)}") for op, all_dims in table.items() for dims in all_dims]
 
@@ -35,21 +30,21 @@ def every(table):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", every(cases.CASES))
 def test_shapes(op, dims, dtype, backend, device, generator):
-    assert_exact(op, dims, dtype, generator, backend, device=device)
+    cases.assert_exact(op, dims, dtype, generator, backend, device=device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", every(cases.SLOW))
 def test_many_shapes(op, dims, dtype, compiled, device, generator):
-    assert_exact(op, dims, dtype, generator, compiled, device=device)
+    cases.assert_exact(op, dims, dtype, generator, compiled, device=device)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", list(cases.variants(cases.TYPICAL)), ids=cases.ids)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
 def test_layouts(layout, op, dims, dtype, backend, device, generator):
-    assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
+    cases.assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +53,7 @@ def test_layouts(layout, op, dims, dtype, backend, device, generator):
 @pytest.mark.parametrize("op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "gelu"])
 def test_large_values(op, dtype, size, backend, device, generator):
     """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
-    assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
+    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)

@@ -43,13 +43,6 @@ def directions(op, args, grads):
         return verify.directions(op, verify.SPECS[op].call, args, grads)
 
 
-def assert_exact(op, dims, dtype, generator, **how):
-    failed = [
-        row for row in verify.measure(op, dims, dtype, generator, "triton", device=DEVICE, **how) if not row.passed
-    ]
-    assert not failed, "\n".join(map(str, failed))
-
-
 # ------------------------------------------------------------------------------- the ops
 @pytest.mark.parametrize("name", NAMES)
 def test_schema_is_that_of_the_compiled_op(name):
@@ -78,7 +71,8 @@ def test_every_targets_configurations(op, target, dtype, generator):
     dims = {"attention_lse": {"B": 1, "H": 2, "L": 150, "S": 140, "E": 64, "causal": 1}, "linear": {"M": 130, "K": 96}}
     with common.compiling_for(target):
         assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
-        assert_exact(op, dims.get(op, {"M": 130, "C": 48, "H": 136}), dtype, generator)
+        dims = dims.get(op, {"M": 130, "C": 48, "H": 136})
+        cases.assert_exact(op, dims, dtype, generator, "triton", device=DEVICE)
 
 
 # ------------------------------------------------------------------------------- launching

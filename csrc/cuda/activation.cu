@@ -11,15 +11,17 @@ namespace pygpt::cuda {
 namespace {
 
 constexpr int kThreads = 256, kUnroll = 2;  // vectors a thread
+template <class T>
+constexpr int64_t kTile = kThreads * kUnroll * kVector<T>;  // elements a block
 
 // out = f(a) or f(a, b), element by element over n. The block after the last whole one, if the grid has
 // one, takes the tail; without `vectors` every element is by itself.
 template <class T, class F>
 __device__ __forceinline__ void for_each(const T* a, const T* b, T* out, int64_t n, bool vectors, F f) {
-  constexpr int V = kVector<T>, kTile = kThreads * kUnroll * V;
-  const int64_t start = blockIdx.x * static_cast<int64_t>(kTile);
-  if (!vectors || start + kTile > n) {
-    const int64_t end = start + kTile < n ? start + kTile : n;
+  constexpr int V = kVector<T>;
+  const int64_t start = blockIdx.x * kTile<T>;
+  if (!vectors || start + kTile<T> > n) {
+    const int64_t end = start + kTile<T> < n ? start + kTile<T> : n;
 #pragma unroll 1
     for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
       out[i] = from_float<T>(f(to_float(a[i]), b ? to_float(b[i]) : 0.f));
@@ -54,11 +56,6 @@ __global__ __launch_bounds__(kThreads, 4) void activation_bwd_kernel(const T* dy
   for_each<T>(dy, saved, dx, n, vectors, [](float dy, float saved) { return activation_gradient(kind, dy, saved); });
 }
 
-template <class T>
-dim3 grid(int64_t n) {
-  return dim3(static_cast<unsigned>(ceil_div(n, kThreads * kUnroll * kVector<T>)));
-}
-
 }  // namespace
 
 Error activation_fwd(const ActivationArgs& a, const Stream& stream) {
@@ -68,8 +65,8 @@ Error activation_fwd(const ActivationArgs& a, const Stream& stream) {
     const T* x = static_cast<const T*>(a.x);
     T* y = static_cast<T*>(a.y);
     return by_activation(a.activation, [&](auto kind) {
-      return launch(activation_fwd_kernel<decltype(kind)::value, T>, grid<T>(a.n), dim3(kThreads), 0, stream, x, y, a.n,
-                    takes_vectors(x) && takes_vectors(y));
+      return launch(activation_fwd_kernel<decltype(kind)::value, T>, blocks(ceil_div(a.n, kTile<T>)), dim3(kThreads), 0,
+                    stream, x, y, a.n, takes_vectors(x) && takes_vectors(y));
     });
   });
 }
@@ -83,8 +80,8 @@ Error activation_bwd(const ActivationArgs& a, const Stream& stream) {
     return by_activation(a.activation, [&](auto kind) {
       constexpr bool input = kind.value == Activation::gelu || kind.value == Activation::gelu_tanh;
       const T* saved = static_cast<const T*>(input ? a.x : a.y);
-      return launch(activation_bwd_kernel<decltype(kind)::value, T>, grid<T>(a.n), dim3(kThreads), 0, stream, dy, saved,
-                    dx, a.n, takes_vectors(dy) && takes_vectors(saved) && takes_vectors(dx));
+      return launch(activation_bwd_kernel<decltype(kind)::value, T>, blocks(ceil_div(a.n, kTile<T>)), dim3(kThreads), 0,
+                    stream, dy, saved, dx, a.n, takes_vectors(dy) && takes_vectors(saved) && takes_vectors(dx));
     });
   });
 }

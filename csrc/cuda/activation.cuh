@@ -20,43 +20,30 @@
 namespace pygpt::cuda {
 namespace activation {
 
-constexpr float kLog2e = 1.44269504f;
 constexpr float kU = 1.59576912f, kU3 = 0.0713548163f;
 constexpr float kTailEnd = 14.5f;  // exp(-a^2 / 2) is 0 from here on
 
 __device__ __forceinline__ float gauss(float a) { return ptx::exp2_approx(a * a * (-0.5f * kLog2e)); }
 
+// first x^n + ... + last, by Horner's rule.
+template <class... Rest>
+__device__ __forceinline__ float horner(float x, float first, Rest... rest) {
+  ((first = first * x + rest), ...);
+  return first;
+}
+
 __device__ __forceinline__ float normal_cdf(float x) {
   const float a = fminf(fabsf(x), kTailEnd);
-  float n = -0.000760470633f;
-  n = n * a - 0.00539803645f;
-  n = n * a - 0.0120918658f;
-  n = n * a + 0.0189300459f;
-  n = n * a + 0.146412551f;
-  n = n * a + 0.25f;
-  float q = 0.00608375808f;
-  q = q * a + 0.0626012236f;
-  q = q * a + 0.296509206f;
-  q = q * a + 0.775907934f;
-  q = q * a + 1.09966445f;
-  q = q * a + 0.666666687f;
+  const float n = horner(a, -0.000760470633f, -0.00539803645f, -0.0120918658f, 0.0189300459f, 0.146412551f, 0.25f);
+  const float q = horner(a, 0.00608375808f, 0.0626012236f, 0.296509206f, 0.775907934f, 1.09966445f, 0.666666687f);
   const float tail = gauss(a) * (0.12500002f + __fdividef(n, q));
   return x < 0 ? tail : 1 - tail;
 }
 
 __device__ __forceinline__ float gelu_slope(float x) {
   const float a = fminf(fabsf(x), kTailEnd);
-  float d = -0.011654989f;
-  d = d * a - 0.09460677f;
-  d = d * a - 0.31971186f;
-  d = d * a - 0.47531727f;
-  d = d * a - 0.08311839f;
-  d = d * a + 0.5f;
-  float e = 0.029214934f;
-  e = e * a + 0.23714224f;
-  e = e * a + 0.8305759f;
-  e = e * a + 1.4295318f;
-  e = e * a + 1.f;
+  const float d = horner(a, -0.011654989f, -0.09460677f, -0.31971186f, -0.47531727f, -0.08311839f, 0.5f);
+  const float e = horner(a, 0.029214934f, 0.23714224f, 0.8305759f, 1.4295318f, 1.f);
   const float tail = gauss(a) * __fdividef(d, e);
   return (x < 0 ? tail : 1 - tail) + x * 0;
 }

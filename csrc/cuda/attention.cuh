@@ -15,7 +15,6 @@
 
 namespace pygpt::cuda::attention {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInf = HUGE_VALF;
 
 // ---------------------------------------------------------------- arguments
@@ -104,12 +103,12 @@ template <class T>
 Error launch_tiles(void (*kernel)(Problem), Problem x, int64_t positions, int64_t walked, const Shape& shape,
                    int shared, const Stream& stream) {
   constexpr int64_t kL2 = 16 << 20, kMost = 1 << 30;
-  const int64_t blocks = ceil_div(positions, shape.rows()) * x.heads;
-  if (blocks == 0) return nullptr;
-  if (std::max({blocks, positions, walked}) > kMost) return "attention: more than 2^30 positions or tiles";
+  const int64_t tiles = ceil_div(positions, shape.rows()) * x.heads;
+  if (tiles == 0) return nullptr;
+  if (std::max({tiles, positions, walked}) > kMost) return "attention: more than 2^30 positions or tiles";
   const int64_t of_head = walked * (x.q.width + x.v.width) * static_cast<int64_t>(sizeof(T));
   x.group = static_cast<int>(std::clamp<int64_t>(kL2 / std::max<int64_t>(of_head, 1), 1, x.heads));
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(shape.threads()), shared, stream, x);
+  return launch(kernel, blocks(tiles), dim3(shape.threads()), shared, stream, x);
 }
 
 struct Place {

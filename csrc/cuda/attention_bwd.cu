@@ -27,16 +27,13 @@ namespace pygpt::cuda {
 namespace attention {
 namespace {
 
-constexpr Shape kDkdvShapes[2][3] = {{{4, 2, 32, false}, {4, 1, 32, false}, {4, 1, 16, false}},
-                                     {{4, 1, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
-constexpr Shape kDqShapes[2][3] = {{{4, 2, 32, false}, {4, 1, 32, false}, {4, 1, 16, false}},
-                                   {{4, 1, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
+// Of dkdv and dq alike: either keeps two tiles and walks two, and registers hold their sums beside p and ds.
+constexpr Shape kShapes[2][3] = {{{4, 2, 32, false}, {4, 1, 32, false}, {4, 1, 16, false}},
+                                 {{4, 1, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
 template <class T, int D>
-constexpr Shape kDkdv = pick<T, D>(kDkdvShapes);
-template <class T, int D>
-constexpr Shape kDq = pick<T, D>(kDqShapes);
+constexpr Shape kBackward = pick<T, D>(kShapes);
 
-constexpr int kRowPadding = 32;  // a multiple of every step of kDkdv
+constexpr int kRowPadding = 32;  // a multiple of every step
 constexpr int kDeltaRows = 8;    // rows, and warps, of a block of attention_delta_kernel
 
 // ---------------------------------------------------------------- delta
@@ -66,8 +63,9 @@ __device__ __forceinline__ float probability(float score, float scale, float lse
 
 // ---------------------------------------------------------------- dk, dv
 template <class T, int D, bool with_dk, bool with_dv>
-__global__ void __launch_bounds__(kDkdv<T, D>.threads(), kDkdv<T, D>.blocks()) attention_dkdv_kernel(const Problem x) {
-  constexpr Shape shape = kDkdv<T, D>;
+__global__ void __launch_bounds__(kBackward<T, D>.threads(), kBackward<T, D>.blocks())
+    attention_dkdv_kernel(const Problem x) {
+  constexpr Shape shape = kBackward<T, D>;
   constexpr int KEYS = shape.rows(), ROWS = shape.step, THREADS = shape.threads(), M = shape.patches, N = ROWS / 8;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const k_tile = reinterpret_cast<T*>(shared);
@@ -141,8 +139,9 @@ __global__ void __launch_bounds__(kDkdv<T, D>.threads(), kDkdv<T, D>.blocks()) a
 
 // ---------------------------------------------------------------- dq
 template <class T, int D>
-__global__ void __launch_bounds__(kDq<T, D>.threads(), kDq<T, D>.blocks()) attention_dq_kernel(const Problem x) {
-  constexpr Shape shape = kDq<T, D>;
+__global__ void __launch_bounds__(kBackward<T, D>.threads(), kBackward<T, D>.blocks())
+    attention_dq_kernel(const Problem x) {
+  constexpr Shape shape = kBackward<T, D>;
   constexpr int ROWS = shape.rows(), KEYS = shape.step, THREADS = shape.threads(), M = shape.patches, N = KEYS / 8;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const q_tile = reinterpret_cast<T*>(shared);
@@ -193,23 +192,22 @@ Error launch_delta(Problem& x, const Stream& stream) {
   if (rows == 0) return nullptr;
   x.row_lse = static_cast<float*>(stream.scratch(2 * rows * sizeof(float)));
   x.row_delta = x.row_lse + rows;
-  const dim3 blocks(static_cast<unsigned>(rows / kDeltaRows));
-  return launch(attention_delta_kernel<T>, blocks, dim3(32 * kDeltaRows), 0, stream, x);
+  return launch(attention_delta_kernel<T>, blocks(rows / kDeltaRows), dim3(32 * kDeltaRows), 0, stream, x);
 }
 
 template <class T, int D, bool with_dk, bool with_dv>
 Error launch_dkdv(const Problem& x, const Stream& stream) {
   if (!(with_dk && x.dk.data) && !(with_dv && x.dv.data)) return nullptr;
-  constexpr int shared = shared_bytes<T, D>(kDkdv<T, D>, 2, 2);
+  constexpr int shared = shared_bytes<T, D>(kBackward<T, D>, 2, 2);
   const auto kernel = attention_dkdv_kernel<T, D, with_dk, with_dv>;
-  return launch_tiles<T>(kernel, x, x.k_len, x.q_len, kDkdv<T, D>, shared, stream);
+  return launch_tiles<T>(kernel, x, x.k_len, x.q_len, kBackward<T, D>, shared, stream);
 }
 
 template <class T, int D>
 Error launch_dq(const Problem& x, const Stream& stream) {
   if (!x.dq.data) return nullptr;
-  constexpr int shared = shared_bytes<T, D>(kDq<T, D>, 2);
-  return launch_tiles<T>(attention_dq_kernel<T, D>, x, x.q_len, x.k_len, kDq<T, D>, shared, stream);
+  constexpr int shared = shared_bytes<T, D>(kBackward<T, D>, 2);
+  return launch_tiles<T>(attention_dq_kernel<T, D>, x, x.q_len, x.k_len, kBackward<T, D>, shared, stream);
 }
 
 }  // namespace

@@ -328,8 +328,6 @@ inline Plan plan(int64_t M, int64_t N, int64_t K) {
   return tiles(128) * large.splits >= kEnough ? large : small;
 }
 
-inline dim3 blocks(int64_t n) { return dim3(static_cast<unsigned>(n)); }
-
 template <class T, Layout L, int TILE>
 Error launch_tiles(const Gemm<T>& g, const Stream& stream) {
   const dim3 grid = blocks(ceil_div(g.M, TILE) * ceil_div(g.N, TILE) * g.splits);

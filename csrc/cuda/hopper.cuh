@@ -57,9 +57,7 @@ Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute, config.numAttrs = 1;
-  cudaError_t e = cudaSuccess;
-  if (shared > (48 << 10))
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t e = prepare(kernel, shared, stream);
   if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }

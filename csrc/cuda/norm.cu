@@ -168,11 +168,11 @@ Error norm_fwd(const NormArgs& n, const Stream& stream) {
               takes_vectors(a.residual, a.residual_stride) && takes_vectors(a.bias) && takes_vectors(a.y) &&
               takes_vectors(a.sum);
   if (a.cols > kLongest)
-    return launch(wide_norm_fwd_kernel<T>, grid(a.rows), dim3(kMostThreads), 0, stream, a);
+    return launch(wide_norm_fwd_kernel<T>, blocks(a.rows), dim3(kMostThreads), 0, stream, a);
   return by_width<kMostE>(a.cols, [&](auto shape) {
     using S = decltype(shape);
-    const int64_t blocks = ceil_div(a.rows, S::teams);
-    return launch(norm_fwd_kernel<T, S::E, S::team>, grid(blocks), dim3(S::threads(a.cols)), 0, stream, a);
+    const dim3 grid = blocks(ceil_div(a.rows, S::teams));
+    return launch(norm_fwd_kernel<T, S::E, S::team>, grid, dim3(S::threads(a.cols)), 0, stream, a);
   });
 }
 

@@ -139,6 +139,4 @@ Error by_width(int64_t cols, Body&& body) {
   return body(Shape<most, kBlock>{});
 }
 
-inline dim3 grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
-
 }  // namespace pygpt::cuda

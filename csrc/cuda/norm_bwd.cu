@@ -282,7 +282,7 @@ template <class T>
 Error wide_norm_bwd(const Backward<T>& a, T* dw, T* db, const Stream& stream) {
   const WeightTerms<T> terms{{a.dy, a.dy_stride}, {a.x, a.x_stride}, a.mean, a.rstd};
   Error error = nullptr;
-  if (a.dx && a.rows) error = launch(wide_norm_bwd_kernel<T>, grid(a.rows), dim3(kMostThreads), 0, stream, a);
+  if (a.dx && a.rows) error = launch(wide_norm_bwd_kernel<T>, blocks(a.rows), dim3(kMostThreads), 0, stream, a);
   if (dw && !error) error = column_sums(terms, a.rows, a.cols, Sums<T>{dw, nullptr, a.cols}, stream);
   if (db && !error) error = column_sums(a.dy, a.rows, a.cols, a.dy_stride, db, stream);
   return error;
@@ -307,7 +307,7 @@ Error norm_bwd(const NormArgs& n, const Stream& stream) {
     if (dw) a.dw = partials;
     if (db) a.db = partials + a.line - a.cols;
     Error error = nullptr;
-    if (lines) error = launch(norm_bwd_kernel<T, S::E, S::team>, grid(lines), dim3(threads), shared, stream, a);
+    if (lines) error = launch(norm_bwd_kernel<T, S::E, S::team>, blocks(lines), dim3(threads), shared, stream, a);
     if (error) return error;
     return column_sums(Matrix<float>{partials, a.line}, lines, a.line, Sums<T>{dw ? dw : db, db, a.cols}, stream);
   });

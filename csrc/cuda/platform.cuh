@@ -50,12 +50,18 @@ template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
   return __half22float2(reinterpret_cast<const __half2&>(both));
 }
 
+// Before a launch: the device is set, and a kernel that wants more shared memory than the usual 48 KB may have it.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, size_t shared, const Stream& stream) {
+  const cudaError_t e = cudaSetDevice(stream.device);
+  if (e != cudaSuccess || shared <= (48 << 10)) return e;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
              Arguments&&... arguments) {
-  cudaError_t e = cudaSetDevice(stream.device);
-  if (e == cudaSuccess && shared > (48 << 10))
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t e = prepare(kernel, shared, stream);
   if (e == cudaSuccess) {
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);
     e = cudaGetLastError();
@@ -83,7 +89,12 @@ Error by_dtype(DType dtype, Body&& body) {
   }
 }
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid of x by y.
+inline dim3 blocks(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
 // Over the 32 lanes of a warp, or aligned groups of `width` of them; every lane gets the result.
 template <int width = 32>

@@ -79,8 +79,8 @@ Error sum_slices(const Source& source, int64_t rows, int64_t cols, int64_t slice
   int width = 32;
   while (width > 8 && width / 2 * V >= cols) width /= 2;
   const int64_t tiles = ceil_div(cols, width * V), slices = std::max<int64_t>(ceil_div(rows, slice_rows), 1);
-  return launch(column_sums_kernel<V, Source, Out>, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(slices)),
-                dim3(kThreads), 0, stream, source, rows, cols, width, slice_rows, sums);
+  return launch(column_sums_kernel<V, Source, Out>, blocks(tiles, slices), dim3(kThreads), 0, stream, source, rows,
+                cols, width, slice_rows, sums);
 }
 
 }  // namespace column_sums_detail

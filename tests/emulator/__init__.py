@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from pygpt.backend import OPS
+from pygpt.verify import as_tuple
 
 from . import build
 
@@ -19,7 +20,7 @@ SCHEDULES = ("fifo", "reversed", "random")
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.uint8) if t.dim() else t.reshape(1).view(torch.uint8)
+    return t.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _under(schedules, module, name: str, op):
@@ -28,7 +29,7 @@ def _under(schedules, module, name: str, op):
         for schedule in schedules:
             module.schedule(schedule, torch.initial_seed() % 2**32)
             found = op(*args)
-            tensors = found if isinstance(found, tuple) else (found,)
+            tensors = as_tuple(found)
             first = tensors if first is None else first
             for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
                 if not torch.equal(_bits(a), _bits(b)):

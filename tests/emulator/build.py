@@ -1,8 +1,8 @@
 """Builds the emulator with the kernels of csrc/cuda, and imports it.
 
 `load()` gives the Python module pygpt_emulator, whose import registers torch.ops.pygpt_emulator.*; `load_tests(file)`
-the same module with the kernels of .cu files of this folder, called through ctypes, and without torch. ninja
-compiles what has changed since the last time.
+the same module with the kernels of other .cu files, called through ctypes, and without torch. ninja compiles what has
+changed since the last time.
 
 With sanitizer="undefined" an error stops the launch like any other. "address" and "thread" need their
 runtime in the process from its start: run Python with `environment(sanitizer)`.
@@ -161,10 +161,11 @@ def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, a
 
 
 @functools.cache
-def load_tests(*files: str, sanitizer: str | None = None, arch: int = 900):
-    """The kernels of .cu files of this folder, without torch: a module whose `library` is the ctypes.CDLL."""
+def load_tests(*files: str | Path, sanitizer: str | None = None, arch: int = 900):
+    """The kernels of .cu files (names: of this folder), without torch: a module whose `library` is the ctypes.CDLL."""
     _missing_preload(sanitizer)
-    sources = [HERE / f"{f}.cu" for f in files]
-    module = _import(_build("-".join(files), [*sources, *_machine()], sanitizer, arch))
+    sources = [(HERE / f).with_suffix(".cu") for f in files]
+    name = "-".join(source.stem for source in sources)
+    module = _import(_build(name, [*sources, *_machine()], sanitizer, arch))
     module.library = ctypes.CDLL(module.__file__)
     return module

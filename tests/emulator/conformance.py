@@ -7,19 +7,19 @@ of small integers, whose products are exact, with hopper_gemm.cu. Needs nvcc and
 """
 
 import ctypes
-import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from bench.gpu_code import tool
+from pygpt.files import atomic
+
+from . import build
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -33,18 +33,13 @@ def inputs(words: int) -> np.ndarray:
     return np.frombuffer(hashlib.shake_256(b"pygpt conformance").digest(4 * words), np.uint32).copy()
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
-
-
 def build_for_device(arch: str, folder: Path) -> Path:
     """A shared library of the cases for one architecture, such as "90a"."""
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"conformance-sm_{arch}.so"
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(ROOT / "csrc" / "cuda")]
-    command = [nvcc(), *flags, *target, *map(str, SOURCES), "-o", str(library)]
+    command = [tool("nvcc"), *flags, *target, *map(str, SOURCES), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
@@ -96,22 +91,8 @@ def on_device(folder: Path) -> Cases:
     return Cases(ctypes.CDLL(str(build_for_device(arch, folder))), "cuda", 100 * major + 10 * minor)
 
 
-@functools.cache
-def emulator_of(name: str, *sources: Path, sanitizer: str | None = None):
-    """The emulator with the kernels of these files: its module, whose `library` is the ctypes.CDLL."""
-    from . import build
-
-    path = build._build(name, [*sources, *build._machine()], sanitizer, 900)
-    # Each its own name: pybind11 gives a name that it has seen the module that it has made.
-    loader = importlib.machinery.ExtensionFileLoader(f"{name}.pygpt_emulator", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    module.library = ctypes.CDLL(str(path))
-    return module
-
-
 def in_emulator(schedule: str = "fifo", seed: int = 0, sanitizer: str | None = None) -> Cases:
-    module = emulator_of("conformance", *SOURCES, sanitizer=sanitizer)
+    module = build.load_tests(*SOURCES, sanitizer=sanitizer)
     module.schedule(schedule, seed)
     return Cases(module.library, "cpu", 900)
 
@@ -185,7 +166,8 @@ def measure() -> int:
     }
     GOLDEN.mkdir(exist_ok=True)
     path = GOLDEN / f"sm_{major}{minor}.json"
-    path.write_text(json.dumps(golden, indent=1) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(golden, indent=1) + "\n")
     print(f"{len(answers)} cases on {golden['device']}: {path.relative_to(ROOT)}")
 
     wrong = len(device.index) - len(answers)

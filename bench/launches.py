@@ -1,0 +1,48 @@
+"""Calls that between them launch every kernel of a GPU backend, in every way it does, for the tables of static.py."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Iterator[tuple[str, Callable]]:
+    """(name, call) of launchers of the namespace ``kernels`` on tensors whose content does not matter.
+
+    wide: also sizes that need odd tiles, or that alignment keeps from descriptors.
+    """
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def attention(E, EV, L=1024, S=1024):
+        q, k, v = empty(2, 4, L, E), empty(2, 4, S, E), empty(2, 4, S, EV)
+        out, lse = kernels.attention_fwd(q, k, v, True, 0.1)
+        kernels.attention_bwd(out, lse, q, k, v, out, lse, True, 0.1, [True] * 3)
+
+    def mlp(M, C, H, activation):
+        x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)
+        y, hidden, pre = kernels.mlp_fwd(x, fc, fb, proj, pb, activation)
+        kernels.mlp_bwd(y, x, fc, proj, hidden, pre, activation, [True] * 5)
+
+    def norm(M, N):
+        x, w = empty(M, N), empty(N)
+        y, s, mean, rstd = kernels.add_layer_norm_fwd(x, x, w, w, 1e-5)
+        kernels.add_layer_norm_bwd(y, s, x, w, mean, rstd, [True] * 3)
+
+    def elements(n):
+        x = empty(n)
+        for approximate in ("none", "tanh"):
+            kernels.gelu_bwd(kernels.gelu_fwd(x, approximate), x, approximate)
+        kernels.relu_bwd(kernels.relu_fwd(x), x)
+
+    for E, EV in ((64, 64), (128, 128), (256, 256), *(((80, 48), (20, 20)) if wide else ())):
+        yield f"attention {E}" + (f",{EV}" if EV != E else ""), lambda E=E, EV=EV: attention(E, EV)
+    for activation in ("gelu", "relu2") if wide else ("gelu",):
+        yield f"mlp {activation}", lambda activation=activation: mlp(16384, 768, 3072, activation)
+    for M in (4, 16, 256):  # few rows have kernels and tiles of their own; few tiles are split
+        yield f"mlp {M} rows", lambda M=M: mlp(M, 768, 3072, "gelu_tanh")
+    if wide:
+        yield "mlp odd", lambda: mlp(1000, 771, 517, "gelu")
+    for N in (*((16, 32, 128, 256, 512, 2048) if wide else ()), 64, 768, 1024, 4096, 8192, 16384, 40000):
+        yield f"norm {N}", lambda N=N: norm(8192, N)
+    yield "activation", lambda: elements(1 << 24)
