@@ -106,7 +106,7 @@ class BuildKernels(build_ext):
         build = {"pygpt._C": self.build_cpu, "pygpt._cuda": self.build_cuda}[ext.name]
         try:
             build(ext)
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - a compiler can fail in any way
             advice = (
                 "A C++17 compiler is needed (g++ >= 10 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
                 "  on Fedora, dnf install gcc-c++; on macOS, xcode-select --install. CXX=... names another."

@@ -125,7 +125,7 @@ def _compiled(model):
     """torch.compile(model); UsageError where torch.compile does not work, for want of a C++ compiler for example."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
-    except Exception as e:  # of many kinds, none of them public
+    except Exception as e:  # noqa: BLE001 - of many kinds, none of them public
         raise UsageError(f"--compile: torch.compile does not work here: {str(e).splitlines()[0]}") from None
     return torch.compile(model)
 
