@@ -97,7 +97,6 @@ inline Activation activation_named(const Call& call, const std::string& name) {
   if (name == "relu2") return Activation::relu2;
   call.fail("unknown activation '" + name + "'; known: gelu, gelu_tanh, relu, relu2");
 }
-inline bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
 
 inline void check_matrix(const Call& call, const char* name, const Tensor& weight, int64_t in) {
   if (weight.dim() != 2) call.fail(std::string(name) + " must be a matrix, got " + to_string(shape(weight)));
@@ -206,20 +205,26 @@ inline NormArgs norm_args(const Call& call, const Tensor& x, const MaybeTensor& 
   return a;
 }
 
-// The forward of all three: fills mean and sum only where asked to.
+struct Normed {
+  Tensor y, rstd;
+  MaybeTensor sum, mean;  // where there is a residual; where asked for
+};
+
+// The forward of all three.
 template <auto kernel>
-void norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias, double eps, Tensor& y,
-              Tensor* sum, Tensor* mean, Tensor& rstd) {
+Normed norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias, double eps,
+                bool with_mean = true) {
   NormArgs a = norm_args(call, x, weight, bias, eps);
   call.check("residual", residual, shape(x));
-  y = empty(x, shape(x)), rstd = empty(x, leading(x), call.statistics());
-  if (sum) *sum = empty(x, shape(x)), a.sum = sum->mutable_data_ptr();
-  if (mean) *mean = empty(x, leading(x), call.statistics()), a.mean = mean->mutable_data_ptr();
+  Normed out{empty(x, shape(x)), empty(x, leading(x), call.statistics())};
+  if (residual) out.sum = empty(x, shape(x)), a.sum = out.sum->mutable_data_ptr();
+  if (with_mean) out.mean = empty(x, leading(x), call.statistics()), a.mean = out.mean->mutable_data_ptr();
   x = as_rows(x), weight = dense(weight), bias = dense(bias);
   if (residual) residual = as_rows(*residual);
   a.x = rows(x), a.residual = rows(residual), a.weight = input(weight), a.bias = input(bias);
-  a.y = y.mutable_data_ptr(), a.rstd = rstd.mutable_data_ptr();
+  a.y = out.y.mutable_data_ptr(), a.rstd = out.rstd.mutable_data_ptr();
   call.run<kernel>(a);
+  return out;
 }
 
 // The backward of all three; without a mean it is rms_norm's.
@@ -243,9 +248,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTe
 
 template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
-  Tensor y, mean, rstd;
-  norm_fwd<kernel>(Call("layer_norm_fwd", x), x, {}, weight, bias, eps, y, nullptr, &mean, rstd);
-  return {y, mean, rstd};
+  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("layer_norm_fwd", x), x, {}, weight, bias, eps);
+  return {y, *mean, rstd};
 }
 
 template <auto kernel>
@@ -259,9 +263,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, MaybeTens
 template <auto kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, MaybeTensor weight,
                                                               MaybeTensor bias, double eps) {
-  Tensor y, sum, mean, rstd;
-  norm_fwd<kernel>(Call("add_layer_norm_fwd", x), x, residual, weight, bias, eps, y, &sum, &mean, rstd);
-  return {y, sum, mean, rstd};
+  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("add_layer_norm_fwd", x), x, residual, weight, bias, eps);
+  return {y, *sum, *mean, rstd};
 }
 
 template <auto kernel>
@@ -274,8 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, MaybeTensor ds,
 
 template <auto kernel>
 std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, double eps) {
-  Tensor y, rstd;
-  norm_fwd<kernel>(Call("rms_norm_fwd", x), x, {}, weight, {}, eps, y, nullptr, nullptr, rstd);
+  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("rms_norm_fwd", x), x, {}, weight, {}, eps, false);
   return {y, rstd};
 }
 

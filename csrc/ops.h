@@ -12,6 +12,8 @@ namespace pygpt {
 
 enum class DType { f64, f32, bf16, f16 };
 enum class Activation { gelu, gelu_tanh, relu, relu2 };
+// The derivative of a gelu is a function of its input, that of the relu family of its output.
+constexpr bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
 
 // Rows of a matrix: element (i, j) is data[i * stride + j].
 struct Rows {

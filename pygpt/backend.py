@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import reference
 
@@ -56,10 +59,10 @@ class Backend:
             why.append(f"{', '.join(extra)} not served")
         if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
             why.append(f"head dimension above {self.max_head_dim}")
-        if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():
+        if not is_compiling():
+            if _are_functorch_transforms_active():
                 why.append("a torch.func transform (vmap, grad, jvp) is active")
-            elif torch.autograd.forward_ad._current_level >= 0:
+            elif forward_ad._current_level >= 0:
                 why.append("forward-mode differentiation is active")
         return why
 
@@ -129,28 +132,15 @@ _kernels, _why = _compiled()
 _cuda_kernels, _why_no_cuda = _cuda(_kernels)
 _triton_kernels, _why_no_triton, _triton_devices = _triton()
 
+MAX_HEAD_DIM = 256
+_ATTENTION = {"features": {"attention": ("return_lse",)}, "max_head_dim": MAX_HEAD_DIM}  # of all our kernels
+
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cpp", _kernels, _why, ("cpu",), features={"attention": ("return_lse",)}, max_head_dim=256),
-        Backend(
-            "triton",
-            _triton_kernels,
-            _why_no_triton,
-            _triton_devices,
-            FLOATS[1:],
-            features={"attention": ("return_lse",)},
-            max_head_dim=256,
-        ),
-        Backend(
-            "cuda",
-            _cuda_kernels,
-            _why_no_cuda,
-            ("cuda",),
-            FLOATS[1:],
-            features={"attention": ("return_lse",)},
-            max_head_dim=256,
-        ),
+        Backend("cpp", _kernels, _why, ("cpu",), **_ATTENTION),
+        Backend("triton", _triton_kernels, _why_no_triton, _triton_devices, FLOATS[1:], **_ATTENTION),
+        Backend("cuda", _cuda_kernels, _why_no_cuda, ("cuda",), FLOATS[1:], **_ATTENTION),
         Backend("torch", reference),
     )
 }
@@ -162,6 +152,17 @@ class _PerThread(threading.local):  # torch.compile traces and guards it; a Cont
 
 
 state = _PerThread()
+
+
+def undisturbed() -> bool:
+    """Whether the tensors and the chosen backend alone decide about a call."""
+    return not (
+        is_compiling()
+        or _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or state.explaining
+    )
 
 
 def _named(name: str) -> Backend:

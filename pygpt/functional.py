@@ -7,10 +7,13 @@ times. Accumulation and row statistics are float32 (float64 for float64). Bad ar
 ValueError or TypeError before anything is computed.
 """
 
+import inspect
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor as _escaped  # from torch.func.grad, outside of it
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import autograd, backend, reference
@@ -30,47 +33,70 @@ _FUNCTIONS = {
     "relu": autograd.ReLU,
 }
 _LOW_PRECISION = ("attention", "linear", "mlp")  # what autocast runs in its lower dtype
+_STRIDED = torch.strided
 
 
 class _Explained(Exception):
     pass
 
 
-def _require(condition, error, message):
-    """message() is formatted only when needed: it costs time, and torch.compile can't format symbolic sizes."""
-    if not condition:
-        raise error(f"pygpt.{message()}")
+_PLAIN = {}  # how plain calls are served, by their kind; see `_ready`
 
 
-def _check_tensors(op: str, optional=(), **tensors):
-    """Floating tensors on one device; those named in ``optional`` may be None."""
-    lead = None
-    for name, t in tensors.items():
-        if t is None and name in optional:
-            continue
-        _require(isinstance(t, Tensor), TypeError, lambda: f"{op}: {name} must be a Tensor, got {type(t).__name__}")
-        _require(t.is_floating_point(), TypeError, lambda: f"{op}: {name} must be floating point, got {t.dtype}")
-        lead = t if lead is None else lead
-        _require(
-            t.device == lead.device,
-            ValueError,
-            lambda: f"{op}: {name} is on {t.device}, the first argument on {lead.device}",
-        )
+def _ready(op: str, lead, *others):
+    """Checks the tensors of a call; what is returned takes the op's canonical arguments and serves it.
+
+    A plain call, of strided tensors of one dtype and device outside any mode, is looked up; others take `_run`.
+    """
+    kind = None
+    if backend.undisturbed() and isinstance(lead, Tensor) and lead.layout is _STRIDED and not _escaped(lead):
+        dtype, device, needs_gradient = lead.dtype, lead.device, lead.requires_grad
+        for t, optional in zip(others, _OPTIONAL[op]):
+            if t is None and optional:
+                continue
+            if not isinstance(t, Tensor) or t.layout is not _STRIDED or _escaped(t):
+                break
+            if t.dtype is not dtype or t.device != device:
+                break
+            needs_gradient = needs_gradient or t.requires_grad
+        else:
+            kind = op, dtype, device, backend.state.chosen, needs_gradient and torch.is_grad_enabled()
+            run = _PLAIN.get(kind)
+            if run is not None:
+                return run
+    _check(op, (lead, *others))
+    return partial(_run_first, kind) if kind else partial(_run, op)
 
 
-def _same_dtype(op: str, **tensors):
-    (lead_name, lead), *rest = tensors.items()
-    for name, t in rest:
-        same = t is None or t.dtype == lead.dtype or torch.is_autocast_enabled(lead.device.type)
-        _require(
-            same,
-            TypeError,
-            lambda: f"{op}: {name} is {t is not None and t.dtype}, {lead_name} is {lead.dtype}; they must be equal",
-        )
+def _check(op: str, tensors):
+    """Floating tensors on one device, None only where optional; outside autocast some ops want one dtype as well."""
+    public = f"pygpt.{_PUBLIC[op].__name__}"
+    given = [(p.name, t) for p, t in zip(_PARAMETERS[op], tensors) if t is not None or p.annotation is Tensor]
+    for name, t in given:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{public}: {name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{public}: {name} must be floating point, got {t.dtype}")
+        if t.device != tensors[0].device:
+            raise ValueError(f"{public}: {name} is on {t.device}, the first argument on {tensors[0].device}")
+    if op in _LOW_PRECISION and not torch.is_autocast_enabled(tensors[0].device.type):
+        first, lead = given[0]
+        for name, t in given:
+            if t.dtype != lead.dtype:
+                raise TypeError(f"{public}: {name} is {t.dtype}, {first} is {lead.dtype}; they must be equal")
+
+
+def _run_first(kind, *args):
+    """Serves the first plain call of its kind, and remembers how."""
+    op, *_, needs_gradient = kind
+    k = backend.pick(op, [a for a in args if isinstance(a, Tensor)])
+    run = getattr(reference, op) if k is reference else autograd.bound(op, _FUNCTIONS[op], k, needs_gradient)
+    _PLAIN[kind] = run
+    return run(*args)
 
 
 def _run(op: str, *args, **features):
-    """Serves one canonical call by the picked backend; ``features`` hold only what is in use."""
+    """Serves any canonical call by the picked backend; ``features`` hold only what is in use."""
     device = args[0].device.type
     if torch.is_autocast_enabled(device) and args[0].dtype != torch.float64:
         args = _autocast(op, device, args)
@@ -80,7 +106,7 @@ def _run(op: str, *args, **features):
     k = backend.pick(op, tensors, features)
     if k is reference:
         return getattr(reference, op)(*args, **features)
-    return autograd.apply(_FUNCTIONS[op], k, tensors, args)
+    return autograd.apply(op, _FUNCTIONS[op], k, tensors, args)
 
 
 def _autocast(op: str, device: str, args):
@@ -104,9 +130,8 @@ def explain(op, *args, **kwargs) -> backend.Choice:
     """
     public = {name: globals()[name] for name in __all__}
     function = public.get(op) if isinstance(op, str) else op
-    _require(
-        function in public.values(), ValueError, lambda: f"explain: unknown op {op!r}; known: {', '.join(__all__)}"
-    )
+    if function not in public.values():
+        raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(__all__)}")
     backend.state.explaining = True
     try:
         function(*args, **kwargs)
@@ -155,144 +180,117 @@ def scaled_dot_product_attention(
         (float32; float64 for float64), differentiable.
     A fully masked row gives output 0, lse -inf and zero gradients.
     """
-    op = "scaled_dot_product_attention"
-    _check_tensors(op, query=query, key=key, value=value)
-    _same_dtype(op, query=query, key=key, value=value)
+    op = "pygpt.scaled_dot_product_attention"
+    run = _ready("attention", query, key, value)
     for name, t in (("query", query), ("key", key), ("value", value)):
-        _require(
-            t.dim() >= 2, ValueError, lambda: f"{op}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}"
-        )
-    (L, E), (S, Ek), (Sv, Ev) = query.shape[-2:], key.shape[-2:], value.shape[-2:]
-    _require(Ek == E, ValueError, lambda: f"{op}: key has head dimension {Ek}, query {E}; they must be equal")
-    _require(Sv == S, ValueError, lambda: f"{op}: value has {Sv} positions, key {S}; they must be equal")
-    _require(0.0 <= dropout_p <= 1.0, ValueError, lambda: f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    _require(softcap >= 0.0, ValueError, lambda: f"{op}: softcap must not be negative, got {softcap}")
+        if t.dim() < 2:
+            raise ValueError(f"{op}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
+    L, E, S, Ev = query.size(-2), query.size(-1), key.size(-2), value.size(-1)
+    if key.size(-1) != E:
+        raise ValueError(f"{op}: key has head dimension {key.size(-1)}, query {E}; they must be equal")
+    if value.size(-2) != S:
+        raise ValueError(f"{op}: value has {value.size(-2)} positions, key {S}; they must be equal")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    if not softcap >= 0.0:
+        raise ValueError(f"{op}: softcap must not be negative, got {softcap}")
     scale = 1.0 / math.sqrt(max(E, 1)) if scale is None else float(scale)
-    lower_right = False
-    if isinstance(attn_mask, CausalBias):
-        _require(not is_causal, ValueError, lambda: f"{op}: is_causal and a CausalBias attn_mask are both set")
-        _require(
-            (attn_mask.seq_len_q, attn_mask.seq_len_kv) == (L, S),
-            ValueError,
-            lambda: (
-                f"{op}: the CausalBias is for ({attn_mask.seq_len_q}, {attn_mask.seq_len_kv}), the scores are ({L}, {S})"
-            ),
-        )
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
-        is_causal, attn_mask = not lower_right, None
+    features = {}  # those in use
+    if attn_mask is not None and isinstance(attn_mask, CausalBias):
+        if is_causal:
+            raise ValueError(f"{op}: is_causal and a CausalBias attn_mask are both set")
+        if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
+            raise ValueError(f"{op}: the CausalBias is for {size}, the scores are ({L}, {S})")
+        is_causal = attn_mask.variant != CausalVariant.LOWER_RIGHT
+        attn_mask = None
+        if not is_causal:
+            features["lower_right"] = True
 
     q, k, v, lead = _four_dimensional(op, query, key, value, enable_gqa)
-    B, Hq = q.shape[:2]
-    features = {
-        name: x
-        for name, x, used in (
-            ("attn_mask", attn_mask, attn_mask is not None),
-            ("dropout_p", dropout_p, dropout_p > 0.0),
-            ("enable_gqa", enable_gqa, Hq != k.shape[1]),
-            ("window", window, window is not None and tuple(window) != (-1, -1)),
-            ("alibi_slopes", alibi_slopes, alibi_slopes is not None),
-            ("softcap", softcap, softcap > 0.0),
-            ("lower_right", True, lower_right),
-        )
-        if used
-    }
-    if "attn_mask" in features:
-        features["attn_mask"] = _mask(op, attn_mask, lead, (B, Hq, L, S))
-    if "alibi_slopes" in features:
-        _require(
-            tuple(alibi_slopes.shape) in ((Hq,), (B, Hq)),
-            ValueError,
-            lambda: f"{op}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {tuple(alibi_slopes.shape)}",
-        )
-    if "window" in features:
-        _require(
-            len(window) == 2 and min(window) >= -1,
-            ValueError,
-            lambda: f"{op}: window must be (left, right) >= -1, got {window}",
-        )
-
-    shape = lead + ((Hq,) if query.dim() > 2 or len(lead) else ())
-    result = _attention(q, k, v, bool(is_causal), scale, features, return_lse)
+    if attn_mask is not None:
+        features["attn_mask"] = _mask(op, attn_mask, lead, (q.size(0), q.size(1), L, S))
+    if dropout_p > 0.0:
+        features["dropout_p"] = dropout_p
+    if q.size(1) != k.size(1):
+        features["enable_gqa"] = enable_gqa
+    if window is not None and tuple(window) != (-1, -1):
+        if len(window) != 2 or min(window) < -1:
+            raise ValueError(f"{op}: window must be (left, right) >= -1, got {window}")
+        features["window"] = window
+    if alibi_slopes is not None:
+        B, Hq = q.shape[:2]
+        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
+            shape = tuple(alibi_slopes.shape)
+            raise ValueError(f"{op}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
+        features["alibi_slopes"] = alibi_slopes
+    if softcap > 0.0:
+        features["softcap"] = softcap
     if return_lse:
-        return result[0].reshape(*shape, L, Ev), result[1].reshape(*shape, L)
-    return result.reshape(*shape, L, Ev)
-
-
-def _attention(q, k, v, is_causal, scale, features, return_lse):
-    result = _run("attention", q, k, v, is_causal, scale, **features, **({"return_lse": True} if return_lse else {}))
-    return result[0] if isinstance(result, tuple) and not return_lse else result
+        features["return_lse"] = True
+    if features or E > backend.MAX_HEAD_DIM or Ev > backend.MAX_HEAD_DIM:
+        run = partial(_run, "attention", **features)
+    result = run(q, k, v, bool(is_causal), scale)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    if q is not query:
+        rows = (*lead, *q.shape[1:3]) if query.dim() > 2 or lead else (L,)
+        out, lse = out.reshape(*rows, Ev), lse.reshape(rows) if return_lse else None
+    return (out, lse) if return_lse else out
 
 
 def _four_dimensional(op, query, key, value, enable_gqa):
     """Views (B, H, T, E) of the three, their leading dimensions broadcast; and those dimensions."""
-    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        q, k, v, lead = query, key, value, query.shape[:1]
+    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0) == value.size(0):
+        q, k, v, lead = query, key, value, (query.size(0),)
     else:
         q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
         try:
             lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
         except RuntimeError:
             shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-            raise ValueError(f"pygpt.{op}: the leading dimensions of {shapes} do not broadcast") from None
+            raise ValueError(f"{op}: the leading dimensions of {shapes} do not broadcast") from None
         q, k, v = (t.expand(*lead, *t.shape[-3:]).reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
-    Hq, Hk, Hv = q.shape[1], k.shape[1], v.shape[1]
-    _require(Hk == Hv, ValueError, lambda: f"{op}: key has {Hk} heads, value {Hv}; they must be equal")
-    if Hq != Hk:
-        _require(
-            enable_gqa,
-            ValueError,
-            lambda: f"{op}: query has {Hq} heads, key {Hk}; pass enable_gqa=True for grouped heads",
-        )
-        _require(
-            Hk > 0 and Hq % Hk == 0, ValueError, lambda: f"{op}: {Hq} query heads are no multiple of {Hk} key heads"
-        )
+    Hq, Hk, Hv = q.size(1), k.size(1), v.size(1)
+    if Hk != Hv:
+        raise ValueError(f"{op}: key has {Hk} heads, value {Hv}; they must be equal")
+    if Hq != Hk and not enable_gqa:
+        raise ValueError(f"{op}: query has {Hq} heads, key {Hk}; pass enable_gqa=True for grouped heads")
+    if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
+        raise ValueError(f"{op}: {Hq} query heads are no multiple of {Hk} key heads")
     return q, k, v, lead
 
 
 def _mask(op, attn_mask, lead, shape):
     """attn_mask broadcast to (B, Hq, L, S), as a view where strides allow."""
-    B, Hq, L, S = shape
-    _require(
-        isinstance(attn_mask, Tensor),
-        TypeError,
-        lambda: f"{op}: attn_mask must be a Tensor, got {type(attn_mask).__name__}",
-    )
-    _require(
-        attn_mask.dtype == torch.bool or attn_mask.is_floating_point(),
-        TypeError,
-        lambda: f"{op}: attn_mask must be boolean or floating point, got {attn_mask.dtype}",
-    )
-    full = (*lead, Hq, L, S)
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"{op}: attn_mask must be boolean or floating point, got {attn_mask.dtype}")
+    full = (*lead, *shape[1:])
     try:
         return attn_mask.expand(full).reshape(shape)
     except RuntimeError:
-        raise ValueError(f"pygpt.{op}: attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}") from None
+        raise ValueError(f"{op}: attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}") from None
 
 
 # ------------------------------------------------------------------------------- linear, mlp
-def _check_linear(op, x, in_name, weight, bias, weight_name="weight", bias_name="bias"):
-    _require(
-        weight.dim() == 2, ValueError, lambda: f"{op}: {weight_name} must be a matrix, got shape {tuple(weight.shape)}"
-    )
-    K, N = weight.shape[1], weight.shape[0]
-    _require(
-        x == K, ValueError, lambda: f"{op}: {in_name} has {x} features, {weight_name} {tuple(weight.shape)} wants {K}"
-    )
-    if bias is not None:
-        _require(
-            tuple(bias.shape) == (N,),
-            ValueError,
-            lambda: f"{op}: {bias_name} must have shape ({N},), got {tuple(bias.shape)}",
-        )
+def _check_linear(op, features, of, weight, bias, weight_name="weight", bias_name="bias"):
+    if weight.dim() != 2:
+        raise ValueError(f"pygpt.{op}: {weight_name} must be a matrix, got shape {tuple(weight.shape)}")
+    N, K = weight.shape
+    if features != K:
+        shape = tuple(weight.shape)
+        raise ValueError(f"pygpt.{op}: {of} has {features} features, {weight_name} {shape} wants {K}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"pygpt.{op}: {bias_name} must have shape ({N},), got {tuple(bias.shape)}")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    _check_tensors("linear", ("bias",), input=input, weight=weight, bias=bias)
-    _same_dtype("linear", input=input, weight=weight, bias=bias)
-    _require(input.dim() >= 1, ValueError, lambda: "linear: input needs at least 1 dimension, got a scalar")
-    _check_linear("linear", input.shape[-1], "input", weight, bias)
-    return _run("linear", input, weight, bias)
+    run = _ready("linear", input, weight, bias)
+    if input.dim() < 1:
+        raise ValueError("pygpt.linear: input needs at least 1 dimension, got a scalar")
+    _check_linear("linear", input.size(-1), "input", weight, bias)
+    return run(input, weight, bias)
 
 
 def mlp(
@@ -310,49 +308,37 @@ def mlp(
     Bias and activation run in the first GEMM's epilogue, the activation's gradient in that of the
     backward GEMM. Kept for backward: the hidden layer, and for the gelus also what went into it.
     """
-    _check_tensors(
-        "mlp",
-        ("fc_bias", "proj_bias"),
-        input=input,
-        fc_weight=fc_weight,
-        fc_bias=fc_bias,
-        proj_weight=proj_weight,
-        proj_bias=proj_bias,
-    )
-    _same_dtype("mlp", input=input, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
-    known = ", ".join(reference.ACTIVATIONS)
-    _require(
-        activation in reference.ACTIVATIONS,
-        ValueError,
-        lambda: f"mlp: unknown activation {activation!r}; known: {known}",
-    )
-    _require(input.dim() >= 1, ValueError, lambda: "mlp: input needs at least 1 dimension, got a scalar")
-    _check_linear("mlp", input.shape[-1], "input", fc_weight, fc_bias, "fc_weight", "fc_bias")
-    _check_linear("mlp", fc_weight.shape[0], "the hidden layer", proj_weight, proj_bias, "proj_weight", "proj_bias")
-    return _run("mlp", input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+    run = _ready("mlp", input, fc_weight, fc_bias, proj_weight, proj_bias)
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(reference.ACTIVATIONS)
+        raise ValueError(f"pygpt.mlp: unknown activation {activation!r}; known: {known}")
+    if input.dim() < 1:
+        raise ValueError("pygpt.mlp: input needs at least 1 dimension, got a scalar")
+    _check_linear("mlp", input.size(-1), "input", fc_weight, fc_bias, "fc_weight", "fc_bias")
+    _check_linear("mlp", fc_weight.size(0), "the hidden layer", proj_weight, proj_bias, "proj_weight", "proj_bias")
+    return run(input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
 
 
 # ------------------------------------------------------------------------------- norms
-def _norm_shape(op, input, normalized_shape, **params):
+def _norm_dims(op, input, normalized_shape, weight, bias=None):
     """The number of normalised dimensions, after checking them against input and parameters."""
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     n = len(shape)
-    _require(n >= 1, ValueError, lambda: f"{op}: normalized_shape must have at least one dimension")
-    fits = tuple(input.shape[-n:]) == shape
-    _require(
-        fits,
-        ValueError,
-        lambda: f"{op}: normalized_shape {shape} is not the end of the input's shape {tuple(input.shape)}",
-    )
-    for name, p in params.items():
-        ok = p is None or tuple(p.shape) == shape
-        _require(ok, ValueError, lambda: f"{op}: {name} must have shape {shape}, got {ok or tuple(p.shape)}")
+    if n < 1:
+        raise ValueError(f"pygpt.{op}: normalized_shape must have at least one dimension")
+    if input.shape[-n:] != shape:
+        got = tuple(input.shape)
+        raise ValueError(f"pygpt.{op}: normalized_shape {shape} is not the end of the input's shape {got}")
+    if weight is not None and weight.shape != shape:
+        raise ValueError(f"pygpt.{op}: weight must have shape {shape}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"pygpt.{op}: bias must have shape {shape}, got {tuple(bias.shape)}")
     return n
 
 
 def _flat(t, n):
     """The last n dimensions as one; the op's canonical shape."""
-    return t if t is None or n == 1 else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :]))
+    return t if t is None else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :]))
 
 
 def layer_norm(
@@ -362,11 +348,11 @@ def layer_norm(
 
     input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
     """
-    _check_tensors("layer_norm", ("weight", "bias"), input=input, weight=weight, bias=bias)
-    n = _norm_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    run = _ready("layer_norm", input, weight, bias)
+    n = _norm_dims("layer_norm", input, normalized_shape, weight, bias)
     if n == 1:
-        return _run("layer_norm", input, weight, bias, eps)
-    return _run("layer_norm", _flat(input, n), _flat(weight, n), _flat(bias, n), eps).view(input.shape)
+        return run(input, weight, bias, eps)
+    return run(_flat(input, n), _flat(weight, n), _flat(bias, n), eps).view(input.shape)
 
 
 def add_layer_norm(
@@ -382,19 +368,21 @@ def add_layer_norm(
     input, residual (..., *normalized_shape), of equal shape, their dtypes promoted as by addition;
     the rest as in `layer_norm`.
     """
-    _check_tensors("add_layer_norm", ("weight", "bias"), input=input, residual=residual, weight=weight, bias=bias)
-    same = input.shape == residual.shape
-    _require(
-        same,
-        ValueError,
-        lambda: f"add_layer_norm: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}",
-    )
-    n = _norm_shape("add_layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    run = _ready("add_layer_norm", input, residual, weight, bias)
+    if input.shape != residual.shape:
+        want, got = tuple(input.shape), tuple(residual.shape)
+        raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
+    n = _norm_dims("add_layer_norm", input, normalized_shape, weight, bias)
     if input.dtype != residual.dtype:  # as x + residual promotes; autocast mixes them in every block
         common = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(common), residual.to(common)
-    y, s = _run("add_layer_norm", _flat(input, n), _flat(residual, n), _flat(weight, n), _flat(bias, n), eps)
+    if n == 1:
+        return run(input, residual, weight, bias, eps)
+    y, s = run(_flat(input, n), _flat(residual, n), _flat(weight, n), _flat(bias, n), eps)
     return y.view(input.shape), s.view(input.shape)
+
+
+_EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
 
 def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -403,24 +391,32 @@ def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps:
     input (..., *normalized_shape), weight normalized_shape or None -> input's shape.
     eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
     """
-    _check_tensors("rms_norm", ("weight",), input=input, weight=weight)
-    n = _norm_shape("rms_norm", input, normalized_shape, weight=weight)
+    run = _ready("rms_norm", input, weight)
+    n = _norm_dims("rms_norm", input, normalized_shape, weight)
     if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    y = _run("rms_norm", _flat(input, n), _flat(weight, n), eps)
-    return y if n == 1 else y.view(input.shape)
+        eps = _EPS64 if input.dtype == torch.float64 else _EPS32
+    if n == 1:
+        return run(input, weight, eps)
+    return run(_flat(input, n), _flat(weight, n), eps).view(input.shape)
 
 
 # ------------------------------------------------------------------------------- activations
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); approximate="tanh" as in GPT-2."""
-    _check_tensors("gelu", input=input)
-    known = approximate in ("none", "tanh")
-    _require(known, ValueError, lambda: f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _run("gelu", input, approximate)
+    run = _ready("gelu", input)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"pygpt.gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return run(input, approximate)
 
 
 def relu(input: Tensor) -> Tensor:
     """max(x, 0)."""
-    _check_tensors("relu", input=input)
-    return _run("relu", input)
+    return _ready("relu", input)(input)
+
+
+_PUBLIC = {op: globals().get(op, scaled_dot_product_attention) for op in _FUNCTIONS}
+_PARAMETERS = {  # the tensors among each op's
+    op: [p for p in inspect.signature(function).parameters.values() if p.annotation in (Tensor, Tensor | None)]
+    for op, function in _PUBLIC.items()
+}
+_OPTIONAL = {op: tuple(p.annotation is not Tensor for p in found[1:]) for op, found in _PARAMETERS.items()}

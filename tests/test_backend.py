@@ -1,5 +1,6 @@
 """The backend table: choice, refusal with reasons, fallback, explain; and what torch.func and autocast get."""
 
+import inspect
 import threading
 
 import cases
@@ -120,6 +121,67 @@ def test_sparse_and_mixed_tensors_fall_back(compiled):
     assert torch.equal(functional.relu(sparse).to_dense(), F.relu(sparse).to_dense())
     with pygpt.backend(compiled), pytest.raises(RuntimeError, match="not strided"):
         functional.relu(sparse)
+
+
+def test_a_remembered_call_notices_what_changed(compiled):
+    """How a call was served last time holds for calls like it alone."""
+    x, leaf = X.clone(), X.clone().requires_grad_()
+    for _ in range(2):
+        with pygpt.backend(compiled):
+            assert not functional.gelu(x).requires_grad and not functional.gelu(leaf.detach()).requires_grad
+            assert functional.gelu(leaf).grad_fn.name() == "GELUBackward"
+            with torch.no_grad():
+                assert not functional.gelu(leaf).requires_grad
+            assert functional.gelu(x.double()).dtype == torch.float64
+            assert pygpt.explain("gelu", x).backend == compiled
+            with pytest.raises(RuntimeError, match="torch.func transform"):
+                torch.func.vmap(functional.gelu)(x)
+            with pytest.raises(RuntimeError, match="not strided"):
+                functional.gelu(x.to_sparse())
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert functional.linear(x, x).dtype == torch.bfloat16
+            assert functional.linear(x, x).dtype == torch.float32
+            with pytest.raises(TypeError, match="weight is torch.float64, input is torch.float32"):
+                functional.linear(x, x.double())
+            with pytest.raises(RuntimeError, match="different dtypes"):
+                functional.layer_norm(x, (8,), x[0].double())
+            assert functional.layer_norm(x, (8,), x[0], x[1]).shape == x.shape
+            q = torch.randn(1, 1, 3, 257)
+            assert functional.scaled_dot_product_attention(q[..., :8], q[..., :8], q[..., :8]).shape == (1, 1, 3, 8)
+            with pytest.raises(RuntimeError, match="head dimension above 256"):
+                functional.scaled_dot_product_attention(q, q, q)
+        with pygpt.backend("torch"):
+            assert functional.gelu(leaf).grad_fn.name() == "GeluBackward0"
+
+
+def test_tensors_that_escaped_from_torch_func(compiled):
+    """They need no gradient outside, whatever they say."""
+    escaped = []
+    torch.func.grad(lambda x: (x.sum(), escaped.append(2 * x))[0])(X)
+    weight = torch.randn(8, requires_grad=True)
+    with pygpt.backend(compiled):
+        assert not functional.gelu(escaped[0]).requires_grad
+        for w in (weight, weight):  # the second time remembered
+            y = functional.layer_norm(escaped[0], (8,), w)
+            (dw,) = torch.autograd.grad(y.sum(), w)
+            torch.testing.assert_close(dw, torch.autograd.grad(F.layer_norm(2 * X, (8,), w).sum(), w)[0])
+
+
+@pytest.mark.parametrize("op", functional.__all__)
+def test_what_is_no_tensor_is_named(op, backend):
+    """None too, unless the signature allows it."""
+    function, x = getattr(functional, op), torch.randn(1, 1, 8, 8)
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {p.name: p.annotation for p in parameters if p.annotation in (torch.Tensor, torch.Tensor | None)}
+    shaped = {"normalized_shape": (8,)} if "norm" in op else {}
+    good = {**shaped, **{n: None if kind != torch.Tensor else x[0, 0] for n, kind in kinds.items()}}
+    with pygpt.backend(backend):
+        for name, kind in kinds.items():
+            for bad in (3, [1.0], *[None] * (kind == torch.Tensor)):
+                if name != "alibi_slopes":  # which only has a shape
+                    with pytest.raises(TypeError, match=f"{op}: {name} must be a Tensor, got {type(bad).__name__}"):
+                        function(**{**good, name: bad})
+        function(**good)
 
 
 # ------------------------------------------------------------------------------- torch.func

@@ -78,8 +78,7 @@ Error activation_bwd(const ActivationArgs& a, const Stream& stream) {
     const T* dy = static_cast<const T*>(a.dy);
     T* dx = static_cast<T*>(a.dx);
     return by_activation(a.activation, [&](auto kind) {
-      constexpr bool input = kind.value == Activation::gelu || kind.value == Activation::gelu_tanh;
-      const T* saved = static_cast<const T*>(input ? a.x : a.y);
+      const T* saved = static_cast<const T*>(saves_input(kind.value) ? a.x : a.y);
       return launch(activation_bwd_kernel<decltype(kind)::value, T>, blocks(ceil_div(a.n, kTile<T>)), dim3(kThreads), 0,
                     stream, dy, saved, dx, a.n, takes_vectors(dy) && takes_vectors(saved) && takes_vectors(dx));
     });
