@@ -30,7 +30,9 @@ Matrix<S> matrix(const void* data, int64_t stride) {
 }
 
 constexpr int64_t kFewRows = 16;
-constexpr int kColumns = 4, kTogether = MR == 14 ? 4 : 2;  // rows of B and of A that one pass multiplies
+constexpr int kTogether = 4;                                   // rows of A that one pass over B multiplies,
+using Wide = std::integral_constant<int, 4>;                   // and rows of B,
+using Narrow = std::integral_constant<int, MR == 14 ? 4 : 2>;  // fewer where 16 registers must hold all the sums
 struct FewRows;
 
 // Dot products of Rows rows of a (K long, padded with zeros to whole vectors) with Columns rows of b: so many streams
@@ -73,9 +75,12 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
         for (; i + kTogether <= M; i += kTogether) dots<kTogether, count.value>(K, a + i * lda, lda, b, out(i));
         for (; i < M; i++) dots<1, count.value>(K, a + i * lda, lda, b, out(i));
       };
-      int64_t j = 0;
-      for (; j + kColumns <= n; j += kColumns) columns(j, std::integral_constant<int, kColumns>());
-      for (; j < n; j++) columns(j, std::integral_constant<int, 1>());
+      auto all = [&](auto count) {
+        int64_t j = 0;
+        for (; j + count.value <= n; j += count.value) columns(j, count);
+        for (; j < n; j++) columns(j, std::integral_constant<int, 1>());
+      };
+      M < kTogether ? all(Wide()) : all(Narrow());
       for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(c[i]), n);
     }
   }, W<T> * K * M);
