@@ -123,7 +123,7 @@ def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
     monkeypatch.setitem(peers.PEERS, "liger", wrong)
     assert bench(*FEW, "--peers=eager,liger", "--directions=forward") == 0
     assert set(rows()[0].entries) == {"torch", "eager"}
-    assert "liger: its result is 20% off PyTorch's: another computation" in capsys.readouterr().out
+    assert "liger: its result is 20% off PyTorch's in float32: another computation" in capsys.readouterr().out
     monkeypatch.setattr(candidates.gpu_rows, "ours", lambda name, work: lambda x: x * float("nan"))
     assert bench(*FEW, "--directions=forward") == 1
     assert (

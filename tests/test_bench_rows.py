@@ -181,7 +181,16 @@ def agrees(peer, case, direction="forward"):
     tensors = peer.convert(work.tensors)
     wanted = candidates.results(work.eager, work.tensors, direction)
     got = candidates.results(lambda *ts: peer.export(function(*ts)), tensors, direction)
-    return candidates.difference(got, wanted) == ""
+    return candidates.difference(got, wanted, wanted) == ""
+
+
+def test_another_computation():
+    exact, half_off, bad = (torch.full((1, 4), x) for x in (1.0, 1.5, 1.6))
+    fine = lambda got, theirs: candidates.difference(got, theirs, exact) == ""
+    assert fine(exact, exact) and fine(exact * 1.04, exact) and fine(exact, half_off) and fine(half_off, half_off)
+    assert not any(
+        (fine(half_off, exact), fine(bad, half_off), fine(exact * torch.nan, exact), fine(exact[:, :3], exact))
+    )
 
 
 @pytest.mark.parametrize("name", FAKES)
