@@ -218,12 +218,23 @@ void forward(const AttentionArgs& a) {
 constexpr int64_t kFewQueries = 4;
 struct Query;
 
+using One = std::integral_constant<int, 1>;
+
+// body(i, how many) for 0 .. n in fours, then one by one.
+template <class F>
+PYGPT_INLINE void in_fours(int64_t n, F body) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) body(i, std::integral_constant<int, 4>());
+  for (; i < n; i++) body(i, One());
+}
+
 template <class S>
 void few_queries(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t E = a.head_dim, Ev = a.v_dim, group = a.heads / std::max<int64_t>(a.kv_heads, 1);
   parallel_for(a.batch * a.heads * a.q_len, [&](int64_t begin, int64_t end) {
     const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
+    const auto whole = [](const S* at) { return load(at); };
     T *q = scratch<T, Query>(ld + BC + ldv), *p = q + ld, *out = p + BC;
     for (int64_t task = begin; task < end; task++) {
       const int64_t i = task % a.q_len, h = task / a.q_len % a.heads, b = task / a.q_len / a.heads;
@@ -234,18 +245,32 @@ void few_queries(const AttentionArgs& a) {
       T m = -kInf<T>, l = 0;
       for (int64_t j0 = 0; j0 < keys; j0 += BC) {
         const int64_t n = std::min(BC, keys - j0);
-        for (int64_t j = 0; j < n; j++) {
-          Vec<T> dot = {};
-          for (int64_t e = 0; e < E; e += W<T>) dot += load(q + e) * load(K.data + (j0 + j) * K.rs + e, E - e);
-          p[j] = sum<T>(dot);
-        }
+        in_fours(n, [&](int64_t j, auto together) {
+          Vec<T> dot[together.value] = {};
+          auto step = [&](int64_t e, auto load_k) {
+            for (int u = 0; u < together.value; u++) dot[u] += load(q + e) * load_k(K.data + (j0 + j + u) * K.rs + e);
+          };
+          for (int64_t v = 0; v < E / W<T>; v++) step(v * W<T>, whole);
+          if (E % W<T>) step(E - E % W<T>, [&](const S* at) { return load(at, E % W<T>); });
+          for (int u = 0; u < together.value; u++) p[j + u] = sum<T>(dot[u]);
+        });
         std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
         const T shrink = softmax_row<T>(p, ceil_div(n, W<T>), m, l);
-        for (int64_t e = 0; e < Ev; e += W<T>) {
-          Vec<T> sum[2] = {};
-          for (int64_t j = 0; j < n; j++) sum[j % 2] += p[j] * load(V.data + (j0 + j) * V.rs + e, Ev - e);
-          store(out + e, load(out + e) * shrink + (sum[0] + sum[1]));
-        }
+        auto add_values = [&](int64_t e, auto vectors, auto load_v) {
+          Vec<T> even[vectors.value] = {}, odd[vectors.value] = {};
+          auto add = [&](Vec<T>* sum, int64_t j) {
+            for (int u = 0; u < vectors.value; u++) sum[u] += p[j] * load_v(V.data + (j0 + j) * V.rs + e + u * W<T>);
+          };
+          int64_t j = 0;
+          for (; j + 2 <= n; j += 2) add(even, j), add(odd, j + 1);
+          if (j < n) add(even, j);
+          for (int u = 0; u < vectors.value; u++) {
+            T* to = out + e + u * W<T>;
+            store(to, load(to) * shrink + (even[u] + odd[u]));
+          }
+        };
+        in_fours(Ev / W<T>, [&](int64_t v, auto vectors) { add_values(v * W<T>, vectors, whole); });
+        if (Ev % W<T>) add_values(Ev - Ev % W<T>, One(), [&](const S* at) { return load(at, Ev % W<T>); });
       }
       finish_row<S>(a, b, h, i, m, l, [&](int64_t e) { return load(out + e); });
     }
