@@ -72,6 +72,7 @@ def ratios(rows: list[Result]):
     figure, (axes,) = _subplots(8, 1 + 0.24 * len(points))
     labels = [f"{op}  {shape}  {dtype}" for op, shape, dtype in points]
     looks = {"forward": ("#d1495b", "o"), "backward": ("#30638e", "D"), "step": ("#4c9f70", "s")}
+    looks["token"] = looks["step"]
     for direction, (colour, mark) in looks.items():
         found = [(found[direction], y) for y, found in enumerate(points.values()) if direction in found]
         if found:
@@ -87,8 +88,8 @@ def ratios(rows: list[Result]):
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_title("Speed over PyTorch eager's", loc="left")
-    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    axes.set_title("Speed over PyTorch eager's", loc="left", pad=24)
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)  # below the title
     return figure
 
 
@@ -188,7 +189,7 @@ def roofline(rows: list[Result], machine: dict):
                 axes.scatter(x, y, marker=mark, s=30, facecolors=face, edgecolors=colour, label=label, zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(min(_flops(row) for row in known) / 2, peak * 2)
+    axes.set_ylim(min(_flops(row) for row in known) / 2, 2 * max(peak, *map(_flops, known)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_minor_formatter(lambda x, _: "")
