@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CPU = ("attention", "mlp", "norm", "activation", "peak")
+CPU = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.stem != "dispatch")  # once per instruction set
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]

@@ -49,8 +49,7 @@ def _create_graph() -> bool:
 def _higher_order(expression, args, grads, needs):
     """Differentiable gradients of ``expression(*args)`` by PyTorch's own autograd."""
     with torch.enable_grad():
-        outputs = expression(*args)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = reference.as_tuple(expression(*args))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [a for a, need in zip(args, needs, strict=True) if need]
     found = iter(

@@ -20,6 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def as_tuple(result) -> tuple:
+    """What an op returns, one tensor or several, as several."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 def _acc_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from . import functional, reference
 from .backend import _named, choose
 from .backend import backend as chosen
+from .reference import as_tuple
 
 ULPS = 4.0
 ELEMENTS, DRAWS, MOST = 512, 24, 96  # passes on so many elements or draws; fails after so many
@@ -256,10 +257,6 @@ def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = la
     with torch.no_grad():
         outs = as_tuple(eager(op)(*args))
     return args, tuple(rounded(random(*o.shape), o.dtype) for o in outs)
-
-
-def as_tuple(x) -> tuple:
-    return x if isinstance(x, tuple) else (x,)
 
 
 def eager(op: str) -> Callable:

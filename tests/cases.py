@@ -26,6 +26,7 @@ ATTENTION = [
         *((1, 2, 65, 70, E) for E in HEAD_DIMS),
         *((2, 1, 33, 40, E, Ev) for E, Ev in ((64, 24), (8, 80), (1, 256), (256, 3))),
         (1, 3, 300, 300, 64),
+        *((1, 2, L, S, E, Ev) for L, S, E, Ev in ((1, 300, 64, 64), (2, 257, 80, 33), (4, 500, 7, 24))),  # decode
     )
     for case in _attention(*shape)
 ] + [
@@ -104,6 +105,12 @@ TYPICAL = {
     "rms_norm": {"M": (5, 13), "N": 70},
     "gelu": {"M": (5, 13, 7)},
     "relu": {"M": (5, 13, 7)},
+}
+# The same with few rows, as in decoding, which have kernels of their own.
+FEW = {
+    "attention": {"B": 2, "H": 3, "L": 3, "S": 300, "E": 24, "Ev": 40, "causal": 0},
+    "linear": {"M": 3, "K": 33, "N": 47},
+    "mlp": {"M": (2, 3), "C": 33, "H": 70, "O": 19, "activation": "relu2"},
 }
 # A handful of elements, for finite differences and exhaustive sweeps.
 TINY = {

@@ -13,7 +13,16 @@ import pygpt
 from pygpt import cli
 from pygpt.backend import OPS, TABLE
 
-TINY = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=16", "--batch-size=2", "--eval-iters=1", "--steps=2", "--warmup=1"]
+TINY = [
+    "--n-layer=1",
+    "--n-head=2",
+    "--n-embd=16",
+    "--block-size=16",
+    "--batch-size=2",
+    "--eval-iters=1",
+    "--steps=2",
+    "--warmup=1",
+]
 
 
 @pytest.fixture

@@ -17,7 +17,25 @@ from pygpt import GPT, GPTConfig
 TINY = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=3, n_embd=24)
 SERVED = [name for name, row in importlib.import_module("pygpt.backend").TABLE.items() if not row.missing]
 
-NAMES = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias", "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_proj.weight", "transformer.h.0.attn.c_proj.bias", "transformer.h.0.ln_2.weight", "transformer.h.0.ln_2.bias", "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias", "transformer.h.0.mlp.c_proj.weight", "transformer.h.0.mlp.c_proj.bias", "transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight"]
+NAMES = [
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "transformer.h.0.ln_1.weight",
+    "transformer.h.0.ln_1.bias",
+    "transformer.h.0.attn.c_attn.weight",
+    "transformer.h.0.attn.c_attn.bias",
+    "transformer.h.0.attn.c_proj.weight",
+    "transformer.h.0.attn.c_proj.bias",
+    "transformer.h.0.ln_2.weight",
+    "transformer.h.0.ln_2.bias",
+    "transformer.h.0.mlp.c_fc.weight",
+    "transformer.h.0.mlp.c_fc.bias",
+    "transformer.h.0.mlp.c_proj.weight",
+    "transformer.h.0.mlp.c_proj.bias",
+    "transformer.ln_f.weight",
+    "transformer.ln_f.bias",
+    "lm_head.weight",
+]
 
 
 class PlainGPT(nn.Module):

@@ -43,7 +43,7 @@ def test_many_shapes(op, dims, dtype, compiled, device, generator):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("op, dims", list(cases.variants(cases.TYPICAL)), ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*cases.variants(cases.TYPICAL), *cases.FEW.items()], ids=cases.ids)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
 def test_layouts(layout, op, dims, dtype, backend, device, generator):
     cases.assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
@@ -61,7 +61,9 @@ def test_large_values(op, dtype, size, backend, device, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
-    "op, dims", [v for v in cases.variants(cases.TYPICAL) if v[0] != "attention_lse"], ids=cases.ids
+    "op, dims",
+    [v for v in (*cases.variants(cases.TYPICAL), *cases.FEW.items()) if v[0] != "attention_lse"],
+    ids=cases.ids,
 )
 def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, device, generator):
     dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
@@ -92,7 +94,7 @@ from pygpt import _C, verify
 assert _C.cpu_capability() == sys.argv[1], (_C.cpu_capability(), sys.argv[1])
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
-shapes = [(op, dims) for op, dims in cases.variants(cases.TYPICAL)]
+shapes = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]
 shapes += [("attention", {"L": 65, "S": 65, "E": E, "causal": 1}) for E in (1, 64, 80, 256)]
 shapes += [("linear", {"M": M, "K": 257, "N": N}) for M, N in ((1, 129), (65, 7), (130, 131))]
 failed = [

@@ -37,6 +37,14 @@ struct Tile {
   Vec<T> c[MR][NV];
 };
 
+// body(i, how many) for i = 0 .. n - 1, N at a time and the rest one by one.
+template <int N, class F>
+PYGPT_INLINE void in_groups(int64_t n, const F& body) {
+  int64_t i = 0;
+  for (; i + N <= n; i += N) body(i, std::integral_constant<int, N>());
+  for (; i < n; i++) body(i, std::integral_constant<int, 1>());
+}
+
 // A strided operand: element (i, j) is data[i * rs + j * cs].
 template <class S>
 struct Matrix {

@@ -30,9 +30,9 @@ Matrix<S> matrix(const void* data, int64_t stride) {
 }
 
 constexpr int64_t kFewRows = 16;
-constexpr int kTogether = 4;                                   // rows of A that one pass over B multiplies,
-using Wide = std::integral_constant<int, 4>;                   // and rows of B,
-using Narrow = std::integral_constant<int, MR == 14 ? 4 : 2>;  // fewer where 16 registers must hold all the sums
+constexpr int kTogether = 4;              // rows of A that one pass over B multiplies,
+constexpr int kWide = 4;                  // and rows of B,
+constexpr int kNarrow = MR == 14 ? 4 : 2;  // fewer where 16 registers must hold all the sums
 struct FewRows;
 
 // Dot products of Rows rows of a (K long, padded with zeros to whole vectors) with Columns rows of b: so many streams
@@ -69,18 +69,11 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
       const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
       T c[kFewRows][W<T>] = {};
       auto columns = [&](int64_t j, auto count) {
-        const Matrix<S> b = B.at(j0 + j, 0);
-        auto out = [&](int64_t i) { return reinterpret_cast<T(*)[W<T>]>(&c[i][j]); };
-        int64_t i = 0;
-        for (; i + kTogether <= M; i += kTogether) dots<kTogether, count.value>(K, a + i * lda, lda, b, out(i));
-        for (; i < M; i++) dots<1, count.value>(K, a + i * lda, lda, b, out(i));
+        in_groups<kTogether>(M, [&](int64_t i, auto rows) {
+          dots<rows.value, count.value>(K, a + i * lda, lda, B.at(j0 + j, 0), reinterpret_cast<T(*)[W<T>]>(&c[i][j]));
+        });
       };
-      auto all = [&](auto count) {
-        int64_t j = 0;
-        for (; j + count.value <= n; j += count.value) columns(j, count);
-        for (; j < n; j++) columns(j, std::integral_constant<int, 1>());
-      };
-      M < kTogether ? all(Wide()) : all(Narrow());
+      M < kTogether ? in_groups<kWide>(n, columns) : in_groups<kNarrow>(n, columns);
       for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(c[i]), n);
     }
   }, W<T> * K * M);

@@ -189,7 +189,8 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
 //             2u = x (kU + kU3 x^2)                      2u' = kU + 3 kU3 x^2
 // relu        max(x, 0)                                  1 where y is not <= 0
 // relu2       max(x, 0)^2                                2 sqrt(y)
-constexpr double kLog2e = 1.44269504088896340736;
+template <class T>
+constexpr T kLog2e = T(1.4426950408889634074);
 constexpr double kU = 1.59576912160573071176;  // 2 sqrt(2 / pi)
 constexpr double kU3 = kU * 0.044715;
 
@@ -198,7 +199,7 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   if constexpr (A == Activation::gelu) {
     return gelu<T>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
-    return x / (1 + exp2<T>(x * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * (x * x))));
+    return x / (1 + exp2<T>(x * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * (x * x))));
   } else {
     Vec<T> y = x < 0 ? Vec<T>{} : x;
     return A == Activation::relu ? y : y * y;
@@ -212,7 +213,7 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
     return gelu_slope<T>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
     Vec<T> x = saved, a = magnitude<T>(x), xx = x * x;
-    Vec<T> e = exp2<T>(a * (T(-kU * kLog2e) + T(-kU3 * kLog2e) * xx));  // exp(-|2u|): cannot overflow
+    Vec<T> e = exp2<T>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
     Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
     return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
   } else if constexpr (A == Activation::relu) {

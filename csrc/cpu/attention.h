@@ -1,0 +1,130 @@
+// What the attention kernels share: their tiles, the scores of one, and a step of the running softmax.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "gemm.h"
+#include "vmath.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+constexpr int64_t BC = MR == 14 ? 224 : 192;  // keys a tile: a multiple of MR and of every NR
+constexpr int64_t BR = MR == 14 ? 112 : 96;   // query rows a block
+constexpr int64_t LD = BC + 16;               // row stride of P and dS; a rounder one would crowd a few cache sets
+static_assert(BC % MR == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BR % MR == 0);
+
+template <class T>
+constexpr T kInf = std::numeric_limits<T>::infinity();
+
+template <class S>
+Matrix<S> head(const Heads& t, int64_t b, int64_t h) {
+  return {static_cast<const S*>(t.data) + b * t.stride[0] + h * t.stride[1], t.stride[2], t.stride[3]};
+}
+template <class S>
+S* output_row(const Heads& t, int64_t b, int64_t h, int64_t i) {  // channels are contiguous in every output
+  return static_cast<S*>(t.data) + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+}
+
+template <class T>
+IVec<T> lane_index() {
+  IVec<T> v{};
+  for (int i = 0; i < W<T>; i++) v[i] = i;
+  return v;
+}
+
+// A B of two packed panels, K steps long: in runs of 128, so that long rows round no worse than short ones.
+template <class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE Tile<T> dot_products(int64_t K, const U* a, const U* b) {
+  constexpr int64_t kRun = 128;
+  Tile<T> tile = multiply<1, MR>(std::min(K, kRun), a, b, NR<T>);
+  for (int64_t k = kRun; k < K; k += kRun)
+    add(tile, multiply<1, MR>(std::min(K - k, kRun), a + k * MR, b + k * NR<T>, NR<T>));
+  return tile;
+}
+
+// A step of Q is scaled when it is packed, unless it is a pair, which stays as it is: then its scores are.
+template <class U>
+Read<U> scaled(double scale) {
+  if constexpr (Step<U>::kDepth == 1) return {U(scale)};
+  return {};
+}
+
+// Scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
+// keys from `keys` on, and above the diagonal if causal, become -inf.
+template <class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE Tile<T> score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first) {
+  const int64_t keys = a.k_len;
+  const bool causal = a.is_causal;
+  Tile<T> tile = dot_products(steps, q, k);
+  if constexpr (Step<U>::kDepth > 1)
+    for (int r = 0; r < MR; r++)
+      for (int v = 0; v < NV; v++) tile.c[r][v] *= T(a.scale);
+  if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
+    for (int r = 0; r < MR; r++) {
+      const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
+      const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
+      for (int v = 0; v < NV; v++) tile.c[r][v] = lane_index<T>() + v * W<T> < limit ? tile.c[r][v] : set1(-kInf<T>);
+    }
+  return tile;
+}
+
+// How many of the BC keys from j0 the rows row0 .. row0 + rows - 1 can see.
+inline int64_t visible(const AttentionArgs& a, int64_t row0, int64_t rows, int64_t j0) {
+  const int64_t end = a.is_causal ? std::min(a.k_len, row0 + rows) : a.k_len;
+  return std::clamp<int64_t>(end - j0, 0, BC);
+}
+
+// One row of scores -> exp(score - m') in place, as steps U; updates the running maximum and sum, and returns
+// the factor by which the output so far shrinks.
+template <class U, class T>
+PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
+  Vec<T> top = load(p);
+  for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
+  const T here = largest<T>(top), before = m;
+  m = here > before || here != here ? here : before;
+  const T shift = m == -kInf<T> ? T(0) : m;
+  Vec<T> total = {};
+  for (int64_t v = 0; v < vectors; v++) {
+    const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
+    Step<U>::store(reinterpret_cast<U*>(p) + v * W<T> / Step<U>::kDepth, e);
+    total += e;
+  }
+  const T shrink = before == m ? T(1) : std::exp2((before - shift) * kLog2e<T>);
+  l = l * shrink + sum<T>(total);
+  return shrink;
+}
+
+// Divides a finished row by its sum; accumulated(j) is its vector from channel j.
+template <class S, class F>
+PYGPT_INLINE void finish_row(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, Acc<S> m, Acc<S> l, F accumulated) {
+  using T = Acc<S>;
+  const T inverse = l == 0 ? T(0) : 1 / l;
+  static_cast<T*>(a.lse)[(b * a.heads + h) * a.q_len + i] = l == 0 ? -kInf<T> : m + std::log(l);
+  S* o = output_row<S>(a.out, b, h, i);
+  for (int64_t j = 0; j < a.v_dim; j += W<T>) store(o + j, accumulated(j) * inverse, a.v_dim - j);
+}
+
+template <class S, class T = Acc<S>>
+T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
+  Vec<T> total[2] = {};
+  if (a.cs == 1 && b.cs == 1) {
+    for (int64_t j = 0; j < n; j += W<T>) total[j / W<T> % 2] += load(a.data + j, n - j) * load(b.data + j, n - j);
+    return sum<T>(total[0] + total[1]);
+  }
+  double slow = 0;
+  for (int64_t j = 0; j < n; j++) slow += double(to_acc(a.data[j * a.cs])) * double(to_acc(b.data[j * b.cs]));
+  return T(slow);
+}
+
+// Few queries (decoding with a cache) have kernels of their own, in attention_few.cpp; they read K and V as they
+// lie, and want their channels contiguous.
+constexpr int64_t kFewQueries = 4;
+inline bool few_queries(const AttentionArgs& a) {
+  return a.q_len <= kFewQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
+}
+void few_queries_fwd(const AttentionArgs& a);
+void few_queries_bwd(const AttentionArgs& a);
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu

@@ -1,0 +1,207 @@
+// Backward of attention.cpp's attention (KV-stationary): for BC keys at a time, over all the queries that see them,
+//
+//   P = exp(S - lse)          dV += P^T dO      dP = dO V^T
+//   dS = P (dP - delta)       dK += dS^T Q      dQ += dS K      delta = rowsum(dO O) - dlse
+//
+// One task owns a head, so every sum has one fixed order and no atomics. Where there are few heads, the
+// key tiles of one are dealt to a number of tasks that depends on the shape alone, and their dQ are
+// added in order.
+//
+// All five products run on the packed GEMM's microkernel, on pairs of bf16 where the machine multiplies
+// those: P and dS are then rounded to bf16, sums over rows are not.
+#include "attention.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+namespace {
+
+struct PackedQ;
+struct PackedQt;
+struct PackedDo;
+struct PackedDot;
+struct PackedK;
+struct PackedKt;
+struct PackedVt;
+struct Statistics;
+struct ProbabilityBlock;
+struct ScoreGradientBlock;
+struct ScoreGradientRows;
+struct KeyGradient;
+struct ValueGradient;
+struct QueryGradient;
+struct QueryGradientPartials;
+
+// Everything of one head that the key tiles share, packed. A "t" operand is the right-hand side of a
+// product that sums over its rows: panels [step][NR].
+template <class S>
+struct Packed {
+  using T = Acc<S>;
+  using U = StepOf<S>;
+  static constexpr int64_t kDepth = Step<U>::kDepth;
+  const AttentionArgs& a;
+  int64_t b, h, L, E, Ev, e_panels, v_panels;
+  int64_t l_steps, k_steps, e_steps, v_steps;  // along the queries, the keys and the channels
+  U *q, *qt, *go, *got, *k, *kt, *v;
+  T *lse, *delta;
+
+  Packed(const AttentionArgs& a, int64_t b, int64_t h)
+      : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)),
+        l_steps(ceil_div(L, kDepth)), k_steps(ceil_div(a.k_len, kDepth)), e_steps(ceil_div(E, kDepth)), v_steps(ceil_div(Ev, kDepth)) {
+    const int64_t padded = round_up(L, MR), kpad = round_up(a.k_len, NR<T>);
+    q = scratch<U, PackedQ>(padded * e_steps), qt = scratch<U, PackedQt>(e_panels * NR<T> * l_steps);
+    go = scratch<U, PackedDo>(padded * v_steps), got = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
+    k = scratch<U, PackedK>(kpad * e_steps), kt = scratch<U, PackedKt>(e_panels * NR<T> * k_steps);
+    v = scratch<U, PackedVt>(kpad * v_steps);
+    const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
+    pack_rows<MR>(q, Q, L, E, scaled<U>(a.scale));
+    pack_rows<NR<T>>(qt, Q.transposed(), E, L);
+    pack_rows<MR>(go, dO, L, Ev);
+    pack_rows<NR<T>>(got, dO.transposed(), Ev, L);
+    pack_rows<NR<T>>(k, K, a.k_len, E);
+    pack_rows<NR<T>>(kt, K.transposed(), E, a.k_len);
+    pack_rows<NR<T>>(v, V, a.k_len, Ev);
+
+    lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
+    const auto O = head<S>(a.out, b, h);
+    const int64_t offset = (b * a.heads + h) * L;
+    for (int64_t i = 0; i < padded; i++) {
+      const T given = i < L ? static_cast<const T*>(a.lse)[offset + i] : kInf<T>;
+      lse[i] = given == -kInf<T> ? kInf<T> : given;  // a row that sees nothing, or is none: P = 0
+      if (i >= L) delta[i] = 0;
+      else delta[i] = row_dot(dO.at(i, 0), O.at(i, 0), Ev) - (a.dlse ? static_cast<const T*>(a.dlse)[offset + i] : T(0));
+    }
+  }
+};
+
+// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is seen. p and ds
+// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys.
+template <class S, class U = StepOf<S>>
+void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
+  using T = Acc<S>;
+  constexpr int d = Step<U>::kDepth;
+  for (int64_t panel = 0; panel * NR<T> < BC; panel++)
+    for (int64_t i = 0; i < rows; i += MR) {
+      const int64_t row0 = i0 + i, column = panel * NR<T>, j = j0 + column;
+      auto put = [&](int r, int w, const Vec<T>(&e)[d], const Vec<T>(&g)[d]) {  // of rows r .. r + d - 1
+        const int64_t at = (i + r) / d * LD + column + w * W<T>;
+        store(reinterpret_cast<T*>(p) + at, Step<U>::join(e));
+        store(reinterpret_cast<T*>(ds) + at, Step<U>::join(g));
+        if constexpr (d > 1)
+          for (int n = 0; n < d; n++) Step<U>::store(ds_rows + (i + r + n) * LD / d + (column + w * W<T>) / d, g[n]);
+      };
+      if (column >= visible(x.a, row0, MR, j0)) {
+        const Vec<T> zero[d] = {};
+        for (int r = 0; r < MR; r += d)
+          for (int w = 0; w < NV; w++) put(r, w, zero, zero);
+        continue;
+      }
+      const Tile<T> s = score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j);
+      const Tile<T> dp = dot_products(x.v_steps, x.go + row0 * x.v_steps, x.v + j * x.v_steps);
+      for (int r = 0; r < MR; r += d)
+        for (int w = 0; w < NV; w++) {
+          Vec<T> e[d], g[d];
+          for (int n = 0; n < d; n++) {
+            e[n] = exp2<T>((s.c[r + n][w] - x.lse[row0 + r + n]) * kLog2e<T>);
+            g[n] = e[n] * (dp.c[r + n][w] - x.delta[row0 + r + n]);
+          }
+          put(r, w, e, g);
+        }
+    }
+}
+
+// acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels of `steps` steps along the queries.
+template <class U, class T = typename Step<U>::Sum>
+void add_transposed_product(Tile<T>* acc, const U* x, const U* y, int64_t steps, int64_t i0, int64_t rows, int64_t keys,
+                            int64_t panels, int64_t first_row) {
+  constexpr int64_t kKeys = MR == 14 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
+  constexpr int64_t d = Step<U>::kDepth;
+  for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
+    for (int64_t p = 0; p < panels; p++)
+      for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
+        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / d;  // rows before see none of these keys
+        add(acc[j / MR * panels + p],
+            multiply<1, int(LD)>(ceil_div(rows, d) - start, x + start * LD + j, y + (p * steps + i0 / d + start) * NR<T>, NR<T>));
+      }
+}
+
+template <class S>
+void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels, const Tile<Acc<S>>* tiles,
+                 Acc<S> scale) {
+  using T = Acc<S>;
+  const int64_t panels = ceil_div(channels, NR<T>);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < channels; j += W<T>) {
+      const Vec<T> x = tiles[i / MR * panels + j / NR<T>].c[i % MR][j % NR<T> / W<T>];
+      store(output_row<S>(to, b, h, i0 + i) + j, x * scale, channels - j);
+    }
+}
+
+// dk, dv of the BC keys from j0, and their share of dq (tiles of the whole head, not yet scaled).
+template <class S>
+void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
+  using T = Acc<S>;
+  using U = StepOf<S>;
+  constexpr int64_t d = Step<U>::kDepth;
+  const AttentionArgs& a = x.a;
+  const int64_t keys = std::min(BC, a.k_len - j0);
+  U *p = scratch<U, ProbabilityBlock>(BR * LD / d), *ds = scratch<U, ScoreGradientBlock>(BR * LD / d);
+  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * LD / d) : ds;
+  Tile<T>* dk = scratch<Tile<T>, KeyGradient>(BC / MR * x.e_panels);
+  Tile<T>* dv = scratch<Tile<T>, ValueGradient>(BC / MR * x.v_panels);
+  std::fill(dk, dk + BC / MR * x.e_panels, Tile<T>{});
+  std::fill(dv, dv + BC / MR * x.v_panels, Tile<T>{});
+
+  for (int64_t i0 = a.is_causal ? j0 / BR * BR : 0; i0 < x.L; i0 += BR) {
+    const int64_t rows = std::min(BR, x.L - i0);
+    gradient_block(x, p, ds, ds_rows, i0, rows, j0);
+    for (int64_t e = 0; dq && e < x.e_panels; e++)
+      for (int64_t i = 0; i < rows; i += MR)
+        add(dq[(i0 + i) / MR * x.e_panels + e],
+            multiply<LD / d, 1>(ceil_div(visible(a, i0 + i, MR, j0), d), ds_rows + i * LD / d,
+                                x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>));
+    const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
+    if (a.dv.data) add_transposed_product(dv, p, x.got, x.l_steps, i0, rows, keys, x.v_panels, first_row);
+    if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
+  }
+  if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
+  if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv, T(1));
+}
+
+template <class S>
+void backward(const AttentionArgs& a) {
+  using T = Acc<S>;
+  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, NR<T>);
+  const int64_t dq_tiles = ceil_div(a.q_len, MR) * e_panels;
+  // Few heads: deal each one's key tiles round robin to several tasks, by the shape alone.
+  const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
+  Tile<T>* partials = splits > 1 && a.dq.data ? scratch<Tile<T>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
+  parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
+      const Packed<S> x(a, b, h);
+      Tile<T>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<T>, QueryGradient>(dq_tiles) : nullptr;
+      if (dq) std::fill(dq, dq + dq_tiles, Tile<T>{});
+      for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
+      if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq, T(a.scale));
+    }
+  }, a.q_len * ceil_div(a.k_len, splits) * (a.head_dim + a.v_dim));
+  if (partials)
+    parallel_for(heads, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        Tile<T>* dq = partials + n * splits * dq_tiles;
+        for (int64_t s = 1; s < splits; s++)
+          for (int64_t t = 0; t < dq_tiles; t++) add(dq[t], dq[s * dq_tiles + t]);
+        store_tiles<S>(a.dq, n / a.heads, n % a.heads, 0, a.q_len, a.head_dim, dq, T(a.scale));
+      }
+    });
+}
+
+}  // namespace
+
+void attention_bwd(const AttentionArgs& a) {
+  if (few_queries(a)) return few_queries_bwd(a);
+  visit(a.dtype, [&](auto s) { backward<decltype(s)>(a); });
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
