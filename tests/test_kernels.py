@@ -104,7 +104,15 @@ def test_more_rows_than_a_grid_is_high(op, compiled, device, generator):
     cases.assert_exact(op, dims, torch.float32, generator, compiled, device=device)
 
 
-@pytest.mark.slow
 def test_more_heads_than_a_grid_is_high(compiled, device, generator):
+    if compiled == "triton" and device == "cpu":
+        pytest.skip("grids are one-dimensional, and 70,000 programs take the interpreter half an hour")
     dims = {"B": 35_000, "H": 2, "L": 2, "S": 2, "E": 8}
-    cases.assert_exact("attention", dims, torch.bfloat16, generator, compiled, device=device)
+    if compiled == "cuda" and device == "cpu":  # likewise; but the emulator refuses such a launch before it runs
+        from tests import emulator
+
+        calls = cases.kernel_calls("attention", *verify.draw("attention", dims, torch.bfloat16, generator), reference)
+        launched = emulator.launches(lambda: [getattr(torch.ops.pygpt_emulator, name)(*args) for name, args in calls])
+        assert {name.partition("<")[0].split("::")[-1] for name, *_ in launched} >= {"attention_fwd_kernel"}, launched
+    else:
+        cases.assert_exact("attention", dims, torch.bfloat16, generator, compiled, device=device)

@@ -155,9 +155,7 @@ template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream&,
              Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> parameters{static_cast<Parameters>(arguments)...};
-  const emulator::Launch launch{grid, block, shared};
-  if (emulator::note(reinterpret_cast<const void*>(kernel), launch)) return nullptr;
-  return emulator::run(launch, [&] { std::apply(kernel, parameters); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), {grid, block, shared}, [&] { std::apply(kernel, parameters); });
 }
 
 }  // namespace pygpt::cuda

@@ -220,7 +220,8 @@ template <class... Parameters, class... Arguments>
 Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t shared, const Stream&,
                      Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> parameters{static_cast<Parameters>(arguments)...};
-  return emulator::run({grid, block, shared, cluster}, [&] { std::apply(kernel, parameters); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), {grid, block, shared, cluster},
+                       [&] { std::apply(kernel, parameters); });
 }
 
 }  // namespace pygpt::cuda

@@ -172,10 +172,11 @@ std::string invalid(const Launch& l) {
 
 // ---------------------------------------------------------------- launching
 
-const char* run(const Launch& launch, const std::function<void()>& body) {
+const char* run(const void* kernel, const Launch& launch, const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(machine.mutex);
   machine.error = invalid(launch);
   if (!machine.error.empty()) return machine.error.c_str();
+  if (note(kernel, launch)) return nullptr;
   machine.launch = launch, machine.body = &body, machine.failed = false;
   machine.layout = SharedLayout(launch.dynamic_shared);
   machine.host_races = this_race_context();

@@ -182,10 +182,10 @@ struct Launch {
   size_t dynamic_shared = 0;
   dim3 cluster = {1, 1, 1};
 };
-// Runs body() once per thread. Null, or an error that stands until the next launch.
-const char* run(const Launch& launch, const std::function<void()>& body);
+// Runs body(), a call of the kernel, once per thread. Null, or an error that stands until the next launch.
+const char* run(const void* kernel, const Launch& launch, const std::function<void()>& body);
 
-// While recording, launches are noted and do not run.
+// While recording, launches are checked and noted, and do not run.
 struct Noted {
   size_t offset;  // of the kernel in the library it is part of
   Launch launch;
