@@ -3,6 +3,7 @@
 // gelu saves x, relu its own output y, which the next op keeps anyway.
 #include <algorithm>
 
+#include "memory.h"
 #include "parallel.h"
 #include "vmath.h"
 
@@ -12,26 +13,29 @@ namespace {
 
 constexpr int64_t kBlock = 4096, kWork = 8 * kBlock;  // elements, and what they cost in multiply-adds
 
-// f(i, n) for vectors of n <= W elements from i on.
-template <class T, class F>
-void for_each(int64_t count, const F& f) {
-  auto blocks = [&](int64_t begin, int64_t end) {
-    int64_t i = begin * kBlock;
-    const int64_t last = std::min(count, end * kBlock);
-    for (; i + 4 * W<T> <= last; i += 4 * W<T>)
+// out[i] = f(i, n), a vector of n <= W elements from i on; `bytes` are read and written for each.
+template <class S, class F>
+void for_each(int64_t count, int64_t bytes, S* out, const F& f) {
+  using T = Acc<S>;
+  visit_caches(count * bytes, [&](auto past) {
+    auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
+      const Writer<past> write;
+      int64_t i = begin * kBlock;
+      const int64_t last = std::min(count, end * kBlock);
+      for (; i + 4 * W<T> <= last; i += 4 * W<T>)
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) f(i + u * W<T>, int64_t(W<T>));
-    for (; i < last; i += W<T>) f(i, last - i);
-  };
-  parallel_for(ceil_div(count, kBlock), blocks, kWork);
+        for (int u = 0; u < 4; u++) write(out + i + u * W<T>, f(i + u * W<T>, int64_t(W<T>)), W<T>);
+      for (; i < last; i += W<T>) write(out + i, f(i, last - i), last - i);
+    };
+    parallel_for(ceil_div(count, kBlock), blocks, kWork);
+  });
 }
 
 template <Activation A, class S>
 void forward(const ActivationArgs& a) {
   using T = Acc<S>;
   const S* x = static_cast<const S*>(a.x);
-  S* y = static_cast<S*>(a.y);
-  for_each<T>(a.n, [=](int64_t i, int64_t n) { store(y + i, activate<A, T>(load(x + i, n)), n); });
+  for_each(a.n, 2 * sizeof(S), static_cast<S*>(a.y), [=](int64_t i, int64_t n) { return activate<A, T>(load(x + i, n)); });
 }
 
 template <Activation A, class S>
@@ -39,9 +43,8 @@ void backward(const ActivationArgs& a) {
   using T = Acc<S>;
   const S* saved = static_cast<const S*>(A == Activation::relu || A == Activation::relu2 ? a.y : a.x);
   const S* dy = static_cast<const S*>(a.dy);
-  S* dx = static_cast<S*>(a.dx);
-  for_each<T>(a.n, [=](int64_t i, int64_t n) {
-    store(dx + i, backpropagate<A, T>(load(dy + i, n), load(saved + i, n)), n);
+  for_each(a.n, 3 * sizeof(S), static_cast<S*>(a.dx), [=](int64_t i, int64_t n) {
+    return backpropagate<A, T>(load(dy + i, n), load(saved + i, n));
   });
 }
 

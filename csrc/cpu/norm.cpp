@@ -13,12 +13,14 @@
 // over. This corrected two-pass scheme (Chan, Golub and LeVeque 1983) takes the rounding error of the
 // first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
 //
-// A row is read from memory once; its other passes find it in cache. dw and db are summed over chunks
+// A row is read from memory once; its other passes find it in cache, and the last, where results go past the caches,
+// asks for the next row. dw and db are summed over chunks
 // of rows, then chunk by chunk in order, each sum in groups to keep its chains short; the chunks depend
 // on the shape alone.
 #include <algorithm>
 #include <cmath>
 
+#include "memory.h"
 #include "parallel.h"
 #include "vmath.h"
 
@@ -75,6 +77,7 @@ struct Weight;
 struct Bias;
 struct Partials;
 struct Group;
+struct Sum;
 
 template <class S>
 struct Matrix {
@@ -90,9 +93,9 @@ struct Statistics {
   T mean, rstd;
 };
 
-// One row forward: y from x.
-template <class S, bool Centre, class T = Acc<S>>
-Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, S* y) {
+// One row forward: y from x, and a copy of x unless that is null. ahead(j) asks for column j of the next row.
+template <class S, bool Centre, class Writer, class F, class T = Acc<S>>
+Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, const Writer& write, S* y, S* copy, const F& ahead) {
   T shift = 0, left = 0, sums[2];
   if constexpr (Centre) {
     T total[1];
@@ -111,9 +114,10 @@ Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, S
   const T variance = sums[1] / T(cols) - left * left;
   const T rstd = 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps), offset = -left * rstd;
   each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
-    Vec<T> xhat = load(x + j, n);
-    xhat = Centre ? (xhat - shift) * rstd + offset : xhat * rstd;
-    store(y + j, xhat * load(w + j, n) + load(b + j, n), n);
+    const Vec<T> v = load(x + j, n), xhat = Centre ? (v - shift) * rstd + offset : v * rstd;
+    ahead(j);
+    if (copy) write(copy + j, v, n);
+    write(y + j, xhat * load(w + j, n) + load(b + j, n), n);
   });
   return {shift + left, rstd};
 }
@@ -124,8 +128,9 @@ void add(int64_t cols, const S* x, const S* residual, S* sum) {
 }
 
 // One row backward: dx unless it is null; with Params, adds to dw and db (padded to whole vectors).
-template <class S, bool Centre, bool Params, class T = Acc<S>>
-void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, S* dx, T* dw, T* db) {
+template <class S, bool Centre, bool Params, class Writer, class F, class T = Acc<S>>
+void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, const Writer& write,
+              S* dx, T* dw, T* db, const F& ahead) {
   auto xhat = [&](int64_t j, int64_t n) {
     Vec<T> v = load(x + j, n);
     return Centre ? (v - saved.mean) * saved.rstd : v * saved.rstd;
@@ -145,11 +150,12 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
     Vec<T> g = rounded(load(dy + j, n) * load(w + j, n));  // in a row of one column g - mean_g is 0
     Vec<T> d = (g - mean_g - xhat(j, n) * mean_gh) * saved.rstd;
-    store(dx + j, dsum ? d + load(dsum + j, n) : d, n);
+    ahead(j);
+    write(dx + j, dsum ? d + load(dsum + j, n) : d, n);
   });
 }
 
-template <class S, bool Centre>
+template <class S, bool Centre, bool Past>
 void norm_fwd(const NormArgs& a) {
   using T = Acc<S>;
   const Matrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
@@ -157,9 +163,20 @@ void norm_fwd(const NormArgs& a) {
   const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
   T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
   auto body = [&](int64_t begin, int64_t end) {
+    const Writer<Past> write;
+    S* unwritten = Past && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
     for (int64_t i = begin; i < end; i++) {
-      if (residual.data) add(a.cols, x.row(i), residual.row(i), sum.row(i));
-      Statistics<T> s = forward<S, Centre>(a.cols, residual.data ? sum.row(i) : x.row(i), w, b, T(a.eps), y.row(i));
+      const S* row = x.row(i);
+      if (residual.data) {
+        S* s = unwritten ? unwritten : sum.row(i);
+        add(a.cols, row, residual.row(i), s);
+        row = s;
+      }
+      auto ahead = [&](int64_t j) {
+        write.ahead(x.row(i + 1) + j);
+        if (residual.data) write.ahead(residual.row(i + 1) + j);
+      };
+      Statistics<T> s = forward<S, Centre>(a.cols, row, w, b, T(a.eps), write, y.row(i), unwritten ? sum.row(i) : nullptr, ahead);
       if (Centre) mean[i] = s.mean;
       rstd[i] = s.rstd;
     }
@@ -187,7 +204,7 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   parallel_for(ceil_div(cols, kColumns), body, chunks * kColumns);
 }
 
-template <class S, bool Centre, bool Params>
+template <class S, bool Centre, bool Params, bool Past>
 void norm_bwd(const NormArgs& a) {
   using T = Acc<S>;
   const Matrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
@@ -197,15 +214,21 @@ void norm_bwd(const NormArgs& a) {
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
   T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
   auto body = [&](int64_t begin, int64_t end) {
+    const Writer<Past> write;
     T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
       T* total = partials + c * 2 * width;
       if (Params) std::fill(total, total + 2 * width, T(0));
       for (int64_t i = c * chunk, last = std::min(a.rows, i + chunk); i < last;) {
         if (Params) std::fill(group, group + 2 * width, T(0));
-        for (int64_t stop = std::min(last, i + kGroup); i < stop; i++)
-          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]},
-                                      dx.row(i), group, group + width);
+        for (int64_t stop = std::min(last, i + kGroup); i < stop; i++) {
+          auto ahead = [&](int64_t j) {
+            write.ahead(x.row(i + 1) + j), write.ahead(dy.row(i + 1) + j);
+            if (dsum.data) write.ahead(dsum.row(i + 1) + j);
+          };
+          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]}, write,
+                                      dx.row(i), group, group + width, ahead);
+        }
         if (Params)
           for (int64_t j = 0; j < 2 * width; j++) total[j] += group[j];
       }
@@ -218,6 +241,11 @@ void norm_bwd(const NormArgs& a) {
   }
 }
 
+template <class S>
+int64_t bytes(const NormArgs& a, int tensors) {
+  return a.rows * a.cols * int64_t(sizeof(S)) * tensors;
+}
+
 // Calls f with a compile-time truth value.
 template <class F>
 void visit(bool flag, const F& f) {
@@ -227,13 +255,19 @@ void visit(bool flag, const F& f) {
 }  // namespace
 
 void norm_fwd(const NormArgs& a) {
-  visit(a.dtype, [&](auto s) { visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre>(a); }); });
+  visit(a.dtype, [&](auto s) {
+    visit_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2), [&](auto past) {
+      visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, past>(a); });
+    });
+  });
 }
 
 void norm_bwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit(a.mean != nullptr, [&](auto centre) {
-      visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params>(a); });
+    visit_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3), [&](auto past) {
+      visit(a.mean != nullptr, [&](auto centre) {
+        visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, past>(a); });
+      });
     });
   });
 }

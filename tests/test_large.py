@@ -1,0 +1,41 @@
+"""CPU results too large for the caches, which are written past them: the same bits as in calls that are not."""
+
+import pytest
+import torch
+
+from bench.harness import last_level_cache
+from pygpt.backend import TABLE
+
+cpp = TABLE["cpp"].kernels
+CALLS = {  # from rows of x, dy and z and from a row w to results made row by row
+    "layer_norm": lambda x, dy, z, w: cpp.layer_norm_fwd(x, w, w, 1e-5),
+    "add_layer_norm": lambda x, dy, z, w: cpp.add_layer_norm_fwd(x, z, w, None, 1e-5),
+    "rms_norm": lambda x, dy, z, w: cpp.rms_norm_fwd(x, w, 1e-5),
+    "layer_norm_bwd": lambda x, dy, z, w: cpp.layer_norm_bwd(dy, x, w, *statistics(x), [True] * 3)[:1],
+    "add_layer_norm_bwd": lambda x, dy, z, w: cpp.add_layer_norm_bwd(dy, z, x, w, *statistics(x), [True] * 3)[:1],
+    "rms_norm_bwd": lambda x, dy, z, w: cpp.rms_norm_bwd(dy, x, w, statistics(x)[1], [True] * 2)[:1],
+    "gelu": lambda x, dy, z, w: (cpp.gelu_fwd(x, "none"), cpp.gelu_bwd(dy, x, "tanh")),
+    "relu": lambda x, dy, z, w: (cpp.relu_fwd(x), cpp.relu_bwd(dy, x)),
+}
+
+
+def statistics(x):
+    return x[:, 0].float(), x[:, 1].float().abs()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [256, 1003])  # rows aligned to any vector, and to none
+@pytest.mark.parametrize("op", CALLS)
+def test_results_past_the_caches(op, width, dtype, generator):
+    if (cache := last_level_cache()) > 128 << 20:
+        pytest.skip(f"would need more than the {cache >> 20} MB of this machine's last-level cache")
+    torch.set_num_threads(2)
+    rows = cache // (width * dtype.itemsize) + 3  # two such tensors are twice what the cache holds
+    x, dy, z = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(3))
+    w = torch.randn(width, generator=generator).to(dtype)
+    found = CALLS[op](x, dy, z, w)
+    part = rows // 8 + 1
+    for at in range(0, rows, part):
+        want = CALLS[op](*(t[at : at + part] for t in (x, dy, z)), w)
+        for ours, theirs in zip(found, want, strict=True):
+            assert torch.equal(ours[at : at + part], theirs)
