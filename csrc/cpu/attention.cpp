@@ -54,9 +54,8 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
         for (int64_t strip = first; strip < end; strip++) {
           if (p * NR<T> >= seen(strip)) continue;
           const int64_t j = j0 + p * NR<T>;
-          const Tile<T> tile = score_tile(a, q + strip * MR * steps, k + j * steps, steps, i0 + strip * MR, j);
-          for (int r = 0; r < MR; r++)
-            for (int w = 0; w < NV; w++) store(s + ((strip - first) * MR + r) * LD + p * NR<T> + w * W<T>, tile.c[r][w]);
+          T* to = s + (strip - first) * MR * LD + p * NR<T>;
+          score_tile(a, q + strip * MR * steps, k + j * steps, steps, i0 + strip * MR, j, to, LD);
         }
       T shrink[kTogether * MR];
       for (int64_t r = 0; r < (end - first) * MR; r++) {
@@ -68,8 +67,8 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
         for (int64_t strip = first; strip < end; strip++) {
           const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * LD);
           const U* y = v + (p * v_steps + j0 / d) * NR<T>;
-          const Tile<T> more = multiply<LD, 1>(ceil_div(seen(strip), d), x, y, NR<T>);
-          Tile<T>& sofar = out[strip * v_panels + p];
+          Tile<T> more, &sofar = out[strip * v_panels + p];
+          multiply<LD, 1>(ceil_div(seen(strip), d), x, y, NR<T>, more.data(), NR<T>);
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
         }

@@ -33,14 +33,16 @@ IVec<T> lane_index() {
   return v;
 }
 
-// A B of two packed panels, K steps long: in runs of 128, so that long rows round no worse than short ones.
+// out = A B of two packed panels, K steps long: in runs of 128, so that long rows round no worse than short ones.
 template <class U, class T = typename Step<U>::Sum>
-PYGPT_INLINE Tile<T> dot_products(int64_t K, const U* a, const U* b) {
+PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_t ldo) {
   constexpr int64_t kRun = 128;
-  Tile<T> tile = multiply<1, MR>(std::min(K, kRun), a, b, NR<T>);
-  for (int64_t k = kRun; k < K; k += kRun)
-    add(tile, multiply<1, MR>(std::min(K - k, kRun), a + k * MR, b + k * NR<T>, NR<T>));
-  return tile;
+  multiply<1, MR>(std::min(K, kRun), a, b, NR<T>, out, ldo);
+  for (int64_t k = kRun; k < K; k += kRun) {
+    Tile<T> more;
+    multiply<1, MR>(std::min(K - k, kRun), a + k * MR, b + k * NR<T>, NR<T>, more.data(), NR<T>);
+    add(out, ldo, more);
+  }
 }
 
 // A step of Q is scaled when it is packed, unless it is a pair, which stays as it is: then its scores are.
@@ -50,23 +52,25 @@ Read<U> scaled(double scale) {
   return {};
 }
 
-// Scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
-// keys from `keys` on, and above the diagonal if causal, become -inf.
+// out = scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
+// keys that are none, and above the diagonal if causal, become -inf.
 template <class U, class T = typename Step<U>::Sum>
-PYGPT_INLINE Tile<T> score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first) {
+PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first,
+                             T* out, int64_t ldo) {
   const int64_t keys = a.k_len;
   const bool causal = a.is_causal;
-  Tile<T> tile = dot_products(steps, q, k);
+  dot_products(steps, q, k, out, ldo);
+  auto each = [&](int r, auto f) {
+    for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
+  };
   if constexpr (Step<U>::kDepth > 1)
-    for (int r = 0; r < MR; r++)
-      for (int v = 0; v < NV; v++) tile.c[r][v] *= T(a.scale);
+    for (int r = 0; r < MR; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
   if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
     for (int r = 0; r < MR; r++) {
       const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
       const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
-      for (int v = 0; v < NV; v++) tile.c[r][v] = lane_index<T>() + v * W<T> < limit ? tile.c[r][v] : set1(-kInf<T>);
+      each(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < limit ? s : set1(-kInf<T>); });
     }
-  return tile;
 }
 
 // How many of the BC keys from j0 the rows row0 .. row0 + rows - 1 can see.
@@ -76,22 +80,26 @@ inline int64_t visible(const AttentionArgs& a, int64_t row0, int64_t rows, int64
 }
 
 // One row of scores -> exp(score - m') in place, as steps U; updates the running maximum and sum, and returns
-// the factor by which the output so far shrinks.
+// the factor by which the output so far shrinks. A NaN may be no maximum, but makes its own exponential and the sum NaN.
 template <class U, class T>
 PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
-  Vec<T> top = load(p);
-  for (int64_t v = 1; v < vectors; v++) top = max<T>(top, load(p + v * W<T>));
-  const T here = largest<T>(top), before = m;
-  m = here > before || here != here ? here : before;
+  Vec<T> top[4], total[4] = {};
+  std::fill(top, top + 4, load(p));
+  in_groups<4>(vectors, [&](int64_t v, auto together) {
+    for (int u = 0; u < together.value; u++) top[u] = larger<T>(top[u], load(p + (v + u) * W<T>));
+  });
+  const T before = m;
+  m = std::max(m, largest<T>(larger<T>(larger<T>(top[0], top[1]), larger<T>(top[2], top[3]))));
   const T shift = m == -kInf<T> ? T(0) : m;
-  Vec<T> total = {};
-  for (int64_t v = 0; v < vectors; v++) {
-    const Vec<T> e = exp2<T>((load(p + v * W<T>) - shift) * kLog2e<T>);
-    Step<U>::store(reinterpret_cast<U*>(p) + v * W<T> / Step<U>::kDepth, e);
-    total += e;
-  }
+  in_groups<4>(vectors, [&](int64_t v, auto together) {
+    for (int u = 0; u < together.value; u++) {
+      const Vec<T> e = exp2<T>((load(p + (v + u) * W<T>) - shift) * kLog2e<T>);
+      Step<U>::store(reinterpret_cast<U*>(p) + (v + u) * W<T> / Step<U>::kDepth, e);
+      total[u] += e;
+    }
+  });
   const T shrink = before == m ? T(1) : std::exp2((before - shift) * kLog2e<T>);
-  l = l * shrink + sum<T>(total);
+  l = l * shrink + sum<T>((total[0] + total[1]) + (total[2] + total[3]));
   return shrink;
 }
 

@@ -95,8 +95,9 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
           for (int w = 0; w < NV; w++) put(r, w, zero, zero);
         continue;
       }
-      const Tile<T> s = score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j);
-      const Tile<T> dp = dot_products(x.v_steps, x.go + row0 * x.v_steps, x.v + j * x.v_steps);
+      Tile<T> s, dp;
+      score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j, s.data(), NR<T>);
+      dot_products(x.v_steps, x.go + row0 * x.v_steps, x.v + j * x.v_steps, dp.data(), NR<T>);
       for (int r = 0; r < MR; r += d)
         for (int w = 0; w < NV; w++) {
           Vec<T> e[d], g[d];
@@ -119,8 +120,8 @@ void add_transposed_product(Tile<T>* acc, const U* x, const U* y, int64_t steps,
     for (int64_t p = 0; p < panels; p++)
       for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
         const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / d;  // rows before see none of these keys
-        add(acc[j / MR * panels + p],
-            multiply<1, int(LD)>(ceil_div(rows, d) - start, x + start * LD + j, y + (p * steps + i0 / d + start) * NR<T>, NR<T>));
+        add_product<1, LD>(acc[j / MR * panels + p], ceil_div(rows, d) - start, x + start * LD + j,
+                           y + (p * steps + i0 / d + start) * NR<T>, NR<T>);
       }
 }
 
@@ -156,9 +157,8 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
     gradient_block(x, p, ds, ds_rows, i0, rows, j0);
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
-        add(dq[(i0 + i) / MR * x.e_panels + e],
-            multiply<LD / d, 1>(ceil_div(visible(a, i0 + i, MR, j0), d), ds_rows + i * LD / d,
-                                x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>));
+        add_product<LD / d, 1>(dq[(i0 + i) / MR * x.e_panels + e], ceil_div(visible(a, i0 + i, MR, j0), d),
+                               ds_rows + i * LD / d, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.got, x.l_steps, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);

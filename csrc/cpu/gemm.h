@@ -35,6 +35,7 @@ constexpr int64_t kPackedB = 4 << 20;           // steps of B packed at once, mo
 template <class T>
 struct Tile {
   Vec<T> c[MR][NV];
+  T* data() { return reinterpret_cast<T*>(c); }  // rows of NR
 };
 
 // body(i, how many) for i = 0 .. n - 1, N at a time and the rest one by one.
@@ -121,11 +122,11 @@ using StepOf = Acc<S>;
 #endif
 
 // ---------------------------------------------------------------- the microkernel
-// A B over K steps, summed from zero. Step k of row r of A is a[r * RS + k * CS], of B's columns b + k * ldb.
-// Never inlined: a caller's constants would take registers from the accumulators (measured: attention's
-// backward with AVX2 lost a third that way).
+// MR rows of out, ldo apart, = A B over K steps, summed from zero. Step k of row r of A is a[r * RS + k * CS], of B's
+// columns b + k * ldb. Never inlined: a caller's constants would take registers from the accumulators (measured:
+// attention's backward with AVX2 lost a third that way).
 template <int RS, int CS, class E, class T = typename Step<E>::Sum>
-__attribute__((noinline)) Tile<T> multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb) {
+__attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out, int64_t ldo) {
   Vec<T> c[MR][NV] = {};
   for (int64_t k = 0; k < K; k++) {
     Vec<T> bv[NV];
@@ -140,20 +141,30 @@ __attribute__((noinline)) Tile<T> multiply(int64_t K, const E* __restrict a, con
     a += CS;
     b += ldb;
   }
-  Tile<T> tile;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) tile.c[r][v] = c[r][v];
-  return tile;
+    for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, c[r][v]);
 }
 
 template <class T>
-PYGPT_INLINE void add(Tile<T>& sum, const Tile<T>& tile) {
+PYGPT_INLINE void add(T* sum, int64_t ld, const Tile<T>& tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sum.c[r][v] += tile.c[r][v];
+    for (int v = 0; v < NV; v++) store(sum + r * ld + v * W<T>, load(sum + r * ld + v * W<T>) + tile.c[r][v]);
+}
+template <class T>
+PYGPT_INLINE void add(Tile<T>& sum, const Tile<T>& tile) {
+  add(sum.data(), NR<T>, tile);
+}
+
+// sum += A B.
+template <int RS, int CS, class E, class T = typename Step<E>::Sum>
+PYGPT_INLINE void add_product(Tile<T>& sum, int64_t K, const E* a, const E* b, int64_t ldb) {
+  Tile<T> product;
+  multiply<RS, CS>(K, a, b, ldb, product.data(), NR<T>);
+  add(sum, product);
 }
 
 // ---------------------------------------------------------------- packing
@@ -249,12 +260,10 @@ struct Chunk {
       Tile<T>* sofar = partial;
       for (int64_t p = p0; p < p1; p++)
         for (int64_t i = 0; i < rows; i += MR, sofar++) {
-          Tile<T> tile = multiply<1, MR>(n_steps, a + i * KC, b + (p * steps + s0) * NR<T>, NR<T>);
-          if (s0 > 0) add(tile, *sofar);
-          if (last)
-            finish(tile, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
-          else
-            *sofar = tile;
+          Tile<T> more, &tile = s0 == 0 && !last ? *sofar : more;
+          multiply<1, MR>(n_steps, a + i * KC, b + (p * steps + s0) * NR<T>, NR<T>, tile.data(), NR<T>);
+          if (s0 > 0) last ? add(more, *sofar) : add(*sofar, more);
+          if (last) finish(more, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
         }
     }
   }

@@ -22,7 +22,8 @@ double fma_rate(int64_t milliseconds) {
       double seconds = 0;
       while (seconds * 1e3 < double(milliseconds)) {
         for (int i = 0; i < 1000; i++, calls++) {
-          const Tile<float> tile = multiply<1, MR>(64, a, a + 64 * MR, NR<float>);
+          Tile<float> tile;
+          multiply<1, MR>(64, a, a + 64 * MR, NR<float>, tile.data(), NR<float>);
           asm volatile("" : : "r"(a), "m"(tile) : "memory");  // the result is used, the input may have changed
         }
         seconds = std::chrono::duration<double>(Clock::now() - start).count();

@@ -70,8 +70,8 @@ PYGPT_INLINE Vec<T> set1(T x) {
   return x - Vec<T>{};  // folds to a broadcast; x + 0 would not, for x = -0
 }
 template <class T>
-PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // a NaN in either operand stays
-  return (a > b) | (a != a) ? a : b;
+PYGPT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {  // b where either is NaN
+  return a > b ? a : b;
 }
 
 // ---------------------------------------------------------------- conversions, a vector at a time
@@ -187,7 +187,7 @@ PYGPT_INLINE T sum(Vec<T> v) {
 }
 template <class T>
 PYGPT_INLINE T largest(Vec<T> v) {
-  return reduce<T, W<T>>(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
+  return reduce<T, W<T>>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Lane i of the result is lane Pick(i) of a and b laid end to end.
