@@ -91,10 +91,19 @@ PYGPT_INLINE U32 zero_extend(U16 v) {  // the built-in conversion is five instru
 
 PYGPT_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(zero_extend(v) << 16); }
 
-PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN stays NaN
-  U32 u = bit_cast<U32>(x);
-  U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x != x ? (u >> 16) | 0x40 : rounded, U16);
+PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in conversion does not know
+#if defined(__AVX512F__)
+  return (U16)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)v);
+#elif defined(__AVX2__)
+  return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN becomes NaN
+  const U32 u = bit_cast<U32>(x), rounded = u + 0x7fff + ((u >> 16) & 1);
+  return low_halves((rounded | (U32)(x != x)) >> 16);
 }
 
 #if defined(__AVX512F__)
