@@ -156,16 +156,36 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x) {
 template <class S>
 PYGPT_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
   if (n >= W<Acc<S>>) return load(p);
+#if defined(__AVX512F__)
+  const uint16_t first = uint16_t((1u << n) - 1);
+  if constexpr (sizeof(S) == 2)
+    return widen((U16)_mm256_maskz_loadu_epi16(first, p), S{});
+  else if constexpr (sizeof(S) == 4)
+    return (Vec<S>)_mm512_maskz_loadu_ps(first, p);
+  else
+    return (Vec<S>)_mm512_maskz_loadu_pd(uint8_t(first), p);
+#else
   S tail[W<Acc<S>>] = {};
   std::memcpy(tail, p, size_t(n) * sizeof(S));
   return load(tail);
+#endif
 }
 template <class S>
 PYGPT_INLINE void store(S* p, Vec<Acc<S>> x, int64_t n) {
   if (n >= W<Acc<S>>) return store(p, x);
+#if defined(__AVX512F__)
+  const uint16_t first = uint16_t((1u << n) - 1);
+  if constexpr (sizeof(S) == 2)
+    _mm256_mask_storeu_epi16(p, first, (__m256i)narrow(x, S{}));
+  else if constexpr (sizeof(S) == 4)
+    _mm512_mask_storeu_ps(p, first, (__m512)x);
+  else
+    _mm512_mask_storeu_pd(p, uint8_t(first), (__m512d)x);
+#else
   S tail[W<Acc<S>>];
   store(tail, x);
   std::memcpy(p, tail, size_t(n) * sizeof(S));
+#endif
 }
 
 PYGPT_INLINE double to_acc(double x) { return x; }
