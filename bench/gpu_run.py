@@ -62,17 +62,19 @@ class Steps:
             command, cwd=ROOT, env=self.environment, text=True, errors="replace", start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        late = threading.Event()
+        late, timers = threading.Event(), []
 
-        def stop(number):
+        def after(seconds, action):
+            timers.append(threading.Timer(seconds, action))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+        def stop():
             late.set()
-            signal_group(process, number)
+            signal_group(process, first)
+            after(PATIENCE, lambda: signal_group(process, signal.SIGKILL))  # counted from now: a machine may sleep
 
-        ends = (seconds, first), (seconds + PATIENCE, signal.SIGKILL)
-        timers = [threading.Timer(after, stop, (number,)) for after, number in ends]
-        for timer in timers:
-            timer.daemon = True
-            timer.start()
+        after(seconds, stop)
         lines = []
         try:
             for line in process.stdout:

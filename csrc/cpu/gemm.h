@@ -68,12 +68,15 @@ struct Step {
   static Vec<E> multiply_add(Vec<E> a, Vec<E> b, Vec<E> c) { return a * b + c; }
   static E total(E x) { return x; }
 };
-// How it is read from a matrix: a vector of steps of one row, of one step of neighbouring rows, or one alone.
+// How it is read from a matrix: a vector of steps of one row, or of its first n elements; of one step of neighbouring
+// rows; or one alone.
 template <class E>
 struct Read {
   E scale = 1;
   template <class S>
   PYGPT_INLINE Vec<E> along(const S* p) const { return load(p) * scale; }
+  template <class S>
+  PYGPT_INLINE Vec<E> first(const S* p, int64_t n) const { return load(p, n) * scale; }
   template <class S>
   PYGPT_INLINE Vec<E> across(const S* p, int64_t) const { return load(p) * scale; }
   template <class S>
@@ -107,6 +110,9 @@ struct Step<Pair> {
 template <>
 struct Read<Pair> {
   PYGPT_INLINE Vec<float> along(const bf16* p) const { return load(reinterpret_cast<const float*>(p)); }
+  PYGPT_INLINE Vec<float> first(const bf16* p, int64_t n) const {
+    return n >= 2 * W<float> ? along(p) : (Vec<float>)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
+  }
   PYGPT_INLINE Vec<float> across(const bf16* p, int64_t cs) const {
     U16 low, high;
     std::memcpy(&low, p, sizeof low), std::memcpy(&high, p + cs, sizeof high);

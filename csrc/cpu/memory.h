@@ -12,15 +12,20 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
+// Bytes of the third-level cache. (sysconf counts all that a socket has.)
+inline int64_t last_level_cache() {
+  static const int64_t size = [] {
+    int64_t kib = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
+    return (kib > 0 ? kib : 32 << 10) << 10;
+  }();
+  return size;
+}
+
 // Calls f with whether that many bytes exceed the caches, as a type.
 template <class F>
 void visit_caches(int64_t bytes, const F& f) {
-  static const int64_t cache = [] {  // in KiB; sysconf would count all that a socket has
-    int64_t size = 0;
-    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> size;
-    return (size > 0 ? size : 32 << 10) << 10;
-  }();
-  bytes > cache ? f(std::true_type()) : f(std::false_type());
+  bytes > last_level_cache() ? f(std::true_type()) : f(std::false_type());
 }
 
 // Writes one task's part of a call's results: past the caches, where p is aligned to a vector, or into them.

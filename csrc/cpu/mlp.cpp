@@ -35,23 +35,23 @@ constexpr int kWide = 4;                  // and rows of B,
 constexpr int kNarrow = MR == 14 ? 4 : 2;  // fewer where 16 registers must hold all the sums
 struct FewRows;
 
-// Dot products of Rows rows of a (K long, padded with zeros to whole vectors) with Columns rows of b: so many streams
-// from memory keep it busier than one or two (measured: 25 against 20 GB/s).
-template <int Rows, int Columns, class S, class T>
-PYGPT_INLINE void dots(int64_t K, const T* a, int64_t lda, Matrix<S> b, T (*out)[W<T>]) {
+// Dot products of Rows rows of a (K long, in steps, padded with zeros to whole vectors) with Columns rows of b: so many
+// streams from memory keep it busier than one or two (measured: 25 against 20 GB/s).
+template <int Rows, int Columns, class S, class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE void dots(int64_t K, const U* a, int64_t lda, Matrix<S> b, T (*out)[W<T>]) {
+  constexpr int d = Step<U>::kDepth;
   Vec<T> c[Rows][Columns] = {};
-  auto step = [&](int64_t k, auto load_b) {
+  auto steps = [&](int64_t s, auto load_b) {
     Vec<T> v[Columns];
-    for (int j = 0; j < Columns; j++) v[j] = load_b(b.data + j * b.rs + k);
+    for (int j = 0; j < Columns; j++) v[j] = load_b(b.data + j * b.rs + s * d);
     for (int r = 0; r < Rows; r++) {
-      const Vec<T> ar = load(a + r * lda + k);
-      for (int j = 0; j < Columns; j++) c[r][j] += ar * v[j];
+      const Vec<T> ar = Step<U>::lanes(a + r * lda + s);
+      for (int j = 0; j < Columns; j++) c[r][j] = Step<U>::multiply_add(ar, v[j], c[r][j]);
     }
   };
-  int64_t k = 0;
-  for (; k + W<T> <= K; k += W<T>)
-    step(k, [](const S* p) { return load(p); });
-  if (k < K) step(k, [&](const S* p) { return load(p, K - k); });
+  int64_t s = 0;
+  for (; (s + W<T>) * d <= K; s += W<T>) steps(s, [](const S* p) { return Read<U>().along(p); });
+  if (s * d < K) steps(s, [&](const S* p) { return Read<U>().first(p, K - s * d); });
   for (int r = 0; r < Rows; r++)
     for (int j = 0; j < Columns; j++) out[r][j] = sum<T>(c[r][j]);
 }
@@ -60,10 +60,13 @@ PYGPT_INLINE void dots(int64_t K, const T* a, int64_t lda, Matrix<S> b, T (*out)
 template <class S, class Epilogue>
 void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
   using T = Acc<S>;
-  const int64_t lda = round_up(K, W<T>);
-  T* a = scratch<T, FewRows>(M * lda);
+  using U = StepOf<S>;
+  constexpr int d = Step<U>::kDepth;
+  const int64_t lda = round_up(ceil_div(K, d), W<T>);
+  U* a = scratch<U, FewRows>(M * lda);
   for (int64_t i = 0; i < M; i++)
-    for (int64_t k = 0; k < K; k += W<T>) store(a + i * lda + k, load(A.data + i * A.rs + k, K - k));
+    for (int64_t s = 0; s < lda; s += W<T>)
+      store(reinterpret_cast<T*>(a + i * lda + s), Read<U>().first(A.data + i * A.rs + s * d, K - s * d));
   parallel_for(ceil_div(N, W<T>), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
