@@ -61,6 +61,7 @@ class Steps:
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, errors="replace", start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - a background job ignores it
         )  # fmt: skip
         late, timers = threading.Event(), []
 
