@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 4096, kWork = 8 * kBlock;  // elements, and what they
 template <class S, class F>
 void for_each(int64_t count, int64_t bytes, S* out, const F& f) {
   using T = Acc<S>;
-  visit_caches(count * bytes, [&](auto past) {
+  visit(exceeds_caches(count * bytes), [&](auto past) {
     auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
       const Writer<past> write;
       int64_t i = begin * kBlock;

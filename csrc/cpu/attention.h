@@ -52,31 +52,31 @@ Read<U> scaled(double scale) {
   return {};
 }
 
+// How many keys query i sees.
+inline int64_t keys_seen(const AttentionArgs& a, int64_t i) { return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len; }
+
 // out = scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
 // keys that are none, and above the diagonal if causal, become -inf.
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first,
                              T* out, int64_t ldo) {
-  const int64_t keys = a.k_len;
-  const bool causal = a.is_causal;
   dot_products(steps, q, k, out, ldo);
   auto each = [&](int r, auto f) {
     for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
   };
   if constexpr (Step<U>::kDepth > 1)
     for (int r = 0; r < MR; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
-  if (first + NR<T> > keys || (causal && first + NR<T> > row0 + 1))
+  if (first + NR<T> > keys_seen(a, row0))
     for (int r = 0; r < MR; r++) {
-      const int64_t seen = (causal ? std::min(keys, row0 + r + 1) : keys) - first;
-      const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(std::clamp<int64_t>(seen, 0, NR<T>));
+      const int64_t seen = std::clamp<int64_t>(keys_seen(a, row0 + r) - first, 0, NR<T>);
+      const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(seen);
       each(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < limit ? s : set1(-kInf<T>); });
     }
 }
 
 // How many of the BC keys from j0 the rows row0 .. row0 + rows - 1 can see.
 inline int64_t visible(const AttentionArgs& a, int64_t row0, int64_t rows, int64_t j0) {
-  const int64_t end = a.is_causal ? std::min(a.k_len, row0 + rows) : a.k_len;
-  return std::clamp<int64_t>(end - j0, 0, BC);
+  return std::clamp<int64_t>(keys_seen(a, row0 + rows - 1) - j0, 0, BC);
 }
 
 // One row of scores -> exp(score - m') in place, as steps U; updates the running maximum and sum, and returns
@@ -123,6 +123,13 @@ T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
   double slow = 0;
   for (int64_t j = 0; j < n; j++) slow += double(to_acc(a.data[j * a.cs])) * double(to_acc(b.data[j * b.cs]));
   return T(slow);
+}
+
+// Of query i, for backward: rowsum(dO O) - dlse.
+template <class S, class T = Acc<S>>
+T delta_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t i) {
+  const T dlse = a.dlse ? static_cast<const T*>(a.dlse)[(b * a.heads + h) * a.q_len + i] : T(0);
+  return row_dot(head<S>(a.dout, b, h).at(i, 0), head<S>(a.out, b, h).at(i, 0), a.v_dim) - dlse;
 }
 
 // Few queries (decoding with a cache) have kernels of their own, in attention_few.cpp; they read K and V as they

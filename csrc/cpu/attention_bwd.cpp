@@ -62,13 +62,11 @@ struct Packed {
     pack_rows<NR<T>>(v, V, a.k_len, Ev);
 
     lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
-    const auto O = head<S>(a.out, b, h);
     const int64_t offset = (b * a.heads + h) * L;
     for (int64_t i = 0; i < padded; i++) {
       const T given = i < L ? static_cast<const T*>(a.lse)[offset + i] : kInf<T>;
       lse[i] = given == -kInf<T> ? kInf<T> : given;  // a row that sees nothing, or is none: P = 0
-      if (i >= L) delta[i] = 0;
-      else delta[i] = row_dot(dO.at(i, 0), O.at(i, 0), Ev) - (a.dlse ? static_cast<const T*>(a.dlse)[offset + i] : T(0));
+      delta[i] = i < L ? delta_of<S>(a, b, h, i) : T(0);
     }
   }
 };

@@ -61,9 +61,6 @@ PYGPT_INLINE void add_weighted(T* to, T shrink, const T* p, Matrix<S> m, int64_t
     columns(whole, std::integral_constant<int, 1>(), [&](const S* at) { return load(at, channels - whole); });
 }
 
-// How many keys query i sees.
-inline int64_t seen(const AttentionArgs& a, int64_t i) { return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len; }
-
 template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
@@ -77,8 +74,8 @@ void forward(const AttentionArgs& a) {
       unpack(q, head<S>(a.q, b, h), i, E, T(a.scale));
       std::fill(out, out + ldv, T(0));
       T m = -kInf<T>, l = 0;
-      for (int64_t j0 = 0; j0 < seen(a, i); j0 += BC) {
-        const int64_t n = std::min(BC, seen(a, i) - j0);
+      for (int64_t j0 = 0; j0 < keys_seen(a, i); j0 += BC) {
+        const int64_t n = std::min(BC, keys_seen(a, i) - j0);
         dots(q, K.at(j0, 0), n, E, p);
         std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
         const T shrink = softmax_row<T>(p, ceil_div(n, W<T>), m, l);
@@ -118,13 +115,12 @@ void backward(const AttentionArgs& a) {
         unpack(q + i * ld, head<S>(a.q, b, h), i, E, T(a.scale));
         unpack(go + i * ldv, dO, i, Ev, T(1));
         lse[i] = static_cast<const T*>(a.lse)[offset + i];
-        delta[i] = row_dot(dO.at(i, 0), head<S>(a.out, b, h).at(i, 0), Ev);
-        if (a.dlse) delta[i] -= static_cast<const T*>(a.dlse)[offset + i];
+        delta[i] = delta_of<S>(a, b, h, i);
       }
       for (int64_t j0 = 0; j0 < a.k_len; j0 += BC) {
         const int64_t keys = std::min(BC, a.k_len - j0);
         for (int64_t i = 0; i < L; i++) {
-          const int64_t n = std::clamp<int64_t>(seen(a, i) - j0, 0, keys);
+          const int64_t n = std::clamp<int64_t>(keys_seen(a, i) - j0, 0, keys);
           T *pi = p + i * BC, *dsi = ds + i * BC;
           dots(q + i * ld, K.at(j0, 0), n, E, pi);
           dots(go + i * ldv, V.at(j0, 0), n, Ev, dsi);

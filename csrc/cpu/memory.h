@@ -5,27 +5,20 @@
 // (measured on one core, two arrays in and two out: 40 GB/s instead of 25).
 #pragma once
 #include <fstream>
-#include <type_traits>
 
 #include "simd.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-// Bytes of the third-level cache. (sysconf counts all that a socket has.)
-inline int64_t last_level_cache() {
+// Of the third level. (sysconf counts all that a socket has.)
+inline bool exceeds_caches(int64_t bytes) {
   static const int64_t size = [] {
     int64_t kib = 0;
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
     return (kib > 0 ? kib : 32 << 10) << 10;
   }();
-  return size;
-}
-
-// Calls f with whether that many bytes exceed the caches, as a type.
-template <class F>
-void visit_caches(int64_t bytes, const F& f) {
-  bytes > last_level_cache() ? f(std::true_type()) : f(std::false_type());
+  return bytes > size;
 }
 
 // Writes one task's part of a call's results: past the caches, where p is aligned to a vector, or into them.

@@ -14,9 +14,8 @@
 // first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
 //
 // A row is read from memory once; its other passes find it in cache, and the last, where results go past the caches,
-// asks for the next row. dw and db are summed over chunks
-// of rows, then chunk by chunk in order, each sum in groups to keep its chains short; the chunks depend
-// on the shape alone.
+// asks for the next row. dw and db are summed over chunks of rows, then chunk by chunk in order, each sum in groups
+// to keep its chains short; the chunks depend on the shape alone.
 #include <algorithm>
 #include <cmath>
 
@@ -168,9 +167,9 @@ void norm_fwd(const NormArgs& a) {
     for (int64_t i = begin; i < end; i++) {
       const S* row = x.row(i);
       if (residual.data) {
-        S* s = unwritten ? unwritten : sum.row(i);
-        add(a.cols, row, residual.row(i), s);
-        row = s;
+        S* summed = unwritten ? unwritten : sum.row(i);
+        add(a.cols, row, residual.row(i), summed);
+        row = summed;
       }
       auto ahead = [&](int64_t j) {
         write.ahead(x.row(i + 1) + j);
@@ -246,17 +245,11 @@ int64_t bytes(const NormArgs& a, int tensors) {
   return a.rows * a.cols * int64_t(sizeof(S)) * tensors;
 }
 
-// Calls f with a compile-time truth value.
-template <class F>
-void visit(bool flag, const F& f) {
-  flag ? f(std::true_type{}) : f(std::false_type{});
-}
-
 }  // namespace
 
 void norm_fwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2), [&](auto past) {
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2)), [&](auto past) {
       visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, past>(a); });
     });
   });
@@ -264,7 +257,7 @@ void norm_fwd(const NormArgs& a) {
 
 void norm_bwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3), [&](auto past) {
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3)), [&](auto past) {
       visit(a.mean != nullptr, [&](auto centre) {
         visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, past>(a); });
       });

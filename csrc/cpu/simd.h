@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -272,6 +273,12 @@ T* scratch(int64_t n) {
     buffer.bytes = bytes;
   }
   return static_cast<T*>(buffer.data);
+}
+
+// Calls f with a truth value as a type.
+template <class F>
+void visit(bool flag, const F& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
 // Calls f(S{}) with the storage type that dtype names.
