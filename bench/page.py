@@ -1,10 +1,11 @@
 """The run as one HTML file that needs nothing else: figures are inline SVG, style and script are in it."""
 
 import io
-import math
 import re
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import geometric_mean
 
 from pygpt.files import atomic
 
@@ -13,12 +14,13 @@ from .results import Result, verdict
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TITLES = {
-    "ratios": "Ours and PyTorch eager",
+    "ratios": "Ours beside PyTorch eager",
     "speed": "Speed by sequence length",
-    "memory": "Memory",
-    "roofline": "Roofline",
+    "memory": "Memory of a call",
+    "roofline": "Ours below the machine's limits",
     "training": "Training",
 }
+WAYS = {"forward": "forward", "backward": "backward", "step": "training", "token": "decoding"}
 
 
 def write(path: Path, rows: list[Result], about: dict, figures: dict):
@@ -50,17 +52,18 @@ def line(row: Result, entry) -> dict:
     }  # fmt: skip
 
 
-def tiles(rows: list[Result]) -> list[tuple[str, str]]:
-    """(figure, what it is): the run in four numbers."""
+def tiles(rows: list[Result]) -> list[tuple[str, list[tuple], str]]:
+    """Per dtype: its name; of each direction the mean ratio to PyTorch eager; how its rows stand to the fastest peers."""
     found = []
-    for direction, what in (("forward", "forward"), ("backward", "backward"), ("step", "training step")):
-        ratios = [r for row in rows if row.direction == direction for e in row.ours if (r := row.ratio(e))]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            found.append((f"{mean:.2f}x", f"PyTorch eager's speed, {what}, geometric mean of {len(ratios)}"))
-    words = [verdict(row, entry).split()[0] for row in rows for entry in row.ours if row.peers]
-    if words:
-        found.append((f"{words.count('faster')} of {len(words)}", "rows faster than the fastest peer"))
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        pairs = [(row, entry) for row in rows for entry in row.ours if row.dtype == dtype and row.peers]
+        figures = []
+        for direction, what in WAYS.items():
+            ratios = [r for row, entry in pairs if row.direction == direction and (r := row.ratio(entry))]
+            if ratios:
+                figures.append((f"{geometric_mean(ratios):.2f}x", what, len(ratios)))
+        words = Counter(verdict(*pair).split()[0] for pair in pairs)
+        found.append((dtype, figures, ", ".join(f"{words[word]} {word}" for word in ("faster", "even", "slower"))))
     return found
 
 
@@ -68,11 +71,11 @@ def inline(figure, name: str) -> str:
     """A figure as an <svg> whose ids cannot meet another's."""
     import matplotlib
 
-    from .plots import TIDY
+    from .plots import TIDY, UNDATED
 
     text = io.StringIO()
     with matplotlib.rc_context(TIDY):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(text, format="svg", metadata=UNDATED, transparent=True)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     return re.sub(r'((?:id="|href="#|url\(#))', rf"\g<1>{name}-", svg)

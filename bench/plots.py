@@ -9,13 +9,16 @@ from pathlib import Path
 from pygpt.data import UsageError
 from pygpt.files import atomic
 
-from .results import Result
+from .results import Result, standard
 
 OURS = {"cpp": "#d1495b", "cuda": "#d1495b", "triton": "#8f2d56", "torch": "#c17c74"}
 PEERS = ("#30638e", "#4c9f70", "#edae49", "#6d597a", "#00798c", "#9c6644", "#7f7f7f", "#b5838d")
 MARKS = "osD^vPX*<>"
 TIDY = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9,
-        "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "pygpt", "svg.fonttype": "path"}  # fmt: skip
+        "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "svg.hashsalt": "pygpt",
+        "svg.fonttype": "path"}  # fmt: skip
+WIDTH = 6.4  # inches: on the page a figure is shown at its own size, so 9 points stay 9 points
+UNDATED = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata that an SVG does without
 
 
 def all_figures(rows: list[Result], machine: dict, curves: dict) -> dict | None:
@@ -39,16 +42,15 @@ def write(figure, path: Path):
     """As the suffix says; the same figure gives the same file."""
     import matplotlib
 
-    undated = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context(TIDY), atomic(path) as temporary:
-        figure.savefig(temporary, metadata=undated, dpi=150)
+        figure.savefig(temporary, metadata=UNDATED if path.suffix == ".svg" else {}, dpi=150)
 
 
-def _subplots(width: float, height: float, columns: int = 1):
+def _subplots(height: float, columns: int = 1):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
@@ -59,17 +61,22 @@ def _colours(rows: list[Result]) -> dict[str, str]:
     return OURS | {name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)}
 
 
+def _legend(figure, axes):
+    """Above everything, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+
+
 # ------------------------------------------------------------------------------- ours over theirs
 def ratios(rows: list[Result]):
     """A line per shape and dtype, a point per direction: how many times PyTorch eager's speed."""
     points = defaultdict(dict)
-    for row in rows:
-        for entry in row.ours[:1]:
-            if (ratio := row.ratio(entry)) is not None and (row.standard or not any(r.standard for r in rows)):
-                points[row.op, row.shape, row.dtype][row.direction] = ratio
+    for row in standard(rows):
+        if (ratio := row.ratio(row.ours[0])) is not None:
+            points[row.op, row.shape, row.dtype][row.direction] = ratio
     if not points:
         return None
-    figure, (axes,) = _subplots(8, 1 + 0.24 * len(points))
+    figure, (axes,) = _subplots(1 + 0.2 * len(points))
     labels = [f"{op}  {shape}  {dtype}" for op, shape, dtype in points]
     looks = {"forward": ("#d1495b", "o"), "backward": ("#30638e", "D"), "step": ("#4c9f70", "s")}
     looks["token"] = looks["step"]
@@ -79,17 +86,17 @@ def ratios(rows: list[Result]):
             axes.scatter(*zip(*found, strict=True), color=colour, marker=mark, s=26, label=direction, zorder=3)
     for y, found in enumerate(points.values()):
         axes.plot([min(found.values()), max(found.values())], [y, y], color="0.75", zorder=1)
-    axes.axvline(1, color="0.3", linewidth=1)
+    axes.axvspan(1e-9, 1, color="0.94", zorder=0)
     low, high = (pick(v for found in points.values() for v in found.values()) for pick in (min, max))
     axes.set_xscale("log")
     axes.set_xlim(min(low, 0.9) / 1.1, max(high, 1.2) * 1.1)
     ticks = [x for x in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if low / 1.3 <= x <= high * 1.3 or x == 1]
-    axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_title("Speed over PyTorch eager's", loc="left", pad=24)
-    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)  # below the title
+    axes.set(xlabel="PyTorch eager's time over ours; shaded: ours is slower")
+    _legend(figure, axes)
     return figure
 
 
@@ -114,42 +121,44 @@ def by_length(rows: list[Result], what: str):
     if not found:
         return None
     colours = _colours(rows)
-    figure, panels = _subplots(4.5 * len(found), 3.6, len(found))
+    figure, panels = _subplots(3.2, len(found))
     for axes, members in zip(panels, found, strict=True):
-        names = dict.fromkeys(entry.name for row in members for entry in (*row.ours, *row.peers))
-        for name, mark in zip(names, MARKS * 3, strict=False):
+        labels = {entry.name: entry.label for row in members for entry in (*row.ours, *row.peers)}
+        for i, (name, mark) in enumerate(zip(labels, MARKS * 3, strict=False)):
             entries = [(row.dims["L"], row.entries[name]) for row in members if name in row.entries]
             known = [(T, getattr(e, what)) for T, e in entries if getattr(e, what)]
             xs, ys = [T for T, _ in known], [y / 2**20 if what == "memory" else y for _, y in known]
-            axes.plot(xs, ys, marker=mark, markersize=4, label=name, color=colours[name])
+            thick = max(1, 3 - 0.6 * i)  # of lines that coincide, each shows below the next
+            axes.plot(xs, ys, marker=mark, markersize=4, linewidth=thick, label=labels[name], color=colours[name])
         first = members[0]
         if what == "rate":
             peaks = [e.rate / e.share for row in members for e in row.ours if e.share]
             if peaks:
                 axes.axhline(peaks[0], color="0.3", linewidth=1, linestyle="--")
-                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                axes.annotate("measured peak", (1, peaks[0]), **place)
+                place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+                axes.annotate(" measured peak", (0, peaks[0]), **place)
             axes.set(ylabel=first.ours[0].unit if first.ours else "")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(axes.dataLim.y1, *peaks, 0))
         else:
             axes.set(ylabel="MB at the worst moment of a call")
-            axes.set_yscale("log", base=2)
+            axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.set_xscale("log", base=2)
-        axes.set_xticks([row.dims["L"] for row in members], [str(row.dims["L"]) for row in members])
+        lengths = [row.dims["L"] for row in members]
+        axes.set_xticks(lengths, lengths, rotation=45 * (len(lengths) > 4))
         rest = " ".join(part for part in first.shape.split() if not part.startswith("T"))
-        axes.set(xlabel="sequence length", title=f"attention {first.direction}, {rest}, {first.dtype}")
-    panels[0].legend()
+        axes.set(xlabel="sequence length", title=f"attention {first.direction}\n{rest}, {first.dtype}")
+    _legend(figure, panels[0])
     return figure
 
 
 def memory_bars(rows: list[Result]):
     """Peak memory of ours and of PyTorch eager, where there is no sweep."""
-    known = [row for row in rows if row.standard and row.ours and row.ours[0].memory and "eager" in row.entries]
+    known = [row for row in standard(rows) if row.ours[0].memory and "eager" in row.entries]
     known = [row for row in known if row.entries["eager"].memory]
     if not known:
         return None
-    figure, (axes,) = _subplots(8, 1 + 0.32 * len(known))
+    figure, (axes,) = _subplots(1 + 0.28 * len(known))
     for shift, pick, label, colour in (
         (-0.18, lambda row: row.ours[0], "ours", OURS["cpp"]),
         (0.18, lambda row: row.entries["eager"], "PyTorch eager", PEERS[0]),
@@ -158,25 +167,26 @@ def memory_bars(rows: list[Result]):
         axes.barh([y + shift for y in range(len(known))], values, height=0.34, color=colour, label=label)
     axes.set_yticks(range(len(known)), [str(row) for row in known])
     axes.set_ylim(len(known) - 0.4, -0.6)
-    axes.set(title="Peak memory of a call beyond its inputs", xlabel="MB")
-    axes.legend()
+    axes.set(xlabel="MB at the worst moment of a call")
+    _legend(figure, axes)
     return figure
 
 
 # ------------------------------------------------------------------------------- roofline
 def roofline(rows: list[Result], machine: dict):
-    """Where each row stands below the machine's two limits."""
-    known = [row for row in rows if row.intensity and row.ours and row.ours[0].share]
+    """Where the standard rows of the first dtype stand below the machine's two limits."""
+    known = [row for row in standard(rows) if row.intensity and row.ours[0].share]
+    known = [row for row in known if row.dtype == known[0].dtype]
     if not known or "peak_gflops" not in machine:
         return None
     peak, copy = max(machine["peak_gflops"].values()), machine["copy_peak_gbs"]
-    figure, (axes,) = _subplots(8, 4.5)
-    places = [row.intensity for row in known] + [peak / copy]  # the ridge too
+    figure, (axes,) = _subplots(4)
+    places = [row.intensity for row in known] + [peak / copy / 10]  # the slope too
     low, high = min(places) / 2, max(places) * 4
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
     axes.plot(xs, [min(peak, copy * x) for x in xs], color="0.3", linewidth=1.5)
-    axes.annotate(f"{peak:.0f} GFLOP/s", (high, peak), ha="right", va="bottom")
-    axes.annotate(f"{copy:.0f} GB/s", (low, copy * low * 1.3), ha="left", va="bottom")
+    axes.annotate(f"{peak:.0f} GFLOP/s multiply-adds", (high, peak), ha="right", va="bottom")
+    axes.annotate(f"{copy:.0f} GB/s copy ", ((peak / copy) / 3, peak / 3), ha="right", va="bottom")
     by_op = defaultdict(list)
     for row in known:
         by_op[row.op].append(row)
@@ -189,13 +199,12 @@ def roofline(rows: list[Result], machine: dict):
                 axes.scatter(x, y, marker=mark, s=30, facecolors=face, edgecolors=colour, label=label, zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(min(_flops(row) for row in known) / 2, 2 * max(peak, *map(_flops, known)))
+    axes.set_ylim(min(peak / 10, *map(_flops, known)) / 2, 2 * max(peak, *map(_flops, known)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_minor_formatter(lambda x, _: "")
-    axes.set(xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
-    axes.set(title="Ours below the machine's limits (hollow: backward)")
-    axes.legend(ncols=2, loc="lower right")
+    axes.set(xlabel=f"FLOPs per byte that must move; {known[0].dtype}, hollow: backward", ylabel="GFLOP/s")
+    _legend(figure, axes)
     return figure
 
 
@@ -227,12 +236,11 @@ def training(curves: dict):
     """Losses by step."""
     if not curves:
         return None
-    figure, (axes,) = _subplots(8, 4)
+    figure, (axes,) = _subplots(3.4)
     for (label, (steps, losses)), colour in zip(curves.items(), (OURS["cpp"], *PEERS) * 3, strict=False):
         few = len(steps) <= 60
+        label += f", lowest {min(filter(math.isfinite, losses), default=math.nan):.3f}"
         axes.plot(steps, losses, color=colour, marker="o" if few else "", markersize=3.5, linewidth=1.5, label=label)
-    lowest = min(loss for _, losses in curves.values() for loss in losses if math.isfinite(loss))
-    axes.annotate(f"{lowest:.3f}", (0.99, lowest), xycoords=("axes fraction", "data"), ha="right", va="top")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training")
-    axes.legend()
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    _legend(figure, axes)
     return figure

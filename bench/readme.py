@@ -53,7 +53,7 @@ def newest(folder: Path) -> Path:
 
 def table(rows: list, machine: dict) -> str:
     """Standard rows of the first dtype there is: PyTorch eager's time over ours, and our share of the peak."""
-    rows = [row for row in rows if row.standard and row.ours] or [row for row in rows if row.ours]
+    rows = results.standard(rows)
     dtype = next((row.dtype for row in rows), None)
     cells: dict[tuple, dict] = {}
     for row in rows:

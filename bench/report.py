@@ -92,9 +92,10 @@ def passes(result) -> bool:
 
 # ------------------------------------------------------------------------------- the table
 def number(value: float | None, digits: int = 3) -> str:
+    """So many digits, zeros at the end too; all of those before the point."""
     if value is None:
         return ""
-    return f"{value:.0f}" if value >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
 def megabytes(memory: int | None) -> str:

@@ -31,6 +31,10 @@ class Entry:
     memory: int | None = None  # bytes
 
     @property
+    def label(self) -> str:
+        return f"ours ({self.name})" if self.ours else self.name
+
+    @property
     def spread(self) -> float:
         """Of the middle half, relative to the median."""
         return (self.q3 - self.q1) / self.ms
@@ -67,6 +71,12 @@ class Result:
     def ratio(self, ours: Entry, peer: str = "eager") -> float | None:
         """How many times a peer's speed."""
         return self.entries[peer].ms / ours.ms if peer in self.entries else None
+
+
+def standard(rows: list[Result]) -> list[Result]:
+    """Those of ours that are standard; all of ours where none is."""
+    ours = [row for row in rows if row.ours]
+    return [row for row in ours if row.standard] or ours
 
 
 def margin(a: Entry, b: Entry) -> float:
