@@ -19,7 +19,6 @@ from .harness import Peaks, Work
 from .peers import Peer
 
 OFF = 0.05  # a distance far above any rounding: another computation
-TOO_SLOW, PATIENCE = 30, 0.1  # times the fastest candidate, and seconds a call: a peer not worth the wait
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Field:
 def prepare(row: Row, backends: list[str], peers: dict[str, Peer], peaks: Peaks, clock, say=lambda name: None) -> Field:
     """``say`` gets the candidate whose turn it is, which may take a while."""
     if row.case.op in gpt.DIRECTIONS:
-        return drop_the_slow(whole_model(row, backends, peers, peaks, clock.device, say), clock)
+        return whole_model(row, backends, peers, peaks, clock, say)
     device, dtype = clock.device, ops.DTYPES[row.dtype]
     sets = harness.input_sets(lambda: row.case.setup(partial(_draw, dtype, device), *row.case.args))
     work = sets[0]
@@ -93,10 +92,10 @@ def prepare(row: Row, backends: list[str], peers: dict[str, Peer], peaks: Peaks,
     for place, (name, function) in enumerate(functions.items()):
         say(name)
         try:
-            enter(found, name, function, peers.get(name), row, reference, device, place)
+            enter(found, name, function, peers.get(name), row, reference, clock, place)
         except Refused as e:
             found.refuse(name, str(e))
-    return drop_the_slow(found, clock)
+    return found
 
 
 def _draw(dtype, device, *shape):
@@ -123,17 +122,24 @@ def results(function: Callable, tensors: tuple, direction: str) -> tuple:
     return verify.as_tuple(harness.prepared(function, tensors, direction)())
 
 
-def enter(found: Field, name: str, function, peer: Peer | None, row: Row, reference: tuple, device: str, place: int):
-    """Checks, weighs and adds one candidate. Raises Refused."""
+def enter(found: Field, name: str, function, peer: Peer | None, row: Row, reference: tuple, clock, place: int):
+    """Checks and adds one candidate. Raises Refused. PyTorch's results are there, and a call of it can take a minute."""
     convert, export = (peer.convert, peer.export) if peer else (lambda t: t,) * 2
     tensors = gpu_rows.trying(lambda: [convert(ts) for ts in found.rotate])
-    got = gpu_rows.trying(lambda: results(lambda *ts: export(function(*ts)), tensors[0], row.direction))
-    if why := difference(got, *reference):
-        raise Refused(why)
-    once = harness.once(function, tensors[0], row.direction)
-    found.about[name]["memory"] = gpu_rows.trying(lambda: memory.peak_bytes(once, device))
+    if name != "eager":
+        got = gpu_rows.trying(lambda: results(lambda *ts: export(function(*ts)), tensors[0], row.direction))
+        if why := difference(got, *reference):
+            raise Refused(why)
     skip = place * len(tensors) // max(len(found.about), 1)  # no two candidates are at the same set
-    found.calls[name] = gpu_rows.trying(lambda: harness.caller(function, tensors, row.direction, skip))
+    call = gpu_rows.trying(lambda: harness.caller(function, tensors, row.direction, skip))
+    weigh(found, name, call, harness.once(function, tensors[0], row.direction), clock)
+
+
+def weigh(found: Field, name: str, call: Callable, once: Callable, clock):
+    """Adds a warm candidate: how long a call takes, about, and the memory of ``once``."""
+    found.estimates[name] = gpu_rows.trying(lambda: clock.estimate(call))
+    found.about[name]["memory"] = gpu_rows.trying(lambda: memory.peak_bytes(once, clock.device))
+    found.calls[name] = call
 
 
 def difference(got: tuple, theirs: tuple, exact: tuple) -> str:
@@ -155,26 +161,17 @@ def distance(x, exact) -> float:
     return ((x.to(exact.device).float() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def drop_the_slow(found: Field, clock) -> Field:
-    """Takes out peers that would cost far more time than their figure is worth."""
-    seconds = found.estimates = {name: clock.estimate(call) for name, call in found.calls.items()}
-    for name, took in seconds.items():
-        if not found.about[name]["ours"] and took > max(PATIENCE, TOO_SLOW * min(seconds.values())):
-            found.refuse(name, f"{took:.2g} s a call, more than {TOO_SLOW} times the fastest")
-    return found
-
-
-def whole_model(row: Row, backends, peers, peaks: Peaks, device: str, say) -> Field:
+def whole_model(row: Row, backends, peers, peaks: Peaks, clock, say) -> Field:
     """Of the GPT: one candidate is one model, in training with its optimizer."""
     found = None
     for name in (*backends, *gpt.names(row.case.op, peers)):
         say(name)
-        call, tokens, peak = gpt.candidate(row, device, name, peaks)
+        call, tokens, peak = gpt.candidate(row, clock.device, name, peaks)
         found = found or Field("tok/s", tokens, peak, input_sets=gpt.BATCHES if row.case.op == "gpt" else 1)
         found.about[name] = {"ours": name in backends}
         try:
-            found.about[name]["memory"] = gpu_rows.trying(lambda c=call: memory.peak_bytes(c, device))
-            found.calls[name] = call
+            gpu_rows.trying(call)
+            weigh(found, name, call, call, clock)
         except Refused as e:
             found.refuse(name, str(e))
     return found

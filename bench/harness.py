@@ -9,6 +9,7 @@ import glob
 import itertools
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pygpt import verify
 BLOCK = 0.004  # seconds: short calls are repeated to fill a block, far above the timer's resolution
 LEAST = {0.5: 5, 5.0: 3, math.inf: 1}  # a candidate's block takes less than so many seconds: rounds at least
 MOST = 200  # rounds
+SLOW, PATIENCE = 10, 0.1  # times the fastest block, and seconds: a candidate that is in its fewest rounds only
 MAX_SETS = 8
 
 
@@ -114,11 +116,11 @@ class CpuClock:
     def race(self, calls: dict[str, Callable], estimates: dict[str, float], seconds: float) -> dict[str, Times]:
         """Times the candidates turn by turn in blocks for about ``seconds`` each. They must be warm."""
         times = {name: Times(max(1, math.ceil(BLOCK / estimates[name]))) for name in calls}
-        cost = sum(times[name].calls * estimates[name] for name in calls)
-        least = next(rounds for limit, rounds in LEAST.items() if cost < limit * len(calls))
+        rounds = rounds_of({name: times[name].calls * estimates[name] for name in calls}, seconds)
         turns = random.Random(0)
-        for _ in range(min(MOST, max(least, int(seconds * len(calls) / cost)))):
-            for name in turns.sample(list(calls), len(calls)):
+        for i in range(max(rounds.values())):
+            here = [name for name in calls if i < rounds[name]]
+            for name in turns.sample(here, len(here)):
                 times[name].seconds.append(_block(calls[name], times[name].calls))
         return times
 
@@ -146,6 +148,15 @@ class GpuClock:
     def peaks(self, dtypes, quick):
         limits = self.by.limits(self.timer, dtypes)
         return Peaks({name: limits[name] * 1e3 for name in dtypes}, f"{self.by.GEMM}^3 matmul", limits["copy"] * 1e3)
+
+
+def rounds_of(cost: dict[str, float], seconds: float) -> dict[str, int]:
+    """How many rounds each candidate is in, by the seconds of its block: all in as many, the slow in their fewest."""
+    least = lambda block: next(rounds for limit, rounds in LEAST.items() if block < limit)
+    slow = max(PATIENCE, SLOW * min(cost.values()))
+    mean = statistics.mean(block for block in cost.values() if block <= slow)
+    usual = min(MOST, max(least(mean), int(seconds / mean)))
+    return {name: usual if block <= slow else least(block) for name, block in cost.items()}
 
 
 def _block(call, calls: int) -> float:

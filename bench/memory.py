@@ -31,8 +31,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
-    """Runs ``call`` twice and measures the second; None where the system cannot say."""
-    call()
+    """Of ``call``, which must have run before; None where the system cannot say."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

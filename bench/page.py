@@ -48,7 +48,7 @@ def line(row: Result, entry) -> dict:
     return {
         "row": row, "entry": entry, "ms": report.number(entry.ms, 4), "rate": report.number(entry.rate),
         "mb": report.megabytes(entry.memory), "verdict": word, "colour": word.split()[0],
-        "ratios": {peer.name: row.ratio(entry, peer.name) for peer in row.peers},
+        "ratios": {peer.name: report.ratio(row, entry, peer.name) for peer in row.peers},
     }  # fmt: skip
 
 

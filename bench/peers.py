@@ -199,6 +199,9 @@ def _tinygrad(expression):
             result = expression(dims, *tensors)
             return tuple(t.realize() for t in result) if isinstance(result, tuple) else result.realize()
 
+        for _ in range(2):
+            jitted(*_tinygrad_tensors(work.tensors))
+
         def call(*tensors):
             result = jitted(*tensors)
             Device[Device.DEFAULT].synchronize()

@@ -59,8 +59,8 @@ def table(rows: list, machine: dict) -> str:
     for row in rows:
         if row.dtype == dtype:
             entry = row.ours[0]
-            ratio = row.ratio(entry)
-            text = f"{entry.share:.0%} of the peak" if ratio is None else f"{ratio:.2f}x ({entry.share:.0%})"
+            ratio = report.ratio(row, entry, "eager")
+            text = f"{ratio}x ({entry.share:.0%})" if ratio else f"{entry.share:.0%} of the peak"
             cells.setdefault((row.op, row.shape), {})[row.direction] = text
     lines = [f"| {dtype} | forward | backward |", "|---|---|---|"]
     for (op, shape), found in cells.items():

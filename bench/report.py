@@ -102,13 +102,19 @@ def megabytes(memory: int | None) -> str:
     return "" if memory is None else f"{memory / 2**20:.1f}"
 
 
+def ratio(result, ours, peer: str) -> str:
+    """To a peer; ~ where that was in one round only."""
+    value = result.ratio(ours, peer)
+    return "" if value is None else f"{'~' if result.entries[peer].rounds == 1 else ''}{value:.2f}"
+
+
 def line(result) -> str:
     """One row in one line, while a run goes on."""
     from .results import verdict
 
     parts = []
     for entry in result.ours:
-        peers = ", ".join(f"{result.ratio(entry, p.name):.2f}x {p.name}" for p in result.peers) or "no peer"
+        peers = ", ".join(f"{ratio(result, entry, p.name)}x {p.name}" for p in result.peers) or "no peer"
         speed = f"{number(entry.rate)} {entry.unit} ({entry.share:.0%})"
         parts.append(f"{entry.name} {number(entry.ms, 4)} ms, {speed}; {peers}; {verdict(result, entry)}")
     return f"{result}: {'; '.join(parts)}"
@@ -137,11 +143,10 @@ def table(results: list, brief: bool = False):
             colour = COLOURS.get(word.split()[0])
             rate = f"{number(entry.rate)} {entry.unit}"
             more = () if brief else (f"{entry.spread / 2:.0%}", rate, megabytes(entry.memory))
-            ratios = (result.ratio(entry, peer) for peer in peers)
             t.add_row(
                 *(result.op, result.shape, result.dtype, result.direction, entry.name),
                 *(number(entry.ms, 4), *more, f"{entry.share:.0%}"),
-                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                *(ratio(result, entry, peer) for peer in peers),
                 f"[{colour}]{word}[/]" if colour else word,
             )
     return t
@@ -155,7 +160,7 @@ def notes(about: dict) -> list[str]:
     for why, what in about["refused"].items():
         found.append(f"{why} ({what[0] if len(what) == 1 else f'{len(what)} rows'})")
     if left := about["left_out"]:
-        found.append(f"left out for want of time: {len(left)} rows, from {left[0]} on")
+        found.append(f"not reached in time: {len(left)} rows, from {left[0]} on")
     return found
 
 

@@ -38,6 +38,7 @@ class Run:
 
     def pytest_collection_finish(self, session):
         self.progress = Progress("measuring", max(len(session.items), 1), steady=True)
+        self.about["left_out"] = [str(item.callspec.params["row"]) for item in session.items]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
@@ -75,13 +76,12 @@ class Run:
         if self.session.disabled:
             return
         budget = self.options.budget
-        if budget and time.monotonic() - self.start > budget:
-            self.about["left_out"].append(str(row))
-        else:
+        if not budget or time.monotonic() - self.start < budget:
             try:
                 self.race(row)
             except Exception as e:  # noqa: BLE001 - costs this row alone
                 self.fail(row, "", reason(e))
+            self.about["left_out"].remove(str(row))
             self.keep()
         self.done += 1
         self.progress.update(self.done, "")

@@ -97,7 +97,9 @@ def test_an_interrupted_run_keeps_its_rows(plain, monkeypatch, capsys):
 
     monkeypatch.setattr(candidates, "prepare", third_time)
     assert bench(*FEW) == 130
-    assert seen == [0, 1, 2] and len(rows()) == 2 and "wrote out/report.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert seen == [0, 1, 2] and len(rows()) == 2 and "wrote out/report.html" in shown
+    assert "not reached in time: 8 rows, from attention B1 H2 T32 D8 causal float32 forward on" in shown
     assert not list(Path("out").glob(".*"))
 
 
@@ -134,7 +136,7 @@ def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
 def test_budget(plain, capsys):
     assert bench(*FEW, "--budget=1e-9") == 1
     assert (
-        "left out for want of time: 10 rows, from attention B1 H2 T16 D8 causal float32 forward on"
+        "not reached in time: 10 rows, from attention B1 H2 T16 D8 causal float32 forward on"
         in capsys.readouterr().out
     )
 
@@ -249,6 +251,14 @@ def test_verdict(ours, peer, spread, word):
     row = Result("relu", "1", "float32", "forward", entries=entries)
     assert results.verdict(row, mine) == word
     assert results.verdict(replace(row, entries={"cpp": mine}), mine) == "alone"
+
+
+def test_a_single_round_is_marked():
+    mine = entry("cpp", 1.0, ours=True, rate=1.0, unit="GB/s", share=0.5)
+    once = replace(entry("eager", 85.0), rounds=1)
+    row = Result("relu", "1", "float32", "forward", True, entries={"cpp": mine, "eager": once, "b": entry("b", 1.5)})
+    assert [report.ratio(row, mine, peer) for peer in ("eager", "b", "c")] == ["~85.00", "1.50", ""]
+    assert "~85.00x eager, 1.50x b; faster" in report.line(row)
 
 
 def edited(path, factor, ours=True, noise=1.0):

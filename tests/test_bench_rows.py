@@ -80,13 +80,32 @@ def test_candidates_take_turns_with_inputs(monkeypatch):
     assert all(a != b for a, b in zip(seen["torch"], seen["eager"], strict=True))
 
 
-def test_slow_peers_are_left_out():
-    found = candidates.Field("GB/s", 1.0, 1.0, calls=dict.fromkeys(("cpp", "eager", "snail"), print))
-    found.about = {"cpp": {"ours": True}, "eager": {"ours": False}, "snail": {"ours": False}}
-    seconds = iter((1e-3, 2e-3, 1.0))
-    clock = SimpleNamespace(estimate=lambda call: next(seconds))
-    assert set(candidates.drop_the_slow(found, clock).calls) == {"cpp", "eager"}
-    assert found.refused == {"snail": "1 s a call, more than 30 times the fastest"}
+@pytest.mark.parametrize("blocks, rounds", [
+    ((0.004, 0.008), (125, 125)), ((0.004, 0.096), (15, 15)), ((0.01, 0.4), (75, 5)), ((0.1, 0.1, 4.0), (7, 7, 3)),
+    ((0.2, 20.0), (5, 1)), ((3.0, 20.0), (1, 1)), ((20.0, 0.2), (1, 5)),
+])  # fmt: skip
+def test_the_slow_are_in_few_rounds(blocks, rounds, monkeypatch):
+    monkeypatch.undo()  # LEAST
+    cost = dict(enumerate(blocks))
+    assert harness.rounds_of(cost, seconds=0.75) == dict(enumerate(rounds))
+    clock, seen = harness.CpuClock(), []
+    monkeypatch.setattr(harness, "_block", lambda call, calls: seen.append(call) or cost[call])
+    times = clock.race({name: name for name in cost}, cost, 0.75)
+    assert tuple(len(t.seconds) for t in times.values()) == rounds == tuple(map(seen.count, cost))
+    assert set(seen[: len(cost)]) == set(cost)  # the first round has all
+
+
+def test_a_slow_peer_is_called_four_times(monkeypatch):
+    """A call can take half a minute: once for its results, its time, its memory, and against ours."""
+    calls, eager = [], lambda x: calls.append(1) or x.relu()
+    work = replace(ops.relu(torch.randn, 8, 16), eager=eager)
+    monkeypatch.setattr(harness.CpuClock, "estimate", lambda self, call: call() or 20.0)
+    o = options()
+    clock, row = harness.CpuClock(), candidates.Row(ops.Case(lambda make: work, (), ""), "float32", "forward")
+    found = candidates.prepare(row, [], o.peers, PEAKS, clock)
+    monkeypatch.undo()
+    clock.race(found.calls, found.estimates, 0.75)
+    assert found.estimates == {"eager": 20.0} and len(calls) == 1 + 4  # and in float32
 
 
 # ------------------------------------------------------------------------------- memory
