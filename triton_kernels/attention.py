@@ -189,22 +189,29 @@ def _load_lse(lse, i, L):
 
 @triton.jit
 def _gather_rows(
-    dk, dv, kt, vt, q, k, v, dout, lse, delta, b, h, col, begin, end, L, S, scale,
+    dk, dv, kt, vt, q, k, v, dout, lse, delta, b, h, col, begin, tiles, turn, last, L, S, scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    MASKED: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
-    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, E: tl.constexpr,
+    EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Adds the rows begin .. end to dk (but for the scale) and dv of a tile of keys."""
-    for start in tl.range(begin, end, BLOCK_M):
+    """Adds to dk (but for the scale) and dv of a tile of keys: `tiles` tiles of rows from `begin` on, where MASKED
+    `turn` of them and then the one at `last`."""
+    for tile in tl.range(0, tiles):
+        start = begin + tile * BLOCK_M
+        if MASKED:
+            start = tl.where(tile < turn, start, last)
         i = start + tl.arange(0, BLOCK_M)
         qt = _load_rows(q, b, h, start, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
         st = _product(
             k, q, kt, qt, b, h, col, start, S, L, k_b, k_h, k_s, q_b, q_h, q_s, E, BLOCK_N, BLOCK_M, CHUNK
         )  # fmt: skip
         pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
-        if MASKED:
-            pt = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= i[None, :], pt, 0.0)
+        if MASKED:  # what fills up the last tile must not reach a key that is infinite: 0 * inf
+            seen = (i < L)[None, :]
+            if CAUSAL:
+                seen &= (col + tl.arange(0, BLOCK_N))[:, None] <= i[None, :]
+            pt = tl.where(seen, pt, 0.0)
         do = _load_rows(dout, b, h, start, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
         if NEED_V:
             dv = dot(to_storage(pt, do.dtype), do, dv)
@@ -231,18 +238,21 @@ def attention_dkdv_kernel(
     vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
     lse += head.to(tl.int64) * L
     delta += head.to(tl.int64) * L
-    begin, whole = 0, 0
+    begin, whole, end = 0, 0, L // BLOCK_M * BLOCK_M  # all of these keys are seen by rows from whole to end
     if CAUSAL:
-        begin = col // BLOCK_M * BLOCK_M  # the first row that sees one of these keys, and those that see all
-        whole = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M, tl.cdiv(L, BLOCK_M) * BLOCK_M)
+        begin = col // BLOCK_M * BLOCK_M  # the first row that sees one of them
+        whole = tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    diagonal = tl.maximum(tl.minimum(whole, end) - begin, 0) // BLOCK_M
+    partial = ((end < L) & (begin < L)).to(tl.int32)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
     for masked in tl.static_range(1, -1, -1):
         dk_acc, dv_acc = _gather_rows(
             dk_acc, dv_acc, kt, vt, q, k, v, dout, lse, delta, b, h, col,
-            begin if masked else whole, whole if masked else L, L, S, scale,
+            begin if masked else whole, diagonal + partial if masked else tl.maximum(end - whole, 0) // BLOCK_M,
+            diagonal, end, L, S, scale,
             q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-            masked, dk is not None, dv is not None, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+            masked, CAUSAL, dk is not None, dv is not None, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     if dk is not None:
         _store_rows(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
