@@ -36,8 +36,9 @@ constexpr const char* SCHEMAS[] = {
     "relu_bwd(Tensor dy, Tensor y) -> Tensor",
 };
 // ---------------------------------------------------------------- attention
-inline AttentionArgs attention_args(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
-                                    double scale) {
+template <class Tensor>
+AttentionArgs attention_args(const Call<Tensor>& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                             bool is_causal, double scale) {
   for (auto& [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}})
     if (t->dim() != 4) call.fail(std::string(name) + " must have 4 dimensions, got " + to_string(shape(*t)));
   AttentionArgs a{};
@@ -53,21 +54,21 @@ inline AttentionArgs attention_args(const Call& call, const Tensor& q, const Ten
   return a;
 }
 
-template <auto kernel>
+template <class Tensor, auto kernel>
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
-  Call call("attention_fwd", q);
+  Call<Tensor> call("attention_fwd", q);
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
   Tensor out = empty_heads(q, a.batch, a.heads, a.q_len, a.v_dim);
-  Tensor lse = empty(q, {a.batch, a.heads, a.q_len}, call.statistics());
+  Tensor lse = for_backward(q, {a.batch, a.heads, a.q_len}, call.statistics());
   a.out = heads(out), a.lse = lse.mutable_data_ptr();
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {out, lse};
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                 Tensor lse, bool is_causal, double scale, Needs needs) {
-  Call call("attention_bwd", q);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Maybe<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+                                                 Tensor out, Tensor lse, bool is_causal, double scale, Needs needs) {
+  Call<Tensor> call("attention_bwd", q);
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
   call.count(needs, 3);
   call.check("dout", dout, {a.batch, a.heads, a.q_len, a.v_dim});
@@ -85,12 +86,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, 
   if (needs[0]) a.dq = heads(dq);
   if (needs[1]) a.dk = heads(dk);
   if (needs[2]) a.dv = heads(dv);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {dq, dk, dv};
 }
 
 // ---------------------------------------------------------------- linear, mlp
-inline Activation activation_named(const Call& call, const std::string& name) {
+template <class Tensor>
+Activation activation_named(const Call<Tensor>& call, const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
@@ -98,12 +100,14 @@ inline Activation activation_named(const Call& call, const std::string& name) {
   call.fail("unknown activation '" + name + "'; known: gelu, gelu_tanh, relu, relu2");
 }
 
-inline void check_matrix(const Call& call, const char* name, const Tensor& weight, int64_t in) {
+template <class Tensor>
+void check_matrix(const Call<Tensor>& call, const char* name, const Tensor& weight, int64_t in) {
   if (weight.dim() != 2) call.fail(std::string(name) + " must be a matrix, got " + to_string(shape(weight)));
   call.check(name, weight, {weight.size(0), in});
 }
 
-inline LinearArgs linear_args(const Call& call, const Tensor& x, const Tensor& weight) {
+template <class Tensor>
+LinearArgs linear_args(const Call<Tensor>& call, const Tensor& x, const Tensor& weight) {
   call.at_least("x", x, 1);
   check_matrix(call, "weight", weight, x.sizes().back());
   LinearArgs a{};
@@ -112,21 +116,21 @@ inline LinearArgs linear_args(const Call& call, const Tensor& x, const Tensor& w
   return a;
 }
 
-template <auto kernel>
-Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
-  Call call("linear_fwd", x);
+template <class Tensor, auto kernel>
+Tensor linear_fwd(Tensor x, Tensor weight, Maybe<Tensor> bias) {
+  Call<Tensor> call("linear_fwd", x);
   LinearArgs a = linear_args(call, x, weight);
   call.check("bias", bias, {a.out});
   Tensor y = empty(x, with_last(x, a.out));
   x = as_rows(x), weight = as_rows(weight), bias = dense(bias);
   a.x = rows(x), a.weight = rows(weight), a.bias = input(bias), a.y = rows(y);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return y;
 }
 
-template <auto kernel>
+template <class Tensor, auto kernel>
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, Needs needs) {
-  Call call("linear_bwd", x);
+  Call<Tensor> call("linear_bwd", x);
   LinearArgs a = linear_args(call, x, weight);
   call.count(needs, 3);
   call.check("dy", dy, with_last(x, a.out));
@@ -134,11 +138,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight
   dy = as_rows(dy), x = as_rows(x), weight = as_rows(weight);
   a.dy = rows(dy), a.x = rows(x), a.weight = rows(weight);
   a.dx = output(needs[0], dx), a.dw = output(needs[1], dw), a.db = output(needs[2], db);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {dx, dw, db};
 }
 
-inline MlpArgs mlp_args(const Call& call, const Tensor& x, const Tensor& fc_weight, const Tensor& proj_weight,
+template <class Tensor>
+MlpArgs mlp_args(const Call<Tensor>& call, const Tensor& x, const Tensor& fc_weight, const Tensor& proj_weight,
                         const std::string& activation) {
   call.at_least("x", x, 1);
   check_matrix(call, "fc_weight", fc_weight, x.sizes().back());
@@ -150,30 +155,31 @@ inline MlpArgs mlp_args(const Call& call, const Tensor& x, const Tensor& fc_weig
   return a;
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, MaybeTensor fc_bias, Tensor proj_weight,
-                                           MaybeTensor proj_bias, Text activation) {
-  const std::string name = activation.take();
-  Call call("mlp_fwd", x);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, Maybe<Tensor> fc_bias, Tensor proj_weight,
+                                           Maybe<Tensor> proj_bias, Text<Tensor> activation) {
+  const std::string name = take(activation);
+  Call<Tensor> call("mlp_fwd", x);
   MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, name);
   call.check("fc_bias", fc_bias, {a.hidden_dim});
   call.check("proj_bias", proj_bias, {a.out});
-  Tensor y = empty(x, with_last(x, a.out)), hidden = empty(x, with_last(x, a.hidden_dim));
+  Tensor y = empty(x, with_last(x, a.out)), hidden = for_backward(x, with_last(x, a.hidden_dim), x.scalar_type());
   Tensor pre = wanted(saves_input(a.activation), x, with_last(x, a.hidden_dim));
   x = as_rows(x), fc_weight = as_rows(fc_weight), proj_weight = as_rows(proj_weight);
   fc_bias = dense(fc_bias), proj_bias = dense(proj_bias);
   a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.fc_bias = input(fc_bias), a.proj_bias = input(proj_bias);
   a.y = y.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr(), a.pre = output(saves_input(a.activation), pre);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {y, hidden, pre};
 }
 
-template <auto kernel>
+template <class Tensor, auto kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(Tensor dy, Tensor x, Tensor fc_weight, Tensor proj_weight,
-                                                           Tensor hidden, Tensor pre, Text activation, Needs needs) {
-  const std::string name = activation.take();
-  Call call("mlp_bwd", x);
+                                                           Tensor hidden, Tensor pre, Text<Tensor> activation,
+                                                           Needs needs) {
+  const std::string name = take(activation);
+  Call<Tensor> call("mlp_bwd", x);
   MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, name);
   call.count(needs, 5);
   call.check("dy", dy, with_last(x, a.out));
@@ -190,12 +196,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(Tensor dy, Tensor x, 
   a.hidden = input(hidden), a.pre = saves_input(a.activation) ? input(pre) : nullptr, a.dpre = output(inner, dpre);
   a.dx = output(needs[0], dx), a.dfc_weight = output(needs[1], dfc_weight), a.dfc_bias = output(needs[2], dfc_bias);
   a.dproj_weight = output(needs[3], dproj_weight), a.dproj_bias = output(needs[4], dproj_bias);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
 }
 
 // ---------------------------------------------------------------- norms
-inline NormArgs norm_args(const Call& call, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
+template <class Tensor>
+NormArgs norm_args(const Call<Tensor>& call, const Tensor& x, const Maybe<Tensor>& weight, const Maybe<Tensor>& bias,
+                   double eps) {
   call.at_least("x", x, 1);
   NormArgs a{};
   a.dtype = call.dtype;
@@ -205,33 +213,35 @@ inline NormArgs norm_args(const Call& call, const Tensor& x, const MaybeTensor& 
   return a;
 }
 
+template <class Tensor>
 struct Normed {
   Tensor y, rstd;
-  MaybeTensor sum, mean;  // where there is a residual; where asked for
+  Maybe<Tensor> sum, mean;  // where there is a residual; where asked for
 };
 
 // The forward of all three.
-template <auto kernel>
-Normed norm_fwd(const Call& call, Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bias, double eps,
-                bool with_mean = true) {
+template <class Tensor, auto kernel>
+Normed<Tensor> norm_fwd(const Call<Tensor>& call, Tensor x, Maybe<Tensor> residual, Maybe<Tensor> weight,
+                        Maybe<Tensor> bias, double eps, bool with_mean = true) {
   NormArgs a = norm_args(call, x, weight, bias, eps);
   call.check("residual", residual, shape(x));
-  Normed out{empty(x, shape(x)), empty(x, leading(x), call.statistics())};
+  Normed<Tensor> out{empty(x, shape(x)), for_backward(x, leading(x), call.statistics())};
   if (residual) out.sum = empty(x, shape(x)), a.sum = out.sum->mutable_data_ptr();
-  if (with_mean) out.mean = empty(x, leading(x), call.statistics()), a.mean = out.mean->mutable_data_ptr();
+  if (with_mean) out.mean = for_backward(x, leading(x), call.statistics()), a.mean = out.mean->mutable_data_ptr();
   x = as_rows(x), weight = dense(weight), bias = dense(bias);
   if (residual) residual = as_rows(*residual);
   a.x = rows(x), a.residual = rows(residual), a.weight = input(weight), a.bias = input(bias);
   a.y = out.y.mutable_data_ptr(), a.rstd = out.rstd.mutable_data_ptr();
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return out;
 }
 
 // The backward of all three; without a mean it is rms_norm's.
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTensor dsum, Tensor x, MaybeTensor weight,
-                                            MaybeTensor mean, Tensor rstd, bool need_dx, bool need_dw, bool need_db) {
-  NormArgs a = norm_args(call, x, weight, std::nullopt, 0.0);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call<Tensor>& call, Tensor dy, Maybe<Tensor> dsum, Tensor x,
+                                            Maybe<Tensor> weight, Maybe<Tensor> mean, Tensor rstd, bool need_dx,
+                                            bool need_dw, bool need_db) {
+  NormArgs a = norm_args<Tensor>(call, x, weight, std::nullopt, 0.0);
   call.check("dy", dy, shape(x));
   call.check("ds", dsum, shape(x));
   if (mean) call.check("mean", *mean, leading(x), call.statistics());
@@ -242,119 +252,127 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Call& call, Tensor dy, MaybeTe
   a.dy = rows(dy), a.dsum = rows(dsum), a.x = rows(x), a.weight = input(weight);
   a.mean = mean ? input(*mean) : nullptr, a.rstd = input(rstd);
   a.dx = output(need_dx, dx), a.dw = output(need_dw, dw), a.db = output(need_db, db);
-  call.run<kernel>(a);
+  call.template run<kernel>(a);
   return {dx, dw, db};
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
-  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("layer_norm_fwd", x), x, {}, weight, bias, eps);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, Maybe<Tensor> weight, Maybe<Tensor> bias, double eps) {
+  auto [y, rstd, sum, mean] = norm_fwd<Tensor, kernel>(Call<Tensor>("layer_norm_fwd", x), x, {}, weight, bias, eps);
   return {y, *mean, rstd};
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor mean, Tensor rstd,
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, Tensor x, Maybe<Tensor> weight, Tensor mean, Tensor rstd,
                                                   Needs needs) {
-  Call call("layer_norm_bwd", x);
+  Call<Tensor> call("layer_norm_bwd", x);
   call.count(needs, 3);
-  return norm_bwd<kernel>(call, dy, {}, x, weight, mean, rstd, needs[0], needs[1], needs[2]);
+  return norm_bwd<Tensor, kernel>(call, dy, {}, x, weight, mean, rstd, needs[0], needs[1], needs[2]);
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, MaybeTensor weight,
-                                                              MaybeTensor bias, double eps) {
-  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("add_layer_norm_fwd", x), x, residual, weight, bias, eps);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, Maybe<Tensor> weight,
+                                                              Maybe<Tensor> bias, double eps) {
+  auto [y, rstd, sum, mean] =
+      norm_fwd<Tensor, kernel>(Call<Tensor>("add_layer_norm_fwd", x), x, residual, weight, bias, eps);
   return {y, *sum, *mean, rstd};
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, MaybeTensor ds, Tensor s, MaybeTensor weight, Tensor mean,
-                                                      Tensor rstd, Needs needs) {
-  Call call("add_layer_norm_bwd", s);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(Tensor dy, Maybe<Tensor> ds, Tensor s, Maybe<Tensor> weight,
+                                                      Tensor mean, Tensor rstd, Needs needs) {
+  Call<Tensor> call("add_layer_norm_bwd", s);
   call.count(needs, 3);
-  return norm_bwd<kernel>(call, dy, ds, s, weight, mean, rstd, needs[0], needs[1], needs[2]);
+  return norm_bwd<Tensor, kernel>(call, dy, ds, s, weight, mean, rstd, needs[0], needs[1], needs[2]);
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, double eps) {
-  auto [y, rstd, sum, mean] = norm_fwd<kernel>(Call("rms_norm_fwd", x), x, {}, weight, {}, eps, false);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, Maybe<Tensor> weight, double eps) {
+  auto [y, rstd, sum, mean] = norm_fwd<Tensor, kernel>(Call<Tensor>("rms_norm_fwd", x), x, {}, weight, {}, eps, false);
   return {y, rstd};
 }
 
-template <auto kernel>
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, MaybeTensor weight, Tensor rstd, Needs needs) {
-  Call call("rms_norm_bwd", x);
+template <class Tensor, auto kernel>
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, Tensor x, Maybe<Tensor> weight, Tensor rstd, Needs needs) {
+  Call<Tensor> call("rms_norm_bwd", x);
   call.count(needs, 2);
-  auto [dx, dw, db] = norm_bwd<kernel>(call, dy, {}, x, weight, {}, rstd, needs[0], needs[1], false);
+  auto [dx, dw, db] = norm_bwd<Tensor, kernel>(call, dy, {}, x, weight, {}, rstd, needs[0], needs[1], false);
   return {dx, dw};
 }
 
 // ---------------------------------------------------------------- activations
-template <auto kernel>
-Tensor activation_fwd(const Call& call, Tensor x, Activation activation) {
+template <class Tensor, auto kernel>
+Tensor activation_fwd(const Call<Tensor>& call, Tensor x, Activation activation) {
   Tensor y = empty(x, shape(x));
   x = dense(x);
-  call.run<kernel>(ActivationArgs{call.dtype, activation, x.numel(), input(x), y.mutable_data_ptr(), nullptr, nullptr});
+  call.template run<kernel>(
+      ActivationArgs{call.dtype, activation, x.numel(), input(x), y.mutable_data_ptr(), nullptr, nullptr});
   return y;
 }
 
 // x: the input for the gelus, the output for the relu family.
-template <auto kernel>
-Tensor activation_bwd(const Call& call, Tensor dy, Tensor x, Activation activation) {
+template <class Tensor, auto kernel>
+Tensor activation_bwd(const Call<Tensor>& call, Tensor dy, Tensor x, Activation activation) {
   call.check("dy", dy, shape(x));
   Tensor dx = empty(x, shape(x));
   x = dense(x), dy = dense(dy);
-  call.run<kernel>(ActivationArgs{call.dtype, activation, x.numel(), input(x), input(x), input(dy), dx.mutable_data_ptr()});
+  call.template run<kernel>(
+      ActivationArgs{call.dtype, activation, x.numel(), input(x), input(x), input(dy), dx.mutable_data_ptr()});
   return dx;
 }
 
-inline Activation gelu_named(const Call& call, const std::string& approximate) {
+template <class Tensor>
+Activation gelu_named(const Call<Tensor>& call, const std::string& approximate) {
   if (approximate == "none") return Activation::gelu;
   if (approximate == "tanh") return Activation::gelu_tanh;
   call.fail("approximate must be 'none' or 'tanh', got '" + approximate + "'");
 }
 
-template <auto kernel>
-Tensor gelu_fwd(Tensor x, Text approximate) {
-  const std::string name = approximate.take();
-  Call call("gelu_fwd", x);
-  return activation_fwd<kernel>(call, x, gelu_named(call, name));
+template <class Tensor, auto kernel>
+Tensor gelu_fwd(Tensor x, Text<Tensor> approximate) {
+  const std::string name = take(approximate);
+  Call<Tensor> call("gelu_fwd", x);
+  return activation_fwd<Tensor, kernel>(call, x, gelu_named(call, name));
 }
 
-template <auto kernel>
-Tensor gelu_bwd(Tensor dy, Tensor x, Text approximate) {
-  const std::string name = approximate.take();
-  Call call("gelu_bwd", x);
-  return activation_bwd<kernel>(call, dy, x, gelu_named(call, name));
+template <class Tensor, auto kernel>
+Tensor gelu_bwd(Tensor dy, Tensor x, Text<Tensor> approximate) {
+  const std::string name = take(approximate);
+  Call<Tensor> call("gelu_bwd", x);
+  return activation_bwd<Tensor, kernel>(call, dy, x, gelu_named(call, name));
 }
 
-template <auto kernel>
+template <class Tensor, auto kernel>
 Tensor relu_fwd(Tensor x) {
-  return activation_fwd<kernel>(Call("relu_fwd", x), x, Activation::relu);
+  return activation_fwd<Tensor, kernel>(Call<Tensor>("relu_fwd", x), x, Activation::relu);
 }
 
-template <auto kernel>
+template <class Tensor, auto kernel>
 Tensor relu_bwd(Tensor dy, Tensor y) {
-  return activation_bwd<kernel>(Call("relu_bwd", y), dy, y, Activation::relu);
+  return activation_bwd<Tensor, kernel>(Call<Tensor>("relu_bwd", y), dy, y, Activation::relu);
 }
 
-// Registers every op with the kernels of namespace `device`.
-#define PYGPT_IMPL(m, device)                                                         \
-  m.impl("attention_fwd", TORCH_BOX(&pygpt::bind::attention_fwd<device::attention_fwd>)); \
-  m.impl("attention_bwd", TORCH_BOX(&pygpt::bind::attention_bwd<device::attention_bwd>)); \
-  m.impl("linear_fwd", TORCH_BOX(&pygpt::bind::linear_fwd<device::linear_fwd>));      \
-  m.impl("linear_bwd", TORCH_BOX(&pygpt::bind::linear_bwd<device::linear_bwd>));      \
-  m.impl("mlp_fwd", TORCH_BOX(&pygpt::bind::mlp_fwd<device::mlp_fwd>));               \
-  m.impl("mlp_bwd", TORCH_BOX(&pygpt::bind::mlp_bwd<device::mlp_bwd>));               \
-  m.impl("layer_norm_fwd", TORCH_BOX(&pygpt::bind::layer_norm_fwd<device::norm_fwd>)); \
-  m.impl("layer_norm_bwd", TORCH_BOX(&pygpt::bind::layer_norm_bwd<device::norm_bwd>)); \
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&pygpt::bind::add_layer_norm_fwd<device::norm_fwd>)); \
-  m.impl("add_layer_norm_bwd", TORCH_BOX(&pygpt::bind::add_layer_norm_bwd<device::norm_bwd>)); \
-  m.impl("rms_norm_fwd", TORCH_BOX(&pygpt::bind::rms_norm_fwd<device::norm_fwd>));    \
-  m.impl("rms_norm_bwd", TORCH_BOX(&pygpt::bind::rms_norm_bwd<device::norm_bwd>));    \
-  m.impl("gelu_fwd", TORCH_BOX(&pygpt::bind::gelu_fwd<device::activation_fwd>));      \
-  m.impl("gelu_bwd", TORCH_BOX(&pygpt::bind::gelu_bwd<device::activation_bwd>));      \
-  m.impl("relu_fwd", TORCH_BOX(&pygpt::bind::relu_fwd<device::activation_fwd>));      \
-  m.impl("relu_bwd", TORCH_BOX(&pygpt::bind::relu_bwd<device::activation_bwd>))
+// Every op, the kernel that it runs, and how many of its results are not for the backward pass alone.
+#define PYGPT_OPS(X, device)                            \
+  X(attention_fwd, device::attention_fwd, 1)            \
+  X(attention_bwd, device::attention_bwd, 3)            \
+  X(linear_fwd, device::linear_fwd, 1)                  \
+  X(linear_bwd, device::linear_bwd, 3)                  \
+  X(mlp_fwd, device::mlp_fwd, 1)                        \
+  X(mlp_bwd, device::mlp_bwd, 5)                        \
+  X(layer_norm_fwd, device::norm_fwd, 1)                \
+  X(layer_norm_bwd, device::norm_bwd, 3)                \
+  X(add_layer_norm_fwd, device::norm_fwd, 2)            \
+  X(add_layer_norm_bwd, device::norm_bwd, 3)            \
+  X(rms_norm_fwd, device::norm_fwd, 1)                  \
+  X(rms_norm_bwd, device::norm_bwd, 2)                  \
+  X(gelu_fwd, device::activation_fwd, 1)                \
+  X(gelu_bwd, device::activation_bwd, 1)                \
+  X(relu_fwd, device::activation_fwd, 1)                \
+  X(relu_bwd, device::activation_bwd, 1)
+
+// Registers them with torch's dispatcher, with the kernels of namespace `device`.
+#define PYGPT_IMPL(m, device) PYGPT_OPS(PYGPT_IMPL_OP, device)
+#define PYGPT_IMPL_OP(op, kernel, results) m.impl(#op, TORCH_BOX((&pygpt::bind::op<torch::stable::Tensor, kernel>)));
 
 }  // namespace pygpt::bind

@@ -1,10 +1,8 @@
 // The Python module pygpt._C: importing it registers torch.ops.pygpt.* for the CPU.
-#define Py_LIMITED_API 0x030a0000
-#include <Python.h>
+#include "direct.h"
 
 #include <exception>
 
-#include "bind.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -36,6 +34,8 @@ PyObject* fma_rate(PyObject*, PyObject* milliseconds) {
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: baseline, avx2, avx512 or avx512_bf16."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets compiled that this machine can run."},
+    {"connect", pygpt::direct::connect, METH_VARARGS, "See direct.h."},
+    {"kind", pygpt::direct::fastcall(pygpt::direct::kind), METH_FASTCALL, "See direct.h."},
     {"fma_rate", fma_rate, METH_O, "fma_rate(milliseconds): measured float32 multiply-add peak, GFLOP/s, all threads."},
     {nullptr, nullptr, 0, nullptr}};
 

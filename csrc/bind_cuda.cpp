@@ -13,12 +13,12 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** str
 namespace pygpt::bind {
 
 // torch's current stream. Its allocator reuses freed memory in the stream's order, so scratch may be freed on return.
-void with_stream(const Tensor& lead, const std::function<void(const cuda::Stream&)>& body) {
+void with_stream(const torch::stable::Tensor& lead, const std::function<void(const cuda::Stream&)>& body) {
   const int32_t device = lead.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
-  std::vector<Tensor> scratch;
+  std::vector<torch::stable::Tensor> scratch;
   body({device, handle, [&](int64_t bytes) {
           scratch.push_back(torch::stable::new_empty(lead, {bytes}, ScalarType::Byte));
           return scratch.back().mutable_data_ptr();

@@ -20,17 +20,20 @@
 namespace pygpt::bind {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+template <class Tensor>
+using Maybe = std::optional<Tensor>;
 using Needs = std::vector<bool>;
 
 // Calls body with the stream that work on the tensor's device is queued on. Each library of CUDA kernels has its own.
-void with_stream(const Tensor& lead, const std::function<void(const cuda::Stream&)>& body);
+void with_stream(const torch::stable::Tensor& lead, const std::function<void(const cuda::Stream&)>& body);
 
 // ---------------------------------------------------------------- checks
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed
 
-inline Shape shape(const Tensor& t) { return t.sizes(); }
+template <class Tensor>
+Shape shape(const Tensor& t) {
+  return t.sizes();
+}
 
 inline std::string to_string(Shape s) {
   std::string text = "(";
@@ -39,6 +42,7 @@ inline std::string to_string(Shape s) {
 }
 
 // The checks of one call; `lead` is the tensor whose dtype and device the others must share.
+template <class Tensor>
 struct Call {
   const char* op;
   const Tensor& lead;
@@ -63,10 +67,11 @@ struct Call {
     if (!t.defined()) fail(std::string(name) + " is undefined");
     if (t.scalar_type() != type) fail(std::string(name) + " has the wrong dtype");
     if (t.device() != lead.device()) fail(std::string(name) + " is on another device");
-    if (shape(t) != want) fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
+    if (shape(t) != want)
+      fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
   }
   void check(const char* name, const Tensor& t, Shape want) const { check(name, t, want, lead.scalar_type()); }
-  void check(const char* name, const MaybeTensor& t, Shape want) const {
+  void check(const char* name, const Maybe<Tensor>& t, Shape want) const {
     if (t) check(name, *t, want);
   }
   void at_least(const char* name, const Tensor& t, int64_t dims) const {
@@ -76,32 +81,27 @@ struct Call {
   template <auto kernel, class Args>
   void run(const Args& a) const {
     if constexpr (std::is_invocable_v<decltype(kernel), const Args&>)
-      kernel(a);
+      compute(lead, [&] { kernel(a); });
     else
       with_stream(lead, [&](const cuda::Stream& stream) {
         if (cuda::Error error = kernel(a, stream)) fail(error);
       });
   }
   void count(const Needs& needs, size_t n) const {
-    if (needs.size() != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.size()));
+    if (needs.size() != n)
+      fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.size()));
   }
 };
 
-// ---------------------------------------------------------------- tensors to Args
-// A result this large comes from the system each time, and touching it first costs more than computing it
-// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
-inline void ask_for_large_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (bytes < 16 * kPage || !t.is_cpu()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // or not
-#endif
+// ---------------------------------------------------------------- torch's tensors
+// What templates below ask of a tensor beyond its methods.
+template <class F>
+void compute(const torch::stable::Tensor&, const F& kernel) {
+  kernel();
 }
 
 // Not torch::stable::new_empty: it looks the op up by name in every call, 0.9 us.
-inline Tensor empty_strided(const Tensor& like, Shape size, Shape stride, ScalarType type) {
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, Shape size, Shape stride, ScalarType type) {
   using torch::stable::detail::from, torch::stable::detail::to;
   const int32_t dtype = to<int32_t>(from(type));
   int32_t device, index;
@@ -110,35 +110,100 @@ inline Tensor empty_strided(const Tensor& like, Shape size, Shape stride, Scalar
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(size.size(), size.data(), stride.data(), dtype, device, index, &handle));
-  Tensor t(handle);
-  ask_for_large_pages(t);
+  return torch::stable::Tensor(handle);
+}
+
+using torch::stable::contiguous;
+
+// A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
+struct OwnedString {
+  StringHandle handle;
+};
+inline std::string take(OwnedString s) {
+  size_t length;
+  const char* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(s.handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(s.handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(s.handle));
+  return text;
+}
+inline std::string take(std::string s) { return s; }
+template <class Tensor>
+using Text = std::conditional_t<std::is_same_v<Tensor, torch::stable::Tensor>, OwnedString, std::string>;
+
+// ---------------------------------------------------------------- results
+// A result this large comes from the system each time, and touching it first costs more than computing it
+// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
+inline void ask_for_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  if (bytes < 16 * kPage) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // or not
+#endif
+}
+
+template <class Tensor>
+Tensor empty_strided(const Tensor& like, Shape size, Shape stride, ScalarType type) {
+  Tensor t = allocate(like, size, stride, type);
+  if (t.is_cpu()) ask_for_large_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
-inline Tensor empty(const Tensor& like, Shape size, ScalarType type) {
+template <class Tensor>
+Tensor empty(const Tensor& like, Shape size, ScalarType type) {
   std::vector<int64_t> stride(size.size(), 1);
   for (int64_t d = int64_t(size.size()) - 2; d >= 0; d--) stride[d] = stride[d + 1] * std::max<int64_t>(size[d + 1], 1);
   return empty_strided(like, size, stride, type);
 }
-inline Tensor empty(const Tensor& like, Shape size) { return empty(like, size, like.scalar_type()); }
+template <class Tensor>
+Tensor empty(const Tensor& like, Shape size) {
+  return empty(like, size, like.scalar_type());
+}
+// What forward leaves for backward.
+inline torch::stable::Tensor for_backward(const torch::stable::Tensor& like, Shape size, ScalarType type) {
+  return empty(like, size, type);
+}
 
 // (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
-inline Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t E) {
+template <class Tensor>
+Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t T, int64_t E) {
   const int64_t e = std::max<int64_t>(E, 1), row = std::max<int64_t>(H, 1) * e, batch = std::max<int64_t>(T, 1) * row;
   return empty_strided(like, {B, H, T, E}, {batch, e, row, 1}, like.scalar_type());
 }
 
 // An output gradient: with no elements where it isn't wanted.
-inline Tensor wanted(bool need, const Tensor& like, Shape size) { return need ? empty(like, size) : empty(like, {0}); }
-inline void* output(bool need, const Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; }
+template <class Tensor>
+Tensor wanted(bool need, const Tensor& like, Shape size) {
+  return need ? empty(like, size) : empty(like, {0});
+}
+template <class Tensor>
+void* output(bool need, const Tensor& t) {
+  return need ? t.mutable_data_ptr() : nullptr;
+}
 
-inline void* input(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+// ---------------------------------------------------------------- tensors to Args
+template <class Tensor>
+void* input(const Tensor& t) {
+  return const_cast<void*>(t.const_data_ptr());
+}
+template <class Tensor>
+const void* input(const Maybe<Tensor>& t) {
+  return t ? input(*t) : nullptr;
+}
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
-inline const void* input(const MaybeTensor& t) { return t ? input(*t) : nullptr; }
+template <class Tensor>
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : contiguous(t);
+}
+template <class Tensor>
+Maybe<Tensor> dense(const Maybe<Tensor>& t) {
+  return t ? Maybe<Tensor>(dense(*t)) : t;
+}
 
 // A (..., C) tensor as rows of one stride, copied only where its strides don't allow that.
-inline Tensor as_rows(const Tensor& t) {
+template <class Tensor>
+Tensor as_rows(const Tensor& t) {
   if (t.is_contiguous()) return t;
   auto size = t.sizes(), stride = t.strides();
   int64_t step = -1;  // of the next dimension out, once known
@@ -148,19 +213,30 @@ inline Tensor as_rows(const Tensor& t) {
     regular = regular && (step == -1 || stride[d] == step);
     step = stride[d] * size[d];
   }
-  return regular ? t : torch::stable::contiguous(t);
+  return regular ? t : contiguous(t);
 }
-inline Rows rows(const Tensor& t) {  // of a tensor from as_rows
+template <class Tensor>
+Rows rows(const Tensor& t) {  // of a tensor from as_rows
   for (int64_t d = t.dim() - 2; d >= 0; d--)
     if (t.size(d) != 1) return {input(t), t.stride(d)};
   return {input(t), t.dim() ? t.sizes().back() : 1};
 }
-inline Rows rows(const MaybeTensor& t) { return t ? rows(*t) : Rows{nullptr, 0}; }
+template <class Tensor>
+Rows rows(const Maybe<Tensor>& t) {
+  return t ? rows(*t) : Rows{nullptr, 0};
+}
 
-inline Heads heads(const Tensor& t) { return {input(t), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}}; }
+template <class Tensor>
+Heads heads(const Tensor& t) {
+  return {input(t), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
 
-inline Shape leading(const Tensor& t) { return t.sizes().slice(0, t.dim() - 1); }
-inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+template <class Tensor>
+Shape leading(const Tensor& t) {
+  return t.sizes().slice(0, t.dim() - 1);
+}
+template <class Tensor>
+std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
   std::vector<int64_t> s = t.sizes().vec();
   s.back() = last;
   return s;
@@ -170,19 +246,5 @@ inline int64_t product(Shape s) {
   for (int64_t d : s) n *= d;
   return n;
 }
-
-// A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
-struct Text {
-  StringHandle handle;
-  std::string take() const {
-    size_t length;
-    const char* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    std::string text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return text;
-  }
-};
 
 }  // namespace pygpt::bind

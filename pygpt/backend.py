@@ -10,14 +10,19 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch.autograd import forward_ad
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
 
 from . import reference
@@ -31,6 +36,7 @@ class Backend:
     name: str
     kernels: object  # the namespace, or None where it is missing
     missing: str = ""  # why it is missing
+    plain: object = None  # a namespace for plain calls, where it has one of their own
     devices: tuple = ()  # device types served; empty means any
     dtypes: tuple = FLOATS
     ops: tuple = OPS
@@ -92,6 +98,21 @@ def _compiled() -> tuple[SimpleNamespace | None, str]:
     return SimpleNamespace(**{name: getattr(torch.ops.pygpt, name).default for name in names}), ""
 
 
+def _plain(compiled) -> tuple[SimpleNamespace | None, Callable]:
+    """The same ops for plain calls on CPU tensors, without torch's dispatcher (csrc/direct.h); and `kind`, which tells
+    a plain call by its tensors. Where torch has no DLPack exchange table there is none, and no call is plain."""
+    functions, table = None, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if compiled is not None and table is not None:
+        from . import _C
+
+        deciding = (_is_any_autocast_enabled, _are_functorch_transforms_active), ((forward_ad, "_current_level", -1),)
+        watching = (_len_torch_dispatch_stack, _get_tracing_state), ((profiler, "_is_profiler_enabled", False),)
+        classes = torch.Tensor, torch.nn.Parameter
+        ops = {name: op._op for name, op in vars(compiled).items()}
+        functions = _C.connect(table, *classes, torch.Tensor.is_neg, torch.is_grad_enabled, *deciding, *watching, ops)
+    return (SimpleNamespace(**functions), _C.kind) if functions else (None, lambda *_: None)
+
+
 def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
     """The same ops once the CUDA kernels are registered too. Loads their library only where CUDA works."""
     if compiled is None:
@@ -129,6 +150,7 @@ def _triton() -> tuple[object, str, tuple]:
 
 
 _kernels, _why = _compiled()
+_plain_kernels, kind = _plain(_kernels)
 _cuda_kernels, _why_no_cuda = _cuda(_kernels)
 _triton_kernels, _why_no_triton, _triton_devices = _triton()
 
@@ -138,31 +160,24 @@ _ATTENTION = {"features": {"attention": ("return_lse",)}, "max_head_dim": MAX_HE
 TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cpp", _kernels, _why, ("cpu",), **_ATTENTION),
-        Backend("triton", _triton_kernels, _why_no_triton, _triton_devices, FLOATS[1:], **_ATTENTION),
-        Backend("cuda", _cuda_kernels, _why_no_cuda, ("cuda",), FLOATS[1:], **_ATTENTION),
+        Backend("cpp", _kernels, _why, _plain_kernels, ("cpu",), **_ATTENTION),
+        Backend("triton", _triton_kernels, _why_no_triton, None, _triton_devices, FLOATS[1:], **_ATTENTION),
+        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), FLOATS[1:], **_ATTENTION),
         Backend("torch", reference),
     )
 }
 
 
+_SERVED: dict = {}  # by the chosen backend: how plain calls are served, by op and kind; see `functional._ready`
+
+
 class _PerThread(threading.local):  # torch.compile traces and guards it; a ContextVar it cannot
     chosen: str | None = None  # by `backend(name)`
+    served: dict = _SERVED.setdefault(None, {})
     explaining: bool = False  # inside `explain`
 
 
 state = _PerThread()
-
-
-def undisturbed() -> bool:
-    """Whether the tensors and the chosen backend alone decide about a call."""
-    return not (
-        is_compiling()
-        or _is_any_autocast_enabled()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or state.explaining
-    )
 
 
 def _named(name: str) -> Backend:
@@ -183,11 +198,12 @@ def backend(name: str):
     forward. The environment variable PYGPT_BACKEND does the same for a whole process.
     """
     _named(name)
-    previous, state.chosen = state.chosen, name
+    previous = state.chosen, state.served
+    state.chosen, state.served = name, _SERVED.setdefault(name, {})
     try:
         yield
     finally:
-        state.chosen = previous
+        state.chosen, state.served = previous
 
 
 def chosen() -> str | None:
@@ -212,10 +228,10 @@ def choose(op: str, tensors, features=()) -> Choice:
     return Choice(op, None, rejected)
 
 
-def pick(op: str, tensors, features=()):
-    """The namespace that serves the call. RuntimeError if an explicitly chosen backend cannot."""
+def pick(op: str, tensors, features=()) -> Backend:
+    """What serves the call. RuntimeError if an explicitly chosen backend cannot."""
     name = chosen()
     for row in TABLE.values() if name is None else (TABLE[name],):
         if not (why := row.objections(op, tensors, features)):
-            return row.kernels
+            return row
     raise RuntimeError(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")

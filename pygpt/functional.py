@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor as _escaped  # from torch.func.grad, outside of it
+from torch.compiler import is_compiling
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import autograd, backend, reference
@@ -33,14 +33,10 @@ _FUNCTIONS = {
     "relu": autograd.ReLU,
 }
 _LOW_PRECISION = ("attention", "linear", "mlp")  # what autocast runs in its lower dtype
-_STRIDED = torch.strided
 
 
 class _Explained(Exception):
     pass
-
-
-_PLAIN = {}  # how plain calls are served, by their kind; see `_ready`
 
 
 def _ready(op: str, lead, *others):
@@ -48,24 +44,13 @@ def _ready(op: str, lead, *others):
 
     A plain call, of strided tensors of one dtype and device outside any mode, is looked up; others take `_run`.
     """
-    kind = None
-    if backend.undisturbed() and isinstance(lead, Tensor) and lead.layout is _STRIDED and not _escaped(lead):
-        dtype, device, needs_gradient = lead.dtype, lead.device, lead.requires_grad
-        for t, optional in zip(others, _OPTIONAL[op]):
-            if t is None and optional:
-                continue
-            if not isinstance(t, Tensor) or t.layout is not _STRIDED or _escaped(t):
-                break
-            if t.dtype is not dtype or t.device != device:
-                break
-            needs_gradient = needs_gradient or t.requires_grad
-        else:
-            kind = op, dtype, device, backend.state.chosen, needs_gradient and torch.is_grad_enabled()
-            run = _PLAIN.get(kind)
-            if run is not None:
-                return run
+    kind = None if is_compiling() else backend.kind(_OPTIONAL[op], lead, *others)
+    if kind is not None:
+        run = backend.state.served.get((op, kind))
+        if run is not None:
+            return run
     _check(op, (lead, *others))
-    return partial(_run_first, kind) if kind else partial(_run, op)
+    return partial(_run, op) if kind is None or backend.state.explaining else partial(_run_first, op, kind)
 
 
 def _check(op: str, tensors):
@@ -86,12 +71,16 @@ def _check(op: str, tensors):
                 raise TypeError(f"{public}: {name} is {t.dtype}, {first} is {lead.dtype}; they must be equal")
 
 
-def _run_first(kind, *args):
+def _run_first(op: str, kind: int, *args):
     """Serves the first plain call of its kind, and remembers how."""
-    op, *_, needs_gradient = kind
-    k = backend.pick(op, [a for a in args if isinstance(a, Tensor)])
-    run = getattr(reference, op) if k is reference else autograd.bound(op, _FUNCTIONS[op], k, needs_gradient)
-    _PLAIN[kind] = run
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    row = backend.pick(op, tensors)
+    if row.kernels is reference:
+        run = getattr(reference, op)
+    else:
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        run = autograd.bound(op, _FUNCTIONS[op], row.plain or row.kernels, needs_gradient)
+    backend.state.served[op, kind] = run
     return run(*args)
 
 
@@ -103,7 +92,7 @@ def _run(op: str, *args, **features):
     tensors = [a for a in args if isinstance(a, Tensor)]
     if backend.state.explaining:
         raise _Explained(backend.choose(op, tensors, features))
-    k = backend.pick(op, tensors, features)
+    k = backend.pick(op, tensors, features).kernels
     if k is reference:
         return getattr(reference, op)(*args, **features)
     return autograd.apply(op, _FUNCTIONS[op], k, tensors, args)
@@ -132,13 +121,13 @@ def explain(op, *args, **kwargs) -> backend.Choice:
     function = public.get(op) if isinstance(op, str) else op
     if function not in public.values():
         raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(__all__)}")
-    backend.state.explaining = True
+    backend.state.explaining, served, backend.state.served = True, backend.state.served, {}
     try:
         function(*args, **kwargs)
     except _Explained as e:
         return e.args[0]
     finally:
-        backend.state.explaining = False
+        backend.state.explaining, backend.state.served = False, served
     raise AssertionError("an op returned without asking for a backend")
 
 
@@ -182,14 +171,15 @@ def scaled_dot_product_attention(
     """
     op = "pygpt.scaled_dot_product_attention"
     run = _ready("attention", query, key, value)
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() < 2:
-            raise ValueError(f"{op}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
-    L, E, S, Ev = query.size(-2), query.size(-1), key.size(-2), value.size(-1)
-    if key.size(-1) != E:
-        raise ValueError(f"{op}: key has head dimension {key.size(-1)}, query {E}; they must be equal")
-    if value.size(-2) != S:
-        raise ValueError(f"{op}: value has {value.size(-2)} positions, key {S}; they must be equal")
+    shapes = of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if min(map(len, shapes)) < 2:
+        name, shape = next(pair for pair in zip(("query", "key", "value"), shapes, strict=True) if len(pair[1]) < 2)
+        raise ValueError(f"{op}: {name} needs at least 2 dimensions, got shape {tuple(shape)}")
+    L, E, S, Ev = of_query[-2], of_query[-1], of_key[-2], of_value[-1]
+    if of_key[-1] != E:
+        raise ValueError(f"{op}: key has head dimension {of_key[-1]}, query {E}; they must be equal")
+    if of_value[-2] != S:
+        raise ValueError(f"{op}: value has {of_value[-2]} positions, key {S}; they must be equal")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     if not softcap >= 0.0:
@@ -206,19 +196,19 @@ def scaled_dot_product_attention(
         if not is_causal:
             features["lower_right"] = True
 
-    q, k, v, lead = _four_dimensional(op, query, key, value, enable_gqa)
+    q, k, v, lead, (Hq, Hkv) = _four_dimensional(op, query, key, value, shapes, enable_gqa)
     if attn_mask is not None:
-        features["attn_mask"] = _mask(op, attn_mask, lead, (q.size(0), q.size(1), L, S))
+        features["attn_mask"] = _mask(op, attn_mask, lead, (q.size(0), Hq, L, S))
     if dropout_p > 0.0:
         features["dropout_p"] = dropout_p
-    if q.size(1) != k.size(1):
+    if Hq != Hkv:
         features["enable_gqa"] = enable_gqa
     if window is not None and tuple(window) != (-1, -1):
         if len(window) != 2 or min(window) < -1:
             raise ValueError(f"{op}: window must be (left, right) >= -1, got {window}")
         features["window"] = window
     if alibi_slopes is not None:
-        B, Hq = q.shape[:2]
+        B = q.size(0)
         if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
             shape = tuple(alibi_slopes.shape)
             raise ValueError(f"{op}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
@@ -237,26 +227,28 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-def _four_dimensional(op, query, key, value, enable_gqa):
-    """Views (B, H, T, E) of the three, their leading dimensions broadcast; and those dimensions."""
-    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0) == value.size(0):
-        q, k, v, lead = query, key, value, (query.size(0),)
+def _four_dimensional(op, query, key, value, shapes, enable_gqa):
+    """Views (B, H, T, E) of the three, their leading dimensions broadcast; those dimensions; heads of query and key."""
+    of_query, of_key, of_value = shapes
+    if len(of_query) == len(of_key) == len(of_value) == 4 and of_query[0] == of_key[0] == of_value[0]:
+        q, k, v, lead = query, key, value, of_query[:1]
     else:
         q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
         try:
             lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
         except RuntimeError:
-            shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+            shapes = ", ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(f"{op}: the leading dimensions of {shapes} do not broadcast") from None
         q, k, v = (t.expand(*lead, *t.shape[-3:]).reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
-    Hq, Hk, Hv = q.size(1), k.size(1), v.size(1)
+        of_query, of_key, of_value = q.shape, k.shape, v.shape
+    Hq, Hk, Hv = of_query[1], of_key[1], of_value[1]
     if Hk != Hv:
         raise ValueError(f"{op}: key has {Hk} heads, value {Hv}; they must be equal")
     if Hq != Hk and not enable_gqa:
         raise ValueError(f"{op}: query has {Hq} heads, key {Hk}; pass enable_gqa=True for grouped heads")
     if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
         raise ValueError(f"{op}: {Hq} query heads are no multiple of {Hk} key heads")
-    return q, k, v, lead
+    return q, k, v, lead, (Hq, Hk)
 
 
 def _mask(op, attn_mask, lead, shape):
@@ -274,22 +266,24 @@ def _mask(op, attn_mask, lead, shape):
 
 # ------------------------------------------------------------------------------- linear, mlp
 def _check_linear(op, features, of, weight, bias, weight_name="weight", bias_name="bias"):
-    if weight.dim() != 2:
-        raise ValueError(f"pygpt.{op}: {weight_name} must be a matrix, got shape {tuple(weight.shape)}")
-    N, K = weight.shape
+    """`features` of what `of` names go into weight; returns how many come out."""
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"pygpt.{op}: {weight_name} must be a matrix, got shape {tuple(shape)}")
+    N, K = shape
     if features != K:
-        shape = tuple(weight.shape)
-        raise ValueError(f"pygpt.{op}: {of} has {features} features, {weight_name} {shape} wants {K}")
+        raise ValueError(f"pygpt.{op}: {of} has {features} features, {weight_name} {tuple(shape)} wants {K}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"pygpt.{op}: {bias_name} must have shape ({N},), got {tuple(bias.shape)}")
+    return N
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    run = _ready("linear", input, weight, bias)
-    if input.dim() < 1:
+    run, shape = _ready("linear", input, weight, bias), input.shape
+    if not shape:
         raise ValueError("pygpt.linear: input needs at least 1 dimension, got a scalar")
-    _check_linear("linear", input.size(-1), "input", weight, bias)
+    _check_linear("linear", shape[-1], "input", weight, bias)
     return run(input, weight, bias)
 
 
@@ -312,10 +306,11 @@ def mlp(
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"pygpt.mlp: unknown activation {activation!r}; known: {known}")
-    if input.dim() < 1:
+    shape = input.shape
+    if not shape:
         raise ValueError("pygpt.mlp: input needs at least 1 dimension, got a scalar")
-    _check_linear("mlp", input.size(-1), "input", fc_weight, fc_bias, "fc_weight", "fc_bias")
-    _check_linear("mlp", fc_weight.size(0), "the hidden layer", proj_weight, proj_bias, "proj_weight", "proj_bias")
+    H = _check_linear("mlp", shape[-1], "input", fc_weight, fc_bias, "fc_weight", "fc_bias")
+    _check_linear("mlp", H, "the hidden layer", proj_weight, proj_bias, "proj_weight", "proj_bias")
     return run(input, fc_weight, fc_bias, proj_weight, proj_bias, activation)
 
 
@@ -419,4 +414,6 @@ _PARAMETERS = {  # the tensors among each op's
     op: [p for p in inspect.signature(function).parameters.values() if p.annotation in (Tensor, Tensor | None)]
     for op, function in _PUBLIC.items()
 }
-_OPTIONAL = {op: tuple(p.annotation is not Tensor for p in found[1:]) for op, found in _PARAMETERS.items()}
+_OPTIONAL = {  # bit i: the i-th of them may be None
+    op: sum((p.annotation is not Tensor) << i for i, p in enumerate(found)) for op, found in _PARAMETERS.items()
+}

@@ -30,7 +30,7 @@ struct Scratch {
 };
 }  // namespace
 
-void with_stream(const Tensor&, const std::function<void(const cuda::Stream&)>& body) {
+void with_stream(const torch::stable::Tensor&, const std::function<void(const cuda::Stream&)>& body) {
   std::vector<Scratch> scratch;
   body({0, nullptr, [&](int64_t bytes) { return static_cast<void*>(scratch.emplace_back(size_t(bytes)).data()); }});
   for (const Scratch& s : scratch)
