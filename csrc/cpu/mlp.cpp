@@ -30,54 +30,71 @@ Matrix<S> matrix(const void* data, int64_t stride) {
 }
 
 constexpr int64_t kFewRows = 16;
-constexpr int kTogether = 4;              // rows of A that one pass over B multiplies,
-constexpr int kWide = 4;                  // and rows of B,
-constexpr int kNarrow = MR == 14 ? 4 : 2;  // fewer where 16 registers must hold all the sums
 struct FewRows;
 
-// Dot products of Rows rows of a (K long, in steps, padded with zeros to whole vectors) with Columns rows of b: so many
-// streams from memory keep it busier than one or two (measured: 25 against 20 GB/s).
-template <int Rows, int Columns, class S, class U, class T = typename Step<U>::Sum>
-PYGPT_INLINE void dots(int64_t K, const U* a, int64_t lda, Matrix<S> b, T (*out)[W<T>]) {
+// Rows rows of A times kColumns of B: registers hold that many sums. kSet rows of them make a vector, but one row alone.
+template <int Rows, class T>
+struct Few {
+  static constexpr int kColumns = std::min({(MR == 14 ? 16 : 8) / Rows, 8, W<T>});
+  static constexpr int kSet = std::min(Rows, W<T> / kColumns);
+};
+
+// Dot products of Rows rows of a (K long, in steps, padded with zeros to whole vectors) with kColumns rows of b (the last
+// of `columns` again where there are fewer): kSet x kColumns to a vector, vectors kSet apart in out. The next rows of b
+// are asked for meanwhile: 8 rows then take little longer than one (768 -> 3072, float32: 350 us instead of 410; one
+// row 315). No Matrix is passed: GCC copies it through memory, in pieces that stall its reading (20 ns a call).
+template <int Rows, class S, class U, class T = typename Step<U>::Sum>
+__attribute__((noinline)) void dots(int64_t K, const U* a, int64_t lda, const S* b, int64_t ldb, int64_t columns, T* out) {
+  using F = Few<Rows, T>;
   constexpr int d = Step<U>::kDepth;
-  Vec<T> c[Rows][Columns] = {};
+  Vec<T> c[Rows * F::kColumns] = {};
   auto steps = [&](int64_t s, auto load_b) {
-    Vec<T> v[Columns];
-    for (int j = 0; j < Columns; j++) v[j] = load_b(b.data + j * b.rs + s * d);
+    Vec<T> v[F::kColumns];
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < F::kColumns; j++) {
+      const S* row = b + std::min(j, columns - 1) * ldb;
+      if (Rows > 1) __builtin_prefetch(row + F::kColumns * ldb + s * d);
+      v[j] = load_b(row + s * d);
+    }
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
-      const Vec<T> ar = Step<U>::lanes(a + r * lda + s);
-      for (int j = 0; j < Columns; j++) c[r][j] = Step<U>::multiply_add(ar, v[j], c[r][j]);
+      const Vec<T> ar = rounded(Step<U>::lanes(a + r * lda + s));  // loaded once, not with every multiplication
+#pragma GCC unroll 8
+      for (int j = 0; j < F::kColumns; j++) c[r * F::kColumns + j] = Step<U>::multiply_add(ar, v[j], c[r * F::kColumns + j]);
     }
   };
   int64_t s = 0;
   for (; (s + W<T>) * d <= K; s += W<T>) steps(s, [](const S* p) { return Read<U>().along(p); });
   if (s * d < K) steps(s, [&](const S* p) { return Read<U>().first(p, K - s * d); });
-  for (int r = 0; r < Rows; r++)
-    for (int j = 0; j < Columns; j++) out[r][j] = sum<T>(c[r][j]);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; i += F::kSet) store(out + i * W<T>, sums<T, F::kSet * F::kColumns>(c + i * F::kColumns));
 }
 
-// C = A B^T for M <= kFewRows rows; the rows of A and of B are contiguous.
-template <class S, class Epilogue>
+// C = A B^T for M <= kFewRows rows, Rows at a time; the rows of A and of B are contiguous.
+template <int Rows, class S, class Epilogue>
 void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
   using T = Acc<S>;
   using U = StepOf<S>;
+  using F = Few<Rows, T>;
   constexpr int d = Step<U>::kDepth;
-  const int64_t lda = round_up(ceil_div(K, d), W<T>);
-  U* a = scratch<U, FewRows>(M * lda);
-  for (int64_t i = 0; i < M; i++)
+  const int64_t rows = round_up(M, Rows), lda = round_up(ceil_div(K, d), W<T>);
+  U* a = scratch<U, FewRows>(rows * lda);
+  for (int64_t i = 0; i < rows; i++)
     for (int64_t s = 0; s < lda; s += W<T>)
-      store(reinterpret_cast<T*>(a + i * lda + s), Read<U>().first(A.data + i * A.rs + s * d, K - s * d));
+      store(reinterpret_cast<T*>(a + i * lda + s), i < M ? Read<U>().first(A.data + i * A.rs + s * d, K - s * d) : Vec<T>{});
   parallel_for(ceil_div(N, W<T>), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
-      T c[kFewRows][W<T>] = {};
-      auto columns = [&](int64_t j, auto count) {
-        in_groups<kTogether>(M, [&](int64_t i, auto rows) {
-          dots<rows.value, count.value>(K, a + i * lda, lda, B.at(j0 + j, 0), reinterpret_cast<T(*)[W<T>]>(&c[i][j]));
-        });
-      };
-      M < kTogether ? in_groups<kWide>(n, columns) : in_groups<kNarrow>(n, columns);
-      for (int64_t i = 0; i < M; i++) epilogue(i, j0, load(c[i]), n);
+      alignas(kVectorBytes) T c[kFewRows + 1][W<T>];  // and a vector that half of the last may reach into
+      for (int64_t j = 0; j < n; j += F::kColumns)
+        for (int64_t i = 0; i < rows; i += Rows)
+          dots<Rows>(K, a + i * lda, lda, B.data + (j0 + j) * B.rs, B.rs, n - j, &c[i][0] + j * F::kSet);
+      for (int64_t i = 0; i < M; i += F::kSet) {
+        Vec<T> set[F::kSet];
+        for (int r = 0; r < F::kSet; r++) set[r] = load(c[i + r]);
+        transpose<T>(set);
+        for (int r = 0; r < F::kSet && i + r < M; r++) epilogue(i + r, j0, set[r], n);
+      }
     }
   }, W<T> * K * M);
 }
@@ -85,10 +102,16 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
 // y = epilogue(x W^T): rows times a weight matrix.
 template <class S, class Epilogue>
 void times_transposed(int64_t M, int64_t N, int64_t K, Matrix<S> x, Matrix<S> w, const Epilogue& epilogue) {
-  if (M <= kFewRows)
-    few_rows(M, N, K, x, w, epilogue);
-  else
+  if (M > kFewRows)
     gemm<S>(M, N, K, x, w.transposed(), nullptr, epilogue);
+  else if (M == 1)
+    few_rows<1>(M, N, K, x, w, epilogue);
+  else if (M == 2)
+    few_rows<2>(M, N, K, x, w, epilogue);
+  else if (MR == 14 && (M - 1) % 8 >= 4)
+    few_rows<8>(M, N, K, x, w, epilogue);
+  else
+    few_rows<4>(M, N, K, x, w, epilogue);
 }
 
 template <class S>
