@@ -103,8 +103,13 @@ PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in
 }
 
 PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN becomes NaN
-  const U32 u = bit_cast<U32>(x), rounded = u + 0x7fff + ((u >> 16) & 1);
-  return low_halves((rounded | (U32)(x != x)) >> 16);
+  const U32 u = bit_cast<U32>(x), more = 0x7fff + ((u >> 16) & 1);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);  // a NaN's high half stays one
+  return low_halves((U32)_mm512_mask_add_epi32((__m512i)u, number, (__m512i)u, (__m512i)more) >> 16);
+#else
+  return low_halves(((u + more) | (U32)(x != x)) >> 16);
+#endif
 }
 
 #if defined(__AVX512F__)
