@@ -169,6 +169,7 @@ int main(int argc, char** argv) {
     linear(d, 64, 400, 96);
     linear(d, 4, 256, 128);  // decoding
     mlp(d, Activation::gelu_tanh, "gelu_tanh", 48, 64, 256);
+    mlp(d, Activation::gelu, "gelu", 4, 64, 256);
     norm(d, Norm::layer_norm, "layer_norm", 128, 256);
     norm(d, Norm::add_layer_norm, "add_layer_norm", 128, 256);
     norm(d, Norm::rms_norm, "rms_norm", 128, 256);

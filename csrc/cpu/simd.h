@@ -103,8 +103,13 @@ PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in
 }
 
 PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN becomes NaN
-  const U32 u = bit_cast<U32>(x), rounded = u + 0x7fff + ((u >> 16) & 1);
-  return low_halves((rounded | (U32)(x != x)) >> 16);
+  const U32 u = bit_cast<U32>(x), more = 0x7fff + ((u >> 16) & 1);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);  // a NaN's high half stays one
+  return low_halves((U32)_mm512_mask_add_epi32((__m512i)u, number, (__m512i)u, (__m512i)more) >> 16);
+#else
+  return low_halves(((u + more) | (U32)(x != x)) >> 16);
+#endif
 }
 
 #if defined(__AVX512F__)
@@ -239,18 +244,44 @@ struct Exchange {
   }
 };
 
-// Transposes a square of W x W elements held in W vectors.
-template <class T, int Step = W<T> / 2>
-PYGPT_INLINE void transpose(Vec<T> (&rows)[W<T>]) {
+// What lane i keeps, of a where it lacks Step's bit and of b where it has it, and its partner Step lanes away.
+template <int Lanes, int Step>
+struct Keep {
+  static constexpr int at(int i) { return i & Step ? Lanes + i : i; }
+};
+template <int Lanes, int Step>
+struct Partner {
+  static constexpr int at(int i) { return i & Step ? Lanes + i - Step : i + Step; }
+};
+
+// Lane i of the result is the sum of v[i], i < N <= W, the same whatever N. Overwrites v.
+template <class T, int N, int Step = 1>
+PYGPT_INLINE Vec<T> sums(Vec<T>* v) {
   constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
+  if constexpr (Step == W<T>) return v[0];
 #pragma GCC unroll 16
-  for (int r = 0; r < W<T>; r++)
-    if (!(r & Step)) {
-      const Vec<T> a = rows[r], b = rows[r + Step];
-      rows[r] = shuffle<T>(a, b, lanes, Exchange<W<T>, Step, 0>());
-      rows[r + Step] = shuffle<T>(a, b, lanes, Exchange<W<T>, Step, 1>());
-    }
-  if constexpr (Step > 1) transpose<T, Step / 2>(rows);
+  for (int i = 0; i < N; i += 2) {
+    const Vec<T> a = v[i], b = v[i + 1 < N ? i + 1 : i];
+    v[i / 2] = shuffle<T>(a, b, lanes, Keep<W<T>, Step>()) + shuffle<T>(a, b, lanes, Partner<W<T>, Step>());
+  }
+  if constexpr (Step < W<T>) return sums<T, (N + 1) / 2, 2 * Step>(v);
+}
+
+// Transposes a square of N x N blocks, W / N lanes each, held in N vectors.
+template <class T, int N, int Step = N / 2>
+PYGPT_INLINE void transpose(Vec<T> (&rows)[N]) {
+  constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
+  if constexpr (Step > 0) {
+    constexpr int kApart = Step * W<T> / N;
+#pragma GCC unroll 16
+    for (int r = 0; r < N; r++)
+      if (!(r & Step)) {
+        const Vec<T> a = rows[r], b = rows[r + Step];
+        rows[r] = shuffle<T>(a, b, lanes, Exchange<W<T>, kApart, 0>());
+        rows[r + Step] = shuffle<T>(a, b, lanes, Exchange<W<T>, kApart, 1>());
+      }
+    transpose<T, N, Step / 2>(rows);
+  }
 }
 
 // ---------------------------------------------------------------- scratch memory
