@@ -335,7 +335,7 @@ inline PyObject* kind(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (args[i] == Py_None && optional >> (i - 1) & 1) continue;
     DLTensor t;
     if (!exchange || !plain(args[i], t)) Py_RETURN_NONE;
-    if (!first.ndim && !first.shape) first = t;
+    if (first.dtype.bits == 0) first = t;
     if (t.dtype.code != first.dtype.code || t.dtype.bits != first.dtype.bits) Py_RETURN_NONE;
     if (t.device.type != first.device.type || t.device.id != first.device.id) Py_RETURN_NONE;
     if (gradient) continue;

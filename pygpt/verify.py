@@ -38,6 +38,7 @@ from .backend import backend as chosen
 from .reference import as_tuple
 
 ULPS = 4.0
+REDRAWN = 8
 ELEMENTS, DRAWS, MOST = 512, 24, 96  # passes on so many elements or draws; fails after so many
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
@@ -56,6 +57,7 @@ class Spec:
     cancelled: Callable = lambda args, grads: {}  # in float64 -> {direction: the terms that cancel in it}
     op: str = ""  # in pygpt.reference, where it is not the Spec's own name
     yardstick: Callable | None = None  # PyTorch's own expression, where it is not reference.<op>
+    settled: Callable = lambda args: True  # whether the arguments leave nothing to be decided by rounding
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,16 @@ def _draw_mlp(random, d):
     return random(*_lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"]
 
 
+def _off_the_kink(args):
+    """No hidden unit of a relu is so close to 0 that rounding decides whether it is on, and all of its gradient."""
+    x, weight, bias, *_, activation = args
+    if activation != "relu" or not x.numel():
+        return True
+    pre = reference.linear(x.double(), weight.double(), None if bias is None else bias.double()).abs()
+    eps = EPS[torch.promote_types(x.dtype, torch.float32)]
+    return not pre.numel() or bool(pre.min() > 4 * eps * pre.max())
+
+
 def _draw_norm(params, inputs=1, eps=1e-5):
     def draw(random, d):
         xs = [random(*_lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
@@ -190,6 +202,7 @@ SPECS = {
         _draw_mlp,
         functional.mlp,
         tuple({"activation": a} for a in reference.ACTIVATIONS),
+        settled=_off_the_kink,
     ),
     "layer_norm": Spec(
         ("x", "weight", "bias"),
@@ -244,7 +257,7 @@ def describe(op: str, dims: dict) -> str:
 def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t, device="cpu"):
     """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``.
 
-    The numbers are those of the CPU ``generator`` on any device.
+    The numbers are those of the CPU ``generator`` on any device, drawn anew (a few times) where they are not settled.
     """
 
     def random(*shape):
@@ -253,7 +266,10 @@ def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = la
     def rounded(a, dtype=dtype):
         return view(a.to(device, dtype)) if isinstance(a, Tensor) else a
 
-    args = tuple(rounded(a) for a in SPECS[op].draw(random, complete(op, dims)))
+    for _ in range(REDRAWN):
+        args = tuple(rounded(a) for a in SPECS[op].draw(random, complete(op, dims)))
+        if SPECS[op].settled(args):
+            break
     with torch.no_grad():
         outs = as_tuple(eager(op)(*args))
     return args, tuple(rounded(random(*o.shape), o.dtype) for o in outs)

@@ -136,8 +136,7 @@ def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
 def test_budget(plain, capsys):
     assert bench(*FEW, "--budget=1e-9") == 1
     assert (
-        "not reached in time: 10 rows, from attention B1 H2 T16 D8 causal float32 forward on"
-        in capsys.readouterr().out
+        "not reached in time: 10 rows, from attention B1 H2 T16 D8 causal float32 forward on" in capsys.readouterr().out
     )
 
 
