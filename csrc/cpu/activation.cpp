@@ -33,9 +33,9 @@ void for_each(int64_t count, int64_t bytes, S* out, const F& f) {
 
 template <Activation A, class S>
 void forward(const ActivationArgs& a) {
-  using T = Acc<S>;
   const S* x = static_cast<const S*>(a.x);
-  for_each(a.n, 2 * sizeof(S), static_cast<S*>(a.y), [=](int64_t i, int64_t n) { return activate<A, T>(load(x + i, n)); });
+  for_each(a.n, 2 * sizeof(S), static_cast<S*>(a.y),
+           [=](int64_t i, int64_t n) { return activate<A, S>(load(x + i, n)); });
 }
 
 template <Activation A, class S>

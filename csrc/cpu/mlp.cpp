@@ -203,13 +203,13 @@ void weight_gradient(int64_t M, int64_t N, int64_t K, Matrix<S> dy, Matrix<S> x,
 
 // The activation is chosen vector by vector, not by template: the branch is predicted, and the GEMM
 // around it is compiled once per type.
-template <class T>
+template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
   switch (a) {
-    case Activation::gelu: return activate<Activation::gelu, T>(x);
-    case Activation::gelu_tanh: return activate<Activation::gelu_tanh, T>(x);
-    case Activation::relu: return activate<Activation::relu, T>(x);
-    default: return activate<Activation::relu2, T>(x);
+    case Activation::gelu: return activate<Activation::gelu, S>(x);
+    case Activation::gelu_tanh: return activate<Activation::gelu_tanh, S>(x);
+    case Activation::relu: return activate<Activation::relu, S>(x);
+    default: return activate<Activation::relu2, S>(x);
   }
 }
 template <class T>
@@ -250,7 +250,7 @@ void mlp_fwd(const MlpArgs& a) {
                      [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
                        c += bias_at(bias, j, n);
                        if (pre) store(pre + i * H + j, c, n);
-                       store(hidden + i * H + j, activated<Acc<S>>(activation, c), n);
+                       store(hidden + i * H + j, activated<S>(activation, c), n);
                      });
     times_transposed(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight), store_to<S>(a.y, a.out, a.proj_bias));
   });

@@ -4,10 +4,11 @@
 //     exp2 0.8                                      (1.1 without fused multiply-add)
 //     gelu and its derivative 3 above -1, 8 above -4, 25 above -8      (4, 13, 45)
 //     gelu_tanh and its derivative 3, 18, 113
-// (the derivatives: of the larger of their terms; they have a zero near -0.75).
-// So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. From x = -13.14 down, before their results would
-// be subnormal, gelu and its derivative are 0: such numbers cost 150 cycles each here and in the product that follows
-// (measured on an Intel CPU). exp2 is gradual on AVX-512; elsewhere it gives 0 from 2^-124.5 down. NaN stays NaN;
+// (the derivatives: of the larger of their terms; they have a zero near -0.75); gelu for bf16, before it is rounded to
+// that, within 2^-12.8 of itself.
+// So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. From x = -13.14 down, before their results
+// would be subnormal, gelu and its derivative are 0: such numbers cost 150 cycles each here and in the product that
+// follows (measured on an Intel CPU). exp2 is gradual on AVX-512; elsewhere it gives 0 from 2^-124.5 down. NaN stays NaN;
 // exp2(-inf) = 0, exp2(inf) = inf. At -inf gelu and its derivative are NaN, as PyTorch's are, and so is
 // the derivative at inf.
 // double: the C library's functions, lane by lane.
@@ -93,16 +94,19 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.00015326461f};
 
 // 2^(n + f) from n + kRound, for integers n, -125 <= n <= 128, and |f| <= 1/2; 0 if n = -125.
-PYGPT_INLINE Vec<float> power(Vec<float> shifted, Vec<float> f) {
-  return polynomial(f, kExp2<4>) * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
+template <int N>
+PYGPT_INLINE Vec<float> power(Vec<float> shifted, Vec<float> f, const float (&four_exp2)[N]) {
+  return polynomial(f, four_exp2) * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
 }
 
 // exp(-a^2 / 2); the coefficients below make good the rounding of the constant.
-PYGPT_INLINE Vec<float> gauss(Vec<float> a) {
+template <int N>
+PYGPT_INLINE Vec<float> gauss(Vec<float> a, const float (&four_exp2)[N]) {
   constexpr float kMinusHalfLog2e = -0x1.715476p-1f;
   Vec<float> aa = a * a, shifted = aa * kMinusHalfLog2e + kRound;
-  return power(shifted, aa * kMinusHalfLog2e - (shifted - kRound));
+  return power(shifted, aa * kMinusHalfLog2e - (shifted - kRound), four_exp2);
 }
+PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
 }  // namespace detail
 
@@ -117,7 +121,7 @@ PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
 #else
     x = at_least(at_most(x, 128), -125);
     Vec<T> shifted = x + detail::kRound;
-    return detail::power(shifted, x - (shifted - detail::kRound));
+    return detail::power(shifted, x - (shifted - detail::kRound), detail::kExp2<4>);
 #endif
   }
 }
@@ -135,16 +139,31 @@ PYGPT_INLINE Vec<T> sqrt(Vec<T> x) {
 #endif
 }
 
+PYGPT_INLINE Vec<float> about_reciprocal(Vec<float> x) {  // within 2^-14
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_rcp14_ps(-1, (__m512)x);
+#else
+  return 1 / x;
+#endif
+}
+
 // ---------------------------------------------------------------- of the standard normal distribution
 constexpr float kTailEnd = 13.16f;  // where gauss() has come to 0, just before gelu would come below the normal numbers
 
 inline double cdf(double x) { return 0.5 * std::erfc(x * -0.707106781186547524401); }
 
-// x cdf(x) = max(x, 0) - |x| cdf(-|x|).
-template <class T>
+// x cdf(x) = max(x, 0) - |x| cdf(-|x|), for a result that is stored as S. For the 8 bits of bf16,
+// cdf(-a) = exp(-a^2/2) N(a) / Q(a).
+template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return x * detail::each<T>(x, cdf);
+  } else if constexpr (std::is_same_v<S, bf16>) {
+    constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
+    constexpr float kFourExp2[] = {4 * 0.9999281f, 4 * 0.693261f, 4 * 0.2426112f, 4 * 0.0551717f};
+    const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
+    const Vec<T> tail = m * (detail::polynomial(a, kN) * about_reciprocal(detail::polynomial(a, kQ)));
+    return at_least(x, 0) - detail::gauss(a, kFourExp2) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
@@ -181,10 +200,10 @@ constexpr T kLog2e = T(1.4426950408889634074);
 constexpr double kU = 1.59576912160573071176;  // 2 sqrt(2 / pi)
 constexpr double kU3 = kU * 0.044715;
 
-template <Activation A, class T>
+template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   if constexpr (A == Activation::gelu) {
-    return gelu<T>(x);
+    return gelu<S>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
     return x / (1 + exp2<T>(x * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * (x * x))));
   } else {
