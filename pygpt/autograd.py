@@ -45,6 +45,11 @@ def _create_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def _kernels(ctx):
+    """Those of the forward pass; while backward is traced (compiled autograd), of the dispatcher, which can be."""
+    return getattr(ctx.k, "dispatched", ctx.k) if torch.compiler.is_compiling() else ctx.k
+
+
 def _higher_order(expression, args, grads, needs):
     """Differentiable gradients of ``expression(*args)`` by PyTorch's own autograd."""
     with torch.enable_grad():
@@ -86,7 +91,7 @@ class Attention(Function):
             return (None,) * 6
         dout = torch.zeros_like(out) if dout is None else dout
         needs = ctx.needs_input_grad[1:4]
-        grads = ctx.k.attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs)
+        grads = _kernels(ctx).attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs)
         return None, *_only(needs, grads), None, None
 
 
@@ -105,7 +110,7 @@ class Linear(Function):
         needs = ctx.needs_input_grad[1:]
         if _create_graph():
             return _higher_order(reference.linear, (x, weight, bias), (dy,), needs)
-        return None, *_only(needs, ctx.k.linear_bwd(dy, x, weight, needs))
+        return None, *_only(needs, _kernels(ctx).linear_bwd(dy, x, weight, needs))
 
 
 class MLP(Function):
@@ -125,7 +130,7 @@ class MLP(Function):
             args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
             return _higher_order(reference.mlp, args, (dy,), ctx.needs_input_grad[1:])
         needs = ctx.needs_input_grad[1:6]
-        grads = ctx.k.mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, ctx.activation, needs)
+        grads = _kernels(ctx).mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, ctx.activation, needs)
         return None, *_only(needs, grads), None
 
 
@@ -145,7 +150,7 @@ class LayerNorm(Function):
         if _create_graph():
             return _higher_order(reference.layer_norm, (x, weight, bias, ctx.eps), (dy,), ctx.needs_input_grad[1:])
         needs = ctx.needs_input_grad[1:4]
-        return None, *_only(needs, ctx.k.layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
+        return None, *_only(needs, _kernels(ctx).layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
 
 
 def _norm_and_sum(s, weight, bias, eps):
@@ -174,7 +179,7 @@ class AddLayerNorm(Function):
             args = s, weight, bias, ctx.eps
             _, dx, dw, db, _ = _higher_order(_norm_and_sum, args, (dy, ds), (*needs, False))
         else:
-            dx, dw, db = _only(needs, ctx.k.add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, needs))
+            dx, dw, db = _only(needs, _kernels(ctx).add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, needs))
         return None, *_only((need_x, need_residual), (dx, dx)), dw, db, None
 
 
@@ -194,7 +199,7 @@ class RMSNorm(Function):
         if _create_graph():
             return _higher_order(reference.rms_norm, (x, weight, ctx.eps), (dy,), ctx.needs_input_grad[1:])
         needs = ctx.needs_input_grad[1:3]
-        return None, *_only(needs, ctx.k.rms_norm_bwd(dy, x, weight, rstd, needs)), None
+        return None, *_only(needs, _kernels(ctx).rms_norm_bwd(dy, x, weight, rstd, needs)), None
 
 
 class GELU(Function):
@@ -211,7 +216,7 @@ class GELU(Function):
         (x,) = ctx.saved_tensors
         if _create_graph():
             return _higher_order(reference.gelu, (x, ctx.approximate), (dy,), ctx.needs_input_grad[1:])
-        return None, ctx.k.gelu_bwd(dy, x, ctx.approximate), None
+        return None, _kernels(ctx).gelu_bwd(dy, x, ctx.approximate), None
 
 
 class ReLU(Function):
@@ -227,4 +232,4 @@ class ReLU(Function):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return None, (reference if _create_graph() else ctx.k).relu_bwd(dy, y)
+        return None, (reference if _create_graph() else _kernels(ctx)).relu_bwd(dy, y)

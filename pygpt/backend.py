@@ -110,7 +110,7 @@ def _plain(compiled) -> tuple[SimpleNamespace | None, Callable]:
         classes = torch.Tensor, torch.nn.Parameter
         ops = {name: op._op for name, op in vars(compiled).items()}
         functions = _C.connect(table, *classes, torch.Tensor.is_neg, torch.is_grad_enabled, *deciding, *watching, ops)
-    return (SimpleNamespace(**functions), _C.kind) if functions else (None, lambda *_: None)
+    return (SimpleNamespace(**functions, dispatched=compiled), _C.kind) if functions else (None, lambda *_: None)
 
 
 def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:

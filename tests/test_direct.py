@@ -201,3 +201,19 @@ def test_python_runs_on_meanwhile_and_threads_do_not_meet():
     finally:
         sys.setswitchinterval(interval)
     assert ticks > 3 and not wrong
+
+
+def test_compiled_autograd_traces_the_op():
+    from torch._dynamo import compiled_autograd
+
+    seen = []
+
+    def look(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    x, w = torch.randn(8, 64, requires_grad=True), torch.randn(64)
+    (want,) = torch.autograd.grad(functional.layer_norm(x, (64,), w).square().sum(), x)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend=look)):
+        functional.layer_norm(x, (64,), w).square().sum().backward()
+    assert torch.equal(x.grad, want) and "pygpt.layer_norm_bwd.default" in seen
