@@ -28,6 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     ISAS["avx512"] = [*ISAS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mprefer-vector-width=512"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = [
     "-std=c++17",
@@ -108,7 +109,7 @@ class BuildKernels(build_ext):
             build(ext)
         except Exception as e:  # noqa: BLE001 - a compiler can fail in any way
             advice = (
-                "A C++17 compiler is needed (g++ >= 10 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
+                "A C++17 compiler is needed (g++ >= 11 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
                 "  on Fedora, dnf install gcc-c++; on macOS, xcode-select --install. CXX=... names another."
                 if ext.name == "pygpt._C"
                 else "NVCC_CCBIN=... names another host compiler; PYGPT_BUILD_CUDA=0 leaves the CUDA kernels out."

@@ -109,7 +109,7 @@ def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, devic
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
-@pytest.mark.parametrize("L, S", [(3, 300), (70, 85)])
+@pytest.mark.parametrize("L, S", [(3, 300), (70, 85), (71, 85)])
 def test_an_infinite_key_that_no_query_sees(L, S, dtype, backend, device, generator):
     """Its gradient is 0, whatever fills up the last tile of queries."""
     dims = {"B": 1, "H": 2, "L": L, "S": S, "E": 24}

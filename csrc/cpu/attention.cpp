@@ -17,8 +17,8 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kStrips = BR / MR;
-constexpr int64_t kTogether = MR == 14 ? 2 : 4;  // strips that share each panel of K and V while it is in L1
+template <class E>
+constexpr int64_t kTogether = MR<E> == 6 ? 4 : MR<E> == 14 ? 2 : 1;  // strips that share a panel of K and V while it is in L1
 
 template <class T>
 struct Row {
@@ -36,14 +36,15 @@ template <class S>
 void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const StepOf<S>* k, const StepOf<S>* v) {
   using T = Acc<S>;
   using U = StepOf<S>;
-  constexpr int64_t d = Step<U>::kDepth;
+  constexpr int64_t d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>, kStrips = BR / MR;
+  constexpr int64_t kTogether = cpu::PYGPT_ISA::kTogether<U>;
   const int64_t rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
-  const int64_t steps = ceil_div(a.head_dim, d), v_steps = ceil_div(a.k_len, d);
+  const int64_t steps = steps_of<U>(a.head_dim), v_steps = steps_of<U>(a.k_len);
   U* q = scratch<U, PackedQ>(BR * steps);
-  pack_rows<MR>(q, head<S>(a.q, b, h).at(i0, 0), rows, a.head_dim, scaled<U>(a.scale));
+  pack_rows(q, head<S>(a.q, b, h).at(i0, 0), rows, a.head_dim, scaled<U>(a.scale));
   T* s = scratch<T, Strip>(kTogether * MR * LD);
-  Tile<T>* out = scratch<Tile<T>, Output>(kStrips * v_panels);
-  std::fill(out, out + kStrips * v_panels, Tile<T>{});
+  Tile<U>* out = scratch<Tile<U>, Output>(kStrips * v_panels);
+  std::fill(out, out + kStrips * v_panels, Tile<U>{});
   Row<T> state[BR];
 
   for (int64_t j0 = 0; j0 < a.k_len && visible(a, i0, rows, j0) > 0; j0 += BC)
@@ -67,15 +68,15 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
         for (int64_t strip = first; strip < end; strip++) {
           const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * LD);
           const U* y = v + (p * v_steps + j0 / d) * NR<T>;
-          Tile<T> more, &sofar = out[strip * v_panels + p];
-          multiply<LD, 1>(ceil_div(seen(strip), d), x, y, NR<T>, more.data(), NR<T>);
+          Tile<U> more, &sofar = out[strip * v_panels + p];
+          multiply<LD, Step<U>::kGroup>(steps_of<U>(seen(strip)), x, y, NR<T>, more.data(), NR<T>);
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
         }
     }
 
   for (int64_t i = 0; i < rows; i++) {
-    const Tile<T>* tiles = out + i / MR * v_panels;
+    const Tile<U>* tiles = out + i / MR * v_panels;
     finish_row<S>(a, b, h, i0 + i, state[i].m, state[i].l,
                   [&](int64_t j) { return tiles[j / NR<T>].c[i % MR][j % NR<T> / W<T>]; });
   }
@@ -85,23 +86,24 @@ template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = StepOf<S>;
-  const int64_t blocks = ceil_div(a.q_len, BR), group = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  const int64_t blocks = ceil_div(a.q_len, BR<U>), group = a.heads / std::max<int64_t>(a.kv_heads, 1);
   parallel_for(a.batch * a.heads * blocks, [&](int64_t begin, int64_t end) {
-    U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * ceil_div(a.head_dim, Step<U>::kDepth));
-    U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * ceil_div(a.k_len, Step<U>::kDepth));
+    [[maybe_unused]] const typename Step<U>::Registers held;
+    U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * steps_of<U>(a.head_dim));
+    U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * steps_of<U>(a.k_len));
     int64_t packed = -1;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, kv = b * a.kv_heads + h / group;
       if (kv != packed) {
-        pack_rows<NR<T>>(k, head<S>(a.k, b, h / group), a.k_len, a.head_dim);
-        pack_rows<NR<T>>(v, head<S>(a.v, b, h / group).transposed(), a.v_dim, a.k_len);
+        pack_columns(k, head<S>(a.k, b, h / group), a.k_len, a.head_dim);
+        pack_columns(v, head<S>(a.v, b, h / group).transposed(), a.v_dim, a.k_len);
         packed = kv;
       }
       // First and last blocks in turn: any run of tasks then holds short and long causal rows alike.
       const int64_t n = task % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
-      forward_block<S>(a, b, h, block * BR, k, v);
+      forward_block<S>(a, b, h, block * BR<U>, k, v);
     }
-  }, std::min(BR, a.q_len) * a.k_len * (a.head_dim + a.v_dim));
+  }, std::min(BR<U>, a.q_len) * a.k_len * (a.head_dim + a.v_dim));
 }
 
 }  // namespace

@@ -9,10 +9,11 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-constexpr int64_t BC = MR == 14 ? 224 : 192;  // keys a tile: a multiple of MR and of every NR
-constexpr int64_t BR = MR == 14 ? 112 : 96;   // query rows a block
-constexpr int64_t LD = BC + 16;               // row stride of P and dS; a rounder one would crowd a few cache sets
-static_assert(BC % MR == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BR % MR == 0);
+constexpr int64_t BC = kRegisters == 32 ? 224 : 192;  // keys a tile: a multiple of every MR and NR
+template <class E>
+constexpr int64_t BR = (kRegisters == 32 ? 112 : 96) / MR<E> * MR<E>;  // query rows a block
+constexpr int64_t LD = BC + 16;  // row stride of P and dS; a rounder one would crowd a few cache sets
+static_assert(BC % MR<float> == 0 && BC % NR<float> == 0 && BC % NR<double> == 0 && BC % MR<StepOf<bf16>> == 0);
 
 template <class T>
 constexpr T kInf = std::numeric_limits<T>::infinity();
@@ -37,10 +38,10 @@ IVec<T> lane_index() {
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_t ldo) {
   constexpr int64_t kRun = 128;
-  multiply<1, MR>(std::min(K, kRun), a, b, NR<T>, out, ldo);
+  multiply_panels(std::min(K, kRun), a, b, NR<T>, out, ldo);
   for (int64_t k = kRun; k < K; k += kRun) {
-    Tile<T> more;
-    multiply<1, MR>(std::min(K - k, kRun), a + k * MR, b + k * NR<T>, NR<T>, more.data(), NR<T>);
+    Tile<U> more;
+    multiply_panels(std::min(K - k, kRun), a + k * MR<U>, b + k * NR<T>, NR<T>, more.data(), NR<T>);
     add(out, ldo, more);
   }
 }
@@ -65,9 +66,9 @@ PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int
     for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
   };
   if constexpr (Step<U>::kDepth > 1)
-    for (int r = 0; r < MR; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
+    for (int r = 0; r < MR<U>; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
   if (first + NR<T> > keys_seen(a, row0))
-    for (int r = 0; r < MR; r++) {
+    for (int r = 0; r < MR<U>; r++) {
       const int64_t seen = std::clamp<int64_t>(keys_seen(a, row0 + r) - first, 0, NR<T>);
       const IVec<T> limit = IVec<T>{} + typename IntOf<T>::type(seen);
       each(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < limit ? s : set1(-kInf<T>); });

@@ -31,13 +31,21 @@ struct ValueGradient;
 struct QueryGradient;
 struct QueryGradientPartials;
 
-// Everything of one head that the key tiles share, packed. A "t" operand is the right-hand side of a
-// product that sums over its rows: panels [step][NR].
+// Sums over the rows of m, of columns of it: as panels of B, but where steps lie in groups, of A. There only rows that lie as
+// they are summed can be the left operand, which P and dS are not: the transposed products (channels, keys) are summed.
+template <class U>
+constexpr bool kTurned = Step<U>::kGroup > 1;
+template <class U, class S>
+void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
+  if constexpr (kTurned<U>) pack_rows(dst, m.transposed(), columns, rows);
+  else pack_columns(dst, m.transposed(), columns, rows);
+}
+
+// Everything of one head that the key tiles share, packed. A "t" operand takes part in a product that sums over its rows.
 template <class S>
 struct Packed {
   using T = Acc<S>;
   using U = StepOf<S>;
-  static constexpr int64_t kDepth = Step<U>::kDepth;
   const AttentionArgs& a;
   int64_t b, h, L, E, Ev, e_panels, v_panels;
   int64_t l_steps, k_steps, e_steps, v_steps;  // along the queries, the keys and the channels
@@ -46,20 +54,20 @@ struct Packed {
 
   Packed(const AttentionArgs& a, int64_t b, int64_t h)
       : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)),
-        l_steps(ceil_div(L, kDepth)), k_steps(ceil_div(a.k_len, kDepth)), e_steps(ceil_div(E, kDepth)), v_steps(ceil_div(Ev, kDepth)) {
-    const int64_t padded = round_up(L, MR), kpad = round_up(a.k_len, NR<T>);
+        l_steps(steps_of<U>(L)), k_steps(steps_of<U>(a.k_len)), e_steps(steps_of<U>(E)), v_steps(steps_of<U>(Ev)) {
+    const int64_t padded = round_up(L, MR<U>), kpad = round_up(a.k_len, NR<T>);
     q = scratch<U, PackedQ>(padded * e_steps), qt = scratch<U, PackedQt>(e_panels * NR<T> * l_steps);
     go = scratch<U, PackedDo>(padded * v_steps), got = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
     k = scratch<U, PackedK>(kpad * e_steps), kt = scratch<U, PackedKt>(e_panels * NR<T> * k_steps);
     v = scratch<U, PackedVt>(kpad * v_steps);
     const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
-    pack_rows<MR>(q, Q, L, E, scaled<U>(a.scale));
-    pack_rows<NR<T>>(qt, Q.transposed(), E, L);
-    pack_rows<MR>(go, dO, L, Ev);
-    pack_rows<NR<T>>(got, dO.transposed(), Ev, L);
-    pack_rows<NR<T>>(k, K, a.k_len, E);
-    pack_rows<NR<T>>(kt, K.transposed(), E, a.k_len);
-    pack_rows<NR<T>>(v, V, a.k_len, Ev);
+    pack_rows(q, Q, L, E, scaled<U>(a.scale));
+    pack_transposed(qt, Q, E, L);
+    pack_rows(go, dO, L, Ev);
+    pack_transposed(got, dO, Ev, L);
+    pack_columns(k, K, a.k_len, E);
+    pack_columns(kt, K.transposed(), E, a.k_len);
+    pack_columns(v, V, a.k_len, Ev);
 
     lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
     const int64_t offset = (b * a.heads + h) * L;
@@ -72,11 +80,14 @@ struct Packed {
 };
 
 // P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is seen. p and ds
-// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys.
+// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows LDS
+// apart (for AMX in cache lines of their own).
+template <class U>
+constexpr int64_t LDS = Step<U>::kDepth > 1 ? BC / Step<U>::kDepth : LD;
 template <class S, class U = StepOf<S>>
 void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
   using T = Acc<S>;
-  constexpr int d = Step<U>::kDepth;
+  constexpr int d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>;
   for (int64_t panel = 0; panel * NR<T> < BC; panel++)
     for (int64_t i = 0; i < rows; i += MR) {
       const int64_t row0 = i0 + i, column = panel * NR<T>, j = j0 + column;
@@ -85,7 +96,7 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
         store(reinterpret_cast<T*>(p) + at, Step<U>::join(e));
         store(reinterpret_cast<T*>(ds) + at, Step<U>::join(g));
         if constexpr (d > 1)
-          for (int n = 0; n < d; n++) Step<U>::store(ds_rows + (i + r + n) * LD / d + (column + w * W<T>) / d, g[n]);
+          for (int n = 0; n < d; n++) Step<U>::store(ds_rows + (i + r + n) * LDS<U> + (column + w * W<T>) / d, g[n]);
       };
       if (column >= visible(x.a, row0, MR, j0)) {
         const Vec<T> zero[d] = {};
@@ -93,13 +104,17 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
           for (int w = 0; w < NV; w++) put(r, w, zero, zero);
         continue;
       }
-      Tile<T> s, dp;
+      Tile<U> s, dp;
       score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j, s.data(), NR<T>);
       dot_products(x.v_steps, x.go + row0 * x.v_steps, x.v + j * x.v_steps, dp.data(), NR<T>);
       for (int r = 0; r < MR; r += d)
         for (int w = 0; w < NV; w++) {
           Vec<T> e[d], g[d];
           for (int n = 0; n < d; n++) {
+            if (d > 1 && row0 + r + n >= x.L) {  // no query, but it may share a step with one: no infinite key may spoil it
+              e[n] = g[n] = Vec<T>{};
+              continue;
+            }
             e[n] = exp2<T>((s.c[r + n][w] - x.lse[row0 + r + n]) * kLog2e<T>);
             g[n] = e[n] * (dp.c[r + n][w] - x.delta[row0 + r + n]);
           }
@@ -108,25 +123,45 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
     }
 }
 
-// acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels of `steps` steps along the queries.
+// acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels of `steps` steps along the queries. Turned, each tile of acc
+// is a transposed one.
 template <class U, class T = typename Step<U>::Sum>
-void add_transposed_product(Tile<T>* acc, const U* x, const U* y, int64_t steps, int64_t i0, int64_t rows, int64_t keys,
+void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t steps, int64_t i0, int64_t rows, int64_t keys,
                             int64_t panels, int64_t first_row) {
-  constexpr int64_t kKeys = MR == 14 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
-  constexpr int64_t d = Step<U>::kDepth;
+  constexpr int64_t MR = cpu::PYGPT_ISA::MR<U>, d = Step<U>::kDepth, G = Step<U>::kGroup;
+  constexpr int64_t kKeys = kRegisters == 32 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
   for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
     for (int64_t p = 0; p < panels; p++)
       for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
-        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / d;  // rows before see none of these keys
-        add_product<1, LD>(acc[j / MR * panels + p], ceil_div(rows, d) - start, x + start * LD + j,
-                           y + (p * steps + i0 / d + start) * NR<T>, NR<T>);
+        Tile<U>& sum = acc[j / MR * panels + p];
+        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / (d * G) * G;  // rows before see none of these keys
+        const U *from = x + start * LD + j, *with = y + (p * steps + i0 / d + start) * NR<T>;
+        if constexpr (kTurned<U>) add_product<G, MR * G>(sum, steps_of<U>(rows) - start, with, from, LD);
+        else add_product<1, LD>(sum, steps_of<U>(rows) - start, from, with, NR<T>);
       }
 }
 
+// Transposes n square tiles.
+template <class U, class T = typename Step<U>::Sum>
+void turn(Tile<U>* tiles, int64_t n) {
+  static_assert(MR<U> == NR<T> && MR<U> % W<T> == 0);
+  for (Tile<U>* tile = tiles; tile < tiles + n; tile++) {
+    const Tile<U> from = *tile;
+    for (int i = 0; i < MR<U>; i += W<T>)
+      for (int v = 0; v < NV; v++) {
+        Vec<T> square[W<T>];
+        for (int r = 0; r < W<T>; r++) square[r] = from.c[i + r][v];
+        transpose<T>(square);
+        for (int r = 0; r < W<T>; r++) tile->c[v * W<T> + r][i / W<T>] = square[r];
+      }
+  }
+}
+
 template <class S>
-void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels, const Tile<Acc<S>>* tiles,
-                 Acc<S> scale) {
+void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels,
+                 const Tile<StepOf<S>>* tiles, Acc<S> scale) {
   using T = Acc<S>;
+  constexpr int64_t MR = cpu::PYGPT_ISA::MR<StepOf<S>>;
   const int64_t panels = ceil_div(channels, NR<T>);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < channels; j += W<T>) {
@@ -137,30 +172,31 @@ void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows
 
 // dk, dv of the BC keys from j0, and their share of dq (tiles of the whole head, not yet scaled).
 template <class S>
-void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
+void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
   using T = Acc<S>;
   using U = StepOf<S>;
-  constexpr int64_t d = Step<U>::kDepth;
+  constexpr int64_t d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>;
   const AttentionArgs& a = x.a;
   const int64_t keys = std::min(BC, a.k_len - j0);
   U *p = scratch<U, ProbabilityBlock>(BR * LD / d), *ds = scratch<U, ScoreGradientBlock>(BR * LD / d);
-  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * LD / d) : ds;
-  Tile<T>* dk = scratch<Tile<T>, KeyGradient>(BC / MR * x.e_panels);
-  Tile<T>* dv = scratch<Tile<T>, ValueGradient>(BC / MR * x.v_panels);
-  std::fill(dk, dk + BC / MR * x.e_panels, Tile<T>{});
-  std::fill(dv, dv + BC / MR * x.v_panels, Tile<T>{});
+  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * LDS<U>) : ds;
+  Tile<U>* dk = scratch<Tile<U>, KeyGradient>(BC / MR * x.e_panels);
+  Tile<U>* dv = scratch<Tile<U>, ValueGradient>(BC / MR * x.v_panels);
+  std::fill(dk, dk + BC / MR * x.e_panels, Tile<U>{});
+  std::fill(dv, dv + BC / MR * x.v_panels, Tile<U>{});
 
   for (int64_t i0 = a.is_causal ? j0 / BR * BR : 0; i0 < x.L; i0 += BR) {
     const int64_t rows = std::min(BR, x.L - i0);
     gradient_block(x, p, ds, ds_rows, i0, rows, j0);
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
-        add_product<LD / d, 1>(dq[(i0 + i) / MR * x.e_panels + e], ceil_div(visible(a, i0 + i, MR, j0), d),
-                               ds_rows + i * LD / d, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
+        add_product<LDS<U>, Step<U>::kGroup>(dq[(i0 + i) / MR * x.e_panels + e], steps_of<U>(visible(a, i0 + i, MR, j0)),
+                                             ds_rows + i * LDS<U>, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.got, x.l_steps, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
   }
+  if constexpr (kTurned<U>) turn(dk, BC / MR * x.e_panels), turn(dv, BC / MR * x.v_panels);
   if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
   if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv, T(1));
 }
@@ -168,17 +204,19 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<Acc<S>>* dq) {
 template <class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
+  using U = StepOf<S>;
   const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, NR<T>);
-  const int64_t dq_tiles = ceil_div(a.q_len, MR) * e_panels;
+  const int64_t dq_tiles = ceil_div(a.q_len, MR<U>) * e_panels;
   // Few heads: deal each one's key tiles round robin to several tasks, by the shape alone.
   const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
-  Tile<T>* partials = splits > 1 && a.dq.data ? scratch<Tile<T>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
+  Tile<U>* partials = splits > 1 && a.dq.data ? scratch<Tile<U>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
   parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Step<U>::Registers held;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
       const Packed<S> x(a, b, h);
-      Tile<T>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<T>, QueryGradient>(dq_tiles) : nullptr;
-      if (dq) std::fill(dq, dq + dq_tiles, Tile<T>{});
+      Tile<U>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<U>, QueryGradient>(dq_tiles) : nullptr;
+      if (dq) std::fill(dq, dq + dq_tiles, Tile<U>{});
       for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
       if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq, T(a.scale));
     }
@@ -186,7 +224,7 @@ void backward(const AttentionArgs& a) {
   if (partials)
     parallel_for(heads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
-        Tile<T>* dq = partials + n * splits * dq_tiles;
+        Tile<U>* dq = partials + n * splits * dq_tiles;
         for (int64_t s = 1; s < splits; s++)
           for (int64_t t = 0; t < dq_tiles; t++) add(dq[t], dq[s * dq_tiles + t]);
         store_tiles<S>(a.dq, n / a.heads, n % a.heads, 0, a.q_len, a.head_dim, dq, T(a.scale));

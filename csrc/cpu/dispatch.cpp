@@ -1,10 +1,17 @@
 // Chooses, once, the kernels of the best instruction set this machine has, like PyTorch's own.
-// PYGPT_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 forces a lower one.
+// PYGPT_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16|amx forces a lower one.
 #include "dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "parallel.h"
 
@@ -25,6 +32,21 @@ PYGPT_ISA_TABLE(baseline)
 PYGPT_ISA_TABLE(avx2)
 PYGPT_ISA_TABLE(avx512)
 PYGPT_ISA_TABLE(avx512_bf16)
+PYGPT_ISA_TABLE(amx)
+#endif
+
+#if defined(__x86_64__)
+// Whether there is AMX for bf16, and this process may use it: Linux wants to be asked first, once.
+static bool may_use_amx() {
+  unsigned a, b, c, d = 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl and of the kernel's list of states
+  return there && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false && there;
+#endif
+}
 #endif
 
 std::vector<const Kernels*> supported() {
@@ -35,7 +57,9 @@ std::vector<const Kernels*> supported() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2) found.push_back(&avx2::table);
   if (has_avx2 && has_avx512) found.push_back(&avx512::table);
-  if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
+  const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_avx2 && has_avx512_bf16) found.push_back(&avx512_bf16::table);
+  if (has_avx2 && has_avx512_bf16 && may_use_amx()) found.push_back(&amx::table);
 #endif
   return found;
 }

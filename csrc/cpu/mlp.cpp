@@ -36,7 +36,7 @@ struct FewRows;
 // columns, which with kSet of the rows make a vector (with one row perhaps half of it).
 template <int Rows, class T>
 struct Few {
-  static constexpr int kVectors = std::min((MR == 14 ? 16 : 8) / Rows, 8), kColumns = std::min(kVectors, W<T>);
+  static constexpr int kVectors = std::min(kRegisters / 2 / Rows, 8), kColumns = std::min(kVectors, W<T>);
   static constexpr int kSet = std::min(Rows, W<T> / kColumns);
 };
 
@@ -132,9 +132,9 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
   using U = StepOf<S>;
   struct Sums;
   constexpr int64_t d = Step<U>::kDepth, kBlock = 64, kVectors = Few<Rows, T>::kVectors;
-  const int64_t rows = round_up(M, Rows), steps = K / d;
-  U* a = scratch<U, FewRows>(rows * steps);
-  pack_rows<Rows>(a, A, M, K);
+  const int64_t rows = round_up(M, Rows), steps = K / d, apart = steps_of<U>(K);
+  U* a = scratch<U, FewRows>(rows * apart);
+  for (int64_t i = 0; i < M; i += Rows) pack_panel<Rows>(a + i * apart, A.at(i, 0), std::min<int64_t>(Rows, M - i), K);
   parallel_for(ceil_div(N, kVectors * W<T>), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kVectors * W<T>, n = std::min(N, end * kVectors * W<T>) - first;
     T* sum = scratch<T, Sums>(rows * n);
@@ -142,7 +142,7 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
     for (int64_t s = 0; s < steps; s += kBlock)
       in_groups<kVectors>(n / W<T>, [&](int64_t j, auto vectors) {
         for (int64_t i = 0; i < rows; i += Rows)
-          add_rows<Rows, vectors.value>(std::min(kBlock, steps - s), a + i * steps + s * Rows,
+          add_rows<Rows, vectors.value>(std::min(kBlock, steps - s), a + i * apart + s * Rows,
                                         B.data + s * d * B.rs + first + j * W<T>, B.rs, sum + i * n + j * W<T>, n);
       });
     for (int64_t i = 0; i < M; i++)
@@ -155,7 +155,7 @@ template <class F>
 void visit_rows(int64_t M, const F& f) {
   if (M == 1) f(std::integral_constant<int, 1>());
   else if (M == 2) f(std::integral_constant<int, 2>());
-  else if (MR == 14 && (M - 1) % 8 >= 4) f(std::integral_constant<int, 8>());
+  else if (kRegisters == 32 && (M - 1) % 8 >= 4) f(std::integral_constant<int, 8>());
   else f(std::integral_constant<int, 4>());
 }
 

@@ -15,20 +15,20 @@ double fma_rate(int64_t milliseconds) {
   std::vector<double> rates(size_t(n), 0.0);
   parallel_for(n, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
-      float* a = scratch<float, Panels>(64 * (MR + NR<float>));
-      std::fill(a, a + 64 * (MR + NR<float>), 0.0f);
+      float* a = scratch<float, Panels>(64 * (MR<float> + NR<float>));
+      std::fill(a, a + 64 * (MR<float> + NR<float>), 0.0f);
       int64_t calls = 0;
       const auto start = Clock::now();
       double seconds = 0;
       while (seconds * 1e3 < double(milliseconds)) {
         for (int i = 0; i < 1000; i++, calls++) {
           Tile<float> tile;
-          multiply<1, MR>(64, a, a + 64 * MR, NR<float>, tile.data(), NR<float>);
+          multiply_panels(64, a, a + 64 * MR<float>, NR<float>, tile.data(), NR<float>);
           asm volatile("" : : "r"(a), "m"(tile) : "memory");  // the result is used, the input may have changed
         }
         seconds = std::chrono::duration<double>(Clock::now() - start).count();
       }
-      rates[size_t(t)] = 2.0 * MR * NR<float> * 64 * double(calls) / seconds / 1e9;
+      rates[size_t(t)] = 2.0 * MR<float> * NR<float> * 64 * double(calls) / seconds / 1e9;
     }
   });
   for (double r : rates) rate += r;

@@ -21,11 +21,11 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
 #define PYGPT_INLINE inline __attribute__((always_inline))
