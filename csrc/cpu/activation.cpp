@@ -40,11 +40,10 @@ void forward(const ActivationArgs& a) {
 
 template <Activation A, class S>
 void backward(const ActivationArgs& a) {
-  using T = Acc<S>;
   const S* saved = static_cast<const S*>(A == Activation::relu || A == Activation::relu2 ? a.y : a.x);
   const S* dy = static_cast<const S*>(a.dy);
   for_each(a.n, 3 * sizeof(S), static_cast<S*>(a.dx), [=](int64_t i, int64_t n) {
-    return backpropagate<A, T>(load(dy + i, n), load(saved + i, n));
+    return backpropagate<A, S>(load(dy + i, n), load(saved + i, n));
   });
 }
 

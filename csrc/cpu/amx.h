@@ -26,15 +26,22 @@ struct TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
 };
 
-// 32 rows of out, ldo apart, = A B over K steps (pairs; K a multiple of 16) of 32 columns. Rows of A are `row` apart, their
-// groups of 16 steps `group`, steps of B ldb.
+// 32 rows of out, ldo apart, = A B over K steps (pairs; K a multiple of 16) of 32 columns, or += if onto. Rows of A are `row`
+// apart, their groups of 16 steps `group`, steps of B ldb.
 inline void multiply_tiles(int64_t K, const uint32_t* a, int64_t row, int64_t group, const uint32_t* b, int64_t ldb, float* out,
-                           int64_t ldo) {
+                           int64_t ldo, bool onto) {
   asm volatile("" : : : "memory");  // the compilers' intrinsics do not say that they read and write memory
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (onto) {
+    _tile_loadd(0, out, ldo * 4);
+    _tile_loadd(1, out + 16, ldo * 4);
+    _tile_loadd(2, out + 16 * ldo, ldo * 4);
+    _tile_loadd(3, out + 16 * ldo + 16, ldo * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t k = 0; k < K; k += 16, a += group, b += 16 * ldb) {
     _tile_loadd(4, a, row * 4);
     _tile_loadd(6, b, ldb * 4);

@@ -18,7 +18,7 @@ namespace PYGPT_ISA {
 namespace {
 
 template <class E>
-constexpr int64_t kTogether = MR<E> == 6 ? 4 : MR<E> == 14 ? 2 : 1;  // strips that share a panel of K and V while it is in L1
+constexpr int64_t kStripsTogether = MR<E> == 6 ? 4 : MR<E> == 14 ? 2 : 1;  // strips that share a panel of K and V while it is in L1
 
 template <class T>
 struct Row {
@@ -37,7 +37,7 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
   using T = Acc<S>;
   using U = StepOf<S>;
   constexpr int64_t d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>, kStrips = BR / MR;
-  constexpr int64_t kTogether = cpu::PYGPT_ISA::kTogether<U>;
+  constexpr int64_t kTogether = kStripsTogether<U>;
   const int64_t rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
   const int64_t steps = steps_of<U>(a.head_dim), v_steps = steps_of<U>(a.k_len);
   U* q = scratch<U, PackedQ>(BR * steps);

@@ -33,11 +33,9 @@ struct QueryGradientPartials;
 
 // Sums over the rows of m, of columns of it: as panels of B, but where steps lie in groups, of A. There only rows that lie as
 // they are summed can be the left operand, which P and dS are not: the transposed products (channels, keys) are summed.
-template <class U>
-constexpr bool kTurned = Step<U>::kGroup > 1;
 template <class U, class S>
 void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
-  if constexpr (kTurned<U>) pack_rows(dst, m.transposed(), columns, rows);
+  if constexpr (kInTiles<U>) pack_rows(dst, m.transposed(), columns, rows);
   else pack_columns(dst, m.transposed(), columns, rows);
 }
 
@@ -136,7 +134,7 @@ void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t steps,
         Tile<U>& sum = acc[j / MR * panels + p];
         const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / (d * G) * G;  // rows before see none of these keys
         const U *from = x + start * LD + j, *with = y + (p * steps + i0 / d + start) * NR<T>;
-        if constexpr (kTurned<U>) add_product<G, MR * G>(sum, steps_of<U>(rows) - start, with, from, LD);
+        if constexpr (kInTiles<U>) add_product<G, MR * G>(sum, steps_of<U>(rows) - start, with, from, LD);
         else add_product<1, LD>(sum, steps_of<U>(rows) - start, from, with, NR<T>);
       }
 }
@@ -196,7 +194,7 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
     if (a.dv.data) add_transposed_product(dv, p, x.got, x.l_steps, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
   }
-  if constexpr (kTurned<U>) turn(dk, BC / MR * x.e_panels), turn(dv, BC / MR * x.v_panels);
+  if constexpr (kInTiles<U>) turn(dk, BC / MR * x.e_panels), turn(dv, BC / MR * x.v_panels);
   if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
   if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv, T(1));
 }

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 #if defined(__AMX_BF16__)
@@ -136,8 +137,18 @@ template <class E>
 constexpr int MR = Step<E>::kRows;
 template <class T>
 constexpr int NR = NV * W<T>;
-constexpr int64_t KC = 384;            // steps
-constexpr int64_t kRowsPerBlock = 168;  // of A, so that a block of it (168 x KC) stays in L2
+template <class E>
+constexpr bool kInTiles = Step<E>::kGroup > 1;
+template <class E>
+constexpr int64_t KC = kInTiles<E> ? 768 : 384;  // steps
+template <class E>
+constexpr int64_t kBlock = kInTiles<E> ? 1 << 18 : 168 * KC<E>;  // steps of A that stay in L2
+// AMX multiplies faster than L2 delivers: shorter runs of a panel of B stay in L1 for as many strips of A as have their sums
+// there too. (Measured, 4096 x 768 -> 3072 without its results: 1100 GFLOP/s by whole panels, 1500 by runs.)
+template <class E>
+constexpr int64_t kRun = kInTiles<E> ? 128 : KC<E>;
+template <class E>
+constexpr int64_t kTogether = kInTiles<E> ? 8 : 1;
 constexpr int64_t kPackedB = 4 << 20;   // steps of B packed at once, more where K is above 8192
 
 template <class E>
@@ -158,9 +169,10 @@ constexpr int64_t steps_of(int64_t K) {
 // apart; step k of B's columns is b + k * ldb. Never inlined: a caller's constants would take registers from the
 // accumulators (measured: attention's backward with AVX2 lost a third that way).
 template <int RS, int GS, class E, class T = typename Step<E>::Sum>
-__attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out, int64_t ldo) {
+__attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out, int64_t ldo,
+                                        bool onto = false) {
 #if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<E, Pair>) return multiply_tiles(K, &a->bits, RS, GS, &b->bits, ldb, out, ldo);
+  if constexpr (std::is_same_v<E, Pair>) return multiply_tiles(K, &a->bits, RS, GS, &b->bits, ldb, out, ldo, onto);
 #endif
   Vec<T> c[MR<E>][NV] = {};
   for (int64_t k = 0; k < K; k++) {
@@ -183,8 +195,8 @@ __attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const 
 }
 // The same for a packed panel of A.
 template <class E, class T = typename Step<E>::Sum>
-PYGPT_INLINE void multiply_panels(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo) {
-  multiply<Step<E>::kGroup, MR<E> * Step<E>::kGroup>(K, a, b, ldb, out, ldo);
+PYGPT_INLINE void multiply_panels(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo, bool onto = false) {
+  multiply<Step<E>::kGroup, MR<E> * Step<E>::kGroup>(K, a, b, ldb, out, ldo, onto);
 }
 
 template <class E, class T = typename Step<E>::Sum>
@@ -314,7 +326,8 @@ template <class S, class Epilogue>
 struct Chunk {
   using T = Acc<S>;
   using E = StepOf<S>;
-  static constexpr int64_t kDepth = Step<E>::kDepth, kRows = MR<E>;
+  static constexpr int64_t kDepth = Step<E>::kDepth, kRows = MR<E>, kTogether = cpu::PYGPT_ISA::kTogether<E>;
+  static constexpr int64_t KC = cpu::PYGPT_ISA::KC<E>;
   int64_t M, K, j0, n;
   Matrix<S> A;
   const E* b;
@@ -323,11 +336,11 @@ struct Chunk {
 
   // Rows i0 .. i0 + rows, B panels p0 .. p1.
   void block(int64_t i0, int64_t rows, int64_t p0, int64_t p1) const {
-    E* a = scratch<E, PackedA>(round_up(rows, kRows) * KC);
+    const int64_t steps = steps_of<E>(K), most = std::min(steps, KC);
+    E* a = scratch<E, PackedA>(round_up(rows, kRows) * most);
     Tile<E>* partial = scratch<Tile<E>, Partial>((p1 - p0) * ceil_div(rows, kRows));
     const bool sums = a_sums && p0 == 0;
     if (sums) std::fill(a_sums + i0, a_sums + i0 + rows, T(0));
-    const int64_t steps = steps_of<E>(K);
     // A panel of B stays in L1 for all strips of A; but where K is short, writing C is most of the work, and C goes by rows
     // (measured, dW of 8 rows, 768 -> 3072 in float32: 0.52 ms instead of 0.78).
     const bool by_rows = steps <= 32;
@@ -336,18 +349,24 @@ struct Chunk {
       const bool last = s0 + KC >= steps;
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t strip = std::min(kRows, rows - i);
-        pack_left(a + i * KC, A.at(i0 + i, k0), strip, std::min(KC * kDepth, K - k0));
-        if (sums) add_row_sums(a_sums + i0 + i, a + i * KC, strip, n_steps);
+        pack_left(a + i * most, A.at(i0 + i, k0), strip, std::min(KC * kDepth, K - k0));
+        if (sums) add_row_sums(a_sums + i0 + i, a + i * most, strip, n_steps);
       }
       Tile<E>* sofar = partial;
-      const int64_t strips = ceil_div(rows, kRows), panels = p1 - p0;
-      for (int64_t u = 0; u < (by_rows ? strips : panels); u++)
-        for (int64_t v = 0; v < (by_rows ? panels : strips); v++, sofar++) {
-          const int64_t p = p0 + (by_rows ? v : u), i = (by_rows ? u : v) * kRows;
-          Tile<E> more, &tile = s0 == 0 && !last ? *sofar : more;
-          multiply_panels(n_steps, a + i * KC, b + (p * steps + s0) * NR<T>, NR<T>, tile.data(), NR<T>);
-          if (s0 > 0) last ? add(more, *sofar) : add(*sofar, more);
-          if (last) finish(more, i0 + i, j0 + p * NR<T>, M, j0 + n, epilogue);
+      const int64_t strips = ceil_div(rows, kRows), sets = ceil_div(strips, kTogether), panels = p1 - p0;
+      for (int64_t u = 0; u < (by_rows ? sets : panels); u++)
+        for (int64_t v = 0; v < (by_rows ? panels : sets); v++) {
+          const int64_t p = p0 + (by_rows ? v : u), strip = (by_rows ? u : v) * kTogether;
+          const int64_t together = std::min(kTogether, strips - strip);
+          Tile<E> more[kTogether], *tiles = s0 == 0 && !last ? sofar : more;
+          for (int64_t k = 0; k == 0 || k < n_steps; k += kRun<E>)
+            for (int64_t t = 0; t < together; t++)
+              multiply_panels(std::min(kRun<E>, n_steps - k), a + (strip + t) * kRows * most + k * kRows,
+                              b + (p * steps + s0 + k) * NR<T>, NR<T>, tiles[t].data(), NR<T>, k > 0);
+          for (int64_t t = 0; t < together; t++, sofar++) {
+            if (s0 > 0) last ? add(more[t], *sofar) : add(*sofar, more[t]);
+            if (last) finish(more[t], i0 + (strip + t) * kRows, j0 + p * NR<T>, M, j0 + n, epilogue);
+          }
         }
     }
   }
@@ -360,7 +379,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
   using E = StepOf<S>;
   const int64_t steps = steps_of<E>(K);
   // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
-  const int64_t strips = ceil_div(M, MR<E>), wanted = round_up(ceil_div(strips, kRowsPerBlock / MR<E>), threads.count());
+  const int64_t strips = ceil_div(M, MR<E>), wanted = round_up(ceil_div(strips, kBlock<E> / std::clamp<int64_t>(steps, KC<E> / 4, KC<E>) / MR<E>), threads.count());
   const int64_t blocks = std::min(strips, wanted);
   const int64_t columns = std::max<int64_t>(512, kPackedB / std::max<int64_t>(steps, 1)) / NR<T> * NR<T>;
   for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += columns) {
@@ -380,6 +399,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
         blocks * splits,
         [&](int64_t begin, int64_t end) {
           [[maybe_unused]] const typename Step<E>::Registers held;
+          [[maybe_unused]] const PastCaches written;
           for (int64_t task = begin; task < end; task++) {
             const int64_t block = task / splits, split = task % splits;
             const int64_t i0 = strips * block / blocks * MR<E>, i1 = std::min(M, strips * (block + 1) / blocks * MR<E>);

@@ -21,21 +21,47 @@ inline bool exceeds_caches(int64_t bytes) {
   return bytes > size;
 }
 
-// Writes one task's part of a call's results: past the caches, where p is aligned to a vector, or into them.
+#if defined(__x86_64__)
+template <class V>
+PYGPT_INLINE void stream(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+  if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  if constexpr (sizeof v == 8) _mm_stream_si64(static_cast<long long*>(p), bit_cast<long long>(v));
+}
+#endif
+
+// Writes past the caches where p is aligned to a vector, else into them. To hold while that is done: a PastCaches.
+template <class S>
+PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
+#if defined(__x86_64__)
+  if (n >= W<Acc<S>> && reinterpret_cast<uintptr_t>(p) % (W<Acc<S>> * sizeof(S)) == 0) {
+    if constexpr (sizeof(S) == 2)
+      stream(p, narrow(x, S{}));
+    else
+      stream(p, x);
+    return;
+  }
+#endif
+  store(p, x, n);
+}
+
+struct [[maybe_unused]] PastCaches {
+#if defined(__x86_64__)
+  ~PastCaches() { _mm_sfence(); }  // other threads see what has been written
+#endif
+};
+
+// Writes one task's part of a call's results: past the caches or into them.
 template <bool past>
-struct Writer {
+struct Writer : std::conditional_t<past, PastCaches, std::false_type> {
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-#if defined(__x86_64__)
-    if (past && n >= W<Acc<S>> && reinterpret_cast<uintptr_t>(p) % (W<Acc<S>> * sizeof(S)) == 0) {
-      if constexpr (sizeof(S) == 2)
-        stream(p, narrow(x, S{}));
-      else
-        stream(p, x);
-      return;
-    }
-#endif
-    store(p, x, n);
+    past ? store_past(p, x, n) : store(p, x, n);
   }
 
   // Asks for what will be read next, at any address: while a core only writes past the caches, nothing else does.
@@ -43,25 +69,6 @@ struct Writer {
   PYGPT_INLINE void ahead(const S* p) const {
     if (past) __builtin_prefetch(p);
   }
-
-#if defined(__x86_64__)
-  ~Writer() {
-    if (past) _mm_sfence();  // other threads see what has been written
-  }
-
- private:
-  template <class V>
-  PYGPT_INLINE static void stream(void* p, V v) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof v == 64) _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
-#endif
-#if defined(__AVX2__)
-    if constexpr (sizeof v == 32) _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-#endif
-    if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-    if constexpr (sizeof v == 8) _mm_stream_si64(static_cast<long long*>(p), bit_cast<long long>(v));
-  }
-#endif
 };
 
 }  // namespace PYGPT_ISA

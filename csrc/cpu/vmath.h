@@ -4,8 +4,8 @@
 //     exp2 0.8                                      (1.1 without fused multiply-add)
 //     gelu and its derivative 3 above -1, 8 above -4, 25 above -8      (4, 13, 45)
 //     gelu_tanh and its derivative 3, 18, 113
-// (the derivatives: of the larger of their terms; they have a zero near -0.75); gelu for bf16, before it is rounded to
-// that, within 2^-12.8 of itself.
+// (the derivatives: of the larger of their terms; they have a zero near -0.75). For bf16, with 8 bits, polynomials are
+// shorter: before they are rounded to it, gelu and its derivative are within 2^-12.8.
 // So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. From x = -13.14 down, before their results
 // would be subnormal, gelu and its derivative are 0: such numbers cost 150 cycles each here and in the product that
 // follows (measured on an Intel CPU). exp2 is gradual on AVX-512; elsewhere it gives 0 from 2^-124.5 down. NaN stays NaN;
@@ -92,6 +92,8 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.009618506f,
                            Factor * 0.0013390806f,
                            Factor * 0.00015326461f};
+template <int Factor>
+constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};  // 2^-13.4
 
 // 2^(n + f) from n + kRound, for integers n, -125 <= n <= 128, and |f| <= 1/2; 0 if n = -125.
 template <int N>
@@ -108,21 +110,29 @@ PYGPT_INLINE Vec<float> gauss(Vec<float> a, const float (&four_exp2)[N]) {
 }
 PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
+template <int N>
+PYGPT_INLINE Vec<float> exp2(Vec<float> x, [[maybe_unused]] const float (&exp2)[N], [[maybe_unused]] const float (&four_exp2)[N]) {
+#if defined(__AVX512F__)
+  const Vec<float> f = (Vec<float>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
+  return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)polynomial(f, exp2), (__m512)(x - f));
+#else
+  x = at_least(at_most(x, 128), -125);
+  const Vec<float> shifted = x + kRound;
+  return power(shifted, x - (shifted - kRound), four_exp2);
+#endif
+}
+
 }  // namespace detail
 
-template <class T>
+// For a result that is stored as S, or a factor of one.
+template <class T, class S = T>
 PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return std::exp2(v); });
+  } else if constexpr (std::is_same_v<S, bf16>) {
+    return detail::exp2(x, detail::kShortExp2<1>, detail::kShortExp2<4>);
   } else {
-#if defined(__AVX512F__)
-    Vec<T> f = (Vec<T>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
-    return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)detail::polynomial(f, detail::kExp2<1>), (__m512)(x - f));
-#else
-    x = at_least(at_most(x, 128), -125);
-    Vec<T> shifted = x + detail::kRound;
-    return detail::power(shifted, x - (shifted - detail::kRound), detail::kExp2<4>);
-#endif
+    return detail::exp2(x, detail::kExp2<1>, detail::kExp2<4>);
   }
 }
 
@@ -160,10 +170,9 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
     return x * detail::each<T>(x, cdf);
   } else if constexpr (std::is_same_v<S, bf16>) {
     constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
-    constexpr float kFourExp2[] = {4 * 0.9999281f, 4 * 0.693261f, 4 * 0.2426112f, 4 * 0.0551717f};
     const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
     const Vec<T> tail = m * (detail::polynomial(a, kN) * about_reciprocal(detail::polynomial(a, kQ)));
-    return at_least(x, 0) - detail::gauss(a, kFourExp2) * tail;
+    return at_least(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
@@ -175,11 +184,17 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
   }
 }
 
-// cdf(x) + x pdf(x).
-template <class T>
+// cdf(x) + x pdf(x), for a result that is stored as S.
+template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return cdf(v) + v * std::exp(v * v * -0.5) * 0.398942280401432677940; });
+  } else if constexpr (std::is_same_v<S, bf16>) {
+    constexpr float kD[] = {0.5f, -0.300899f, -0.393626f, -0.120756f}, kE[] = {1.f, 0.99299f, 0.302433f};
+    const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
+    const Vec<T> quotient = detail::polynomial(a, kD) * about_reciprocal(detail::polynomial(a, kE));
+    const Vec<T> tail = detail::gauss(a, detail::kShortExp2<4>) * quotient;
+    return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
     constexpr float kE[] = {1.f, 1.4295318f, 0.8305759f, 0.23714224f, 0.029214934f};
@@ -213,10 +228,10 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
 }
 
 // The derivative, from what is saved: x for the gelus, y for the relu family.
-template <Activation A, class T>
+template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
-    return gelu_slope<T>(saved);
+    return gelu_slope<S>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
     Vec<T> x = saved, a = magnitude<T>(x), xx = x * x;
     Vec<T> e = exp2<T>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
@@ -231,14 +246,14 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
 
 // d, the gradient of the activation's output -> that of its input. The relu family selects rather than
 // multiplies: a NaN or infinity of d stops at a unit that is off.
-template <Activation A, class T>
+template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> backpropagate(Vec<T> d, Vec<T> saved) {
   if constexpr (A == Activation::relu)
     return saved <= 0 ? Vec<T>{} : d;
   else if constexpr (A == Activation::relu2)
-    return saved <= 0 ? Vec<T>{} : d * derivative<A, T>(saved);
+    return saved <= 0 ? Vec<T>{} : d * derivative<A, S>(saved);
   else
-    return d * derivative<A, T>(saved);
+    return d * derivative<A, S>(saved);
 }
 
 }  // namespace PYGPT_ISA
