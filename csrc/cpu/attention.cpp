@@ -62,7 +62,7 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
       for (int64_t r = 0; r < (end - first) * MR; r++) {
         Row<T>& row = state[first * MR + r];
         const int64_t vectors = ceil_div(seen(first + r / MR), NR<T>) * NV;
-        shrink[r] = vectors ? softmax_row<U>(s + r * LD, vectors, row.m, row.l) : T(1);
+        shrink[r] = vectors ? softmax_row<U>(a.scale, s + r * LD, vectors, row.m, row.l) : T(1);
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {

@@ -46,17 +46,23 @@ PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_
   }
 }
 
-// A step of Q is scaled when it is packed, unless it is a pair, which stays as it is: then its scores are.
+// A step of Q is scaled when it is packed, unless it is a pair, which stays as it is. Then its scores are, where they are used;
+// but where scale is not positive, a -inf would not remain one, and score_tile does it.
 template <class U>
 Read<U> scaled(double scale) {
   if constexpr (Step<U>::kDepth == 1) return {U(scale)};
   return {};
 }
+template <class U, class T = typename Step<U>::Sum>
+PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
+  if constexpr (Step<U>::kDepth == 1) return s;
+  return rounded(s * T(scale > 0 ? scale : 1));  // the same forward and backward: a row's only key has P = 1
+}
 
 // How many keys query i sees.
 inline int64_t keys_seen(const AttentionArgs& a, int64_t i) { return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len; }
 
-// out = scores of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
+// out = scores (see scaled_scores) of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
 // keys that are none, and above the diagonal if causal, become -inf.
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first,
@@ -65,7 +71,7 @@ PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int
   auto each = [&](int r, auto f) {
     for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
   };
-  if constexpr (Step<U>::kDepth > 1)
+  if (Step<U>::kDepth > 1 && !(a.scale > 0))
     for (int r = 0; r < MR<U>; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
   if (first + NR<T> > keys_seen(a, row0))
     for (int r = 0; r < MR<U>; r++) {
@@ -83,18 +89,18 @@ inline int64_t visible(const AttentionArgs& a, int64_t row0, int64_t rows, int64
 // One row of scores -> exp(score - m') in place, as steps U; updates the running maximum and sum, and returns
 // the factor by which the output so far shrinks. A NaN may be no maximum, but makes its own exponential and the sum NaN.
 template <class U, class T>
-PYGPT_INLINE T softmax_row(T* p, int64_t vectors, T& m, T& l) {
+PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l) {
   Vec<T> top[4], total[4] = {};
   std::fill(top, top + 4, load(p));
   in_groups<4>(vectors, [&](int64_t v, auto together) {
     for (int u = 0; u < together.value; u++) top[u] = larger<T>(top[u], load(p + (v + u) * W<T>));
   });
   const T before = m;
-  m = std::max(m, largest<T>(larger<T>(larger<T>(top[0], top[1]), larger<T>(top[2], top[3]))));
+  m = std::max(m, largest<T>(scaled_scores<U>(scale, larger<T>(larger<T>(top[0], top[1]), larger<T>(top[2], top[3])))));
   const T shift = m == -kInf<T> ? T(0) : m;
   in_groups<4>(vectors, [&](int64_t v, auto together) {
     for (int u = 0; u < together.value; u++) {
-      const Vec<T> e = exp2<T>((load(p + (v + u) * W<T>) - shift) * kLog2e<T>);
+      const Vec<T> e = exp2<T>((scaled_scores<U>(scale, load(p + (v + u) * W<T>)) - shift) * kLog2e<T>);
       Step<U>::store(reinterpret_cast<U*>(p) + (v + u) * W<T> / Step<U>::kDepth, e);
       total[u] += e;
     }

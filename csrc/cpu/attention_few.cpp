@@ -78,7 +78,7 @@ void forward(const AttentionArgs& a) {
         const int64_t n = std::min(BC, keys_seen(a, i) - j0);
         dots(q, K.at(j0, 0), n, E, p);
         std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
-        const T shrink = softmax_row<T>(p, ceil_div(n, W<T>), m, l);
+        const T shrink = softmax_row<T>(a.scale, p, ceil_div(n, W<T>), m, l);
         add_weighted(out, shrink, p, V.at(j0, 0), n, Ev);
       }
       finish_row<S>(a, b, h, i, m, l, [&](int64_t e) { return load(out + e); });
