@@ -357,9 +357,9 @@ struct Chunk {
       for (int64_t u = 0; u < (by_rows ? sets : panels); u++)
         for (int64_t v = 0; v < (by_rows ? panels : sets); v++) {
           const int64_t p = p0 + (by_rows ? v : u), strip = (by_rows ? u : v) * kTogether;
-          const int64_t together = std::min(kTogether, strips - strip);
+          const int64_t together = kTogether == 1 ? 1 : std::min(kTogether, strips - strip);
           Tile<E> more[kTogether], *tiles = s0 == 0 && !last ? sofar : more;
-          for (int64_t k = 0; k == 0 || k < n_steps; k += kRun<E>)
+          for (int64_t k = 0; k == 0 || (kRun<E> < KC && k < n_steps); k += kRun<E>)
             for (int64_t t = 0; t < together; t++)
               multiply_panels(std::min(kRun<E>, n_steps - k), a + (strip + t) * kRows * most + k * kRows,
                               b + (p * steps + s0 + k) * NR<T>, NR<T>, tiles[t].data(), NR<T>, k > 0);

@@ -186,9 +186,11 @@ PYGPT_INLINE Vec<Acc<S>> bias_at(const S* bias, int64_t j, int64_t n) {
 // more than L2 holds go past the caches (4096 x 768 -> 3072: 15.9 ms instead of 20.2; with AVX-512 it makes no difference).
 template <class S>
 struct Results {
-  bool past;
-  explicit Results(int64_t size) : past(kInTiles<StepOf<S>> && size * int64_t(sizeof(S)) > 4 << 20) {}
-  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const { past ? store_past(p, x, n) : store(p, x, n); }
+  bool many;
+  explicit Results(int64_t size) : many(size * int64_t(sizeof(S)) > 4 << 20) {}
+  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
+    kInTiles<StepOf<S>> && many ? store_past(p, x, n) : store(p, x, n);
+  }
 };
 
 template <class S>
@@ -275,7 +277,7 @@ void mlp_bwd(const MlpArgs& a) {
     times(M, H, a.out, dy, matrix<S>(a.proj_weight),
           [=, write = Results<S>(M * H), out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j,
                                                                                                     Vec<Acc<S>> c, int64_t n) {
-            __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
+            if (kInTiles<StepOf<S>>) __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
             write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);
           });
     weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
