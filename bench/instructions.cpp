@@ -183,6 +183,7 @@ int main(int argc, char** argv) {
   activation(f16, Activation::gelu, "gelu", 10000);
   attention(f32, 2, 1, 77, 101, 41, 27, false);
   linear(f32, 33, 61, 45);
+  linear(f32, 37, 256, 272);  // some rows of a W worth leaving unpacked
   mlp(f32, Activation::relu, "relu", 31, 45, 83);
   norm(f32, Norm::layer_norm, "layer_norm", 50, 101);
 }

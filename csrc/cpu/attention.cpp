@@ -18,7 +18,7 @@ namespace PYGPT_ISA {
 namespace {
 
 template <class E>
-constexpr int64_t kStripsTogether = MR<E> == 6 ? 4 : MR<E> == 14 ? 2 : 1;  // strips that share a panel of K and V while it is in L1
+constexpr int64_t kStripsTogether = MR<E> == 6 ? 4 : MR<E> == 14 ? 2 : 1;  // that share a panel of K and V while it is in L1
 
 template <class T>
 struct Row {

@@ -62,8 +62,8 @@ PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
 // How many keys query i sees.
 inline int64_t keys_seen(const AttentionArgs& a, int64_t i) { return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len; }
 
-// out = scores (see scaled_scores) of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of each; those of
-// keys that are none, and above the diagonal if causal, become -inf.
+// out = scores (see scaled_scores) of MR query rows from row0 against one panel of keys from `first`, from `steps` steps of
+// each; those of keys that are none, and above the diagonal if causal, become -inf.
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int64_t steps, int64_t row0, int64_t first,
                              T* out, int64_t ldo) {

@@ -122,7 +122,9 @@ struct Read<Pair> {
     };
     return bit_cast<Vec<float>>(row(rows > 0, p) | row(rows > 1, p + cs) << 16);
   }
-  PYGPT_INLINE Pair one(const bf16* p, int64_t cs, bool last) const { return {p[0].bits | (last ? 0u : uint32_t(p[cs].bits) << 16)}; }
+  PYGPT_INLINE Pair one(const bf16* p, int64_t cs, bool last) const {
+    return {p[0].bits | (last ? 0u : uint32_t(p[cs].bits) << 16)};
+  }
 };
 template <class S>
 using StepOf = std::conditional_t<std::is_same_v<S, bf16>, Pair, Acc<S>>;
@@ -143,6 +145,8 @@ template <class E>
 constexpr int64_t KC = kInTiles<E> ? 768 : 384;  // steps
 template <class E>
 constexpr int64_t kBlock = kInTiles<E> ? 1 << 18 : 168 * KC<E>;  // steps of A that stay in L2
+template <class E>
+constexpr int64_t kShort = kInTiles<E> ? 32 : 256;  // steps, of which as much of B is packed as half of L2 holds
 // AMX multiplies faster than L2 delivers: shorter runs of a panel of B stay in L1 for as many strips of A as have their sums
 // there too. (Measured, 4096 x 768 -> 3072 without its results: 1100 GFLOP/s by whole panels, 1500 by runs.)
 template <class E>
@@ -165,12 +169,12 @@ constexpr int64_t steps_of(int64_t K) {
 }
 
 // ---------------------------------------------------------------- the microkernel
-// MR rows of out, ldo apart, = A B over K steps, summed from zero. Row r of A is a + r * RS, its groups of steps are GS
+// MR rows of out, ldo apart, = A B over K steps, summed from zero, or onto what is there (AMX only). Row r of A is a + r * RS, its groups of steps are GS
 // apart; step k of B's columns is b + k * ldb. Never inlined: a caller's constants would take registers from the
 // accumulators (measured: attention's backward with AVX2 lost a third that way).
 template <int RS, int GS, class E, class T = typename Step<E>::Sum>
-__attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out, int64_t ldo,
-                                        bool onto = false) {
+__attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out,
+                                        int64_t ldo, [[maybe_unused]] bool onto = false) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<E, Pair>) return multiply_tiles(K, &a->bits, RS, GS, &b->bits, ldb, out, ldo, onto);
 #endif
@@ -341,9 +345,9 @@ struct Chunk {
     Tile<E>* partial = scratch<Tile<E>, Partial>((p1 - p0) * ceil_div(rows, kRows));
     const bool sums = a_sums && p0 == 0;
     if (sums) std::fill(a_sums + i0, a_sums + i0 + rows, T(0));
-    // A panel of B stays in L1 for all strips of A; but where K is short, writing C is most of the work, and C goes by rows
-    // (measured, dW of 8 rows, 768 -> 3072 in float32: 0.52 ms instead of 0.78).
-    const bool by_rows = steps <= 32;
+    // A panel of B stays in L1 for all strips of A; but where K is short, writing C is what takes time, and C goes by rows
+    // (measured, dW of 8 rows, 768 -> 3072 in float32: 0.52 ms instead of 0.78; of 64: 2.0, 3.6).
+    const bool by_rows = steps <= kShort<E>;
     for (int64_t s0 = 0; s0 < std::max<int64_t>(steps, 1); s0 += KC) {
       const int64_t n_steps = std::min(KC, steps - s0), k0 = s0 * kDepth;
       const bool last = s0 + KC >= steps;
@@ -379,9 +383,28 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
   using E = StepOf<S>;
   const int64_t steps = steps_of<E>(K);
   // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
-  const int64_t strips = ceil_div(M, MR<E>), wanted = round_up(ceil_div(strips, kBlock<E> / std::clamp<int64_t>(steps, KC<E> / 4, KC<E>) / MR<E>), threads.count());
-  const int64_t blocks = std::min(strips, wanted);
-  const int64_t columns = std::max<int64_t>(512, kPackedB / std::max<int64_t>(steps, 1)) / NR<T> * NR<T>;
+  const int64_t strips = ceil_div(M, MR<E>), strips_in_l2 = kBlock<E> / std::clamp(steps, KC<E> / 4, KC<E>) / MR<E>;
+  const int64_t blocks_in_l2 = ceil_div(strips, strips_in_l2);
+  const int64_t blocks = std::min(strips, round_up(blocks_in_l2, threads.count()));
+  const int64_t packed = steps <= kShort<E> ? (1 << 20) / sizeof(E) : kPackedB;
+  if (blocks_in_l2 == 1 && N > M) {  // W's columns go through L2 once, in the core that packs them
+    const int64_t per_task = std::max<int64_t>(1, kBlock<E> / std::max<int64_t>(steps, 1) / NR<T>), tasks = ceil_div(N, NR<T>);
+    parallel_for(
+        tasks,
+        [&](int64_t begin, int64_t end) {
+          [[maybe_unused]] const typename Step<E>::Registers held;
+          [[maybe_unused]] const PastCaches written;
+          for (int64_t p = begin; p < end; p += per_task) {
+            const int64_t panels = std::min(per_task, end - p), j0 = p * NR<T>, n = std::min(N - j0, panels * NR<T>);
+            E* b = scratch<E, PackedB>(panels * NR<T> * steps);
+            pack_columns(b, B.at(0, j0).transposed(), n, K);
+            Chunk<S, Epilogue>{M, K, j0, n, A, b, p == 0 ? a_sums : nullptr, epilogue}.block(0, M, 0, panels);
+          }
+        },
+        M * NR<T> * K);
+    return;
+  }
+  const int64_t columns = std::max<int64_t>(512, packed / std::max<int64_t>(steps, 1)) / NR<T> * NR<T>;
   for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += columns) {
     const int64_t n = std::min(columns, N - j0), panels = ceil_div(n, NR<T>);
     E* b = scratch<E, PackedB>(panels * NR<T> * steps);

@@ -111,7 +111,8 @@ PYGPT_INLINE Vec<float> gauss(Vec<float> a, const float (&four_exp2)[N]) {
 PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
 template <int N>
-PYGPT_INLINE Vec<float> exp2(Vec<float> x, [[maybe_unused]] const float (&exp2)[N], [[maybe_unused]] const float (&four_exp2)[N]) {
+PYGPT_INLINE Vec<float> exp2(Vec<float> x, [[maybe_unused]] const float (&exp2)[N],
+                             [[maybe_unused]] const float (&four_exp2)[N]) {
 #if defined(__AVX512F__)
   const Vec<float> f = (Vec<float>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
   return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)polynomial(f, exp2), (__m512)(x - f));
