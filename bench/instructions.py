@@ -63,7 +63,8 @@ def recipe() -> SimpleNamespace:
 def instruction_set(isas: dict[str, list[str]]) -> str:
     """The last that this machine has and valgrind knows."""
     has = set(Path("/proc/cpuinfo").read_text().split())
-    return [isa for isa, flags in isas.items() if not isa.startswith(("avx512", "amx")) and has.issuperset(f[2:] for f in flags)][-1]
+    known = {isa: flags for isa, flags in isas.items() if not isa.startswith(("avx512", "amx"))}
+    return [isa for isa, flags in known.items() if has.issuperset(f[2:] for f in flags)][-1]
 
 
 def target() -> str:

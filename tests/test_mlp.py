@@ -77,6 +77,15 @@ def test_what_is_kept_for_backward(activation, dtype, kernels):
     assert pre.numel() == (21 if activation in reference.SAVES_INPUT else 0)
 
 
+def test_pytorchs_tile_registers_are_its_own():
+    """With AMX both set up the same registers; neither may rely on what it left there."""
+    x, w = torch.randn(96, 128).bfloat16(), torch.randn(160, 128).bfloat16()
+    for _ in range(3):
+        theirs, ours = F.linear(x, w), linear(x, w)
+        assert theirs.equal(F.linear(x, w)) and ours.equal(linear(x, w))
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-6)
+
+
 def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 

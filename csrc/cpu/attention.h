@@ -53,10 +53,14 @@ Read<U> scaled(double scale) {
   if constexpr (Step<U>::kDepth == 1) return {U(scale)};
   return {};
 }
+template <class T>
+bool scaled_late(double scale) {
+  return T(scale) > 0;
+}
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
   if constexpr (Step<U>::kDepth == 1) return s;
-  return rounded(s * T(scale > 0 ? scale : 1));  // the same forward and backward: a row's only key has P = 1
+  return rounded(s * (scaled_late<T>(scale) ? T(scale) : T(1)));  // the same forward and backward: a row's only key has P = 1
 }
 
 // How many keys query i sees.
@@ -71,7 +75,7 @@ PYGPT_INLINE void score_tile(const AttentionArgs& a, const U* q, const U* k, int
   auto each = [&](int r, auto f) {
     for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
   };
-  if (Step<U>::kDepth > 1 && !(a.scale > 0))
+  if (Step<U>::kDepth > 1 && !scaled_late<T>(a.scale))
     for (int r = 0; r < MR<U>; r++) each(r, [&](int, Vec<T> s) { return s * T(a.scale); });
   if (first + NR<T> > keys_seen(a, row0))
     for (int r = 0; r < MR<U>; r++) {

@@ -77,11 +77,13 @@ struct Packed {
   }
 };
 
-// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is seen. p and ds
-// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows LDS
-// apart (for AMX in cache lines of their own).
+// The distance of ds_rows' rows, for AMX in cache lines of their own.
 template <class U>
 constexpr int64_t LDS = Step<U>::kDepth > 1 ? BC / Step<U>::kDepth : LD;
+
+// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is seen. p and ds
+// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows LDS
+// apart.
 template <class S, class U = StepOf<S>>
 void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
   using T = Acc<S>;

@@ -38,13 +38,13 @@ PYGPT_ISA_TABLE(amx)
 #if defined(__x86_64__)
 // Whether there is AMX for bf16, and this process may use it: Linux wants to be asked first, once.
 static bool may_use_amx() {
-  unsigned a, b, c, d = 0;
-  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
 #if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl and of the kernel's list of states
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, and of the states that it names
+  unsigned a, b, c, d;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
   return there && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return false && there;
+  return false;
 #endif
 }
 #endif

@@ -35,7 +35,7 @@ PYGPT_INLINE void stream(void* p, V v) {
 }
 #endif
 
-// Writes past the caches where p is aligned to a vector, else into them. To hold while that is done: a PastCaches.
+// Writes past the caches where p is aligned to a vector, else into them.
 template <class S>
 PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
@@ -50,15 +50,9 @@ PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
   store(p, x, n);
 }
 
-struct [[maybe_unused]] PastCaches {
-#if defined(__x86_64__)
-  ~PastCaches() { _mm_sfence(); }  // other threads see what has been written
-#endif
-};
-
 // Writes one task's part of a call's results: past the caches or into them.
 template <bool past>
-struct Writer : std::conditional_t<past, PastCaches, std::false_type> {
+struct Writer {
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
     past ? store_past(p, x, n) : store(p, x, n);

@@ -11,6 +11,7 @@
 // The bias gradients are gathered while the panels of the transposed operand are packed, so they
 // cost no pass over memory, and in a fixed order.
 #include "few_rows.h"
+#include "memory.h"
 #include "vmath.h"
 
 namespace pygpt::cpu {
@@ -31,21 +32,22 @@ PYGPT_INLINE Vec<Acc<S>> bias_at(const S* bias, int64_t j, int64_t n) {
   return bias ? load(bias + j, n) : Vec<Acc<S>>{};
 }
 
-// Stores results, `size` in all: more than L2 holds past the caches, where a tile's rows are whole lines, which would else be
-// read first. (Measured on an Intel CPU, 4096 x 768 -> 3072: with AMX 15.9 ms instead of 20.2, in float32 7 % less.)
+// Stores results: more than L2 holds past the caches, if a tile's rows are whole lines, which would else be read first.
+// (Measured on an Intel CPU, 4096 x 768 -> 3072: with AMX 15.9 ms instead of 20.2, in float32 7 % less.)
 template <class S>
 struct Results {
+  static constexpr int64_t kLine = 64 / sizeof(S);
   bool many;
-  explicit Results(int64_t size) : many(size * int64_t(sizeof(S)) > 4 << 20) {}
+  Results(int64_t rows, int64_t stride)
+      : many(rows > kFewRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 4 << 20) {}
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    constexpr bool whole_lines = NR<Acc<S>> * sizeof(S) % 64 == 0;
-    whole_lines && many ? store_past(p, x, n) : store(p, x, n);
+    NR<Acc<S>> % kLine == 0 && many ? store_past(p, x, n) : store(p, x, n);
   }
 };
 
 template <class S>
 auto store_to(void* out, int64_t rows, int64_t stride, const void* bias = nullptr) {
-  return [write = Results<S>(rows * stride), out = static_cast<S*>(out), stride, bias = static_cast<const S*>(bias)](
+  return [write = Results<S>(rows, stride), out = static_cast<S*>(out), stride, bias = static_cast<const S*>(bias)](
              int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) { write(out + i * stride + j, c + bias_at(bias, j, n), n); };
 }
 
@@ -108,7 +110,7 @@ void mlp_fwd(const MlpArgs& a) {
     S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
     const S* bias = static_cast<const S*>(a.fc_bias);
     times_transposed(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight),
-                     [=, write = Results<S>(a.rows * H), activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c,
+                     [=, write = Results<S>(a.rows, H), activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c,
                                                                                     int64_t n) {
                        c += bias_at(bias, j, n);
                        if (pre) write(pre + i * H + j, c, n);
@@ -128,7 +130,7 @@ void mlp_bwd(const MlpArgs& a) {
     if (!a.dx && !a.dfc_weight && !a.dfc_bias) return;
     const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
     times(M, H, a.out, dy, matrix<S>(a.proj_weight),
-          [=, write = Results<S>(M * H), out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j,
+          [=, write = Results<S>(M, H), out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j,
                                                                                                     Vec<Acc<S>> c, int64_t n) {
             if (kInTiles<StepOf<S>>) __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
             write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);

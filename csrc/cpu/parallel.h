@@ -2,6 +2,9 @@
 // torch.set_num_threads rules. A kernel's result never depends on how a range is split.
 #pragma once
 #include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace pygpt::cpu {
 
@@ -22,7 +25,13 @@ void parallel_for(int64_t n, const F& body, int64_t work = 1 << 30) {
   if (n <= 0) return;
   threads.parallel_for(
       n, ceil_div(kWorthAThread, work > 0 ? work : 1),
-      [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &body);
+      [](const void* f, int64_t begin, int64_t end) {
+        (*static_cast<const F*>(f))(begin, end);
+#if defined(__x86_64__)
+        _mm_sfence();  // other threads see what was written past the caches
+#endif
+      },
+      &body);
 }
 
 }  // namespace pygpt::cpu

@@ -92,8 +92,7 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.009618506f,
                            Factor * 0.0013390806f,
                            Factor * 0.00015326461f};
-template <int Factor>
-constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};  // 2^-13.4
+constexpr float kShortFourExp2[] = {4 * 0.9999281f, 4 * 0.693261f, 4 * 0.2426112f, 4 * 0.0551717f};  // within 2^-13.4
 
 // 2^(n + f) from n + kRound, for integers n, -125 <= n <= 128, and |f| <= 1/2; 0 if n = -125.
 template <int N>
@@ -110,30 +109,21 @@ PYGPT_INLINE Vec<float> gauss(Vec<float> a, const float (&four_exp2)[N]) {
 }
 PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
-template <int N>
-PYGPT_INLINE Vec<float> exp2(Vec<float> x, [[maybe_unused]] const float (&exp2)[N],
-                             [[maybe_unused]] const float (&four_exp2)[N]) {
-#if defined(__AVX512F__)
-  const Vec<float> f = (Vec<float>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
-  return (Vec<float>)_mm512_maskz_scalef_ps(-1, (__m512)polynomial(f, exp2), (__m512)(x - f));
-#else
-  x = at_least(at_most(x, 128), -125);
-  const Vec<float> shifted = x + kRound;
-  return power(shifted, x - (shifted - kRound), four_exp2);
-#endif
-}
-
 }  // namespace detail
 
-// For a result that is stored as S, or a factor of one.
-template <class T, class S = T>
+template <class T>
 PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return std::exp2(v); });
-  } else if constexpr (std::is_same_v<S, bf16>) {
-    return detail::exp2(x, detail::kShortExp2<1>, detail::kShortExp2<4>);
   } else {
-    return detail::exp2(x, detail::kExp2<1>, detail::kExp2<4>);
+#if defined(__AVX512F__)
+    Vec<T> f = (Vec<T>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
+    return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)detail::polynomial(f, detail::kExp2<1>), (__m512)(x - f));
+#else
+    x = at_least(at_most(x, 128), -125);
+    Vec<T> shifted = x + detail::kRound;
+    return detail::power(shifted, x - (shifted - detail::kRound), detail::kExp2<4>);
+#endif
   }
 }
 
@@ -173,7 +163,7 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
     constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
     const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
     const Vec<T> tail = m * (detail::polynomial(a, kN) * about_reciprocal(detail::polynomial(a, kQ)));
-    return at_least(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
+    return at_least(x, 0) - detail::gauss(a, detail::kShortFourExp2) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
@@ -194,7 +184,7 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
     constexpr float kD[] = {0.5f, -0.300899f, -0.393626f, -0.120756f}, kE[] = {1.f, 0.99299f, 0.302433f};
     const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
     const Vec<T> quotient = detail::polynomial(a, kD) * about_reciprocal(detail::polynomial(a, kE));
-    const Vec<T> tail = detail::gauss(a, detail::kShortExp2<4>) * quotient;
+    const Vec<T> tail = detail::gauss(a, detail::kShortFourExp2) * quotient;
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
