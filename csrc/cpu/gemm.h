@@ -179,13 +179,12 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
   const int64_t steps = steps_of<E>(K);
   // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
   const int64_t strips = ceil_div(M, MR<E>), strips_in_l2 = kBlock<E> / std::clamp(steps, KC<E> / 4, KC<E>) / MR<E>;
-  const int64_t blocks_in_l2 = ceil_div(strips, strips_in_l2);
-  const int64_t blocks = std::min(strips, round_up(blocks_in_l2, threads.count()));
+  const int64_t blocks = std::min(strips, round_up(ceil_div(strips, strips_in_l2), threads.count()));
   const int64_t packed = steps <= kShort<E> ? (1 << 20) / sizeof(E) : kPackedB;
   // Few rows for AMX: columns of B are better packed by the core that needs them, as many as stay in its L2 (another core's
-  // arrive slowly: measured, 64 x 768 -> 768 on two, 0.10 ms instead of 0.16); each time A is packed too.
+  // arrive slowly: measured, 64 x 768 -> 768 on two, 0.10 ms instead of 0.16); each time A, no more of it, is packed too.
   const int64_t at_once = kBlock<E> / std::max<int64_t>(steps, 1) / NR<T>, all_panels = ceil_div(N, NR<T>);
-  if (kInTiles<E> && blocks_in_l2 == 1 && at_once >= 8 && all_panels >= threads.count()) {
+  if (kInTiles<E> && M * steps <= kBlock<E> && at_once > 0 && all_panels >= threads.count()) {
     parallel_for(
         all_panels,
         [&](int64_t begin, int64_t end) {
