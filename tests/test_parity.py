@@ -51,6 +51,12 @@ def test_layouts(layout, op, dims, dtype, backend, device, generator):
     cases.assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", cases.SOME_ROWS, ids=cases.ids)
+def test_some_rows(op, dims, dtype, generator):
+    cases.assert_exact(op, dims, dtype, generator, "cpp")
+
+
 def apart(args):
     """Whether the rounding of the scores themselves hardly shows: no row's two largest all but tie."""
     q, k, _, is_causal, scale = args

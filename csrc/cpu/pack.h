@@ -1,8 +1,8 @@
 // The packed GEMM's operands: strided matrices of any storage type, and the panels that its microkernel reads.
 //
-// A panel holds a few rows of a matrix, of A's or of B's transposed, step by step along k. A step is one value, converted; where
-// the machine multiplies pairs of bf16, it is two neighbours along k. AMX takes sixteen steps of A at a time, which then lie
-// together: MR rows of sixteen.
+// A panel holds a few rows of a matrix, of A's or of B's transposed, step by step along k. A step is one value, converted;
+// where the machine multiplies pairs of bf16, it is two neighbours along k. AMX takes sixteen steps of A at a time, which
+// then lie together: MR rows of sixteen.
 #pragma once
 #include <algorithm>
 #include <type_traits>
