@@ -32,7 +32,7 @@ PyObject* fma_rate(PyObject*, PyObject* milliseconds) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: baseline, avx2, avx512, avx512_bf16 or amx."},
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use, one of cpu_capabilities()."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets compiled that this machine can run."},
     {"connect", pygpt::direct::connect, METH_VARARGS, "See direct.h."},
     {"kind", pygpt::direct::fastcall(pygpt::direct::kind), METH_FASTCALL, "See direct.h."},

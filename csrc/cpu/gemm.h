@@ -42,7 +42,7 @@ template <class E>
 constexpr int64_t kRun = kInTiles<E> ? 128 : KC<E>;
 template <class E>
 constexpr int64_t kTogether = kInTiles<E> ? 8 : 1;
-constexpr int64_t kPackedB = 4 << 20;   // steps of B packed at once, more where K is above 8192
+constexpr int64_t kPackedB = 4 << 20;  // steps of B packed at once, more where K is above 8192
 
 template <class E>
 struct Tile {
@@ -177,12 +177,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
   using T = Acc<S>;
   using E = StepOf<S>;
   const int64_t steps = steps_of<E>(K);
-  // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
-  const int64_t strips = ceil_div(M, MR<E>), strips_in_l2 = kBlock<E> / std::clamp(steps, KC<E> / 4, KC<E>) / MR<E>;
-  const int64_t blocks = std::min(strips, round_up(ceil_div(strips, strips_in_l2), threads.count()));
-  const int64_t packed = steps <= kShort<E> ? (1 << 20) / sizeof(E) : kPackedB;
   // Few rows for AMX: columns of B are better packed by the core that needs them, as many as stay in its L2 (another core's
-  // arrive slowly: measured, 64 x 768 -> 768 on two, 0.10 ms instead of 0.16); each time A, no more of it, is packed too.
+  // arrive slowly: measured, 64 x 768 -> 768 on two, 0.09 ms instead of 0.17); each time A, no more of it, is packed too.
   const int64_t at_once = kBlock<E> / std::max<int64_t>(steps, 1) / NR<T>, all_panels = ceil_div(N, NR<T>);
   if (kInTiles<E> && M * steps <= kBlock<E> && at_once > 0 && all_panels >= threads.count()) {
     parallel_for(
@@ -199,6 +195,10 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
         M * NR<T> * K);
     return;
   }
+  // As many row blocks as divide evenly among the threads, each of an almost equal number of strips.
+  const int64_t strips = ceil_div(M, MR<E>), strips_in_l2 = kBlock<E> / std::clamp(steps, KC<E> / 4, KC<E>) / MR<E>;
+  const int64_t blocks = std::min(strips, round_up(ceil_div(strips, strips_in_l2), threads.count()));
+  const int64_t packed = steps <= kShort<E> ? (1 << 20) / sizeof(E) : kPackedB;
   const int64_t columns = std::max<int64_t>(512, packed / std::max<int64_t>(steps, 1)) / NR<T> * NR<T>;
   for (int64_t j0 = 0; j0 < N || (j0 == 0 && a_sums); j0 += columns) {
     const int64_t n = std::min(columns, N - j0), panels = ceil_div(n, NR<T>);
