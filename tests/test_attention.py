@@ -64,6 +64,19 @@ def assert_equal_with_gradients(ours, theirs, inputs):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("L", [2, 40])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_a_nan_gradient_of_lse_stays_one(L, dtype, backend, device):
+    q, k, v = inputs = [torch.randn(1, 1, n, 16, dtype=dtype, device=device, requires_grad=True) for n in (L, 50, 50)]
+    with pygpt.backend(backend):
+        out, lse = sdpa(q, k, v, return_lse=True)
+        grad_lse = torch.zeros_like(lse)
+        grad_lse[..., 1] = cases.fullest_nan(lse.dtype)
+        dq, dk, dv = torch.autograd.grad((out, lse), inputs, (torch.ones_like(out), grad_lse))
+    assert dq[0, 0, 1].isnan().all() and dk.isnan().all()
+    assert dq[0, 0, 0].isfinite().all() and dv.isfinite().all()
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 2, 4, 6, 3, 2), (1, 1, 6, 4, 2, 5), (1, 2, 1, 5, 4, 4)], ids=str)
 def test_plain(shape, is_causal, backend):

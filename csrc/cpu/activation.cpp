@@ -13,19 +13,20 @@ namespace {
 
 constexpr int64_t kBlock = 4096, kWork = 8 * kBlock;  // elements, and what they cost in multiply-adds
 
-// out[i] = f(i, n), a vector of n <= W elements from i on; `bytes` are read and written for each.
-template <class S, class F>
-void for_each(int64_t count, int64_t bytes, S* out, const F& f) {
-  using T = Acc<S>;
-  visit(exceeds_caches(count * bytes), [&](auto past) {
+// out[i] = f(in[i] ...), a vector at a time.
+template <class S, class F, class... In>
+void for_each(int64_t count, void* to, const F& f, const In*... in) {
+  constexpr int64_t w = W<Acc<S>>;
+  S* out = static_cast<S*>(to);
+  visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto past) {
     auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
       const Writer<past> write;
       int64_t i = begin * kBlock;
       const int64_t last = std::min(count, end * kBlock);
-      for (; i + 4 * W<T> <= last; i += 4 * W<T>)
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; u++) write(out + i + u * W<T>, f(i + u * W<T>, int64_t(W<T>)), W<T>);
-      for (; i < last; i += W<T>) write(out + i, f(i, last - i), last - i);
+      for (; i + 4 * w <= last; i += 4 * w)
+#pragma GCC unroll 2
+        for (int64_t j = i; j < i + 4 * w; j += 2 * w) write(out + j, f(load_half(in + j, 0)...), f(load_half(in + j, 1)...));
+      for (; i < last; i += w) write(out + i, f(load(in + i, last - i)...), last - i);
     };
     parallel_for(ceil_div(count, kBlock), blocks, kWork);
   });
@@ -33,18 +34,14 @@ void for_each(int64_t count, int64_t bytes, S* out, const F& f) {
 
 template <Activation A, class S>
 void forward(const ActivationArgs& a) {
-  const S* x = static_cast<const S*>(a.x);
-  for_each(a.n, 2 * sizeof(S), static_cast<S*>(a.y),
-           [=](int64_t i, int64_t n) { return activate<A, S>(load(x + i, n)); });
+  for_each<S>(a.n, a.y, [](Vec<Acc<S>> x) { return activate<A, S>(x); }, static_cast<const S*>(a.x));
 }
 
 template <Activation A, class S>
 void backward(const ActivationArgs& a) {
-  const S* saved = static_cast<const S*>(A == Activation::relu || A == Activation::relu2 ? a.y : a.x);
-  const S* dy = static_cast<const S*>(a.dy);
-  for_each(a.n, 3 * sizeof(S), static_cast<S*>(a.dx), [=](int64_t i, int64_t n) {
-    return backpropagate<A, S>(load(dy + i, n), load(saved + i, n));
-  });
+  const void* saved = A == Activation::relu || A == Activation::relu2 ? a.y : a.x;
+  for_each<S>(a.n, a.dx, [](Vec<Acc<S>> d, Vec<Acc<S>> s) { return backpropagate<A, S>(d, s); }, static_cast<const S*>(a.dy),
+              static_cast<const S*>(saved));
 }
 
 }  // namespace

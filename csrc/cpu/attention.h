@@ -104,12 +104,12 @@ PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l) {
   const T shift = m == -kInf<T> ? T(0) : m;
   in_groups<4>(vectors, [&](int64_t v, auto together) {
     for (int u = 0; u < together.value; u++) {
-      const Vec<T> e = exp2<T>((scaled_scores<U>(scale, load(p + (v + u) * W<T>)) - shift) * kLog2e<T>);
+      const Vec<T> e = exp<T>(scaled_scores<U>(scale, load(p + (v + u) * W<T>)) - shift);
       Step<U>::store(reinterpret_cast<U*>(p) + (v + u) * W<T> / Step<U>::kDepth, e);
       total[u] += e;
     }
   });
-  const T shrink = before == m ? T(1) : std::exp2((before - shift) * kLog2e<T>);
+  const T shrink = before == m ? T(1) : std::exp(before - shift);
   l = l * shrink + sum<T>((total[0] + total[1]) + (total[2] + total[3]));
   return shrink;
 }
@@ -140,7 +140,8 @@ T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
 template <class S, class T = Acc<S>>
 T delta_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t i) {
   const T dlse = a.dlse ? static_cast<const T*>(a.dlse)[(b * a.heads + h) * a.q_len + i] : T(0);
-  return row_dot(head<S>(a.dout, b, h).at(i, 0), head<S>(a.out, b, h).at(i, 0), a.v_dim) - dlse;
+  const T given = dlse == dlse ? dlse : std::numeric_limits<T>::quiet_NaN();  // not any NaN: see high_rounded
+  return row_dot(head<S>(a.dout, b, h).at(i, 0), head<S>(a.out, b, h).at(i, 0), a.v_dim) - given;
 }
 
 // Few queries (decoding with a cache) have kernels of their own, in attention_few.cpp; they read K and V as they

@@ -115,7 +115,7 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
               e[n] = g[n] = Vec<T>{};
               continue;
             }
-            e[n] = exp2<T>((scaled_scores<U>(x.a.scale, s.c[r + n][w]) - x.lse[row0 + r + n]) * kLog2e<T>);
+            e[n] = exp<T>(scaled_scores<U>(x.a.scale, s.c[r + n][w]) - x.lse[row0 + r + n]);
             g[n] = e[n] * (dp.c[r + n][w] - x.delta[row0 + r + n]);
           }
           put(r, w, e, g);

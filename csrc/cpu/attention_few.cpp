@@ -125,7 +125,7 @@ void backward(const AttentionArgs& a) {
           dots(q + i * ld, K.at(j0, 0), n, E, pi);
           dots(go + i * ldv, V.at(j0, 0), n, Ev, dsi);
           for (int64_t j = 0; j < n; j += W<T>) {
-            const Vec<T> e = exp2<T>((load(pi + j) - lse[i]) * kLog2e<T>);
+            const Vec<T> e = exp<T>(load(pi + j) - lse[i]);
             store(dsi + j, e * (load(dsi + j) - delta[i]));
             store(pi + j, e);
           }

@@ -81,27 +81,86 @@ void few_rows_transposed(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S>
   }, W<T> * K * M);
 }
 
-// sum += A B: Rows rows, packed as [step][Rows], by Vectors of columns of b's rows; what lies behind those is asked for.
-template <int Rows, int Vectors, class S, class U, class T = typename Step<U>::Sum>
-__attribute__((noinline)) void add_rows(int64_t steps, const U* a, const S* b, int64_t ldb, T* sum, int64_t ld) {
-  constexpr int d = Step<U>::kDepth;
-  Vec<T> c[Rows][Vectors] = {};
-  for (int64_t s = 0; s < steps; s++, a += Rows, b += d * ldb) {
-    Vec<T> v[Vectors];
+// ---------------------------------------------------------------- the microkernel for a B that is not packed
+// R rows to multiply with: packed as [step][R], ...
+template <int R, class U>
+struct PackedRows {
+  const U* a;
+  PYGPT_INLINE U at(int64_t k, int r) const { return a[k * R + r]; }
+};
+// ... or lying ld apart. Three share a pointer: an address may add a register once or twice.
+template <int R, class T>
+struct LyingRows {
+  const T* a[(R + 2) / 3];
+  int64_t ld;
+  LyingRows(const T* first, int64_t ld) : ld(ld) {
+    for (int i = 0; i < (R + 2) / 3; i++) a[i] = first + 3 * i * ld;
+  }
+  PYGPT_INLINE T at(int64_t k, int r) const { return a[r / 3][k + r % 3 * ld]; }
+};
+
+// What is done meanwhile with each step of B: nothing, ...
+struct Nothing {
+  template <class S, class V>
+  PYGPT_INLINE void operator()(const S*, const V*) {}
+};
+// ... or what lies behind it in its `depth` rows, as much again, is asked for, ...
+template <int depth, int columns>
+struct AskBehind {
+  int64_t ld;
+  template <class S, class V>
+  PYGPT_INLINE void operator()(const S* b, const V*) {
+    constexpr int64_t vector = kVectorBytes / int64_t(sizeof(S));
+    for (int k = 0; k < depth; k++)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vectors; j++) {
-      for (int k = 0; k < d; k++) __builtin_prefetch(b + k * ldb + (Vectors + j) * W<T>);
-      v[j] = Read<U>().across(b + j * W<T>, ldb);
-    }
+      for (int64_t j = 0; j < columns; j += vector) __builtin_prefetch(b + k * ld + columns + j);
+  }
+};
+// ... or a panel's width of each of the `rows` from `at`, a row at a time, ...
+template <class T>
+struct Ask {
+  const T* at;
+  int64_t ld, rows;
+  PYGPT_INLINE void operator()(const T*, const Vec<T>*) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < NR<T>; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + j);
+    at += --rows > 0 ? ld : 0;
+  }
+};
+// ... and the step is left packed.
+template <class T>
+struct AskAndPack {
+  Ask<T> ask;
+  T* packed;
+  PYGPT_INLINE void operator()(const T* b, const Vec<T>* row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(packed + v * W<T>, row[v]);
+    packed += NR<T>;
+    ask(b, row);
+  }
+};
+
+// sum += A B: R rows by Vectors of columns of B's rows, ldb apart.
+template <int R, int Vectors, template <int, class> class Rows, class U, class S, class Each, class T = typename Step<U>::Sum>
+__attribute__((noinline)) void add_tile(int64_t steps, Rows<R, U> a, const S* __restrict b, int64_t ldb, T* __restrict sum,
+                                        int64_t ld, Each each) {
+  Vec<T> c[R][Vectors] = {};
+  for (int64_t k = 0; k < steps; k++, b += Step<U>::kDepth * ldb) {
+    Vec<T> bv[Vectors];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++) {
-      const Vec<T> ar = Step<U>::all(a[r]);
+    for (int v = 0; v < Vectors; v++) bv[v] = Read<U>().across(b + v * W<T>, ldb);
+    each(b, bv);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const Vec<T> ar = Step<U>::all(a.at(k, r));
 #pragma GCC unroll 8
-      for (int j = 0; j < Vectors; j++) c[r][j] = Step<U>::multiply_add(ar, v[j], c[r][j]);
+      for (int v = 0; v < Vectors; v++) c[r][v] = Step<U>::multiply_add(ar, bv[v], c[r][v]);
     }
   }
-  for (int r = 0; r < Rows; r++)
-    for (int j = 0; j < Vectors; j++) store(sum + r * ld + j * W<T>, load(sum + r * ld + j * W<T>) + c[r][j]);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; v++) store(sum + r * ld + v * W<T>, load(sum + r * ld + v * W<T>) + c[r][v]);
 }
 
 // C = A B for M <= kFewRows rows, Rows at a time; the rows of A and of B are contiguous, those of B whole vectors. Blocks of
@@ -123,8 +182,9 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
     for (int64_t s = 0; s < steps; s += kBlock)
       in_groups<kVectors>(n / W<T>, [&](int64_t j, auto vectors) {
         for (int64_t i = 0; i < rows; i += Rows)
-          add_rows<Rows, vectors.value>(std::min(kBlock, steps - s), a + i * apart + s * Rows,
-                                        B.data + s * d * B.rs + first + j * W<T>, B.rs, sum + i * n + j * W<T>, n);
+          add_tile<Rows, vectors.value>(std::min(kBlock, steps - s), PackedRows<Rows, U>{a + i * apart + s * Rows},
+                                        B.data + s * d * B.rs + first + j * W<T>, B.rs, sum + i * n + j * W<T>, n,
+                                        AskBehind<d, vectors.value * W<T>>{B.rs});
       });
     for (int64_t i = 0; i < M; i++)
       for (int64_t j = 0; j < n; j += W<T>) epilogue(i, first + j, load(sum + i * n + j), int64_t(W<T>));
@@ -147,75 +207,6 @@ void visit_rows(int64_t M, const F& f) {
 // in L1, for the others. (Measured, 64 x 768 -> 768 on one core with AVX-512: 0.50 ms and 0.52, all packed 0.73 and 0.74;
 // to read W once takes 0.1, to multiply 0.4. A small W costs nothing to pack.)
 inline bool some_rows(int64_t M, int64_t N, int64_t K) { return M > kFewRows && M <= 256 && N * K >= 1 << 16; }
-
-// R rows to multiply with: packed as [step][R], ...
-template <int R, class T>
-struct PackedRows {
-  const T* a;
-  PYGPT_INLINE T at(int64_t k, int r) const { return a[k * R + r]; }
-};
-// ... or lying ld apart. Three share a pointer: an address may add a register once or twice.
-template <int R, class T>
-struct LyingRows {
-  const T* a[(R + 2) / 3];
-  int64_t ld;
-  LyingRows(const T* first, int64_t ld) : ld(ld) {
-    for (int i = 0; i < (R + 2) / 3; i++) a[i] = first + 3 * i * ld;
-  }
-  PYGPT_INLINE T at(int64_t k, int r) const { return a[r / 3][k + r % 3 * ld]; }
-};
-
-// What is done meanwhile with each of B's rows: nothing, ...
-struct Nothing {
-  template <class V>
-  PYGPT_INLINE void operator()(const V*) {}
-};
-// ... or a panel's width of each of the `rows` from `at` is asked for, a row at a time, ...
-template <class T>
-struct Ask {
-  const T* at;
-  int64_t ld, rows;
-  PYGPT_INLINE void operator()(const Vec<T>*) {
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < NR<T>; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + j);
-    at += --rows > 0 ? ld : 0;
-  }
-};
-// ... and the row is left packed.
-template <class T>
-struct AskAndPack {
-  Ask<T> ask;
-  T* packed;
-  PYGPT_INLINE void operator()(const Vec<T>* row) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(packed + v * W<T>, row[v]);
-    packed += NR<T>;
-    ask(row);
-  }
-};
-
-// sum += A B: R rows by Vectors of columns.
-template <int R, int Vectors, template <int, class> class Rows, class T, class Each>
-__attribute__((noinline)) void add_tile(int64_t steps, Rows<R, T> a, const T* __restrict b, int64_t ldb, T* __restrict sum,
-                                        int64_t ld, Each each) {
-  Vec<T> c[R][Vectors] = {};
-  for (int64_t k = 0; k < steps; k++, b += ldb) {
-    Vec<T> bv[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; v++) bv[v] = load(b + v * W<T>);
-    each(bv);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const Vec<T> ar = set1(a.at(k, r));
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; v++) c[r][v] = ar * bv[v] + c[r][v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; v++) store(sum + r * ld + v * W<T>, load(sum + r * ld + v * W<T>) + c[r][v]);
-}
 
 struct SomeRows;
 struct SomeOfB;

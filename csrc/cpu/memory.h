@@ -35,7 +35,7 @@ PYGPT_INLINE void stream(void* p, V v) {
 }
 #endif
 
-// Writes past the caches where p is aligned to a vector, else into them.
+// Writes past the caches where p is aligned to what is written, else into them.
 template <class S>
 PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
@@ -49,6 +49,16 @@ PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
 #endif
   store(p, x, n);
 }
+template <class S>
+PYGPT_INLINE void store_halves_past(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<S, bf16>) {
+    if (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) return stream(p, joined_halves(a, b));
+    return store_halves(p, a, b);
+  }
+#endif
+  store_past(p, a, W<Acc<S>>), store_past(p + W<Acc<S>>, b, W<Acc<S>>);
+}
 
 // Writes one task's part of a call's results: past the caches or into them.
 template <bool past>
@@ -56,6 +66,10 @@ struct Writer {
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
     past ? store_past(p, x, n) : store(p, x, n);
+  }
+  template <class S>
+  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // load_half's halves
+    past ? store_halves_past(p, a, b) : store_halves(p, a, b);
   }
 
   // Asks for what will be read next, at any address: while a core only writes past the caches, nothing else does.

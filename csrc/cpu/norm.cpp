@@ -32,23 +32,54 @@ constexpr int64_t kGroup = 8;       // rows summed before they are added to a to
 constexpr int64_t kChunk = 16384;   // least number of elements in such a chunk
 constexpr int64_t kWork = 8;        // what an element costs, in multiply-adds
 
-// f(j, n, u) for vectors of n <= W lanes from column j on; u = 0..3 in turn, to keep four sums apart.
-template <class T, class F>
-PYGPT_INLINE void each_vector(int64_t j, int64_t end, const F& f) {
-  for (; j + 4 * W<T> <= end; j += 4 * W<T>)
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) f(j + u * W<T>, int64_t(W<T>), u);
-  for (; j + W<T> <= end; j += W<T>) f(j, int64_t(W<T>), 0);
-  if (j < end) f(j, end - j, 0);
+// n <= W columns from j on, or the columns that one half of load_half's 2 W from j holds.
+struct Columns {
+  int64_t j, n;
+  int half = -1;
+};
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> at(const S* row, Columns c) {
+  return c.half < 0 ? load(row + c.j, c.n) : load_half(row + c.j, c.half);
+}
+// Where a row of T in the same lanes has them.
+template <class T>
+PYGPT_INLINE int64_t lanes(Columns c) {
+  return c.j + std::max(c.half, 0) * W<T>;
 }
 
-// out[k] = sum over the row of what f(j, n, sums) adds to sums[k].
+// f(columns, u) for all columns j .. end; u = 0..3 in turn, to keep four sums apart.
+template <class T, class F>
+PYGPT_INLINE void each_vector(int64_t j, int64_t end, const F& f) {
+  constexpr int64_t w = W<T>;
+  for (; j + 4 * w <= end; j += 4 * w)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) f(Columns{j + u / 2 * 2 * w, w, u % 2}, u);
+  for (; j + 2 * w <= end; j += 2 * w)
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; u++) f(Columns{j, w, u}, u);
+  for (; j < end; j += w) f(Columns{j, std::min(w, end - j)}, 0);
+}
+// out[j ..] = f(columns)
+template <class S, class Writer, class F>
+PYGPT_INLINE void write_each(int64_t j, int64_t end, const Writer& write, S* out, const F& f) {
+  constexpr int64_t w = W<Acc<S>>;
+  for (; j + 4 * w <= end; j += 4 * w)
+#pragma GCC unroll 2
+    for (int64_t i = j; i < j + 4 * w; i += 2 * w) write(out + i, f(Columns{i, w, 0}), f(Columns{i, w, 1}));
+  for (; j + 2 * w <= end; j += 2 * w) write(out + j, f(Columns{j, w, 0}), f(Columns{j, w, 1}));
+  for (; j < end; j += w) {
+    const int64_t n = std::min(w, end - j);
+    write(out + j, f(Columns{j, n}), n);
+  }
+}
+
+// out[k] = sum over the row of what f(columns, sums) adds to sums[k].
 template <int K, class T, class F>
 PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
   Vec<T> total[K] = {};
   for (int64_t j = 0; j < cols; j += kBlock) {
     Vec<T> part[4][K] = {};
-    each_vector<T>(j, std::min(cols, j + kBlock), [&](int64_t j, int64_t n, int u) { f(j, n, part[u]); });
+    each_vector<T>(j, std::min(cols, j + kBlock), [&](Columns c, int u) { f(c, part[u]); });
     for (int k = 0; k < K; k++) total[k] += (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
   }
   for (int k = 0; k < K; k++) out[k] = sum<T>(total[k]);
@@ -61,7 +92,7 @@ PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
   return v;
 }
 
-// A row of parameters as Acc<S>, `value` throughout if there is none.
+// A row of parameters as Acc<S>, in the lanes of each_vector, `value` throughout if there is none.
 template <class Tag, class S>
 const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
   using T = Acc<S>;
@@ -69,7 +100,7 @@ const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
   if constexpr (sizeof(S) == sizeof(T))
     if (p) return p;
   T* row = scratch<T, Tag>(cols);
-  for (int64_t j = 0; j < cols; j++) row[j] = p ? to_acc(p[j]) : value;
+  each_vector<T>(0, cols, [&](Columns c, int) { store(row + lanes<T>(c), p ? at(p, c) : set1(value)); });
   return row;
 }
 struct Weight;
@@ -98,13 +129,13 @@ Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, c
   T shift = 0, left = 0, sums[2];
   if constexpr (Centre) {
     T total[1];
-    row_sums<1>(cols, total, [&](int64_t j, int64_t n, Vec<T>* s) { s[0] += load(x + j, n); });
+    row_sums<1>(cols, total, [&](Columns c, Vec<T>* s) { s[0] += at(x, c); });
     shift = total[0] / T(cols);
   }
-  row_sums<2>(cols, sums, [&](int64_t j, int64_t n, Vec<T>* s) {
-    Vec<T> d = load(x + j, n);
+  row_sums<2>(cols, sums, [&](Columns c, Vec<T>* s) {
+    Vec<T> d = at(x, c);
     if constexpr (Centre) {
-      d = first_lanes<T>(d - shift, n);
+      d = first_lanes<T>(d - shift, c.n);
       s[0] += d;
     }
     s[1] += d * d;
@@ -112,45 +143,46 @@ Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, c
   if constexpr (Centre) left = sums[0] / T(cols);
   const T variance = sums[1] / T(cols) - left * left;
   const T rstd = 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps), offset = -left * rstd;
-  each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
-    const Vec<T> v = load(x + j, n), xhat = Centre ? (v - shift) * rstd + offset : v * rstd;
-    ahead(j);
-    if (copy) write(copy + j, v, n);
-    write(y + j, xhat * load(w + j, n) + load(b + j, n), n);
+  write_each(0, cols, write, y, [&](Columns c) {
+    const Vec<T> v = at(x, c), xhat = Centre ? (v - shift) * rstd + offset : v * rstd;
+    ahead(lanes<T>(c));
+    return xhat * at(w, c) + at(b, c);
   });
+  if (copy) write_each(0, cols, write, copy, [&](Columns c) { return at(x, c); });
   return {shift + left, rstd};
 }
 
 template <class S>
 void add(int64_t cols, const S* x, const S* residual, S* sum) {
-  each_vector<Acc<S>>(0, cols, [&](int64_t j, int64_t n, int) { store(sum + j, load(x + j, n) + load(residual + j, n), n); });
+  write_each(0, cols, Writer<false>(), sum, [&](Columns c) { return at(x, c) + at(residual, c); });
 }
 
 // One row backward: dx unless it is null; with Params, adds to dw and db (padded to whole vectors).
 template <class S, bool Centre, bool Params, class Writer, class F, class T = Acc<S>>
 void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, const Writer& write,
               S* dx, T* dw, T* db, const F& ahead) {
-  auto xhat = [&](int64_t j, int64_t n) {
-    Vec<T> v = load(x + j, n);
+  auto xhat = [&](Columns c) {
+    Vec<T> v = at(x, c);
     return Centre ? (v - saved.mean) * saved.rstd : v * saved.rstd;
   };
   T sums[2];
-  row_sums<2>(cols, sums, [&](int64_t j, int64_t n, Vec<T>* s) {
-    Vec<T> d = load(dy + j, n), h = xhat(j, n), g = rounded(d * load(w + j, n));
+  row_sums<2>(cols, sums, [&](Columns c, Vec<T>* s) {
+    Vec<T> d = at(dy, c), h = xhat(c), g = rounded(d * at(w, c));
     s[0] += g;
     s[1] += g * h;
     if constexpr (Params) {
+      const int64_t j = lanes<T>(c);
       store(dw + j, load(dw + j) + d * h);
       store(db + j, load(db + j) + d);
     }
   });
   if (!dx) return;
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
-  each_vector<T>(0, cols, [&](int64_t j, int64_t n, int) {
-    Vec<T> g = rounded(load(dy + j, n) * load(w + j, n));  // in a row of one column g - mean_g is 0
-    Vec<T> d = (g - mean_g - xhat(j, n) * mean_gh) * saved.rstd;
-    ahead(j);
-    write(dx + j, dsum ? d + load(dsum + j, n) : d, n);
+  write_each(0, cols, write, dx, [&](Columns c) {
+    Vec<T> g = rounded(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
+    Vec<T> d = (g - mean_g - xhat(c) * mean_gh) * saved.rstd;
+    ahead(lanes<T>(c));
+    return dsum ? d + at(dsum, c) : d;
   });
 }
 
@@ -190,14 +222,14 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   if (!out) return;
   constexpr int64_t kColumns = 1024;
   auto body = [&](int64_t begin, int64_t end) {
-    each_vector<T>(begin * kColumns, std::min(cols, end * kColumns), [&](int64_t j, int64_t n, int) {
+    write_each(begin * kColumns, std::min(cols, end * kColumns), Writer<false>(), static_cast<S*>(out), [&](Columns columns) {
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
         Vec<T> group = {};
-        for (int64_t last = std::min(chunks, c + kGroup); c < last; c++) group += load(partials + c * step + j);
+        for (int64_t last = std::min(chunks, c + kGroup); c < last; c++) group += load(partials + c * step + lanes<T>(columns));
         total += group;
       }
-      store(static_cast<S*>(out) + j, total, n);
+      return total;
     });
   };
   parallel_for(ceil_div(cols, kColumns), body, chunks * kColumns);

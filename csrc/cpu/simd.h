@@ -102,15 +102,13 @@ PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in
 #endif
 }
 
-PYGPT_INLINE U16 narrow(Vec<float> x, bf16) {  // round to nearest even; NaN becomes NaN
-  const U32 u = bit_cast<U32>(x), more = 0x7fff + ((u >> 16) & 1);
-#if defined(__AVX512F__)
-  const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);  // a NaN's high half stays one
-  return low_halves((U32)_mm512_mask_add_epi32((__m512i)u, number, (__m512i)u, (__m512i)more) >> 16);
-#else
-  return low_halves(((u + more) | (U32)(x != x)) >> 16);
-#endif
+// The nearest bf16, ties to even, in the high half of each lane. A NaN stays one: it is the processor's own or was a bf16 (what
+// else could bring one in is checked there), so its low half is 0, and rounding does not carry into the sign.
+PYGPT_INLINE U32 high_rounded(Vec<float> x) {
+  const U32 u = bit_cast<U32>(x);
+  return u + (0x7fff + ((u >> 16) & 1));
 }
+PYGPT_INLINE U16 narrow(Vec<float> x, bf16) { return low_halves(high_rounded(x) >> 16); }
 
 #if defined(__AVX512F__)
 PYGPT_INLINE Vec<float> widen(U16 v, f16) { return (Vec<float>)_mm512_cvtph_ps((__m256i)v); }
@@ -156,6 +154,28 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x) {
     std::memcpy(p, &v, sizeof v);
   } else {
     std::memcpy(p, &x, sizeof x);
+  }
+}
+// 2 W neighbours in memory as two vectors, for work that may have a value in any lane: the bf16 at even places in the one,
+// those at odd places in the other, which takes a shift or a mask for each where their order would take shuffles.
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> load_half(const S* p, int half) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    U32 both;
+    std::memcpy(&both, p, sizeof both);
+    return bit_cast<Vec<float>>(half ? both & 0xffff0000 : both << 16);
+  } else {
+    return load(p + half * W<Acc<S>>);
+  }
+}
+PYGPT_INLINE U32 joined_halves(Vec<float> a, Vec<float> b) { return high_rounded(a) >> 16 | (high_rounded(b) & 0xffff0000); }
+template <class S>
+PYGPT_INLINE void store_halves(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    const U32 both = joined_halves(a, b);
+    std::memcpy(p, &both, sizeof both);
+  } else {
+    store(p, a), store(p + W<Acc<S>>, b);
   }
 }
 // The first n lanes only; the others are 0, and memory behind them is not touched.

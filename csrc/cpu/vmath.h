@@ -5,7 +5,7 @@
 //     gelu and its derivative 3 above -1, 8 above -4, 25 above -8      (4, 13, 45)
 //     gelu_tanh and its derivative 3, 18, 113
 // (the derivatives: of the larger of their terms; they have a zero near -0.75). For bf16, with 8 bits, polynomials are
-// shorter: before they are rounded to it, gelu and its derivative are within 2^-12.8.
+// shorter: before they are rounded to it, gelu and its derivative are within 2^-12.8, gelu_tanh and its within 2^-13.3.
 // So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. From x = -13.14 down, before their results
 // would be subnormal, gelu and its derivative are 0: such numbers cost 150 cycles each here and in the product that
 // follows (measured on an Intel CPU). exp2 is gradual on AVX-512; elsewhere it gives 0 from 2^-124.5 down. NaN stays NaN;
@@ -92,9 +92,10 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.009618506f,
                            Factor * 0.0013390806f,
                            Factor * 0.00015326461f};
-constexpr float kShortFourExp2[] = {4 * 0.9999281f, 4 * 0.693261f, 4 * 0.2426112f, 4 * 0.0551717f};  // within 2^-13.4
+template <int Factor>
+constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};  // within 2^-13.4
 
-// 2^(n + f) from n + kRound, for integers n, -125 <= n <= 128, and |f| <= 1/2; 0 if n = -125.
+// 2^(n + f) from n + kRound, for integers n, -125 <= n <= 129, and |f| <= 1/2; 0 if n = -125.
 template <int N>
 PYGPT_INLINE Vec<float> power(Vec<float> shifted, Vec<float> f, const float (&four_exp2)[N]) {
   return polynomial(f, four_exp2) * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
@@ -111,18 +112,40 @@ PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
 }  // namespace detail
 
-template <class T>
+// For a result that is stored as S.
+template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return std::exp2(v); });
   } else {
+    constexpr bool kShort = std::is_same_v<S, bf16>;
 #if defined(__AVX512F__)
     Vec<T> f = (Vec<T>)_mm512_maskz_reduce_ps(-1, (__m512)x, 8);  // x - round(x), and 0 for an infinite x
-    return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)detail::polynomial(f, detail::kExp2<1>), (__m512)(x - f));
+    const Vec<T> y = kShort ? detail::polynomial(f, detail::kShortExp2<1>) : detail::polynomial(f, detail::kExp2<1>);
+    return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)y, (__m512)(x - f));
 #else
-    x = at_least(at_most(x, 128), -125);
-    Vec<T> shifted = x + detail::kRound;
-    return detail::power(shifted, x - (shifted - detail::kRound), detail::kExp2<4>);
+    x = at_least(at_most(x, 129), -125);
+    const Vec<T> shifted = x + detail::kRound, f = x - (shifted - detail::kRound);
+    return kShort ? detail::power(shifted, f, detail::kShortExp2<4>) : detail::power(shifted, f, detail::kExp2<4>);
+#endif
+  }
+}
+
+template <class T>
+constexpr T kLog2e = T(1.4426950408889634074);
+
+// exp(x) for finite x below 88, and 0 for -inf.
+template <class T>
+PYGPT_INLINE Vec<T> exp(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    return detail::each<T>(x, [](T v) { return std::exp(v); });
+  } else {
+#if defined(__AVX512F__)
+    return exp2<T>(x * kLog2e<T>);
+#else
+    x = at_least(x, -86.5f);  // one bound, and the product within fused operations
+    const Vec<T> shifted = x * kLog2e<T> + detail::kRound, f = x * kLog2e<T> - (shifted - detail::kRound);
+    return detail::power(shifted, f, detail::kExp2<4>);
 #endif
   }
 }
@@ -163,7 +186,7 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
     constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
     const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
     const Vec<T> tail = m * (detail::polynomial(a, kN) * about_reciprocal(detail::polynomial(a, kQ)));
-    return at_least(x, 0) - detail::gauss(a, detail::kShortFourExp2) * tail;
+    return at_least(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
@@ -184,7 +207,7 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
     constexpr float kD[] = {0.5f, -0.300899f, -0.393626f, -0.120756f}, kE[] = {1.f, 0.99299f, 0.302433f};
     const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
     const Vec<T> quotient = detail::polynomial(a, kD) * about_reciprocal(detail::polynomial(a, kE));
-    const Vec<T> tail = detail::gauss(a, detail::kShortFourExp2) * quotient;
+    const Vec<T> tail = detail::gauss(a, detail::kShortExp2<4>) * quotient;
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
@@ -201,8 +224,6 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
 //             2u = x (kU + kU3 x^2)                      2u' = kU + 3 kU3 x^2
 // relu        max(x, 0)                                  1 where y is not <= 0
 // relu2       max(x, 0)^2                                2 sqrt(y)
-template <class T>
-constexpr T kLog2e = T(1.4426950408889634074);
 constexpr double kU = 1.59576912160573071176;  // 2 sqrt(2 / pi)
 constexpr double kU3 = kU * 0.044715;
 
@@ -211,7 +232,7 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   if constexpr (A == Activation::gelu) {
     return gelu<S>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
-    return x / (1 + exp2<T>(x * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * (x * x))));
+    return x / (1 + exp2<S>(x * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * (x * x))));
   } else {
     Vec<T> y = x < 0 ? Vec<T>{} : x;
     return A == Activation::relu ? y : y * y;
@@ -225,7 +246,7 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
     return gelu_slope<S>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
     Vec<T> x = saved, a = magnitude<T>(x), xx = x * x;
-    Vec<T> e = exp2<T>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
+    Vec<T> e = exp2<S>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
     Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
     return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
   } else if constexpr (A == Activation::relu) {
