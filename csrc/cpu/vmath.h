@@ -92,8 +92,8 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.009618506f,
                            Factor * 0.0013390806f,
                            Factor * 0.00015326461f};
-template <int Factor>
-constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};  // within 2^-13.4
+template <int Factor>  // within 2^-13.4
+constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};
 
 // 2^(n + f) from n + kRound, for integers n, -125 <= n <= 129, and |f| <= 1/2; 0 if n = -125.
 template <int N>
