@@ -180,7 +180,7 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
   write_each(0, cols, write, dx, [&](Columns c) {
     Vec<T> g = rounded(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
-    Vec<T> d = (g - mean_g - xhat(c) * mean_gh) * saved.rstd;
+    Vec<T> d = rounded((g - mean_g - xhat(c) * mean_gh) * saved.rstd);  // fused with dsum it might be here but not there
     ahead(lanes<T>(c));
     return dsum ? d + at(dsum, c) : d;
   });
