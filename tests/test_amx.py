@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("pygpt", "csrc", "tests", "triton_kernels", "bench", "setup.py", "pyproject.toml", "README.md")
 COUNT = """
-import ctypes, runpy, sys
+import ctypes, sys
 import pytest
 from pygpt import _C
 assert _C.__file__.startswith(sys.argv[1]), _C.__file__
 products = ctypes.c_longlong.in_dll(ctypes.CDLL(_C.__file__), "emulated_amx_products")
-status = pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_parity.py", "tests/test_kernels.py", "-m", "not slow", "-k", sys.argv[2]])
+files = ["tests/test_parity.py", "tests/test_kernels.py"]
+status = pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", sys.argv[2], *files])
 assert products.value > 1000, products
 sys.exit(status)
 """
@@ -35,7 +36,7 @@ def test_emulated_amx(tmp_path):
         copy(ROOT / part, tmp_path / part, **({"ignore": ignore} if copy is shutil.copytree else {}))
     env = {
         **os.environ,
-        "CFLAGS": f"-include {tmp_path / 'tests/emulator/amx.h'}",
+        "CPPFLAGS": f"-include {tmp_path / 'tests/emulator/amx.h'}",
         "PYGPT_BUILD_CUDA": "0",
         "PYTHONPATH": str(tmp_path),
         "PYGPT_CPU_CAPABILITY": "avx512_bf16",

@@ -1,4 +1,4 @@
-// AMX for machines without it: included before everything else (CXXFLAGS="-include amx.h"), this has the kernels that are
+// AMX for machines without it: included before everything else (CPPFLAGS="-include amx.h"), this has the kernels that are
 // compiled with AVX512_BF16 take csrc/cpu/amx.h, and its intrinsics be these functions. See tests/test_amx.py.
 //
 // A product is computed as Intel's manual has it: the sums of even and of odd places of a row by fused multiply-adds, then
