@@ -5,8 +5,8 @@ compiled once per instruction set and chosen when the library is loaded, so noth
 that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
 
   PYGPT_BUILD_CUDA=0|1         never | or fail without nvcc; by default if nvcc is found
-  PYGPT_CUDA_ARCHS="80 90"     the GPUs to build for, 75 to 121; by default the one that is there, else 80 and 90.
-                               Newer ones run the PTX of the last
+  PYGPT_CUDA_ARCHS="80 90"     the GPUs to build for, 80 and newer; by default the one that is there, if nvcc knows it,
+                               else 80 and 90. Newer ones run the PTX of the last
   MAX_JOBS                     compilers at a time; by default one per core
 """
 
@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,11 @@ def torch_paths():
             "pygpt: building needs torch >= 2.10 in this environment, and the build must see it:\n"
             "  pip install torch && pip install --no-build-isolation ."
         )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        sys.exit(
+            "pygpt: building needs Python's own headers (Python.h), and this Python has none: on Debian or Ubuntu,\n"
+            "  apt install python3-dev; on Fedora, dnf install python3-devel"
+        )
     if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         sys.exit(f"pygpt: building needs torch >= 2.10, found {torch.__version__}")
     return cpp_extension.include_paths(), cpp_extension.library_paths()
@@ -82,15 +88,19 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
-def cuda_archs() -> list[str]:
+def cuda_archs(nvcc: str) -> list[str]:
     """Compute capabilities without the point, oldest first."""
     archs = os.environ.get("PYGPT_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").replace(".", "").split()
     if not archs and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=False)
-        archs = found.stdout.replace(".", "").split() if found.returncode == 0 else []
-    if any(not arch.isdigit() for arch in archs):
-        sys.exit(f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities such as '80 90', got {' '.join(archs)!r}")
+        there = found.stdout.replace(".", "").split() if found.returncode == 0 else []
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+        archs = [arch for arch in there if arch.isdigit() and int(arch) >= 80 and f"compute_{arch}" in known]
+    if any(not arch.isdigit() or int(arch) < 80 for arch in archs):
+        sys.exit(
+            f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities from 80 on, as '80 90', got {' '.join(archs)!r}"
+        )
     return sorted(set(archs), key=int) or ["80", "90"]
 
 
@@ -112,7 +122,8 @@ class BuildKernels(build_ext):
                 "A C++17 compiler is needed (g++ >= 11 or clang >= 11): on Debian or Ubuntu, apt install g++;\n"
                 "  on Fedora, dnf install gcc-c++; on macOS, xcode-select --install. CXX=... names another."
                 if ext.name == "pygpt._C"
-                else "NVCC_CCBIN=... names another host compiler; PYGPT_BUILD_CUDA=0 leaves the CUDA kernels out."
+                else "NVCC_CCBIN=... names another host compiler, PYGPT_CUDA_ARCHS other GPUs;\n"
+                "  PYGPT_BUILD_CUDA=0 leaves the CUDA kernels out."
             )
             sys.exit(f"pygpt: building {ext.name} failed: {e}\n  {advice}")
 
@@ -183,7 +194,7 @@ extensions = [
 ]
 NVCC = cuda_compiler()
 if NVCC:
-    CUDA_ARCHS = cuda_archs()
+    CUDA_ARCHS = cuda_archs(NVCC)
     extensions.append(
         Extension(
             "pygpt._cuda",

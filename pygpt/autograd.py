@@ -51,8 +51,12 @@ def _kernels(ctx):
 
 
 def _higher_order(expression, args, grads, needs):
-    """Differentiable gradients of ``expression(*args)`` by PyTorch's own autograd."""
+    """Differentiable gradients of ``expression(*args)`` by PyTorch's own autograd.
+
+    With respect to views of the arguments: one tensor may be several of them, or what another was computed from.
+    """
     with torch.enable_grad():
+        args = [a.view_as(a) if isinstance(a, torch.Tensor) else a for a in args]
         outputs = reference.as_tuple(expression(*args))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [a for a, need in zip(args, needs, strict=True) if need]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -31,6 +32,10 @@ OPS = ("attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm",
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Unavailable(RuntimeError):
+    """An explicitly chosen backend is not there, or cannot serve a call."""
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -38,6 +43,7 @@ class Backend:
     missing: str = ""  # why it is missing
     plain: object = None  # a namespace for plain calls, where it has one of their own
     devices: tuple = ()  # device types served; empty means any
+    device_objection: Callable = lambda device: ""  # why not this one
     dtypes: tuple = FLOATS
     ops: tuple = OPS
     features: Mapping = field(default_factory=dict)  # op -> the optional features served
@@ -66,6 +72,8 @@ class Backend:
         if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
             why.append(f"head dimension above {self.max_head_dim}")
         if not is_compiling():
+            if not why and (objection := self.device_objection(lead.device)):
+                why.append(objection)
             if _are_functorch_transforms_active():
                 why.append("a torch.func transform (vmap, grad, jvp) is active")
             elif forward_ad._current_level >= 0:
@@ -121,18 +129,25 @@ def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
         built = importlib.util.find_spec("pygpt._cuda") is not None
         return None, "torch finds no GPU here" + ("" if built else "; nor were the CUDA kernels built")
     try:
-        from . import _cuda as library
+        importlib.import_module("pygpt._cuda")
     except ImportError as e:
         return None, f"the CUDA kernels are missing ({e}); with nvcc: pip install --no-build-isolation ."
-    major, minor = torch.cuda.get_device_capability()
-    if (arch := 10 * major + minor) < 80:
-        return None, f"the CUDA kernels need sm_80 or newer, this GPU is sm_{arch}"
-    if arch < (oldest := int(library.archs().split()[0])):
-        return (
-            None,
-            f"the CUDA kernels were built for sm_{oldest} and newer, this GPU is sm_{arch}; set PYGPT_CUDA_ARCHS",
-        )
     return compiled, ""
+
+
+@cache
+def _too_old(device: torch.device) -> str:
+    """Why the CUDA kernels can't run on this GPU. Asked at the first call there: it initialises CUDA."""
+    if device.type != "cuda":
+        return ""
+    from . import _cuda
+
+    major, minor = torch.cuda.get_device_capability(device)
+    arch, oldest = 10 * major + minor, int(_cuda.archs().split()[0])
+    hint = "; set PYGPT_CUDA_ARCHS" if arch >= 80 else ""
+    return (
+        f"the CUDA kernels were built for sm_{oldest} and newer, this GPU is sm_{arch}{hint}" if arch < oldest else ""
+    )
 
 
 def _triton() -> tuple[object, str, tuple]:
@@ -161,8 +176,8 @@ TABLE: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cpp", _kernels, _why, _plain_kernels, ("cpu",), **_ATTENTION),
-        Backend("triton", _triton_kernels, _why_no_triton, None, _triton_devices, FLOATS[1:], **_ATTENTION),
-        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), FLOATS[1:], **_ATTENTION),
+        Backend("triton", _triton_kernels, _why_no_triton, None, _triton_devices, dtypes=FLOATS[1:], **_ATTENTION),
+        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), _too_old, FLOATS[1:], **_ATTENTION),
         Backend("torch", reference),
     )
 }
@@ -185,7 +200,7 @@ def _named(name: str) -> Backend:
     if row is None:
         raise ValueError(f"pygpt: unknown backend {name!r}; known: {', '.join(TABLE)}")
     if row.missing:
-        raise RuntimeError(f"pygpt: backend {name!r} is not available: {row.missing}")
+        raise Unavailable(f"pygpt: backend {name!r} is not available: {row.missing}")
     return row
 
 
@@ -196,6 +211,8 @@ def backend(name: str):
     name: "cpp", "cuda", "triton" or "torch". ValueError if unknown, RuntimeError if it is not
     available here. Holds for the current thread; a backward pass uses the backend of its
     forward. The environment variable PYGPT_BACKEND does the same for a whole process.
+    What torch.utils.checkpoint computes again, it computes when and where backward runs: give it
+    ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))`` and use_reentrant=False.
     """
     _named(name)
     previous = state.chosen, state.served
@@ -234,4 +251,4 @@ def pick(op: str, tensors, features=()) -> Backend:
     for row in TABLE.values() if name is None else (TABLE[name],):
         if not (why := row.objections(op, tensors, features)):
             return row
-    raise RuntimeError(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")
+    raise Unavailable(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from .backend import Unavailable, chosen
 from .data import UsageError
 
 COMMANDS = {
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv) or 0
-    except (UsageError, OSError) as e:
+    except (UsageError, Unavailable, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -58,6 +59,10 @@ def _run(argv: list[str]):
         if command == name:
             _module(command).add_arguments(sub)
     args = parser.parse_args(argv)
+    try:
+        chosen()
+    except ValueError as e:
+        raise UsageError(f"PYGPT_BACKEND: {e}") from None
     args.given = argv[argv.index(args.command) + 1 :]
     return _module(args.command).run(args)
 

@@ -64,7 +64,7 @@ def _check(op: str, tensors):
             raise TypeError(f"{public}: {name} must be floating point, got {t.dtype}")
         if t.device != tensors[0].device:
             raise ValueError(f"{public}: {name} is on {t.device}, the first argument on {tensors[0].device}")
-    if op in _LOW_PRECISION and not torch.is_autocast_enabled(tensors[0].device.type):
+    if op in _LOW_PRECISION and not reference.autocasting(tensors[0].device.type):
         first, lead = given[0]
         for name, t in given:
             if t.dtype != lead.dtype:
@@ -87,7 +87,7 @@ def _run_first(op: str, kind: int, *args):
 def _run(op: str, *args, **features):
     """Serves any canonical call by the picked backend; ``features`` hold only what is in use."""
     device = args[0].device.type
-    if torch.is_autocast_enabled(device) and args[0].dtype != torch.float64:
+    if reference.autocasting(device) and args[0].dtype != torch.float64:
         args = _autocast(op, device, args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if backend.state.explaining:
@@ -147,9 +147,10 @@ def scaled_dot_product_attention(
     softcap: float = 0.0,
     return_lse: bool = False,
 ):
-    """softmax(scale * query key^T + bias) value, never forming the (L, S) matrix in memory.
+    """softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
 
-    FlashAttention-2 (Dao 2023), with the arguments of torch's function of this name.
+    FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory. (Calls with attn_mask, dropout_p, enable_gqa,
+    window, alibi_slopes or softcap have no kernel yet: PyTorch computes them, some by way of that matrix.)
 
     query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev) -> (..., Hq, L, Ev).
     attn_mask: boolean (True = may attend) or floating, broadcastable to (..., Hq, L, S); or
@@ -198,16 +199,24 @@ def scaled_dot_product_attention(
 
     q, k, v, lead, (Hq, Hkv) = _four_dimensional(op, query, key, value, shapes, enable_gqa)
     if attn_mask is not None:
+        _check_optional(op, "attn_mask", attn_mask, query, or_boolean=True)
         features["attn_mask"] = _mask(op, attn_mask, lead, (q.size(0), Hq, L, S))
     if dropout_p > 0.0:
         features["dropout_p"] = dropout_p
     if Hq != Hkv:
         features["enable_gqa"] = enable_gqa
-    if window is not None and tuple(window) != (-1, -1):
-        if len(window) != 2 or min(window) < -1:
-            raise ValueError(f"{op}: window must be (left, right) >= -1, got {window}")
-        features["window"] = window
+    if window is not None:
+        try:
+            left, right = window
+            valid = min(left, right) >= -1
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{op}: window must be (left, right) >= -1, got {window!r}")
+        if (left, right) != (-1, -1):
+            features["window"] = window
     if alibi_slopes is not None:
+        _check_optional(op, "alibi_slopes", alibi_slopes, query)
         B = q.size(0)
         if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
             shape = tuple(alibi_slopes.shape)
@@ -222,7 +231,7 @@ def scaled_dot_product_attention(
     result = run(q, k, v, bool(is_causal), scale)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if q is not query:
-        rows = (*lead, *q.shape[1:3]) if query.dim() > 2 or lead else (L,)
+        rows = (*lead, *q.shape[1:3]) if max(map(len, shapes)) > 2 else (L,)
         out, lse = out.reshape(*rows, Ev), lse.reshape(rows) if return_lse else None
     return (out, lse) if return_lse else out
 
@@ -251,12 +260,18 @@ def _four_dimensional(op, query, key, value, shapes, enable_gqa):
     return q, k, v, lead, (Hq, Hk)
 
 
+def _check_optional(op, name, t, query, or_boolean=False):
+    """A floating tensor, or a boolean one where that may be, on the query's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point() and not (or_boolean and t.dtype == torch.bool):
+        raise TypeError(f"{op}: {name} must be {'boolean or ' * or_boolean}floating point, got {t.dtype}")
+    if t.device != query.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, query on {query.device}")
+
+
 def _mask(op, attn_mask, lead, shape):
     """attn_mask broadcast to (B, Hq, L, S), as a view where strides allow."""
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"{op}: attn_mask must be a Tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"{op}: attn_mask must be boolean or floating point, got {attn_mask.dtype}")
     full = (*lead, *shape[1:])
     try:
         return attn_mask.expand(full).reshape(shape)

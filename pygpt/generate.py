@@ -5,6 +5,7 @@ import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ def continuation(
     """``prompt``, then what follows, a piece per token (an empty one inside a multi-byte character)."""
     idx = tokenizer.encode(prompt.encode()).long()[None]
     generator = torch.Generator().manual_seed(seed)
+    tokens = model.stream(idx, max_new_tokens, temperature, top_k, generator)
+    first = next(tokens)  # what fails does so before anything is shown
     yield prompt
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.stream(idx, max_new_tokens, temperature, top_k, generator):
+    for token in chain((first,), tokens):
         yield decoder.decode(tokenizer.decode(token[0].tolist()))
     yield decoder.decode(b"", final=True)
 
@@ -46,6 +49,10 @@ def run(args: argparse.Namespace):
             raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
     if args.backend and TABLE[args.backend].missing:
         raise UsageError(f"backend {args.backend!r} is not available: {TABLE[args.backend].missing}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("--prompt is not UTF-8") from None
     if not args.prompt:
         raise UsageError("--prompt is empty; the model needs something to continue")
     model, tokenizer, _ = open_checkpoint(args.checkpoint)

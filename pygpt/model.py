@@ -159,6 +159,11 @@ class GPT(nn.Module):
         folder = isinstance(model_or_folder, str | Path)
         source = _read_hf_folder(Path(model_or_folder)) if folder else model_or_folder
         weights = {name.removeprefix("transformer."): w for name, w in source.state_dict().items()}
+        if (kind := getattr(source.config, "model_type", "gpt2")) != "gpt2" or "wte.weight" not in weights:
+            raise ValueError(
+                f"pygpt.GPT.from_hf: only GPT-2 is understood; model_type is {kind!r}, "
+                f"wte.weight is {'there' if 'wte.weight' in weights else 'missing'}"
+            )
         wte = weights["wte.weight"]
         model = cls(_config_from_hf(source.config, weights, dropout), device=wte.device, dtype=wte.dtype)
         named = {"lm_head.weight": weights.pop("lm_head.weight", wte)}
@@ -215,8 +220,6 @@ def _read_hf_folder(folder: Path):
 
 
 def _config_from_hf(hf, weights: dict, dropout: float) -> GPTConfig:
-    if getattr(hf, "model_type", "gpt2") != "gpt2":
-        raise ValueError(f"pygpt.GPT.from_hf: this is a {hf.model_type} model; only gpt2 is understood")
     head, activation = weights.get("lm_head.weight"), getattr(hf, "activation_function", "gelu_new")
     wanted = {
         "n_inner = 4 n_embd": getattr(hf, "n_inner", None) in (None, 4 * hf.n_embd),

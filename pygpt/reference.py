@@ -14,10 +14,16 @@ order they are returned; an unwanted one comes back with no elements.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device; some, as "meta", know none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def as_tuple(result) -> tuple:
@@ -68,14 +74,20 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    k, v = _repeat_heads(q, k, v)
+    features = attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right
+    with torch.autocast(q.device.type, enabled=False) if autocasting(q.device.type) else nullcontext():
+        out, lse = _composite_attention(q, *_repeat_heads(q, k, v), is_causal, scale, *features)
+    return (out, lse) if return_lse else out
+
+
+def _composite_attention(q, k, v, is_causal, scale, attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right):
     L, S = q.shape[-2], k.shape[-2]
     dist = _distance(L, S, q.device, lower_right)
     s = (_acc(q) * scale) @ _acc(k).mT
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
-        s = s - _acc(alibi_slopes).reshape(-1, q.shape[1], 1, 1) * dist.abs()
+        s = s - alibi_slopes.to(s.dtype).reshape(-1, q.shape[1], 1, 1) * dist.abs()
     keep = torch.ones_like(dist, dtype=torch.bool)
     if is_causal or lower_right:
         keep = keep & (dist <= 0)
@@ -85,11 +97,10 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         keep = keep & attn_mask
     elif attn_mask is not None:
-        s = s + attn_mask
+        s = s + attn_mask.to(s.dtype)
     p, lse = _softmax(s.masked_fill(~keep, -math.inf))
     p = F.dropout(p, dropout_p) if dropout_p else p
-    out = (p @ _acc(v)).to(q.dtype)
-    return (out, lse) if return_lse else out
+    return (p @ _acc(v)).to(q.dtype), lse
 
 
 def _softmax(s: Tensor):

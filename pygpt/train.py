@@ -326,7 +326,8 @@ def fit(trainer: Trainer, out: Path):
 
         if not log.entries:
             evaluate()
-        while trainer.done < s.steps and not interrupted():
+        last = trainer.done >= s.steps or interrupted()
+        while not last:
             start, rate = time.perf_counter(), s.rate(trainer.done)
             loss = trainer.step()
             if not math.isfinite(loss):
@@ -335,9 +336,9 @@ def fit(trainer: Trainer, out: Path):
             speed = s.tokens_per_step / median(durations)
             log.write(step=trainer.done, loss=loss, lr=rate, tokens_per_second=round(speed, 1))
             progress.update(trainer.done, f"loss {loss:.4f}  {speed:,.0f} tokens/s")
-            last = trainer.done == s.steps or interrupted()
             if trainer.done % s.eval_interval == 0 or trainer.done == s.steps:
                 evaluate()
+            last = trainer.done >= s.steps or interrupted()
             if trainer.done % every == 0 or last:
                 trainer.save(path)
     curves = {"train": log.curve("loss"), "validation": log.curve("val_loss")}

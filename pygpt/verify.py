@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from . import functional, reference
-from .backend import _named, choose
+from .backend import TABLE, choose
 from .backend import backend as chosen
+from .data import UsageError
 from .reference import as_tuple
 
 ULPS = 4.0
@@ -242,10 +243,10 @@ SPECS = {
 
 # ------------------------------------------------------------------------------- measuring
 def complete(op: str, dims: dict) -> dict:
-    """``dims`` with the op's defaults filled in; ValueError on a key the op does not have."""
+    """``dims`` with the op's defaults filled in; UsageError on a key the op does not have."""
     known = SPECS[op].dims
     if unknown := [key for key in dims if key not in known]:
-        raise ValueError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
+        raise UsageError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
     full = {**known, **dims}
     return {key: full[value] if isinstance(value, str) and value in full else value for key, value in full.items()}
 
@@ -362,19 +363,19 @@ def _value(op_key: str, text: str, default):
             raise ValueError
         return sizes[0] if len(sizes) == 1 else tuple(sizes)
     except ValueError:
-        raise ValueError(f"verify: --shape: {op_key}={text!r} is not valid") from None
+        raise UsageError(f"verify: --shape: {op_key}={text!r} is not valid") from None
 
 
 def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
     """``--shape`` for each op it is for: those in ``ops`` that know all its keys, or if ``named`` all of them."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if bad := [key for key, equals, _ in pairs if not equals]:
-        raise ValueError(f"verify: --shape wants KEY=VALUE,..., got {bad[0]!r}")
+        raise UsageError(f"verify: --shape wants KEY=VALUE,..., got {bad[0]!r}")
     keys = [key for key, _, _ in pairs]
     fitting = ops if named else [op for op in ops if all(key in SPECS[op].dims for key in keys)]
     if not fitting:
         known = "; ".join(f"{op}: {', '.join(SPECS[op].dims)}" for op in ops)
-        raise ValueError(f"verify: --shape: no op has the dimensions {', '.join(keys)}; they are {known}")
+        raise UsageError(f"verify: --shape: no op has the dimensions {', '.join(keys)}; they are {known}")
     shapes = {}
     for op in fitting:
         complete(op, dict.fromkeys(keys))
@@ -385,12 +386,12 @@ def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
 def _names(text: str | None, known, what: str) -> list[str]:
     names = text.split(",") if text else list(known)
     if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"verify: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
+        raise UsageError(f"verify: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     return names
 
 
 def add_arguments(parser):
-    parser.add_argument("--backend", help="cpp, cuda, triton or torch; default: what serves each op here")
+    parser.add_argument("--backend", choices=TABLE, help="default: what serves each op here")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are; default: cpu")
@@ -402,16 +403,16 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-    """Exit code 0 if every row passes, else 1. ValueError on bad arguments."""
+    """Exit code 0 if every row passes, else 1. UsageError on bad arguments."""
     ops = _names(args.ops, SPECS, "op")
     dtypes = _names(args.dtypes, DTYPES, "dtype")
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     generator = torch.Generator().manual_seed(seed)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("verify: --device cuda: torch finds no GPU here")
+        raise UsageError("verify: --device cuda: torch finds no GPU here")
     if args.backend and not args.dtypes:
-        dtypes = [name for name in dtypes if DTYPES[name] in _named(args.backend).dtypes]
+        dtypes = [name for name in dtypes if DTYPES[name] in TABLE[args.backend].dtypes]
     rows = []
     for op in ops if own is None else own:
         for dims in SPECS[op].shapes if own is None else (own[op],):

@@ -13,11 +13,11 @@ WIDTHS = (1, 3, 64, 768, 1000, 4099)
 HEAD_DIMS = (1, 8, 24, 64, 80, 128, 256)
 
 
-
 def fullest_nan(dtype):
     """The NaN that rounding to fewer bits carries furthest: every bit set."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return torch.tensor(-1, dtype=bits).view(dtype)
+
 
 def _attention(B, H, L, S, E, Ev=None):
     dims = {"B": B, "H": H, "L": L, "S": S, "E": E, "Ev": Ev or E}

@@ -271,7 +271,11 @@ BAD = [
     ((Q, Q, Q), {"softcap": -1.0}, ValueError, "softcap must not be negative.*-1.0"),
     ((Q, Q, Q), {"window": (-2, 1)}, ValueError, r"window must be.*\(-2, 1\)"),
     ((Q, Q, Q), {"window": (1,)}, ValueError, r"window must be.*\(1,\)"),
+    ((Q, Q, Q), {"window": 5}, ValueError, "window must be.*5"),
     ((Q, Q, Q), {"alibi_slopes": tensor(3)}, ValueError, r"alibi_slopes must have shape \(2,\).*\(3,\)"),
+    ((Q, Q, Q), {"alibi_slopes": tensor(2).int()}, TypeError, "alibi_slopes must be floating point.*int32"),
+    ((Q, Q, Q), {"alibi_slopes": tensor(2).to("meta")}, ValueError, "alibi_slopes is on meta, query on cpu"),
+    ((Q, Q, Q, tensor(3, 3).to("meta")), {}, ValueError, "attn_mask is on meta, query on cpu"),
     ((Q, Q.to("meta"), Q), {}, ValueError, "key is on meta"),
 ]
 

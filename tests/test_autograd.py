@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pygpt
 from pygpt import functional, verify
@@ -55,6 +56,43 @@ def test_second_order_equals_pytorchs(op, dims, backend, generator):
         for ours, theirs in zip(second(verify.SPECS[op].call), second(verify.eager(op)), strict=True):
             zero = torch.zeros(())
             torch.testing.assert_close(*((zero if g is None else g) for g in (ours, theirs)), check_device=False)
+
+
+def _twice(f):
+    """f of a tensor, again of its result, which the same parameters have made."""
+    return lambda t: f(f(t[0], *t[1:]), *t[1:])
+
+
+SHARED = {  # tensors that meet in a call more than once: what is computed of (x, w, b)
+    "self-attention": (lambda F: lambda t: F.scaled_dot_product_attention(*[t[0][None]] * 3, is_causal=True)),
+    "linear": (lambda F: _twice(F.linear)),
+    "layer_norm": (lambda F: _twice(lambda x, w, b: F.layer_norm(x, (8,), b, b))),
+    "rms_norm": (lambda F: _twice(lambda x, w, b: F.rms_norm(x, (8,), b))),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_tensors_that_are_shared(name, create_graph, backend):
+    """One tensor as several arguments, or as what another argument was computed from: it counts once for each."""
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 8), (8, 8), (8,))]
+
+    def gradients(F):
+        y = SHARED[name](F)(tensors)
+        first = torch.autograd.grad(y.square().sum(), tensors, create_graph=create_graph, allow_unused=True)
+        first = [torch.zeros(()) if g is None else g for g in first]
+        return first + list(
+            torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
+            if create_graph
+            else ()
+        )
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's with a second derivative
+        with pygpt.backend(backend):
+            ours = gradients(functional)
+        theirs = gradients(torch.nn.functional)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from functools import partial
 
 import cases
 import pytest
@@ -179,9 +180,8 @@ def test_what_is_no_tensor_is_named(op, backend):
     with pygpt.backend(backend):
         for name, kind in kinds.items():
             for bad in (3, [1.0], *[None] * (kind == torch.Tensor)):
-                if name != "alibi_slopes":  # which only has a shape
-                    with pytest.raises(TypeError, match=f"{op}: {name} must be a Tensor, got {type(bad).__name__}"):
-                        function(**{**good, name: bad})
+                with pytest.raises(TypeError, match=f"{op}: {name} must be a Tensor, got {type(bad).__name__}"):
+                    function(**{**good, name: bad})
         function(**good)
 
 
@@ -268,3 +268,28 @@ def test_autocast_of_mixed_arguments(backend):
         assert functional.linear(x, w, b).dtype == functional.mlp(x, w, b, w.t(), None).dtype == torch.bfloat16
         q = torch.randn(1, 1, 3, 8)
         assert functional.scaled_dot_product_attention(q, q.bfloat16(), q).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "features", [{"window": (3, 0)}, {"alibi_slopes": torch.tensor([0.3, 0.7])}, {"softcap": 2.0}, {}], ids=cases.ids
+)
+def test_autocast_leaves_attentions_scores_in_float32(features, compiled):
+    """As the kernels have them; what autocast makes 16 bits wide is the arguments."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8).bfloat16()
+    call = partial(functional.scaled_dot_product_attention, q, k, v, is_causal=True, return_lse=True, **features)
+    with pygpt.backend("torch"):
+        want = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(a, b) for a, b in zip(call(), want, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = call()
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(lse, want[1])
+
+
+@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+def test_meta_tensors_have_shapes(op, dims, generator):
+    args, _ = verify.draw(op, dims, torch.float32, generator)
+    want = verify.as_tuple(verify.SPECS[op].call(*args))
+    got = verify.as_tuple(verify.SPECS[op].call(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)))
+    assert [(t.shape, t.dtype, t.device.type) for t in got] == [(t.shape, t.dtype, "meta") for t in want]

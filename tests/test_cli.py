@@ -1,5 +1,7 @@
 """The command line: what it prints, and that bad input is one line, exit code 2, and no damage."""
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -144,6 +146,12 @@ BAD = [
     ("generate long.txt --top-k=0", "--top-k must be at least 1"),
     ("generate long.txt --prompt=", "--prompt is empty"),
     ("generate", "the following arguments are required: checkpoint"),
+    ("verify --ops=foo", "unknown op 'foo'; known: attention"),
+    ("verify --dtypes=int8", "unknown dtype 'int8'"),
+    ("verify --backend=rocm", "invalid choice: 'rocm'"),
+    ("verify --shape=X=1", "no op has the dimensions X"),
+    ("verify --ops=gelu --shape=B=1", "gelu has no dimension 'B'"),
+    ("verify --ops=gelu --shape=M=x", "M='x' is not valid"),
     ("demo --seconds=0", "--seconds must be positive"),
     ("demo --steps=-3", "--steps must be positive"),
     ("demo --data=missing.txt", "no such file or folder: missing.txt"),
@@ -170,9 +178,22 @@ def test_bad_input(command, message, files, capsys):
 
 
 @pytest.mark.parametrize("name", [n for n, row in TABLE.items() if row.missing])
-@pytest.mark.parametrize("command", ["train --block-size=16 --data=long.txt", "generate long.txt"])
+@pytest.mark.parametrize("command", ["train --block-size=16 --data=long.txt", "generate long.txt", "verify"])
 def test_missing_backend(name, command, files, capsys):
     assert TABLE[name].missing in refused(capsys, *command.split(), f"--backend={name}")
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "train", "bench --list"])
+def test_a_wrong_name_in_the_environment(command, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module("pygpt.backend"), "_FROM_ENVIRONMENT", "cpu")
+    assert "PYGPT_BACKEND: pygpt: unknown backend 'cpu'; known: cpp" in refused(capsys, *command.split())
+
+
+def test_backend_that_cannot_serve_the_model(checkpoint, compiled, capsys, monkeypatch):
+    """Said before anything is printed."""
+    monkeypatch.setitem(TABLE, compiled, dataclasses.replace(TABLE[compiled], max_head_dim=1))
+    monkeypatch.setattr(importlib.import_module("pygpt.backend"), "_SERVED", {})
+    assert "head dimension above 1" in refused(capsys, "generate", str(checkpoint), f"--backend={compiled}")
 
 
 def test_backend_that_cannot_train_the_model(files, capsys):

@@ -35,7 +35,8 @@ def test_built_where_there_is_nvcc():
             {"PYGPT_BUILD_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"},
             "PYGPT_BUILD_CUDA=1, but nvcc is neither",
         ),
-        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "hopper"}, "must be compute capabilities such as '80 90'"),
+        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "hopper"}, "must be compute capabilities from 80 on"),
+        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "75 90"}, "must be compute capabilities from 80 on"),
     ],
 )
 def test_bad_wishes_stop_the_build_before_it_begins(variables, message):

@@ -235,6 +235,20 @@ def test_ctrl_c_keeps_a_checkpoint(text, tmp_path):
     assert metadata["step"] == entries(out)[-1]["step"]
 
 
+def test_ctrl_c_while_evaluating_keeps_a_checkpoint(corpus, tmp_path, monkeypatch):
+    trainer = Trainer(Settings(**TINY, eval_interval=3, checkpoint_interval=1000), corpus)
+
+    def evaluate():
+        if trainer.done:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"train_loss": 0.0, "val_loss": 0.0}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(trainer, tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.safetensors")[1]["step"] == 3
+
+
 def test_a_crash_while_saving_leaves_the_old_checkpoint(corpus, tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
     trainer = Trainer(Settings(**TINY), corpus)

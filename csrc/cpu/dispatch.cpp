@@ -52,7 +52,10 @@ static bool may_use_amx() {
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {&baseline::table};
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // clang below 18 doesn't know its name
+  const bool has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("bmi2");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2) found.push_back(&avx2::table);
