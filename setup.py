@@ -38,6 +38,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-Wall",
+    "-Wno-unknown-warning-option",
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",

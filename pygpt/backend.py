@@ -71,13 +71,12 @@ class Backend:
             why.append(f"{', '.join(extra)} not served")
         if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
             why.append(f"head dimension above {self.max_head_dim}")
-        if not is_compiling():
-            if not why and (objection := self.device_objection(lead.device)):
-                why.append(objection)
-            if _are_functorch_transforms_active():
-                why.append("a torch.func transform (vmap, grad, jvp) is active")
-            elif forward_ad._current_level >= 0:
-                why.append("forward-mode differentiation is active")
+        if _are_functorch_transforms_active():
+            why.append("a torch.func transform (vmap, grad, jvp) is active")
+        elif not is_compiling() and forward_ad._current_level >= 0:
+            why.append("forward-mode differentiation is active")
+        if not is_compiling() and not why and (objection := self.device_objection(lead.device)):
+            why.append(objection)
         return why
 
 

@@ -54,6 +54,23 @@ def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     assert frames[0] > 0 and len(set(frames)) == 1  # other sizes need no other code
 
 
+@pytest.mark.parametrize("name", ["vmap", "jvp", "grad"])
+def test_function_transforms_within(name):
+    """Traced, they don't reach autograd's Functions or the kernels, which know neither; PyTorch serves them."""
+    x = torch.randn(4, 8, dtype=torch.float64)
+    transformed = {
+        "vmap": lambda f: torch.func.vmap(f)(x),
+        "jvp": lambda f: torch.func.jvp(f, (x,), (x + 1,)),
+        "grad": lambda f: torch.func.grad(lambda t: f(t).sum())(x),
+    }[name]
+    for ours, theirs in (
+        (pygpt.functional.gelu, torch.nn.functional.gelu),
+        (lambda t: pygpt.functional.layer_norm(t, (8,)), lambda t: torch.nn.functional.layer_norm(t, (8,))),
+    ):
+        compiled = torch.compile(lambda f=ours: transformed(f), backend="aot_eager")
+        torch.testing.assert_close(compiled(), transformed(theirs))
+
+
 @pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
 def test_default_choice_compiles(op, dims, generator):
     """Without an explicit backend the table is walked while tracing."""

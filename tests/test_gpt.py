@@ -327,7 +327,7 @@ def test_from_hf_folder(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "llama"}, "this is a llama model"),
+        ({"model_type": "llama"}, "only GPT-2 is understood; model_type is .llama., wte.weight is there"),
         ({"n_inner": 100}, "n_inner = 4 n_embd"),
         ({"activation_function": "silu"}, "activation_function among gelu"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-5"),
@@ -339,6 +339,13 @@ def test_from_hf_folder(tmp_path):
 def test_from_hf_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         GPT.from_hf(as_hf(GPT(TINY), **changes))
+
+
+def test_from_hf_refuses_what_has_no_embedding():
+    hf = as_hf(GPT(TINY), model_type="llama")
+    del hf.state_dict()["transformer.wte.weight"]
+    with pytest.raises(ValueError, match="wte.weight is missing"):
+        GPT.from_hf(hf)
 
 
 def test_from_hf_refuses_an_untied_head():
