@@ -38,12 +38,13 @@ def update(readme: Path = README, folder: Path = report.RESULTS) -> int:
 
 
 def newest(folder: Path) -> Path:
-    """By the day inside, and of one day's the longest; files of other kinds are passed over."""
+    """By the day inside, of one day's the longest, of equals the last; files of other kinds are passed over."""
     dated = {}
     for path in folder.glob("*.json"):
         try:
             document = results.read(path)
-            dated[path] = results.about(document)["machine"]["date"][:10], len(results.rows(document))
+            date = results.about(document)["machine"]["date"]
+            dated[path] = date[:10], len(results.rows(document)), date
         except UsageError:
             continue
     if not dated:
