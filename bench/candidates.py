@@ -71,7 +71,8 @@ def prepare(row: Row, backends: list[str], peers: dict[str, Peer], peaks: Peaks,
     found.input_sets, found.rotate = len(sets), [w.tensors for w in sets]
     theirs = results(work.eager, work.tensors, row.direction)
     reference = theirs, results(work.eager, tuple(t.float() for t in work.tensors), row.direction)
-    found.intensity = intensity(work, theirs, row.direction)
+    upstream = verify.as_tuple(work.eager(*work.tensors)) if row.direction == "backward" else ()
+    found.intensity = intensity(work, (*theirs, *upstream), row.direction)
     functions = {}
     for name in backends:
         found.about[name] = {"ours": True}
@@ -109,11 +110,14 @@ def field_of(row: Row, work: Work, peaks: Peaks) -> Field:
     return Field("GFLOP/s", amount / 1e9, peaks.flops[row.dtype])
 
 
-def intensity(work: Work, reference: tuple, direction: str) -> float:
-    """FLOPs per byte that must move at least, inputs and results. A norm or an activation counts one per element."""
+def intensity(work: Work, others: tuple, direction: str) -> float:
+    """FLOPs per byte that must move at least: inputs, and ``others``, which are the results and the gradients that come in.
+
+    A norm or an activation counts one per element.
+    """
     if work.bound == "memory":
         return 1.0 / work.tensors[0].element_size()
-    return work.amount[direction == "backward"] / sum(t.nbytes for t in (*work.tensors, *reference))
+    return work.amount[direction == "backward"] / sum(t.nbytes for t in (*work.tensors, *others))
 
 
 def results(function: Callable, tensors: tuple, direction: str) -> tuple:
@@ -162,15 +166,18 @@ def distance(x, exact) -> float:
 
 
 def whole_model(row: Row, backends, peers, peaks: Peaks, clock, say) -> Field:
-    """Of the GPT: one candidate is one model, in training with its optimizer."""
-    found = None
-    for name in (*backends, *gpt.names(row.case.op, peers)):
+    """Of the GPT: one candidate is one model, in training with its optimizer. The first call's results are compared."""
+    found = exact = None
+    for name in sorted((*backends, *gpt.names(row.case.op, peers)), key=lambda name: name != "eager"):
         say(name)
         call, tokens, peak = gpt.candidate(row, clock.device, name, peaks)
         found = found or Field("tok/s", tokens, peak, input_sets=gpt.BATCHES if row.case.op == "gpt" else 1)
         found.about[name] = {"ours": name in backends}
         try:
-            gpu_rows.trying(call)
+            first = gpu_rows.trying(call)
+            exact = exact or first
+            if why := difference(first, exact, exact):
+                raise Refused(why)
             weigh(found, name, call, call, clock)
         except Refused as e:
             found.refuse(name, str(e))

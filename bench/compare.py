@@ -38,7 +38,7 @@ def changes(old: list[Result], new: list[Result]) -> list[Change]:
 
 
 def show(first: Path, second: Path) -> int:
-    """Prints the comparison -> 1 where one of ours became slower, else 0. UsageError if there is nothing to compare."""
+    """Prints the comparison -> 1 where one of ours became slower or failed, else 0. UsageError if there is nothing to compare."""
     documents = [results.read(path) for path in (first, second)]
     old, new = (results.rows(document) for document in documents)
     found = changes(old, new)
@@ -50,13 +50,16 @@ def show(first: Path, second: Path) -> int:
     if heads[0].splitlines()[:2] != heads[1].splitlines()[:2]:
         out.print("These are two machines or set-ups: what differs may be theirs.")
     out.print(table([change for change in found if change.new.ours or change.word != "same"]))
-    gone = {str(row) for row in old} ^ {str(row) for row in new}
-    if gone:
-        out.print(f"{len(gone)} rows are in one file only")
+    then, now = ({(str(row), entry.name) for row in rows for entry in row.ours} for rows in (old, new))
+    failed = [set(report.failures(results.about(document))) for document in documents]
+    for what in sorted(failed[1] - failed[0]):
+        out.print(f"FAILED in {second} only: {what}")
+    if gone := then ^ now:
+        out.print(f"{len(gone)} timings of ours are in one file only")
     bad = sum(change.regression for change in found)
     ours = sum(change.new.ours for change in found)
     out.print(f"{bad} of {ours} timings of ours became slower by more than their spread")
-    return 1 if bad else 0
+    return 1 if bad or failed[1] - failed[0] else 0
 
 
 def table(found: list[Change]):

@@ -56,7 +56,10 @@ def names(op: str, peers) -> list[str]:
 
 
 def candidate(row, device: str, name: str, peaks):
-    """A call, the tokens it is worth, and how many a second the machine's peak allows. ``name``: a backend or a peer."""
+    """A call -> results that can be compared, the tokens it is worth, and how many a second the machine's peak allows.
+
+    ``name``: a backend or a peer.
+    """
     return {"gpt": trainer, "decode": decoder}[row.case.op](row.case.dims, row.dtype, device, name, peaks)
 
 
@@ -85,7 +88,9 @@ def trainer(dims: dict, dtype: str, device: str, name: str, peaks):
             _, loss = forward(tokens, targets)
         loss.backward()
         optimizer.step()
+        farthest = model.transformer.h[0].attn.c_attn.weight.grad  # from the loss
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), farthest
 
     return step, B * T, peaks.flops["float32"] * 1e9 / flops_per_token(model)
 
@@ -100,9 +105,10 @@ def decoder(dims: dict, dtype: str, device: str, name: str, peaks):
     @torch.no_grad()
     def token():
         with serving(name):
-            model(tokens[:, -1:], caches=caches)
+            logits, _ = model(tokens[:, -1:], caches=caches)
         for cache in caches:
             cache.length = T
+        return (logits,)
 
     with torch.no_grad(), serving(name):
         model(tokens[:, :T], caches=caches)

@@ -233,7 +233,15 @@ def verdict(row: dict) -> str:
     if row.get("wrong"):
         return f"WRONG: error {row['error']:.1e}, PyTorch's {row['eager_error']:.1e}"
     ratio = row["ratio"]
-    word = "" if ratio is None else "faster" if ratio >= 1 else "even" if ratio >= 1 - report.NOISE else "slower"
+    word = (
+        ""
+        if ratio is None
+        else "faster"
+        if ratio > 1 + report.NOISE
+        else "even"
+        if ratio >= 1 - report.NOISE
+        else "slower"
+    )
     unchecked = "" if "wrong" in row else ", unchecked"
     return word + unchecked + (", launch-bound" if row.get("launch_bound") else "")
 

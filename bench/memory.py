@@ -3,7 +3,8 @@
 On a GPU the caching allocator counts. A CPU has several allocators (PyTorch's, MKL's and oneDNN's scratch, the
 kernels' own), so the kernel counts there: free heap pages are given back, the high-water mark of resident memory
 is reset, and after the call the mark less the memory resident before it is the figure. All that the call touched is
-in it, results too; what a library allocated in an earlier call and kept is not.
+in it, results too. It runs in a thread of its own, for which OpenMP starts other workers: what libraries and our own kernels
+keep for each thread from call to call counts as well.
 
 Meanwhile every block of any size comes from mmap, so that what a call frees is gone at once; otherwise a 4 MB block
 placed beside a freed one of 16 MB counted as 20 MB. The C library looks among the heap's free blocks first: those are
@@ -14,6 +15,7 @@ that has once freed a block of 32 MB.
 import ctypes
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,13 +43,18 @@ def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        with _no_heap():
-            RESET.write_text("5")
-            before = resident("VmRSS")
-            call()
-            return max(0, resident("VmHWM") - before)
+        with _no_heap(), ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(_beyond_before, call).result()
     except (OSError, KeyError, AttributeError):
         return None
+
+
+def _beyond_before(call: Callable) -> int:
+    torch.ones(1 << 20).add_(1)  # on all threads: starts this one's workers
+    RESET.write_text("5")
+    before = resident("VmRSS")
+    call()
+    return max(0, resident("VmHWM") - before)
 
 
 @contextmanager

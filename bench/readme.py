@@ -1,4 +1,4 @@
-"""`pygpt bench --update-readme`: the README's table and plots, from the newest run in bench/results/."""
+"""`pygpt bench --update-readme`: the README's table and plots, from the newest day's longest run in bench/results/."""
 
 from pathlib import Path
 
@@ -9,8 +9,7 @@ from . import plots, report, results
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by pygpt bench --update-readme -->", "<!-- end of speed -->"
-SHOWN = {"ratios": "speed over PyTorch eager's", "speed": "speed by sequence length", "memory": "peak memory",
-         "roofline": "roofline"}  # fmt: skip
+SHOWN = {"ratios": "speed over PyTorch eager's", "speed": "speed by sequence length", "roofline": "roofline"}
 
 
 def update(readme: Path = README, folder: Path = report.RESULTS) -> int:
@@ -23,7 +22,10 @@ def update(readme: Path = README, folder: Path = report.RESULTS) -> int:
     path = newest(folder)
     document = results.read(path)
     rows, machine = results.rows(document), results.about(document)["machine"]
-    figures = {name: f for name, f in (plots.all_figures(rows, machine, {}) or {}).items() if name in SHOWN}
+    figures = plots.all_figures(rows, machine, {})
+    if figures is None:
+        raise UsageError("the README's plots need matplotlib: pip install matplotlib")
+    figures = {name: figure for name, figure in figures.items() if name in SHOWN}
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in figures.items():
         plots.write(figure, folder / "plots" / f"{name}.svg")

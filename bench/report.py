@@ -15,13 +15,10 @@ from pygpt.files import atomic
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
 RESULTS = Path(__file__).parent / "results"
-VARIABLES = (  # what can lower or redirect either side
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "PYGPT_CPU_CAPABILITY",
-    "PYGPT_BACKEND",
-)
+VARIABLES = (  # what lowers the instruction set of ours and of each library
+    "PYGPT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+    "TORCHINDUCTOR_CPP_MARCH",
+)  # fmt: skip
 
 
 def machine(peaks, options) -> dict:
@@ -36,7 +33,7 @@ def machine(peaks, options) -> dict:
         "cpu_features": [name for name in features if name in cpu.get("flags", ())],
         "isa_ours": pygpt._C.cpu_capability() if hasattr(pygpt, "_C") else "not built",
         "isa_torch": torch.backends.cpu.get_cpu_capability(),
-        "forced": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        "forced": {name: os.environ[name] for name in (*VARIABLES, "PYGPT_BACKEND") if os.environ.get(name)},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "pygpt": pygpt.__version__,
@@ -87,7 +84,7 @@ def passes(result) -> bool:
     """Whether all of ours meet the first bar, noise allowed for."""
     wanted = bar(result)
     ratios = [result.ratio(entry) for entry in result.ours]
-    return wanted is None or all(ratio is None or ratio >= wanted * (1 - NOISE) for ratio in ratios)
+    return wanted is None or all(ratio is not None and ratio >= wanted * (1 - NOISE) for ratio in ratios)
 
 
 # ------------------------------------------------------------------------------- the table
@@ -95,6 +92,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """So many digits, zeros at the end too; all of those before the point."""
     if value is None:
         return ""
+    value = float(f"{value:.{digits}g}") if value < 10**digits else value
     return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
@@ -152,10 +150,14 @@ def table(results: list, brief: bool = False):
     return t
 
 
+def failures(about: dict) -> list[str]:
+    """Which candidates of ours failed at which rows."""
+    return [" ".join(row[k] for k in ("op", "shape", "dtype", "direction", "candidate")) for row in about["failed"]]
+
+
 def notes(about: dict) -> list[str]:
     """What is not in the table, and why."""
-    keys = ("op", "shape", "dtype", "direction", "candidate")
-    found = [f"FAILED: {' '.join(row[key] for key in keys)}: {row['why']}" for row in about["failed"]]
+    found = [f"FAILED: {what}: {row['why']}" for what, row in zip(failures(about), about["failed"], strict=True)]
     found += [f"not used: {name}: {why}" for name, why in about["absent"].items()]
     for why, what in about["refused"].items():
         found.append(f"{why} ({what[0] if len(what) == 1 else f'{len(what)} rows'})")
@@ -190,10 +192,12 @@ def show(results: list, about: dict):
 
 # ------------------------------------------------------------------------------- the file
 def default_path(m: dict) -> Path:
-    """bench/results/<cpu>-<instruction set>-<date>.json, or <gpu>-<date>.json"""
+    """bench/results/<cpu>-<instruction set>-<date>.json, or <gpu>-<date>.json; with the time where that is there."""
     name = m["gpu"] if "gpu" in m else f"{m['cpu']} {m['isa_ours']}"
     words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return RESULTS / f"{'-'.join(words)}-{m['date'][:10]}.json"
+    name = f"{'-'.join(words)}-{m['date'][:10]}"
+    path = RESULTS / f"{name}.json"
+    return path if not path.exists() else RESULTS / f"{name}-{m['date'][11:16].replace(':', '')}.json"
 
 
 def short(value):

@@ -114,4 +114,7 @@ class Run:
 
     def keep(self):
         self.document = self.collect()
-        self.save(self.document)
+        try:
+            self.save(self.document)
+        except OSError as e:  # a full disk, perhaps: the table is still to come
+            self.progress.print(f"not written: {e}")

@@ -135,18 +135,18 @@ def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
 
 
 @cache
-def _too_old(device: torch.device) -> str:
+def _no_code_for(device: torch.device) -> str:
     """Why the CUDA kernels can't run on this GPU. Asked at the first call there: it initialises CUDA."""
     if device.type != "cuda":
         return ""
     from . import _cuda
 
     major, minor = torch.cuda.get_device_capability(device)
-    arch, oldest = 10 * major + minor, int(_cuda.archs().split()[0])
+    arch, built = 10 * major + minor, [int(a) for a in _cuda.archs().split()]
+    if built[-1] <= arch or any(a // 10 == major and a <= arch for a in built):  # by PTX, or by code for its family
+        return ""
     hint = "; set PYGPT_CUDA_ARCHS" if arch >= 80 else ""
-    return (
-        f"the CUDA kernels were built for sm_{oldest} and newer, this GPU is sm_{arch}{hint}" if arch < oldest else ""
-    )
+    return f"the CUDA kernels were built for sm_{', sm_'.join(map(str, built))}, this GPU is sm_{arch}{hint}"
 
 
 def _triton() -> tuple[object, str, tuple]:
@@ -176,7 +176,7 @@ TABLE: dict[str, Backend] = {
     for b in (
         Backend("cpp", _kernels, _why, _plain_kernels, ("cpu",), **_ATTENTION),
         Backend("triton", _triton_kernels, _why_no_triton, None, _triton_devices, dtypes=FLOATS[1:], **_ATTENTION),
-        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), _too_old, FLOATS[1:], **_ATTENTION),
+        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), _no_code_for, FLOATS[1:], **_ATTENTION),
         Backend("torch", reference),
     )
 }

@@ -151,6 +151,19 @@ def test_whole_models(setup, tokens, plain, monkeypatch):
     assert ours.unit == "tok/s" and ours.rate == pytest.approx(tokens / ours.ms * 1e3, rel=1e-3) and ours.memory >= 0
 
 
+@pytest.mark.parametrize("setup", [gpt.gpt, gpt.decode])
+def test_a_model_that_computes_something_else(setup, plain, monkeypatch, capsys):
+    tiny, candidate = gpt.case(setup, (1, 2, 16), 2, 8, 7, standard=("float32",)), gpt.candidate
+
+    def wrong(row, device, name, peaks):
+        call, *others = candidate(row, device, name, peaks)
+        return (call if name == "eager" else lambda: tuple(1.1 * t for t in call())), *others
+
+    monkeypatch.setattr(gpt, "CASES", [tiny])
+    monkeypatch.setattr(gpt, "candidate", wrong)
+    assert bench(*FEW, f"--ops={tiny.op}") == 1 and "another computation" in capsys.readouterr().out
+
+
 def test_decoding_repeats_one_place():
     row = candidates.Row(gpt.case(gpt.decode, (1, 2, 16), 2, 8, 7), "bfloat16", "token")
     call, tokens, peak = gpt.candidate(row, "cpu", "torch", PEAKS)
@@ -288,7 +301,11 @@ def test_compare(plain, capsys):
     Path("b.json").write_text(json.dumps(saved))
     assert bench("--compare", "a.json", "b.json") == 0
     shown = capsys.readouterr().out
-    assert "3 rows are in one file only" in shown and "two machines" in shown
+    assert "3 timings of ours are in one file only" in shown and "two machines" in shown
+    row = saved["benchmarks"][0]["extra_info"]
+    broken = {key: row[key] for key in ("op", "shape", "dtype", "direction", "candidate")} | {"why": "wrong"}
+    Path("b.json").write_text(json.dumps(saved | {"pygpt": saved["pygpt"] | {"failed": [broken]}}))
+    assert bench("--compare", "a.json", "b.json") == 1 and "FAILED in b.json only" in capsys.readouterr().out
     saved["benchmarks"] = []
     Path("b.json").write_text(json.dumps(saved))
     assert bench("--compare", "a.json", "b.json") == 2 and "no row in common" in capsys.readouterr().err
@@ -355,6 +372,12 @@ def test_saved_in_a_checkout_only(plain, monkeypatch, capsys):
     assert bench(*FEW, "--ops=relu", "--save") == 0
     (path,) = folder.iterdir()
     assert path.name.startswith("some-cpu-") and rows(path) == rows()
+    first = path.read_bytes()
+    assert (
+        bench(*FEW, "--ops=relu", "--save", "--budget=1e-9") == 1 and len(list(folder.iterdir())) == 1
+    )  # nothing measured
+    assert bench(*FEW, "--ops=relu", "--save") == 0
+    assert len(list(folder.iterdir())) == 2 and path.read_bytes() == first
 
 
 def test_isa_starts_again_under_its_variables(monkeypatch):
@@ -371,6 +394,9 @@ def test_isa_starts_again_under_its_variables(monkeypatch):
     monkeypatch.setattr(os, "execv", execv)
     with pytest.raises(Again):
         bench("--isa=avx2", "--ops=relu")
+    monkeypatch.setenv("PYGPT_CPU_CAPABILITY", "")
+    monkeypatch.setattr(pygpt._C, "cpu_capabilities", lambda: ["baseline"])
+    assert bench("--isa=avx2", "--ops=relu") == 2
 
 
 def test_compared():

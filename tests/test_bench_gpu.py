@@ -338,6 +338,7 @@ def test_check_judges_the_first_bar():
     assert gpu.met(row) and not gpu.met(row | {"rate": 289.0}) and not gpu.met(row | {"wrong": True})
     assert gpu.met(row | {"bar": None}) is None and gpu.met({"failed": "x"}) is None
     assert gpu.verdict(row) == "faster"
+    assert [gpu.verdict(row | {"ratio": r}) for r in (1.04, 1.02, 0.98, 0.96)] == ["faster", "even", "even", "slower"]
     assert gpu.verdict(row | {"ratio": 0.5, "launch_bound": True}) == "slower, launch-bound"
     assert gpu.verdict({"ratio": None}) == ", unchecked"
     for flags, code in (((), 0), (("--check",), 1)):

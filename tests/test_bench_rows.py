@@ -1,6 +1,7 @@
 """`pygpt bench`: its rows, whose turn it is, memory, and the adapters of other libraries."""
 
 import sys
+import threading
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -120,6 +121,13 @@ def test_peak_memory():
 
     assert memory.peak_bytes(worst) == pytest.approx(16 * megabyte, abs=megabyte)
     assert memory.peak_bytes(lambda: None) < megabyte / 2
+    kept = threading.local()  # as a kernel's scratch memory, which was there before
+
+    def keeping():
+        kept.block = getattr(kept, "block", None) or bytearray(8 * megabyte)
+
+    keeping()
+    assert memory.peak_bytes(keeping) == pytest.approx(8 * megabyte, abs=megabyte)
     # The same among holes in the heap, one for each block (peak_bytes left mmap to blocks of 32 MB and more).
     blocks = [torch.ones(n * megabyte, dtype=torch.int8) for n in (20, 1, 5, 1)]
     del blocks[0], blocks[1]

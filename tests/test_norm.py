@@ -1,5 +1,7 @@
 """layer_norm, add_layer_norm and rms_norm: the meaning and the errors of their arguments."""
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import verify
+from pygpt.backend import TABLE
 from pygpt.functional import add_layer_norm, layer_norm, rms_norm
 
 
@@ -148,3 +151,17 @@ BAD = [
 def test_bad_arguments(function, args, error, message, backend):
     with pygpt.backend(backend), pytest.raises(error, match=f"{function.__name__}: .*{message}"):
         function(*args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of devices with less shared memory, emulated")
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 1000), (torch.bfloat16, 12288)], ids=str)
+def test_the_shared_memory_of_smaller_gpus(dtype, width, monkeypatch, generator):
+    """A100s have 163 KB a block, RTX cards 99: where the staged rows of backward don't fit, they are read twice."""
+    from tests import emulator
+
+    cuda = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
+    monkeypatch.setitem(TABLE, "cuda", cuda)
+    monkeypatch.setattr(verify, "ELEMENTS", 1)
+    for kilobytes in (163, 99):
+        monkeypatch.setenv("PYGPT_EMULATED_SHARED", str(kilobytes << 10))
+        cases.assert_exact("add_layer_norm", {"M": 3, "N": width}, dtype, generator, "cuda")

@@ -10,7 +10,8 @@
 // keep dw and db in registers, copy the next row to shared memory while they work on this one (a lane reads back
 // only what it copied itself, which takes no barrier), and leave one line of sums each for column_sums. How many
 // blocks there are depends on the shape alone; at 16384 x 768 in 16 bits their lines are 4 % of those bytes, written
-// and read once more. Rows too long for that are read twice for dx, and once more for dw and for db.
+// and read once more. Rows too long for that, or for the device's shared memory, are read twice for dx, and once more
+// for dw and for db.
 #include "norm.cuh"
 #include "reduce.cuh"
 
@@ -99,6 +100,7 @@ struct Part {
       for (int c = 0; c < kChunks; c++)
         if (lane.column<T>(c * V) < lane.cols) *reinterpret_cast<uint4*>(row + lane.column<T>(c * V)) = (*this)[c];
     } else {
+      __syncwarp();  // what was written as uint4 is read as T
 #pragma unroll 1
       for (int i = 0; i < E; i++)
         if (lane.column<T>(i) < lane.cols) row[lane.column<T>(i)] = element(i);
@@ -301,6 +303,7 @@ Error norm_bwd(const NormArgs& n, const Stream& stream) {
     using S = decltype(shape);
     const int threads = S::threads(a.cols);
     const int64_t shared = (a.dsum ? 7 : 5) * S::E * static_cast<int64_t>(sizeof(T)) * threads;
+    if (shared + 1024 > most_shared(stream)) return wide_norm_bwd(a, dw, db, stream);
     const int64_t lines = lines_for(ceil_div(a.rows, S::teams), resident<T, S::E, S::team>(threads), shared);
     a.line = (dw ? a.cols : 0) + (db ? a.cols : 0);
     float* partials = static_cast<float*>(stream.scratch(lines * a.line * static_cast<int64_t>(sizeof(float))));

@@ -50,23 +50,30 @@ template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
   return __half22float2(reinterpret_cast<const __half2&>(both));
 }
 
-// Before a launch: the device is set, and a kernel that wants more shared memory than the usual 48 KB may have it.
+// Bytes of shared memory that a block can have here, its static variables included.
+inline int64_t most_shared(const Stream& stream) {
+  int bytes = 48 << 10;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device);
+  return bytes;
+}
+
+// Before a launch: the device is set, and a kernel that wants more shared memory than the usual 48 KB, 1 KB of them for
+// its static variables, may have it.
 template <class Kernel>
 cudaError_t prepare(Kernel kernel, size_t shared, const Stream& stream) {
   const cudaError_t e = cudaSetDevice(stream.device);
-  if (e != cudaSuccess || shared <= (48 << 10)) return e;
+  if (e != cudaSuccess || shared <= (47 << 10)) return e;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
 }
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
              Arguments&&... arguments) {
-  cudaError_t e = prepare(kernel, shared, stream);
-  if (e == cudaSuccess) {
+  const cudaError_t e = prepare(kernel, shared, stream);
+  if (e == cudaSuccess)
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);
-    e = cudaGetLastError();
-  }
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  const cudaError_t last = cudaGetLastError();  // also forgets what prepare met: the next launch would report it
+  return e == cudaSuccess && last == cudaSuccess ? nullptr : cudaGetErrorString(e == cudaSuccess ? last : e);
 }
 }  // namespace pygpt::cuda
 

@@ -151,6 +151,8 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 
 namespace pygpt::cuda {
 
+inline int64_t most_shared(const Stream&) { return emulator::shared_limit(); }
+
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream&,
              Arguments&&... arguments) {

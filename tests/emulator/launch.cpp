@@ -1,6 +1,7 @@
 // Blocks from their start to their end, and launches.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <numeric>
 
 #include "faults.h"
@@ -23,6 +24,11 @@ std::string to_string(Site site) {
 void fail(Site site, const std::string& message) {
   stop(to_string(site) + ": " + message + ", in thread " + to_string(current->index) + " of block " +
        to_string(current->block->index));
+}
+
+int64_t shared_limit() {
+  const char* less = std::getenv("PYGPT_EMULATED_SHARED");
+  return less ? std::atoll(less) : kSharedLimit;
 }
 
 // ---------------------------------------------------------------- what threads and blocks keep
@@ -163,8 +169,8 @@ std::string invalid(const Launch& l) {
   const int64_t blocks = volume(l.cluster);
   if (blocks < 1 || blocks > 8 || l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z)
     return "invalid cluster " + to_string({l.cluster.x, l.cluster.y, l.cluster.z});
-  if (int64_t(l.dynamic_shared) > kSharedLimit)
-    return std::to_string(l.dynamic_shared) + " bytes of shared memory, more than " + std::to_string(kSharedLimit);
+  if (int64_t(l.dynamic_shared) > shared_limit())
+    return std::to_string(l.dynamic_shared) + " bytes of shared memory, more than " + std::to_string(shared_limit());
   return "";
 }
 

@@ -45,6 +45,9 @@ class States {
   std::vector<std::pair<const void*, std::shared_ptr<void>>> states_;
 };
 
+// Bytes of shared memory that a block may have: this architecture's, or PYGPT_EMULATED_SHARED for a smaller device.
+int64_t shared_limit();
+
 struct Block;
 
 struct Thread : States {
