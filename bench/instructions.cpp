@@ -94,16 +94,16 @@ void count(const std::string& name, int64_t work, void (*kernel)(const Args&), c
   counted([&] { kernel(a); });
 }
 
-void attention(DType dtype, int64_t H, int64_t Hkv, int64_t L, int64_t S, int64_t E, int64_t Ev, bool causal) {
+void attention(DType dtype, int64_t H, int64_t L, int64_t S, int64_t E, int64_t Ev, bool causal) {
   Arrays make = {dtype};
   AttentionArgs a = {};
-  a.dtype = dtype, a.batch = 1, a.heads = H, a.kv_heads = Hkv, a.q_len = L, a.k_len = S, a.head_dim = E, a.v_dim = Ev;
+  a.dtype = dtype, a.batch = 1, a.heads = H, a.q_len = L, a.k_len = S, a.head_dim = E, a.v_dim = Ev;
   a.is_causal = causal, a.scale = 0.125;
-  a.q = make.heads(H, L, E), a.k = make.heads(Hkv, S, E), a.v = make.heads(Hkv, S, Ev);
+  a.q = make.heads(H, L, E), a.k = make.heads(H, S, E), a.v = make.heads(H, S, Ev);
   a.out = make.heads(H, L, Ev), a.lse = make.statistics(H * L), a.dout = make.heads(H, L, Ev);
   a.dq = make.heads(H, L, E), a.dk = make.heads(H, S, E), a.dv = make.heads(H, S, Ev);
   const int64_t pairs = H * (causal ? L * (L + 1) / 2 : L * S);
-  const auto shape = text(' ', format(dtype).name, " H", H, '/', Hkv, " L", L, " S", S, " E", E, " Ev", Ev,
+  const auto shape = text(' ', format(dtype).name, " H", H, " L", L, " S", S, " E", E, " Ev", Ev,
                           causal ? " causal" : "");
   count("attention_fwd" + shape, pairs * (E + Ev), attention_fwd, a);
   count("attention_bwd" + shape, pairs * (3 * E + 2 * Ev), attention_bwd, a);
@@ -125,7 +125,7 @@ void mlp(DType dtype, Activation activation, const char* called, int64_t M, int6
   MlpArgs a = {};
   a.dtype = dtype, a.activation = activation, a.rows = M, a.in = C, a.hidden_dim = H, a.out = C;
   a.x = make.rows(M, C), a.fc_weight = make.rows(H, C), a.fc_bias = make(H), a.hidden = make(M * H);
-  a.pre = activation == Activation::gelu || activation == Activation::gelu_tanh ? make(M * H) : nullptr;
+  a.pre = saves_input(activation) ? make(M * H) : nullptr;
   a.proj_weight = make.rows(C, H), a.proj_bias = make(C), a.y = make(M * C);
   a.dy = make.rows(M, C), a.dpre = make(M * H), a.dx = make(M * C);
   a.dfc_weight = make(H * C), a.dfc_bias = make(H), a.dproj_weight = make(C * H), a.dproj_bias = make(C);
@@ -164,8 +164,8 @@ int main(int argc, char** argv) {
   if (argc > 1) part = argv[1];
   const DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   for (DType d : {f32, bf16}) {
-    attention(d, 1, 1, 200, 200, 64, 64, true);
-    attention(d, 2, 1, 1, 256, 64, 64, false);  // decoding
+    attention(d, 1, 200, 200, 64, 64, true);
+    attention(d, 2, 1, 256, 64, 64, false);  // decoding
     linear(d, 64, 400, 96);
     linear(d, 4, 256, 128);  // decoding
     mlp(d, Activation::gelu_tanh, "gelu_tanh", 48, 64, 256);
@@ -181,7 +181,7 @@ int main(int argc, char** argv) {
   // What float16 converts, and sizes that are a multiple of nothing.
   linear(f16, 64, 400, 96);
   activation(f16, Activation::gelu, "gelu", 10000);
-  attention(f32, 2, 1, 77, 101, 41, 27, false);
+  attention(f32, 2, 77, 101, 41, 27, false);
   linear(f32, 33, 61, 45);
   linear(f32, 37, 256, 272);  // some rows of a W worth leaving unpacked
   mlp(f32, Activation::relu, "relu", 31, 45, 83);

@@ -2,7 +2,7 @@
 //
 // Each op is a template over the kernel entry points of a device; bind_cpu.cpp and bind_cuda.cpp instantiate it. The
 // schemas (SCHEMAS below) equal the signatures of <op>_fwd and <op>_bwd in pygpt/reference.py. Nothing
-// here touches data. Failures raise RuntimeError naming the op, the argument and what it should be.
+// here computes. Failures raise RuntimeError naming the op, the argument and what it should be.
 #pragma once
 #include <string>
 #include <tuple>
@@ -44,11 +44,11 @@ AttentionArgs attention_args(const Call<Tensor>& call, const Tensor& q, const Te
   AttentionArgs a{};
   a.dtype = call.dtype;
   a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.head_dim = q.size(3);
-  a.kv_heads = k.size(1), a.k_len = k.size(2), a.v_dim = v.size(3);
-  if (a.kv_heads != a.heads) call.fail("q and k must have as many heads; grouped heads are not served yet");
+  a.k_len = k.size(2), a.v_dim = v.size(3);
+  if (k.size(1) != a.heads) call.fail("q and k must have as many heads; grouped heads are not served yet");
   if (a.head_dim > 256 || a.v_dim > 256) call.fail("head dimensions above 256 are not served");
-  call.check("k", k, {a.batch, a.kv_heads, a.k_len, a.head_dim});
-  call.check("v", v, {a.batch, a.kv_heads, a.k_len, a.v_dim});
+  call.check("k", k, {a.batch, a.heads, a.k_len, a.head_dim});
+  call.check("v", v, {a.batch, a.heads, a.k_len, a.v_dim});
   a.is_causal = is_causal, a.scale = scale;
   a.q = heads(q), a.k = heads(k), a.v = heads(v);
   return a;
@@ -76,12 +76,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Maybe<Tensor> dlse
   call.check("lse", lse, {a.batch, a.heads, a.q_len}, call.statistics());
   if (dlse) call.check("dlse", *dlse, {a.batch, a.heads, a.q_len}, call.statistics());
   lse = dense(lse), dlse = dense(dlse);
-  auto gradient = [&](bool need, int64_t H, int64_t T, int64_t E) {
-    return need ? empty_heads(q, a.batch, H, T, E) : empty(q, {0});
+  auto gradient = [&](bool need, int64_t length, int64_t channels) {
+    return need ? empty_heads(q, a.batch, a.heads, length, channels) : empty(q, {0});
   };
-  Tensor dq = gradient(needs[0], a.heads, a.q_len, a.head_dim);
-  Tensor dk = gradient(needs[1], a.kv_heads, a.k_len, a.head_dim);
-  Tensor dv = gradient(needs[2], a.kv_heads, a.k_len, a.v_dim);
+  Tensor dq = gradient(needs[0], a.q_len, a.head_dim);
+  Tensor dk = gradient(needs[1], a.k_len, a.head_dim);
+  Tensor dv = gradient(needs[2], a.k_len, a.v_dim);
   a.dout = heads(dout), a.out = heads(out), a.lse = input(lse), a.dlse = input(dlse);
   if (needs[0]) a.dq = heads(dq);
   if (needs[1]) a.dk = heads(dk);
@@ -164,12 +164,13 @@ std::tuple<Tensor, Tensor, Tensor> mlp_fwd(Tensor x, Tensor fc_weight, Maybe<Ten
   call.check("fc_bias", fc_bias, {a.hidden_dim});
   call.check("proj_bias", proj_bias, {a.out});
   Tensor y = empty(x, with_last(x, a.out)), hidden = for_backward(x, with_last(x, a.hidden_dim), x.scalar_type());
-  Tensor pre = wanted(saves_input(a.activation), x, with_last(x, a.hidden_dim));
+  const bool keeps_pre = saves_input(a.activation) && has_backward(x);
+  Tensor pre = wanted(keeps_pre, x, with_last(x, a.hidden_dim));
   x = as_rows(x), fc_weight = as_rows(fc_weight), proj_weight = as_rows(proj_weight);
   fc_bias = dense(fc_bias), proj_bias = dense(proj_bias);
   a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.fc_bias = input(fc_bias), a.proj_bias = input(proj_bias);
-  a.y = y.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr(), a.pre = output(saves_input(a.activation), pre);
+  a.y = y.mutable_data_ptr(), a.hidden = hidden.mutable_data_ptr(), a.pre = output(keeps_pre, pre);
   call.template run<kernel>(a);
   return {y, hidden, pre};
 }
@@ -310,7 +311,7 @@ Tensor activation_fwd(const Call<Tensor>& call, Tensor x, Activation activation)
   return y;
 }
 
-// x: the input for the gelus, the output for the relu family.
+// x: the input, for relu its output.
 template <class Tensor, auto kernel>
 Tensor activation_bwd(const Call<Tensor>& call, Tensor dy, Tensor x, Activation activation) {
   call.check("dy", dy, shape(x));

@@ -41,6 +41,16 @@ inline std::string to_string(Shape s) {
   return text + ")";
 }
 
+inline std::string to_string(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "another dtype";
+  }
+}
+
 // The checks of one call; `lead` is the tensor whose dtype and device the others must share.
 template <class Tensor>
 struct Call {
@@ -65,8 +75,10 @@ struct Call {
 
   void check(const char* name, const Tensor& t, Shape want, ScalarType type) const {
     if (!t.defined()) fail(std::string(name) + " is undefined");
-    if (t.scalar_type() != type) fail(std::string(name) + " has the wrong dtype");
-    if (t.device() != lead.device()) fail(std::string(name) + " is on another device");
+    if (t.scalar_type() != type)
+      fail(std::string(name) + " must be " + to_string(type) + ", got " + to_string(t.scalar_type()));
+    if (t.device() != lead.device())
+      fail(std::string(name) + " is not on the device of the first argument");
     if (shape(t) != want)
       fail(std::string(name) + " must have shape " + to_string(want) + ", got " + to_string(shape(t)));
   }
@@ -160,10 +172,11 @@ template <class Tensor>
 Tensor empty(const Tensor& like, Shape size) {
   return empty(like, size, like.scalar_type());
 }
-// What forward leaves for backward.
+// What forward leaves for backward, and whether there will be one.
 inline torch::stable::Tensor for_backward(const torch::stable::Tensor& like, Shape size, ScalarType type) {
   return empty(like, size, type);
 }
+inline bool has_backward(const torch::stable::Tensor&) { return true; }
 
 // (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
 template <class Tensor>

@@ -4,7 +4,8 @@
 // own class, strided, in this machine's memory) outside any mode there is nothing for it to decide: their pointers,
 // sizes and strides come from torch's DLPack exchange table (dmlc.github.io/dlpack: DLPackExchangeAPI) at 0.04 us each,
 // and so do results, at 0.7 us. Every other call is handed on to the dispatcher as it came; so is one that fails, for
-// its error. So these functions are right for all arguments.
+// its error. So these functions are right for all arguments. Two things differ: no TorchFunctionMode sees a plain call, and
+// the storage of its results cannot be resized (as that of torch.from_dlpack's cannot).
 //
 // Beside each op_fwd there is op_fwd_results, which leaves out what only backward reads.
 #pragma once
@@ -197,6 +198,8 @@ inline Tensor for_backward(const Tensor& like, bind::Shape size, ScalarType type
   t.data = frame.borrow(bind::product(size) * (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2));
   return Tensor(t, nullptr);
 }
+
+inline bool has_backward(const Tensor&) { return !Frame::current->inference; }
 
 inline Tensor contiguous(const Tensor& t) {
   PyObject* copy = PyObject_CallMethod(t.object(), "contiguous", nullptr);

@@ -12,8 +12,9 @@ namespace pygpt {
 
 enum class DType { f64, f32, bf16, f16 };
 enum class Activation { gelu, gelu_tanh, relu, relu2 };
-// The derivative of a gelu is a function of its input, that of the relu family of its output.
-constexpr bool saves_input(Activation a) { return a == Activation::gelu || a == Activation::gelu_tanh; }
+// What the derivative is found from: the activation's input, or relu's output. (relu2's would do too, had it not lost its
+// digits in float16: 1e-4 squared is 0 there.)
+constexpr bool saves_input(Activation a) { return a != Activation::relu; }
 
 // Rows of a matrix: element (i, j) is data[i * stride + j].
 struct Rows {
@@ -31,7 +32,7 @@ struct Heads {
 // is_causal: query i sees keys 0..i. lse[b, h, i] is the log of row i's sum of exponentials.
 struct AttentionArgs {
   DType dtype;
-  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, v_dim;
+  int64_t batch, heads, q_len, k_len, head_dim, v_dim;
   bool is_causal;
   double scale;
   Heads q, k, v, out;
@@ -61,7 +62,7 @@ struct MlpArgs {
   const void *fc_bias, *proj_bias;
   void* y;
   void* hidden;           // (rows, hidden_dim), after the activation
-  void* pre;              // (rows, hidden_dim), before it; null for the relu family
+  void* pre;              // (rows, hidden_dim), before it; null where !saves_input
   Rows dy;                // backward from here on
   void* dpre;             // (rows, hidden_dim) workspace
   void *dx, *dfc_weight, *dfc_bias, *dproj_weight, *dproj_bias;
@@ -80,7 +81,7 @@ struct NormArgs {
   void *dx, *dw, *db;         // contiguous
 };
 
-// Element by element over n contiguous values. gelu: dx from x; relu: dx from y.
+// Element by element over n contiguous values. dx from x; relu's from y.
 struct ActivationArgs {
   DType dtype;
   Activation activation;

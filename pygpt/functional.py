@@ -315,7 +315,7 @@ def mlp(
     input (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> (..., O).
     activation: "gelu" (exact), "gelu_tanh", "relu", or "relu2" (relu squared; So et al. 2021).
     Bias and activation run in the first GEMM's epilogue, the activation's gradient in that of the
-    backward GEMM. Kept for backward: the hidden layer, and for the gelus also what went into it.
+    backward GEMM. Kept for backward: the hidden layer, and, but for relu, also what went into it.
     """
     run = _ready("mlp", input, fc_weight, fc_bias, proj_weight, proj_bias)
     if activation not in reference.ACTIVATIONS:

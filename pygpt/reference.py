@@ -178,7 +178,7 @@ def _tanh_cdf(x):
 
 
 ACTIVATIONS = {
-    # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or for the relu family its own value
+    # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or relu's own value
     "gelu": (
         F.gelu,
         lambda x: x * _cdf(x),
@@ -196,10 +196,10 @@ ACTIVATIONS = {
     "relu2": (
         lambda x: F.relu(x).square(),
         lambda x: F.relu(x).square(),
-        lambda dy, y: torch.where(y <= 0, 0.0, 2.0 * y.sqrt() * dy),
+        lambda dy, x: torch.where(x <= 0, 0.0, 2.0 * x * dy),
     ),
 }
-SAVES_INPUT = ("gelu", "gelu_tanh")  # the others rebuild their derivative from their output
+SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu finds its derivative from its output
 
 
 def mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):

@@ -299,3 +299,13 @@ def test_fully_masked_rows_of_the_kernels(kernels):
     """S = 0 is the only such row without a mask: output 0, lse -inf."""
     out, lse = kernels.attention_fwd(tensor(1, 2, 3, 4), tensor(1, 2, 0, 4), tensor(1, 2, 0, 5), True, 1.0)
     assert torch.equal(out, tensor(1, 2, 3, 5)) and torch.equal(lse, torch.full((1, 2, 3), -math.inf))
+
+
+@pytest.mark.parametrize("L", [1, 4, 5, 70])
+def test_rows_whose_scores_are_all_minus_infinity(L, kernels):
+    """They are as rows that see nothing, and their gradients 0."""
+    q, k, v, dout = (tensor(1, 2, n, 64) + x for n, x in ((L, 1e20), (9, -1e20), (9, 1.0), (L, 1.0)))
+    out, lse = kernels.attention_fwd(q, k, v, False, 1.0)
+    assert not out.any() and torch.equal(lse, torch.full((1, 2, L), -math.inf))
+    for gradient in kernels.attention_bwd(dout, None, q, k, v, out, lse, False, 1.0, [True] * 3):
+        assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -122,6 +122,7 @@ def test_errors_are_the_dispatchers():
         (x, None, None, 1e-5, 1),
         (None,) * 4,
         (x.long(), None, None, 0.1),
+        (x, w.double(), None, 1e-5),
     ):
         with pytest.raises(Exception) as theirs:
             DISPATCHED.layer_norm_fwd(*arguments)

@@ -77,6 +77,17 @@ def test_what_is_kept_for_backward(activation, dtype, kernels):
     assert pre.numel() == (21 if activation in reference.SAVES_INPUT else 0)
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_the_derivative_where_float16_has_few_digits(activation, backend):
+    """1e-4 is a normal number of float16, but its square, what relu2 gives, is 0."""
+    x, one = torch.full((2, 1), 1e-4, dtype=torch.float16, requires_grad=True), torch.ones(1, 1, dtype=torch.float16)
+    x64, one64 = x.detach().double().requires_grad_(), one.double()
+    with pygpt.backend(backend):
+        (got,) = torch.autograd.grad(mlp(x, one, None, one, None, activation).sum(), x)
+    (want,) = torch.autograd.grad(ACTIVATIONS[activation](x64 @ one64).sum(), x64)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0)
+
+
 def test_pytorchs_tile_registers_are_its_own():
     """With AMX both set up the same registers; neither may rely on what it left there."""
     x, w = torch.randn(96, 128).bfloat16(), torch.randn(160, 128).bfloat16()

@@ -108,6 +108,21 @@ def test_constant_rows(width, value, dtype, backend):
     assert dx.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("width", [1, 3, 13])
+def test_what_lies_beside_a_short_row(width, dtype, kernels):
+    """Columns that are none count as 0, however far that is from the mean."""
+    x = torch.full((3, width), 2.0**120 if dtype != torch.float64 else 2.0**1020, dtype=dtype)
+    dy = torch.randn(3, width).to(dtype)
+    y, mean, rstd = kernels.layer_norm_fwd(x, None, None, 1e-5)
+    dx, dw, db = kernels.layer_norm_bwd(dy, x, None, mean, rstd, [True] * 3)
+    assert torch.equal(y, torch.zeros_like(x)) and torch.equal(dw, torch.zeros_like(dw))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    want = (dy.double() - dy.double().mean(-1, keepdim=True)) / 1e-5**0.5
+    torch.testing.assert_close(dx.double(), want, rtol=tolerance, atol=tolerance * 1e3)
+    torch.testing.assert_close(db.double(), dy.double().sum(0), rtol=tolerance, atol=tolerance)
+
+
 @every_norm
 def test_parameters_of_another_dtype(ours, theirs, inputs, params, compiled):
     """As in torch: bfloat16 input, float32 parameters; the default falls back, a forced backend refuses."""

@@ -3,10 +3,10 @@
     gelu        x cdf(x)  (Hendrycks and Gimpel 2016)      cdf(x) + x pdf(x)
     gelu_tanh   x sigmoid(2u), 2u = x (U + U3 x^2)         sigmoid(2u) + x sigmoid(2u) sigmoid(-2u) (U + 3 U3 x^2)
     relu        max(x, 0)                                  1 where not y <= 0
-    relu2       max(x, 0)^2  (So et al. 2021)              2 sqrt(y) where not y <= 0
+    relu2       max(x, 0)^2  (So et al. 2021)              2 x where not x <= 0
 
-cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus save x;
-the relu family saves its output y, which the next op keeps anyway.
+cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus and
+relu2 save x, relu its output y, which the next op keeps anyway.
 
 The exact gelu takes one exponential and one division, and no erf: 0.5 (1 + erf) has no digits left in
 the lower tail. With a = |x| and polynomials H, D, E, fitted for least relative error,
@@ -90,7 +90,7 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def backpropagate(d, saved, NAME: tl.constexpr):
-    """d, the float32 gradient of act's output -> that of its input. saved: float32 x for the gelus, else y.
+    """d, the float32 gradient of act's output -> that of its input. saved: float32 y for relu, x for the others.
 
     The relu family selects rather than multiplies: a NaN or infinity of d stops at a unit that is off.
     """
@@ -101,7 +101,7 @@ def backpropagate(d, saved, NAME: tl.constexpr):
     else:
         tl.static_assert(NAME == "relu" or NAME == "relu2")
         if NAME == "relu2":
-            d *= 2 * tl.sqrt(saved)
+            d *= 2 * saved
         d = tl.where(saved <= 0, 0.0, d)
     return d
 

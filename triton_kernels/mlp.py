@@ -5,7 +5,7 @@
     mlp      y = act(x W1^T + b1) W2^T + b2      W1 (H, C), W2 (O, H)
 
 Forward, bias and activation are applied to the finished tile; kept for backward are hidden = act(pre),
-which dW2 needs, and for the gelus pre itself, whose derivative is no function of hidden. Backward:
+which dW2 needs, and, but for relu, pre itself, which act' is found from. Backward:
 
     dW2 = dy^T hidden                            db2 = sum over rows of dy
     dpre = (dy W2) act'(pre)                     <- in the GEMM's epilogue, with the sums of
@@ -225,7 +225,7 @@ def linear_bwd(dy, x, weight, needs):
 
 
 def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
-    """-> y (..., O), hidden (..., H), pre (..., H) for the gelus."""
+    """-> y (..., O), hidden (..., H), pre (..., H) but for relu."""
     x2, H = rows_of(x), fc_weight.shape[0]
     hidden = x.new_empty(*x.shape[:-1], H)
     pre = torch.empty_like(hidden) if activation in SAVES_INPUT else None

@@ -39,7 +39,7 @@ void forward(const ActivationArgs& a) {
 
 template <Activation A, class S>
 void backward(const ActivationArgs& a) {
-  const void* saved = A == Activation::relu || A == Activation::relu2 ? a.y : a.x;
+  const void* saved = saves_input(A) ? a.x : a.y;
   for_each<S>(a.n, a.dx, [](Vec<Acc<S>> d, Vec<Acc<S>> s) { return backpropagate<A, S>(d, s); }, static_cast<const S*>(a.dy),
               static_cast<const S*>(saved));
 }

@@ -86,18 +86,18 @@ template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = StepOf<S>;
-  const int64_t blocks = ceil_div(a.q_len, BR<U>), group = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  const int64_t blocks = ceil_div(a.q_len, BR<U>);
   parallel_for(a.batch * a.heads * blocks, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Step<U>::Registers held;
     U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * steps_of<U>(a.head_dim));
     U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * steps_of<U>(a.k_len));
     int64_t packed = -1;
     for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads, kv = b * a.kv_heads + h / group;
-      if (kv != packed) {
-        pack_columns(k, head<S>(a.k, b, h / group), a.k_len, a.head_dim);
-        pack_columns(v, head<S>(a.v, b, h / group).transposed(), a.v_dim, a.k_len);
-        packed = kv;
+      const int64_t problem = task / blocks, b = problem / a.heads, h = problem % a.heads;
+      if (problem != packed) {
+        pack_columns(k, head<S>(a.k, b, h), a.k_len, a.head_dim);
+        pack_columns(v, head<S>(a.v, b, h).transposed(), a.v_dim, a.k_len);
+        packed = problem;
       }
       // First and last blocks in turn: any run of tasks then holds short and long causal rows alike.
       const int64_t n = task % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;

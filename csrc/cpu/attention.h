@@ -136,12 +136,16 @@ T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
   return T(slow);
 }
 
-// Of query i, for backward: rowsum(dO O) - dlse.
+// Of query i, for backward: its lse, +inf where it sees nothing, so that P = 0; and rowsum(dO O) - dlse.
+template <class T>
+T lse_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t i) {
+  const T lse = given(static_cast<const T*>(a.lse)[(b * a.heads + h) * a.q_len + i]);
+  return lse == -kInf<T> ? kInf<T> : lse;
+}
 template <class S, class T = Acc<S>>
 T delta_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t i) {
   const T dlse = a.dlse ? static_cast<const T*>(a.dlse)[(b * a.heads + h) * a.q_len + i] : T(0);
-  const T given = dlse == dlse ? dlse : std::numeric_limits<T>::quiet_NaN();  // not any NaN: see high_rounded
-  return row_dot(head<S>(a.dout, b, h).at(i, 0), head<S>(a.out, b, h).at(i, 0), a.v_dim) - given;
+  return row_dot(head<S>(a.dout, b, h).at(i, 0), head<S>(a.out, b, h).at(i, 0), a.v_dim) - given(dlse);
 }
 
 // Few queries (decoding with a cache) have kernels of their own, in attention_few.cpp; they read K and V as they

@@ -68,10 +68,8 @@ struct Packed {
     pack_columns(v, V, a.k_len, Ev);
 
     lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
-    const int64_t offset = (b * a.heads + h) * L;
     for (int64_t i = 0; i < padded; i++) {
-      const T given = i < L ? static_cast<const T*>(a.lse)[offset + i] : kInf<T>;
-      lse[i] = given == -kInf<T> ? kInf<T> : given;  // a row that sees nothing, or is none: P = 0
+      lse[i] = i < L ? lse_of<T>(a, b, h, i) : kInf<T>;
       delta[i] = i < L ? delta_of<S>(a, b, h, i) : T(0);
     }
   }

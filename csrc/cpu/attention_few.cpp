@@ -64,13 +64,13 @@ PYGPT_INLINE void add_weighted(T* to, T shrink, const T* p, Matrix<S> m, int64_t
 template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
-  const int64_t E = a.head_dim, Ev = a.v_dim, group = a.heads / std::max<int64_t>(a.kv_heads, 1);
+  const int64_t E = a.head_dim, Ev = a.v_dim;
   parallel_for(a.batch * a.heads * a.q_len, [&](int64_t begin, int64_t end) {
     const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
     T *q = scratch<T, FewQueries>(ld + BC + ldv), *p = q + ld, *out = p + BC;
     for (int64_t task = begin; task < end; task++) {
       const int64_t i = task % a.q_len, h = task / a.q_len % a.heads, b = task / a.q_len / a.heads;
-      const Matrix<S> K = head<S>(a.k, b, h / group), V = head<S>(a.v, b, h / group);
+      const Matrix<S> K = head<S>(a.k, b, h), V = head<S>(a.v, b, h);
       unpack(q, head<S>(a.q, b, h), i, E, T(a.scale));
       std::fill(out, out + ldv, T(0));
       T m = -kInf<T>, l = 0;
@@ -107,14 +107,14 @@ void backward(const AttentionArgs& a) {
     T *q = scratch<T, FewQueries>(L * (2 * ld + ldv)), *dq = q + L * ld, *go = dq + L * ld;
     T *p = scratch<T, FewScores>(2 * L * BC), *ds = p + L * BC;
     for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / a.heads, h = task % a.heads, offset = task * L;
+      const int64_t b = task / a.heads, h = task % a.heads;
       const Matrix<S> K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
       T lse[kFewQueries], delta[kFewQueries];
       std::fill(dq, dq + L * ld, T(0));
       for (int64_t i = 0; i < L; i++) {
         unpack(q + i * ld, head<S>(a.q, b, h), i, E, T(a.scale));
         unpack(go + i * ldv, dO, i, Ev, T(1));
-        lse[i] = static_cast<const T*>(a.lse)[offset + i];
+        lse[i] = lse_of<T>(a, b, h, i);
         delta[i] = delta_of<S>(a, b, h, i);
       }
       for (int64_t j0 = 0; j0 < a.k_len; j0 += BC) {

@@ -2,8 +2,8 @@
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
 //
 // Each is a chain of the one packed GEMM. Forward, bias and activation are applied to the finished
-// tile in registers; kept for backward are hidden = act(pre) (M, H), which dW2 needs, and for the
-// gelus pre itself, whose derivative is not a function of hidden. Backward:
+// tile in registers; kept for backward are hidden = act(pre) (M, H), which dW2 needs, and, but for
+// relu, pre itself, which act' is found from. Backward:
 //     dW2 = dy^T hidden        db2 = row sums of dy^T
 //     dpre = (dy W2) act'(pre)             <- in the GEMM's epilogue
 //     dW1 = dpre^T x           db1 = row sums of dpre^T

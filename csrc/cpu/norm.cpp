@@ -167,7 +167,7 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   };
   T sums[2];
   row_sums<2>(cols, sums, [&](Columns c, Vec<T>* s) {
-    Vec<T> d = at(dy, c), h = xhat(c), g = rounded(d * at(w, c));
+    Vec<T> d = at(dy, c), h = first_lanes<T>(xhat(c), c.n), g = rounded(d * at(w, c));
     s[0] += g;
     s[1] += g * h;
     if constexpr (Params) {
@@ -257,7 +257,7 @@ void norm_bwd(const NormArgs& a) {
             write.ahead(x.row(i + 1) + j), write.ahead(dy.row(i + 1) + j);
             if (dsum.data) write.ahead(dsum.row(i + 1) + j);
           };
-          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? mean[i] : T(0), rstd[i]}, write,
+          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? given(mean[i]) : T(0), given(rstd[i])}, write,
                                       dx.row(i), group, group + width, ahead);
         }
         if (Params)

@@ -9,7 +9,7 @@
 namespace pygpt::cpu {
 
 struct Threads {
-  // Calls body(context, begin, end) on disjoint ranges covering [0, n), of at least `grain` items each.
+  // Calls body(context, begin, end) on disjoint ranges covering [0, n); no more of them than ranges of `grain` items.
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
   int64_t (*count)();
 };

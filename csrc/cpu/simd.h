@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -103,12 +104,16 @@ PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in
 }
 
 // The nearest bf16, ties to even, in the high half of each lane. A NaN stays one: it is the processor's own or was a bf16 (what
-// else could bring one in is checked there), so its low half is 0, and rounding does not carry into the sign.
+// else could bring one in is read by `given`), so its low half is 0, and rounding does not carry into the sign.
 PYGPT_INLINE U32 high_rounded(Vec<float> x) {
   const U32 u = bit_cast<U32>(x);
   return u + (0x7fff + ((u >> 16) & 1));
 }
 PYGPT_INLINE U16 narrow(Vec<float> x, bf16) { return low_halves(high_rounded(x) >> 16); }
+template <class T>
+T given(T x) {  // a statistic from the caller
+  return x == x ? x : std::numeric_limits<T>::quiet_NaN();
+}
 
 #if defined(__AVX512F__)
 PYGPT_INLINE Vec<float> widen(U16 v, f16) { return (Vec<float>)_mm512_cvtph_ps((__m256i)v); }

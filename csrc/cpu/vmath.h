@@ -150,19 +150,6 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
   }
 }
 
-template <class T>
-PYGPT_INLINE Vec<T> sqrt(Vec<T> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_sqrt_pd(-1, (__m512d)x);
-  else return (Vec<T>)_mm512_maskz_sqrt_ps(-1, (__m512)x);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_sqrt_pd((__m256d)x);
-  else return (Vec<T>)_mm256_sqrt_ps((__m256)x);
-#else
-  return detail::each<T>(x, [](T v) { return std::sqrt(v); });
-#endif
-}
-
 PYGPT_INLINE Vec<float> about_reciprocal(Vec<float> x) {  // within 2^-14
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_maskz_rcp14_ps(-1, (__m512)x);
@@ -223,7 +210,7 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
 // gelu_tanh   x s, s = sigmoid(2u),                      s + x s (1 - s) 2u',
 //             2u = x (kU + kU3 x^2)                      2u' = kU + 3 kU3 x^2
 // relu        max(x, 0)                                  1 where y is not <= 0
-// relu2       max(x, 0)^2                                2 sqrt(y)
+// relu2       max(x, 0)^2                                2 x where x is not <= 0
 constexpr double kU = 1.59576912160573071176;  // 2 sqrt(2 / pi)
 constexpr double kU3 = kU * 0.044715;
 
@@ -239,7 +226,7 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   }
 }
 
-// The derivative, from what is saved: x for the gelus, y for the relu family.
+// The derivative, from what is saved: y for relu, x for the others.
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
@@ -249,10 +236,8 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
     Vec<T> e = exp2<S>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
     Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
     return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
-  } else if constexpr (A == Activation::relu) {
-    return saved <= 0 ? Vec<T>{} : set1(T(1));
   } else {
-    return 2 * sqrt<T>(saved);
+    return 2 * saved;
   }
 }
 

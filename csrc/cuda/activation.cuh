@@ -3,7 +3,7 @@
 //     gelu        x cdf(x)                                   cdf(x) + x pdf(x)
 //     gelu_tanh   x s, s = sigmoid(2u), 2u = x (U + U3 x^2)  s + x s (1 - s) (U + 3 U3 x^2)
 //     relu        max(x, 0)                                  1 where not y <= 0
-//     relu2       max(x, 0)^2                                2 sqrt(y) where not y <= 0
+//     relu2       max(x, 0)^2                                2 x where not x <= 0
 //
 // cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U.
 //
@@ -72,15 +72,15 @@ __device__ __forceinline__ float activate(Activation kind, float x) {
   return kind == Activation::relu ? y : y * y;
 }
 
-// dy, the gradient of the activation's output -> that of its input. saved: x for the gelus, y for the relu
-// family, which selects rather than multiplies: a NaN or infinity of dy stops at a unit that is off.
+// dy, the gradient of the activation's output -> that of its input. saved: y for relu, x for the others. The relu
+// family selects rather than multiplies: a NaN or infinity of dy stops at a unit that is off.
 __device__ __forceinline__ float activation_gradient(Activation kind, float dy, float saved) {
   switch (kind) {
     case Activation::gelu: return dy * activation::gelu_slope(saved);
     case Activation::gelu_tanh: return dy * activation::gelu_tanh_slope(saved);
     default: break;
   }
-  const float d = kind == Activation::relu ? dy : dy * (2 * sqrtf(saved));
+  const float d = kind == Activation::relu ? dy : dy * (2 * saved);
   return saved <= 0 ? 0.f : d;
 }
 

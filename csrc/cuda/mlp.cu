@@ -2,8 +2,8 @@
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
 //
 // Each is a chain of one GEMM with a fused epilogue. Forward, bias and activation are applied to the float32 sums;
-// kept for backward are hidden = act(pre) (M, H), which dW2 needs, and for the gelus pre itself, whose derivative
-// is no function of hidden. Backward:
+// kept for backward are hidden = act(pre) (M, H), which dW2 needs, and, but for relu, pre itself, which act' is
+// found from. Backward:
 //
 //     dW2 = dy^T hidden        db2 = sums over the rows of dy
 //     dpre = (dy W2) act'(pre)             <- in the GEMM's epilogue, with the sums of its rows,
