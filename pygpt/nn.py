@@ -62,7 +62,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
-        return self.dropout(functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation))
+        y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
+        return self.dropout(y) if self.training else y
 
     def extra_repr(self):
         return f"activation={self.activation!r}"
@@ -73,18 +74,19 @@ class KVCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.keys = self.values = None
+        self.heads = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, Hkv, T, D) of the next T positions -> all keys and values so far, (B, Hkv, length, D)."""
-        start, end = self.length, self.length + k.shape[2]
+    def append(self, heads: Tensor) -> Tensor:
+        """The key heads and then the value heads of the next T positions, (B, 2 Hkv, T, D) -> all so far."""
+        B, H, T, D = heads.shape
+        end = self.length + T
         if end > self.capacity:
             raise ValueError(f"pygpt.nn.KVCache: {end} positions, room for {self.capacity}")
-        if self.keys is None:
-            self.keys, self.values = (t.new_empty(*t.shape[:2], self.capacity, t.shape[3]) for t in (k, v))
-        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        if self.heads is None:
+            self.heads = heads.new_empty(B, H, self.capacity, D)
+        self.heads.narrow(2, self.length, T).copy_(heads)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.heads.narrow(2, 0, end)
 
 
 class CausalSelfAttention(nn.Module):
@@ -126,20 +128,21 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: x must be (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
             )
-        H, Hkv = self.num_heads, self.num_kv_heads
-        qkv = self.c_attn(x).unflatten(2, (H + 2 * Hkv, self.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
-        q, k, v = qkv.split((H, Hkv, Hkv), dim=1)
+        (B, T, _), H, Hkv, p = x.shape, self.num_heads, self.num_kv_heads, self.dropout.p if self.training else 0.0
+        q, kv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split((H, 2 * Hkv), dim=1)
         if cache is not None:
-            k, v = cache.append(k, v)
-        T, S = q.shape[2], k.shape[2]
+            kv = cache.append(kv)
+        k, v = kv.chunk(2, dim=1)
+        S = k.shape[2]
         y = functional.scaled_dot_product_attention(
             q, k, v,
             attn_mask=causal_lower_right(T, S) if 1 < T < S else None,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=p,
             is_causal=1 < T == S,
             enable_gqa=H != Hkv,
         )  # fmt: skip
-        return self.dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        return self.dropout(y) if p else y
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
