@@ -27,13 +27,6 @@ S* output_row(const Heads& t, int64_t b, int64_t h, int64_t i) {  // channels ar
   return static_cast<S*>(t.data) + b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
 }
 
-template <class T>
-IVec<T> lane_index() {
-  IVec<T> v{};
-  for (int i = 0; i < W<T>; i++) v[i] = i;
-  return v;
-}
-
 // out = A B of two packed panels, K steps long: in runs of 128, so that long rows round no worse than short ones.
 template <class U, class T = typename Step<U>::Sum>
 PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_t ldo) {

@@ -42,7 +42,7 @@ template <class E>
 constexpr int64_t kRun = kInTiles<E> ? 128 : KC<E>;
 template <class E>
 constexpr int64_t kTogether = kInTiles<E> ? 8 : 1;
-constexpr int64_t kPackedB = 4 << 20;  // steps of B packed at once, more where K is above 8192
+constexpr int64_t kPackedB = 4 << 20;  // steps of B packed at once; more where K is above 8192, for at least 512 columns (192: 4 to 8 % slower)
 
 template <class E>
 struct Tile {

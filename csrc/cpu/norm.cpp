@@ -87,9 +87,7 @@ PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
 
 template <class T>
 PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
-  if (n < W<T>)
-    for (int i = 0; i < W<T>; i++) v[i] = i < n ? v[i] : T(0);
-  return v;
+  return n < W<T> ? lane_index<T>() < IVec<T>{} + typename IntOf<T>::type(n) ? v : Vec<T>{} : v;
 }
 
 // A row of parameters as Acc<S>, in the lanes of each_vector, `value` throughout if there is none.

@@ -48,6 +48,12 @@ template <>
 struct IntOf<double> { using type = int64_t; };
 template <class T>
 using IVec = Vec<typename IntOf<T>::type>;  // what a comparison of Vec<T> gives
+template <class T>
+PYGPT_INLINE IVec<T> lane_index() {
+  IVec<T> v{};
+  for (int i = 0; i < W<T>; i++) v[i] = i;
+  return v;
+}
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
