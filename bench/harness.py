@@ -147,7 +147,8 @@ class GpuClock:
 
     def peaks(self, dtypes, quick):
         limits = self.by.limits(self.timer, dtypes)
-        return Peaks({name: limits[name] * 1e3 for name in dtypes}, f"{self.by.GEMM}^3 matmul", limits["copy"] * 1e3)
+        copy = limits["copy"] * 1e3  # a plain read's too
+        return Peaks({name: limits[name] * 1e3 for name in dtypes}, f"{self.by.GEMM}^3 matmul", copy, copy)
 
 
 def rounds_of(cost: dict[str, float], seconds: float) -> dict[str, int]:
@@ -174,6 +175,7 @@ class Peaks:
     flops: dict[str, float]  # dtype -> GFLOP/s; CPU: float32 multiply-adds, the yardstick for every dtype
     flops_by: str
     copy: float  # Tensor.copy_ of memory far larger than the caches, read plus write, GB/s
+    read: float  # Tensor.sum of it, GB/s
     cpu_share: float | None = None  # of the cores' time, what this process got while measuring the first
 
 
@@ -187,8 +189,9 @@ def measure_peaks(dtypes, quick: bool = False) -> Peaks:
     source = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
     target = torch.empty_like(source).fill_(0.0)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
+    read = source.nbytes / _best(source.sum, seconds) / 1e9
     by = "multiply-add loop" if fma >= matmul else "2048 x 2048 matmul"
-    return Peaks(dict.fromkeys(dtypes, max(fma, matmul)), by, copy, cpu_share)
+    return Peaks(dict.fromkeys(dtypes, max(fma, matmul)), by, copy, read, cpu_share)
 
 
 def fma_rate(milliseconds: int) -> float:

@@ -14,13 +14,15 @@ EVERY_OP, EVERY_DIRECTION = (*OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIO
 QUICK_BUDGET = 90  # seconds; the last row begins before, and a run ends within two minutes
 
 
-def some_of(names):
-    """The type of an option that takes a comma-separated list."""
+def some_of(names, alone=()):
+    """The type of an option that takes a comma-separated list; those in ``alone`` only by themselves."""
 
     def parse(text):
         found = [name.strip() for name in text.split(",")]
         if unknown := [name for name in found if name not in names]:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(names)}")
+        if len(set(found)) > 1 and (lone := [name for name in found if name in alone]):
+            raise argparse.ArgumentTypeError(f"{lone[0]} goes with no other name")
         return list(dict.fromkeys(found))
 
     return parse
@@ -45,7 +47,7 @@ def add_row_options(add):
     """``add`` is ArgumentParser.add_argument, or the like of pytest."""
     from .peers import PEERS
 
-    peers = some_of((*PEERS, "all", "none"))
+    peers = some_of((*PEERS, "all", "none"), alone=("all", "none"))
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors are (default: cpu)")
     for name, names in (("ops", EVERY_OP), ("dtypes", tuple(DTYPES)), ("directions", EVERY_DIRECTION)):
         add(f"--{name}", type=some_of(names), default=None, metavar="A,B", help=f"some of {', '.join(names)}")

@@ -41,6 +41,7 @@ def machine(peaks, options) -> dict:
         "peak_gflops": peaks.flops,
         "peak_by": peaks.flops_by,
         "copy_peak_gbs": peaks.copy,
+        "read_peak_gbs": peaks.read,
         "cpu_share": peaks.cpu_share,
         "backends": options.backends,
         "peers": list(options.peers),
@@ -58,10 +59,11 @@ def head(m: dict) -> str:
     name = m.get("gpu") or f"{m['cpu']} ({' '.join(m['cpu_features'])}), {m['threads']} threads"
     peaks = m["peak_gflops"] if "gpu" in m else {"float32": m["peak_gflops"]["float32"]}
     flops = ", ".join(f"{value:.0f} GFLOP/s {dtype}" for dtype, value in peaks.items())
+    bandwidths = ", ".join(f"{m[f'{k}_peak_gbs']:.1f} GB/s {k}" for k in ("copy", "read") if f"{k}_peak_gbs" in m)
     lines = [
         f"{name}, torch {m['torch']}",
         isa + (f"; forced by {forced}" if forced else ""),
-        f"peaks: {flops} ({m['peak_by']}), {m['copy_peak_gbs']:.1f} GB/s copy",
+        f"peaks: {flops} ({m['peak_by']}), {bandwidths}",
     ]
     if m["cpu_share"] is not None and m["cpu_share"] < 0.9:
         got = f"{m['cpu_share']:.0%} of {m['threads']} cores"

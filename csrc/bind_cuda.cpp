@@ -9,6 +9,7 @@
 #include "bind.h"
 
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // of torch's C interface
+extern "C" int cudaDriverGetVersion(int*), cudaRuntimeGetVersion(int*);
 
 namespace pygpt::bind {
 
@@ -31,8 +32,15 @@ namespace {
 
 PyObject* archs(PyObject*, PyObject*) { return PyUnicode_FromString(PYGPT_CUDA_ARCHS); }
 
+PyObject* versions(PyObject*, PyObject*) {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+  return Py_BuildValue("ii", driver, runtime);
+}
+
 PyMethodDef methods[] = {
     {"archs", archs, METH_NOARGS, "The architectures compiled for, such as '80 90'; newer ones run the last one's PTX."},
+    {"versions", versions, METH_NOARGS, "CUDA's versions, 1000 major + 10 minor: the driver's, and the runtime's compiled with."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._cuda", "pygpt's CUDA kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -135,12 +135,15 @@ def _cuda(compiled) -> tuple[SimpleNamespace | None, str]:
 
 
 @cache
-def _no_code_for(device: torch.device) -> str:
+def _cuda_objection(device: torch.device) -> str:
     """Why the CUDA kernels can't run on this GPU. Asked at the first call there: it initialises CUDA."""
     if device.type != "cuda":
         return ""
     from . import _cuda
 
+    driver, runtime = (version // 1000 for version in _cuda.versions())
+    if driver < runtime:  # within a major version any driver will do
+        return f"the CUDA kernels were built with CUDA {runtime}, this machine's driver is of CUDA {driver}"
     major, minor = torch.cuda.get_device_capability(device)
     arch, built = 10 * major + minor, [int(a) for a in _cuda.archs().split()]
     if built[-1] <= arch or any(a // 10 == major and a <= arch for a in built):  # by PTX, or by code for its family
@@ -176,7 +179,7 @@ TABLE: dict[str, Backend] = {
     for b in (
         Backend("cpp", _kernels, _why, _plain_kernels, ("cpu",), **_ATTENTION),
         Backend("triton", _triton_kernels, _why_no_triton, None, _triton_devices, dtypes=FLOATS[1:], **_ATTENTION),
-        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), _no_code_for, FLOATS[1:], **_ATTENTION),
+        Backend("cuda", _cuda_kernels, _why_no_cuda, None, ("cuda",), _cuda_objection, FLOATS[1:], **_ATTENTION),
         Backend("torch", reference),
     )
 }

@@ -15,7 +15,7 @@ from bench.options import complete
 from bench.results import Result
 from pygpt import cli
 
-PEAKS = harness.Peaks({"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}, "guess", 10.0, 1.0)
+PEAKS = harness.Peaks({"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}, "guess", 10.0, 10.0, 1.0)
 TINY = [
     ops.case(ops.attention, 1, 2, 16, 16, 8, True, standard=ops.ALL),
     ops.case(ops.attention, 1, 2, 32, 32, 8, True, standard=ops.ALL),

@@ -3,6 +3,7 @@
 import inspect
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import functional, reference, verify
-from pygpt.backend import OPS, TABLE, Backend, choose, chosen, pick
+from pygpt.backend import OPS, TABLE, Backend, _cuda_objection, choose, chosen, pick
 
 X = torch.randn(4, 8)
 TYPICAL = list(cases.variants(cases.TYPICAL))
@@ -108,6 +109,22 @@ def test_every_objection_is_told(op):
     for part in (f"{op} is not among its ops", "cpu tensors", "torch.float32", "different dtypes", "window not served"):
         assert part in why
     assert ("head dimension above 4" in why) == (op == "attention")
+
+
+@pytest.mark.parametrize(
+    "capability, driver, why",
+    [
+        ((8, 0), 13000, ""), ((8, 6), 13010, ""), ((12, 0), 14000, ""),
+        ((7, 5), 13000, "built for sm_80, sm_90, this GPU is sm_75"),
+        ((9, 0), 12080, "built with CUDA 13, this machine's driver is of CUDA 12"),
+    ],
+)  # fmt: skip
+def test_gpus_that_the_cuda_kernels_cannot_run_on(capability, driver, why, monkeypatch):
+    library = SimpleNamespace(archs=lambda: "80 90", versions=lambda: (driver, 13000))
+    monkeypatch.setattr(pygpt, "_cuda", library, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    objection = _cuda_objection.__wrapped__(torch.device("cuda", 0))
+    assert why in objection and bool(why) == bool(objection)
 
 
 def test_default_serves_cpu_floats_by_the_compiled_backend(compiled):

@@ -205,6 +205,7 @@ BAD = [
     ("--ops=add", "add is not among attention, linear"),
     ("--dtypes=float64", "float64 is not among float32"),
     ("--peers=numpy", "numpy is not among eager, compile"),
+    ("--peers=eager,all", "all goes with no other name"),
     ("--peers=eager,flash-attn", "--peers: flash-attn: "),
     ("--backends=cpp,rocm", "rocm is not among"),
     ("--seconds=0", "must be positive"),

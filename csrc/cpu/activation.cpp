@@ -18,9 +18,9 @@ template <class S, class F, class... In>
 void for_each(int64_t count, void* to, const F& f, const In*... in) {
   constexpr int64_t w = W<Acc<S>>;
   S* out = static_cast<S*>(to);
-  visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto past) {
+  visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto streaming) {
     auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
-      const Writer<past> write;
+      const Writer<streaming> write;
       int64_t i = begin * kBlock;
       const int64_t last = std::min(count, end * kBlock);
       for (; i + 4 * w <= last; i += 4 * w)

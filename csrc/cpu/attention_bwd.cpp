@@ -47,7 +47,7 @@ struct Packed {
   const AttentionArgs& a;
   int64_t b, h, L, E, Ev, e_panels, v_panels;
   int64_t l_steps, k_steps, e_steps, v_steps;  // along the queries, the keys and the channels
-  U *q, *qt, *go, *got, *k, *kt, *v;
+  U *q, *qt, *dout, *dout_t, *k, *kt, *v;
   T *lse, *delta;
 
   Packed(const AttentionArgs& a, int64_t b, int64_t h)
@@ -55,14 +55,14 @@ struct Packed {
         l_steps(steps_of<U>(L)), k_steps(steps_of<U>(a.k_len)), e_steps(steps_of<U>(E)), v_steps(steps_of<U>(Ev)) {
     const int64_t padded = round_up(L, MR<U>), kpad = round_up(a.k_len, NR<T>);
     q = scratch<U, PackedQ>(padded * e_steps), qt = scratch<U, PackedQt>(e_panels * NR<T> * l_steps);
-    go = scratch<U, PackedDo>(padded * v_steps), got = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
+    dout = scratch<U, PackedDo>(padded * v_steps), dout_t = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
     k = scratch<U, PackedK>(kpad * e_steps), kt = scratch<U, PackedKt>(e_panels * NR<T> * k_steps);
     v = scratch<U, PackedVt>(kpad * v_steps);
     const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
     pack_rows(q, Q, L, E, scaled<U>(a.scale));
     pack_transposed(qt, Q, E, L);
-    pack_rows(go, dO, L, Ev);
-    pack_transposed(got, dO, Ev, L);
+    pack_rows(dout, dO, L, Ev);
+    pack_transposed(dout_t, dO, Ev, L);
     pack_columns(k, K, a.k_len, E);
     pack_columns(kt, K.transposed(), E, a.k_len);
     pack_columns(v, V, a.k_len, Ev);
@@ -104,7 +104,7 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
       }
       Tile<U> s, dp;
       score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j, s.data(), NR<T>);
-      dot_products(x.v_steps, x.go + row0 * x.v_steps, x.v + j * x.v_steps, dp.data(), NR<T>);
+      dot_products(x.v_steps, x.dout + row0 * x.v_steps, x.v + j * x.v_steps, dp.data(), NR<T>);
       for (int r = 0; r < MR; r += d)
         for (int w = 0; w < NV; w++) {
           Vec<T> e[d], g[d];
@@ -141,7 +141,7 @@ void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t steps,
 
 // Transposes n square tiles.
 template <class U, class T = typename Step<U>::Sum>
-void turn(Tile<U>* tiles, int64_t n) {
+void transpose_tiles(Tile<U>* tiles, int64_t n) {
   static_assert(MR<U> == NR<T> && MR<U> % W<T> == 0);
   for (Tile<U>* tile = tiles; tile < tiles + n; tile++) {
     const Tile<U> from = *tile;
@@ -191,10 +191,10 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
         add_product<LDS<U>, Step<U>::kGroup>(dq[(i0 + i) / MR * x.e_panels + e], steps_of<U>(visible(a, i0 + i, MR, j0)),
                                              ds_rows + i * LDS<U>, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
-    if (a.dv.data) add_transposed_product(dv, p, x.got, x.l_steps, i0, rows, keys, x.v_panels, first_row);
+    if (a.dv.data) add_transposed_product(dv, p, x.dout_t, x.l_steps, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
   }
-  if constexpr (kInTiles<U>) turn(dk, BC / MR * x.e_panels), turn(dv, BC / MR * x.v_panels);
+  if constexpr (kInTiles<U>) transpose_tiles(dk, BC / MR * x.e_panels), transpose_tiles(dv, BC / MR * x.v_panels);
   if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
   if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv, T(1));
 }

@@ -104,7 +104,7 @@ void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t L = a.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
   parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
-    T *q = scratch<T, FewQueries>(L * (2 * ld + ldv)), *dq = q + L * ld, *go = dq + L * ld;
+    T *q = scratch<T, FewQueries>(L * (2 * ld + ldv)), *dq = q + L * ld, *dout = dq + L * ld;
     T *p = scratch<T, FewScores>(2 * L * BC), *ds = p + L * BC;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / a.heads, h = task % a.heads;
@@ -113,7 +113,7 @@ void backward(const AttentionArgs& a) {
       std::fill(dq, dq + L * ld, T(0));
       for (int64_t i = 0; i < L; i++) {
         unpack(q + i * ld, head<S>(a.q, b, h), i, E, T(a.scale));
-        unpack(go + i * ldv, dO, i, Ev, T(1));
+        unpack(dout + i * ldv, dO, i, Ev, T(1));
         lse[i] = lse_of<T>(a, b, h, i);
         delta[i] = delta_of<S>(a, b, h, i);
       }
@@ -123,7 +123,7 @@ void backward(const AttentionArgs& a) {
           const int64_t n = std::clamp<int64_t>(keys_seen(a, i) - j0, 0, keys);
           T *pi = p + i * BC, *dsi = ds + i * BC;
           dots(q + i * ld, K.at(j0, 0), n, E, pi);
-          dots(go + i * ldv, V.at(j0, 0), n, Ev, dsi);
+          dots(dout + i * ldv, V.at(j0, 0), n, Ev, dsi);
           for (int64_t j = 0; j < n; j += W<T>) {
             const Vec<T> e = exp<T>(load(pi + j) - lse[i]);
             store(dsi + j, e * (load(dsi + j) - delta[i]));
@@ -133,7 +133,7 @@ void backward(const AttentionArgs& a) {
           if (a.dq.data) add_weighted(dq + i * ld, T(1), dsi, K.at(j0, 0), n, E);
         }
         store_outer<S>(a.dk, b, h, j0, keys, E, L, ds, q, ld);
-        store_outer<S>(a.dv, b, h, j0, keys, Ev, L, p, go, ldv);
+        store_outer<S>(a.dv, b, h, j0, keys, Ev, L, p, dout, ldv);
       }
       for (int64_t i = 0; a.dq.data && i < L; i++)
         for (int64_t e = 0; e < E; e += W<T>) store(output_row<S>(a.dq, b, h, i) + e, load(dq + i * ld + e) * T(a.scale), E - e);

@@ -23,7 +23,8 @@ struct Few {
 
 // Dot products of Rows rows of a (K long, in steps, padded with zeros to whole vectors) with kColumns rows of b (the last
 // of `columns` again where there are fewer): kSet x kColumns to a vector, vectors kSet apart in out. The next rows of b
-// are asked for meanwhile (8 rows, 768 -> 3072, float32: 350 us instead of 410). No Matrix is passed: GCC copies it through memory, in pieces that stall its reading (20 ns a call).
+// are prefetched meanwhile (8 rows, 768 -> 3072, float32: 350 us instead of 410). No Matrix is passed: GCC copies it through
+// memory, in pieces that stall its reading (20 ns a call).
 template <int Rows, class S, class U, class T = typename Step<U>::Sum>
 __attribute__((noinline)) void dots(int64_t K, const U* a, int64_t lda, const S* b, int64_t ldb, int64_t columns, T* out) {
   using F = Few<Rows, T>;
@@ -113,10 +114,10 @@ struct PackedRows {
 };
 // ... or lying ld apart. Three share a pointer: an address may add a register once or twice.
 template <int R, class T>
-struct LyingRows {
+struct StridedRows {
   const T* a[(R + 2) / 3];
   int64_t ld;
-  LyingRows(const T* first, int64_t ld) : ld(ld) {
+  StridedRows(const T* first, int64_t ld) : ld(ld) {
     for (int i = 0; i < (R + 2) / 3; i++) a[i] = first + 3 * i * ld;
   }
   PYGPT_INLINE T at(int64_t k, int r) const { return a[r / 3][k + r % 3 * ld]; }
@@ -127,9 +128,9 @@ struct Nothing {
   template <class S, class V>
   PYGPT_INLINE void operator()(const S*, const V*) {}
 };
-// ... or what lies behind it in its `depth` rows, as much again, is asked for, ...
+// ... or what lies behind it in its `depth` rows, as much again, is prefetched, ...
 template <int depth, int columns>
-struct AskBehind {
+struct PrefetchBehind {
   int64_t ld;
   template <class S, class V>
   PYGPT_INLINE void operator()(const S* b, const V*) {
@@ -141,7 +142,7 @@ struct AskBehind {
 };
 // ... or a panel's width of each of the `rows` from `at`, a row at a time, ...
 template <class T>
-struct Ask {
+struct PrefetchRows {
   const T* at;
   int64_t ld, rows;
   PYGPT_INLINE void operator()(const T*, const Vec<T>*) {
@@ -152,14 +153,14 @@ struct Ask {
 };
 // ... and the step is left packed.
 template <class T>
-struct AskAndPack {
-  Ask<T> ask;
+struct PrefetchAndPack {
+  PrefetchRows<T> prefetch;
   T* packed;
   PYGPT_INLINE void operator()(const T* b, const Vec<T>* row) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) store(packed + v * W<T>, row[v]);
     packed += NR<T>;
-    ask(b, row);
+    prefetch(b, row);
   }
 };
 
@@ -207,7 +208,7 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
         for (int64_t i = 0; i < rows; i += Rows)
           add_tile<Rows, vectors.value>(std::min(kBlock, steps - s), PackedRows<Rows, U>{a + i * apart + s * Rows},
                                         B.data + s * d * B.rs + first + j * W<T>, B.rs, sum + i * n + j * W<T>, n,
-                                        AskBehind<d, vectors.value * W<T>>{B.rs});
+                                        PrefetchBehind<d, vectors.value * W<T>>{B.rs});
       });
     for (int64_t i = 0; i < M; i++)
       for (int64_t j = 0; j < n; j += W<T>) epilogue(i, first + j, load(sum + i * n + j), int64_t(W<T>));
@@ -271,7 +272,7 @@ void some_rows_transposed(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T
           auto add = [&](int64_t j, auto from) {
             add_tile<MR, V>(steps, from, panel, V * w, sum + j * rows + i, rows, Nothing());
           };
-          for (int64_t j = 0; j < whole; j += MR) add(j, LyingRows<MR, T>(&B.data[(j0 + j) * B.rs + k0], B.rs));
+          for (int64_t j = 0; j < whole; j += MR) add(j, StridedRows<MR, T>(&B.data[(j0 + j) * B.rs + k0], B.rs));
           if (whole < n) add(whole, PackedRows<MR, T>{last});
         });
       }
@@ -314,17 +315,17 @@ void some_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, const 
           const Matrix<T> b = B.at(k0, j0 + j);
           const bool whole = n - j >= NR<T>;
           if (!whole) pack_panel<NR<T>>(panel, b.transposed(), n - j, steps);
-          // Each strip asks for its share of the next panel: all at once, they would keep the first waiting.
+          // Each strip prefetches its share of the next panel: all at once, they would keep the first waiting.
           const int64_t share = ceil_div(steps, strips);
           const T* next = j + NR<T> < n ? b.data + NR<T> : &B.data[(k0 + kBlock) * B.rs + j0];
           for (int64_t s = 0; s < strips; s++, next += share * B.rs) {
-            const Ask<T> ask = {next, B.rs, share};
+            const PrefetchRows<T> prefetch = {next, B.rs, share};
             const PackedRows<R, T> from = {a + s * strip + k0 * R};
             T* to = sum + s * R * kColumns + j;
             if (whole && s == 0)
-              add_tile<R, NV>(steps, from, b.data, b.rs, to, kColumns, AskAndPack<T>{ask, panel});
+              add_tile<R, NV>(steps, from, b.data, b.rs, to, kColumns, PrefetchAndPack<T>{prefetch, panel});
             else
-              add_tile<R, NV>(steps, from, panel, NR<T>, to, kColumns, ask);
+              add_tile<R, NV>(steps, from, panel, NR<T>, to, kColumns, prefetch);
           }
         }
       for (int64_t i = 0; i < M; i++)

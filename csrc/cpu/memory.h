@@ -37,7 +37,7 @@ PYGPT_INLINE void stream(void* p, V v) {
 
 // Writes past the caches where p is aligned to what is written, else into them.
 template <class S>
-PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
+PYGPT_INLINE void store_streaming(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
   if (n >= W<Acc<S>> && reinterpret_cast<uintptr_t>(p) % (W<Acc<S>> * sizeof(S)) == 0) {
     if constexpr (sizeof(S) == 2)
@@ -50,32 +50,32 @@ PYGPT_INLINE void store_past(S* p, Vec<Acc<S>> x, int64_t n) {
   store(p, x, n);
 }
 template <class S>
-PYGPT_INLINE void store_halves_past(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
+PYGPT_INLINE void store_halves_streaming(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<S, bf16>) {
     if (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) return stream(p, joined_halves(a, b));
     return store_halves(p, a, b);
   }
 #endif
-  store_past(p, a, W<Acc<S>>), store_past(p + W<Acc<S>>, b, W<Acc<S>>);
+  store_streaming(p, a, W<Acc<S>>), store_streaming(p + W<Acc<S>>, b, W<Acc<S>>);
 }
 
 // Writes one task's part of a call's results: past the caches or into them.
-template <bool past>
+template <bool streaming>
 struct Writer {
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    past ? store_past(p, x, n) : store(p, x, n);
+    streaming ? store_streaming(p, x, n) : store(p, x, n);
   }
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // load_half's halves
-    past ? store_halves_past(p, a, b) : store_halves(p, a, b);
+    streaming ? store_halves_streaming(p, a, b) : store_halves(p, a, b);
   }
 
-  // Asks for what will be read next, at any address: while a core only writes past the caches, nothing else does.
+  // Prefetches what will be read next, at any address: while a core only writes past the caches, nothing else does.
   template <class S>
-  PYGPT_INLINE void ahead(const S* p) const {
-    if (past) __builtin_prefetch(p);
+  PYGPT_INLINE void prefetch(const S* p) const {
+    if (streaming) __builtin_prefetch(p);
   }
 };
 

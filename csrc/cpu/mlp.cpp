@@ -41,7 +41,7 @@ struct Results {
   Results(int64_t rows, int64_t stride)
       : many(rows > kFewRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 4 << 20) {}
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    NR<Acc<S>> % kLine == 0 && many ? store_past(p, x, n) : store(p, x, n);
+    NR<Acc<S>> % kLine == 0 && many ? store_streaming(p, x, n) : store(p, x, n);
   }
 };
 

@@ -14,7 +14,7 @@
 // first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
 //
 // A row is read from memory once; its other passes find it in cache, and the last, where results go past the caches,
-// asks for the next row. dw and db are summed over chunks of rows, then chunk by chunk in order, each sum in groups
+// prefetches the next row. dw and db are summed over chunks of rows, then chunk by chunk in order, each sum in groups
 // to keep its chains short; the chunks depend on the shape alone.
 #include <algorithm>
 #include <cmath>
@@ -121,9 +121,9 @@ struct Statistics {
   T mean, rstd;
 };
 
-// One row forward: y from x, and a copy of x unless that is null. ahead(j) asks for column j of the next row.
+// One row forward: y from x, and a copy of x unless that is null. prefetch(j): of column j of the next row.
 template <class S, bool Centre, class Writer, class F, class T = Acc<S>>
-Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, const Writer& write, S* y, S* copy, const F& ahead) {
+Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, const Writer& write, S* y, S* copy, const F& prefetch) {
   T shift = 0, left = 0, sums[2];
   if constexpr (Centre) {
     T total[1];
@@ -143,7 +143,7 @@ Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, c
   const T rstd = 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps), offset = -left * rstd;
   write_each(0, cols, write, y, [&](Columns c) {
     const Vec<T> v = at(x, c), xhat = Centre ? (v - shift) * rstd + offset : v * rstd;
-    ahead(lanes<T>(c));
+    prefetch(lanes<T>(c));
     return xhat * at(w, c) + at(b, c);
   });
   if (copy) write_each(0, cols, write, copy, [&](Columns c) { return at(x, c); });
@@ -158,7 +158,7 @@ void add(int64_t cols, const S* x, const S* residual, S* sum) {
 // One row backward: dx unless it is null; with Params, adds to dw and db (padded to whole vectors).
 template <class S, bool Centre, bool Params, class Writer, class F, class T = Acc<S>>
 void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, const Writer& write,
-              S* dx, T* dw, T* db, const F& ahead) {
+              S* dx, T* dw, T* db, const F& prefetch) {
   auto xhat = [&](Columns c) {
     Vec<T> v = at(x, c);
     return Centre ? (v - saved.mean) * saved.rstd : v * saved.rstd;
@@ -179,12 +179,12 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   write_each(0, cols, write, dx, [&](Columns c) {
     Vec<T> g = rounded(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
     Vec<T> d = rounded((g - mean_g - xhat(c) * mean_gh) * saved.rstd);  // fused with dsum it might be here but not there
-    ahead(lanes<T>(c));
+    prefetch(lanes<T>(c));
     return dsum ? d + at(dsum, c) : d;
   });
 }
 
-template <class S, bool Centre, bool Past>
+template <class S, bool Centre, bool Streaming>
 void norm_fwd(const NormArgs& a) {
   using T = Acc<S>;
   const Matrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
@@ -192,8 +192,8 @@ void norm_fwd(const NormArgs& a) {
   const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
   T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
   auto body = [&](int64_t begin, int64_t end) {
-    const Writer<Past> write;
-    S* unwritten = Past && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
+    const Writer<Streaming> write;
+    S* unwritten = Streaming && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
     for (int64_t i = begin; i < end; i++) {
       const S* row = x.row(i);
       if (residual.data) {
@@ -201,11 +201,11 @@ void norm_fwd(const NormArgs& a) {
         add(a.cols, row, residual.row(i), summed);
         row = summed;
       }
-      auto ahead = [&](int64_t j) {
-        write.ahead(x.row(i + 1) + j);
-        if (residual.data) write.ahead(residual.row(i + 1) + j);
+      auto prefetch = [&](int64_t j) {
+        write.prefetch(x.row(i + 1) + j);
+        if (residual.data) write.prefetch(residual.row(i + 1) + j);
       };
-      Statistics<T> s = forward<S, Centre>(a.cols, row, w, b, T(a.eps), write, y.row(i), unwritten ? sum.row(i) : nullptr, ahead);
+      Statistics<T> s = forward<S, Centre>(a.cols, row, w, b, T(a.eps), write, y.row(i), unwritten ? sum.row(i) : nullptr, prefetch);
       if (Centre) mean[i] = s.mean;
       rstd[i] = s.rstd;
     }
@@ -233,7 +233,7 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   parallel_for(ceil_div(cols, kColumns), body, chunks * kColumns);
 }
 
-template <class S, bool Centre, bool Params, bool Past>
+template <class S, bool Centre, bool Params, bool Streaming>
 void norm_bwd(const NormArgs& a) {
   using T = Acc<S>;
   const Matrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
@@ -243,7 +243,7 @@ void norm_bwd(const NormArgs& a) {
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
   T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
   auto body = [&](int64_t begin, int64_t end) {
-    const Writer<Past> write;
+    const Writer<Streaming> write;
     T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
       T* total = partials + c * 2 * width;
@@ -251,12 +251,12 @@ void norm_bwd(const NormArgs& a) {
       for (int64_t i = c * chunk, last = std::min(a.rows, i + chunk); i < last;) {
         if (Params) std::fill(group, group + 2 * width, T(0));
         for (int64_t stop = std::min(last, i + kGroup); i < stop; i++) {
-          auto ahead = [&](int64_t j) {
-            write.ahead(x.row(i + 1) + j), write.ahead(dy.row(i + 1) + j);
-            if (dsum.data) write.ahead(dsum.row(i + 1) + j);
+          auto prefetch = [&](int64_t j) {
+            write.prefetch(x.row(i + 1) + j), write.prefetch(dy.row(i + 1) + j);
+            if (dsum.data) write.prefetch(dsum.row(i + 1) + j);
           };
           backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? given(mean[i]) : T(0), given(rstd[i])}, write,
-                                      dx.row(i), group, group + width, ahead);
+                                      dx.row(i), group, group + width, prefetch);
         }
         if (Params)
           for (int64_t j = 0; j < 2 * width; j++) total[j] += group[j];
@@ -279,17 +279,17 @@ int64_t bytes(const NormArgs& a, int tensors) {
 
 void norm_fwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit(exceeds_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2)), [&](auto past) {
-      visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, past>(a); });
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2)), [&](auto streaming) {
+      visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, streaming>(a); });
     });
   });
 }
 
 void norm_bwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit(exceeds_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3)), [&](auto past) {
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3)), [&](auto streaming) {
       visit(a.mean != nullptr, [&](auto centre) {
-        visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, past>(a); });
+        visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, streaming>(a); });
       });
     });
   });

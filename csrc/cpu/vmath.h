@@ -150,7 +150,7 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
   }
 }
 
-PYGPT_INLINE Vec<float> about_reciprocal(Vec<float> x) {  // within 2^-14
+PYGPT_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {  // within 2^-14
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_maskz_rcp14_ps(-1, (__m512)x);
 #else
@@ -172,7 +172,7 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
   } else if constexpr (std::is_same_v<S, bf16>) {
     constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
     const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
-    const Vec<T> tail = m * (detail::polynomial(a, kN) * about_reciprocal(detail::polynomial(a, kQ)));
+    const Vec<T> tail = m * (detail::polynomial(a, kN) * approximate_reciprocal(detail::polynomial(a, kQ)));
     return at_least(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
@@ -193,7 +193,7 @@ PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
   } else if constexpr (std::is_same_v<S, bf16>) {
     constexpr float kD[] = {0.5f, -0.300899f, -0.393626f, -0.120756f}, kE[] = {1.f, 0.99299f, 0.302433f};
     const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
-    const Vec<T> quotient = detail::polynomial(a, kD) * about_reciprocal(detail::polynomial(a, kE));
+    const Vec<T> quotient = detail::polynomial(a, kD) * approximate_reciprocal(detail::polynomial(a, kE));
     const Vec<T> tail = detail::gauss(a, detail::kShortExp2<4>) * quotient;
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   } else {
