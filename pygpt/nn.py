@@ -63,7 +63,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
         y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
-        return self.dropout(y) if self.training else y
+        return self.dropout(y) if self.dropout.training else y
 
     def extra_repr(self):
         return f"activation={self.activation!r}"
@@ -128,8 +128,8 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: x must be (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
             )
-        (B, T, _), H, Hkv, p = x.shape, self.num_heads, self.num_kv_heads, self.dropout.p if self.training else 0.0
-        q, kv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2).split((H, 2 * Hkv), dim=1)
+        (B, T, _), H, Hkv = x.shape, self.num_heads, self.num_kv_heads
+        q, kv = self.c_attn(x).view(B, T, H + 2 * Hkv, self.head_dim).transpose(1, 2).split((H, 2 * Hkv), dim=1)
         if cache is not None:
             kv = cache.append(kv)
         k, v = kv.chunk(2, dim=1)
@@ -137,12 +137,12 @@ class CausalSelfAttention(nn.Module):
         y = functional.scaled_dot_product_attention(
             q, k, v,
             attn_mask=causal_lower_right(T, S) if 1 < T < S else None,
-            dropout_p=p,
+            dropout_p=self.dropout.p if self.training else 0.0,
             is_causal=1 < T == S,
             enable_gqa=H != Hkv,
         )  # fmt: skip
         y = self.c_proj(y.transpose(1, 2).flatten(2))
-        return self.dropout(y) if p else y
+        return self.dropout(y) if self.dropout.training else y
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

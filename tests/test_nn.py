@@ -109,6 +109,13 @@ def test_dropout_only_while_training():
         assert not torch.equal(m(x), m(x))
         m.eval()
         assert torch.equal(m(x), m(x))
+        m.dropout.train()  # by itself, as Monte Carlo dropout does (Gal and Ghahramani 2016)
+        assert not torch.equal(m(x), m(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 24), (2, 0, 24)], ids=str)
+def test_nothing_to_attend_to(shape):
+    assert nn.CausalSelfAttention(24, 4, 2)(torch.randn(shape)).shape == shape
 
 
 def test_factory_arguments():
