@@ -22,6 +22,7 @@ void with_stream(const torch::stable::Tensor& lead, const std::function<void(con
   std::vector<torch::stable::Tensor> scratch;
   body({device, handle, [&](int64_t bytes) {
           scratch.push_back(torch::stable::new_empty(lead, {bytes}, ScalarType::Byte));
+          if (poison) fill_with_nan(scratch.back());
           return scratch.back().mutable_data_ptr();
         }});
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -16,6 +17,7 @@
 #endif
 
 #include "ops.h"
+#include "poison.h"
 
 namespace pygpt::bind {
 
@@ -127,6 +129,10 @@ inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, Shape s
 
 using torch::stable::contiguous;
 
+inline void fill_with_nan(const torch::stable::Tensor& t) {
+  torch::stable::fill_(t, t.scalar_type() == ScalarType::Byte ? 0xFF : std::numeric_limits<double>::quiet_NaN());
+}
+
 // A string argument, owned. (The header's own std::string conversion leaks one string a call in 2.13.)
 struct OwnedString {
   StringHandle handle;
@@ -156,10 +162,13 @@ inline void ask_for_large_pages(void* data, size_t bytes) {
 #endif
 }
 
+inline const bool poison = poison_requested();
+
 template <class Tensor>
 Tensor empty_strided(const Tensor& like, Shape size, Shape stride, ScalarType type) {
   Tensor t = allocate(like, size, stride, type);
   if (t.is_cpu()) ask_for_large_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
+  if (poison) fill_with_nan(t);
   return t;
 }
 template <class Tensor>

@@ -107,12 +107,9 @@ struct Frame {
   std::vector<PyObject*> copies;
 
   void* borrow(size_t bytes) {
-    const size_t room = (bytes + 63) / 64 * 64;
-    if (near_used + room <= near.size()) return near.data() + std::exchange(near_used, near_used + room);
-    temporary.emplace_back(std::aligned_alloc(64, room), std::free);
-    if (!temporary.back()) throw std::bad_alloc();
-    bind::ask_for_large_pages(temporary.back().get(), bytes);
-    return temporary.back().get();
+    void* memory = reserve((bytes + 63) / 64 * 64);
+    if (bind::poison) pygpt::fill_with_nan(memory, bytes);
+    return memory;
   }
 
   explicit Frame(bool inference) : inference(inference), outer(current) { current = this; }
@@ -126,6 +123,15 @@ struct Frame {
 
   Frame* outer;
   static inline thread_local Frame* current = nullptr;
+
+ private:
+  void* reserve(size_t bytes) {
+    if (near_used + bytes <= near.size()) return near.data() + std::exchange(near_used, near_used + bytes);
+    temporary.emplace_back(std::aligned_alloc(64, bytes), std::free);
+    if (!temporary.back()) throw std::bad_alloc();
+    bind::ask_for_large_pages(temporary.back().get(), bytes);
+    return temporary.back().get();
+  }
 };
 
 // With the methods of torch::stable::Tensor that bind.h uses; borrowed from Python or from the frame.
@@ -189,6 +195,10 @@ inline Tensor allocate(const Tensor& like, bind::Shape size, bind::Shape stride,
   if (exchange->allocate(&want, &made, &error, set_error)) throw std::runtime_error(error);
   std::copy(stride.begin(), stride.end(), made->tensor.strides);  // of the same memory in another order
   return Tensor(made->tensor, nullptr, frame.count++);
+}
+
+inline void fill_with_nan(const Tensor& t) {
+  pygpt::fill_with_nan(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
 }
 
 inline Tensor for_backward(const Tensor& like, bind::Shape size, ScalarType type) {

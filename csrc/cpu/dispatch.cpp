@@ -13,11 +13,13 @@
 #include <unistd.h>
 #endif
 
+#include "../poison.h"
 #include "parallel.h"
 
 namespace pygpt::cpu {
 
 Threads threads;
+const bool poison = poison_requested();
 
 #define PYGPT_ISA_TABLE(isa)                               \
   namespace isa {                                          \

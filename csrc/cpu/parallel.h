@@ -14,6 +14,7 @@ struct Threads {
   int64_t (*count)();
 };
 extern Threads threads;  // defined in dispatch.cpp
+extern const bool poison;  // likewise: see poison.h
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -17,6 +17,8 @@
 #endif
 
 #include "../ops.h"
+#include "../poison.h"
+#include "parallel.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -317,7 +319,7 @@ PYGPT_INLINE void transpose(Vec<T> (&rows)[N]) {
 
 // ---------------------------------------------------------------- scratch memory
 // One cache-line aligned array per Tag and thread, with a vector to spare behind its n elements; it
-// grows and is kept, so that a call allocates nothing after the first.
+// grows and is kept, so that a call allocates nothing after the first. Its content is not kept from call to call.
 template <class T, class Tag>
 T* scratch(int64_t n) {
   struct Buffer {
@@ -334,6 +336,7 @@ T* scratch(int64_t n) {
     if (!buffer.data) throw std::bad_alloc();
     buffer.bytes = bytes;
   }
+  if (poison) fill_with_nan(buffer.data, bytes);
   return static_cast<T*>(buffer.data);
 }
 

@@ -1,0 +1,53 @@
+"""PYGPT_POISON=1: what a kernel is given to write, and its temporary memory, is NaN before it runs."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+NOTHING_RUNS = """
+import sys; sys.path.insert(0, "tests")
+import cases, torch
+from pygpt import verify
+{prepare}
+generator, elements, nans = torch.Generator().manual_seed(0), 0, 0
+for op, dims in cases.TINY.items():
+    args, grads = verify.draw(op, dims, torch.{dtype}, generator)
+    for name, call in cases.kernel_calls(op, args, grads, kernels):
+        for result in verify.as_tuple(getattr(kernels, name)(*call)):
+            elements += result.numel()
+            nans += result.isnan().sum().item()
+assert elements > 100
+print(nans == elements)
+"""
+PREPARE = {
+    "cuda": "from tests.emulator import build; build.load().record(True); kernels = torch.ops.pygpt_emulator",
+    "triton": "from pygpt import triton_kernels as kernels; from pygpt.triton_kernels import common\n"
+    "for m in (kernels.attention, kernels.mlp, kernels.norm, kernels.activation): m.launch = lambda *a, **k: None",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator and the interpreter take CPU tensors")
+@pytest.mark.parametrize("name, dtype, poison", [
+    *product(PREPARE, ["bfloat16", "float16", "float32"], ["1"]), *product(PREPARE, ["float32"], ["", "0"])
+])  # fmt: skip
+def test_what_no_kernel_writes_is_nan(name, dtype, poison, run_python):
+    """Launches that do nothing leave NaN behind: so would an element that a kernel leaves out. Off by default."""
+    source = NOTHING_RUNS.format(prepare=PREPARE[name], dtype=dtype)
+    done = run_python(source, PYGPT_POISON=poison, PYTHONPATH=str(ROOT))
+    assert done.stdout.split() == [str(poison == "1")], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("capability", [None, pytest.param("baseline", marks=pytest.mark.slow)])
+def test_cpu_kernels_write_everything_and_read_nothing_before(capability):
+    """They are as exact as ever where results, packed operands, partial sums and scores start as NaN."""
+    environment = {**os.environ, "PYGPT_POISON": "1"} | ({"PYGPT_CPU_CAPABILITY": capability} if capability else {})
+    command = [sys.executable, "-m", "pygpt", "verify", "--backend", "cpp"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
