@@ -2,8 +2,8 @@
 # make test   the whole test suite          make test-all   with the heavier sweeps too
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
-# make gpu    on a machine with a GPU, in 8 minutes and offline: builds in place, runs the GPU tests and the
-#             GPU benchmarks with what PYTHON has. No GPU at hand: GPU_ARGS="--device cpu" is a dry run.
+# make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing, then checks,
+#             tests and benchmarks in 13 minutes at most. No GPU at hand: GPU_ARGS="--device cpu" is a rehearsal.
 #
 # Everything else runs in .venv, made on first use from python3 (or make PYTHON=...). On Linux, plain torch
 # brings the CUDA build; for the small one: make demo TORCH="torch==2.13.0 --index-url ADDRESS", with
@@ -31,7 +31,7 @@ instructions: build
 	$(BIN)/python -m bench.instructions
 
 gpu:
-	@$(PYTHON) -m bench.gpu_run $(GPU_ARGS)
+	@$(PYTHON) -m bench.first_light --all --out build/gpu $(GPU_ARGS)
 
 dist: build
 	$(BIN)/python -m build --no-isolation

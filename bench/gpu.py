@@ -19,7 +19,7 @@ import pygpt
 from pygpt.backend import TABLE
 
 from . import gpu_rows, gpu_timer, report
-from .gpu_rows import PEERS, SDPA, Group, Refused, trying
+from .gpu_rows import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying
 from .harness import Work, caller
 from .ops import DIRECTIONS, DTYPES, OPS
 from .options import some_of
@@ -46,7 +46,7 @@ def parse(argv=None):
     add("--directions", type=some_of(DIRECTIONS), default=list(DIRECTIONS), metavar="A,B")
     add("--peers", type=some_of(PEERS), default=list(PEERS), metavar="A,B", help=f"some of {', '.join(PEERS)}")
     add("--backends", type=some_of(list(TABLE)), metavar="A,B", help="some of ours; default: all for the device")
-    add("--quick", action="store_true", help="each op's first shape in bfloat16, for a shorter time")
+    add("--quick", action="store_true", help="bfloat16 only: predicted shapes, each op's first one")
     add("--seconds", type=float, metavar="S", help="time for a row's rounds (0.5; with --quick 0.2)")
     add("--budget", type=float, default=270.0, metavar="S", help="time for everything; what doesn't fit is skipped")
     add("--check", action="store_true", help="exit code 1 where a first bar is missed")
@@ -344,6 +344,8 @@ def main(argv=None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} in {sys.executable} sees none (--device cpu is a dry run)")
         return 2
+    if options.device == "cpu" and "cuda" in (options.backends or ()):
+        play_cuda_on_the_cpu()
     names, absent = gpu_rows.backends(options.device)
     names = [name for name in names if name in (options.backends or names)]
     if options.list:
@@ -358,6 +360,7 @@ def main(argv=None) -> int:
         run.measure()
         for why, what in run.skipped.items():
             print(f"skipped: {why}: {'; '.join(what)}")
+        print(f"all but these of {len(groups)} rows in the compilers' caches")
         return 0
     for name, why in absent.items():
         run.skip(f"backend {name}", why)
@@ -367,7 +370,14 @@ def main(argv=None) -> int:
     print(head(m))
     m["clocks_before"] = gpu_timer.clocks_under_load(timer)
     signal.signal(signal.SIGTERM, stop)
-    run.measure(Table(groups, names).show)
+    table = Table(groups, names)
+
+    def found(row: dict):
+        table.show(row)
+        if options.json:  # a run that is killed leaves its rows
+            report.save(options.json, run.rows, m | {"limits": run.limits})
+
+    run.measure(found)
     if run.left() > 0:
         try:
             m["clocks_after"] = gpu_timer.clocks_under_load(timer)

@@ -32,6 +32,13 @@ def backends(device: str) -> tuple[list[str], dict[str, str]]:
     return [row.name for row in table if not row.missing], absent
 
 
+def play_cuda_on_the_cpu():
+    """For a rehearsal: the emulator in the place of the CUDA kernels."""
+    from tests import emulator
+
+    TABLE["cuda"] = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
+
+
 # ------------------------------------------------------------------------------- the rows
 @dataclass(frozen=True)
 class Group:
@@ -91,14 +98,16 @@ BFLOAT16 = [  # (case, with torch.compile); the tail is what is skipped when tim
     (_rows(ops.gelu, 3072, TOKENS, "none"), True),
     (_rows(ops.relu, 3072), False),
 ]
+PREDICTED = (_attention(2, 32, 8192, 128), _mlp(4096), _rows(ops.layer_norm, 4096))  # and some ops' first shapes
 
 
 def plan(ops_wanted=ops.OPS, dtypes=tuple(ops.DTYPES), quick: bool = False, tiny: bool = False) -> list[Group]:
-    """All of BFLOAT16, then every op's first shape in the other dtypes; quick: only the first shapes in bfloat16."""
+    """All of BFLOAT16, then each op's first shape in the other dtypes; quick: PREDICTED and the first shapes in bfloat16."""
     first = {}
     for case, _ in BFLOAT16:
         first.setdefault(case.op, case)
-    groups = [Group(case, "bfloat16", compiled) for case, compiled in BFLOAT16 if not quick or case in first.values()]
+    short = {*first.values(), *PREDICTED}
+    groups = [Group(case, "bfloat16", compiled) for case, compiled in BFLOAT16 if not quick or case in short]
     groups += [Group(case, dtype) for dtype in ("float32", "float16") for case in first.values() if not quick]
     if tiny:  # what was different may now be equal; the first one stays
         small = [replace(group, case=_tiny(group.case)) for group in groups]

@@ -1,4 +1,4 @@
-"""bench.gpu on CPU: how it times, checks, skips and reports; and make gpu's steps. No figure is judged here."""
+"""bench.gpu on CPU: how it times, checks, skips and reports. No figure is judged here."""
 
 import gc
 import itertools
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import gpu, gpu_rows, gpu_run, gpu_timer, ops, report
+from bench import first_light, gpu, gpu_rows, gpu_timer, ops, report
 from bench.gpu_rows import Group, Refused
 from pygpt.backend import TABLE
 
@@ -124,7 +123,8 @@ def test_plan():
         assert min(work.amount) > 0
     for tiny in (False, True):
         quick = gpu_rows.plan(quick=True, tiny=tiny)
-        assert sorted(g.case.op for g in quick) == sorted(ops.OPS) and {g.dtype for g in quick} == {"bfloat16"}
+        assert {g.case.op for g in quick} == set(ops.OPS) and {g.dtype for g in quick} == {"bfloat16"}
+        assert tiny or {g.case for g in quick} >= set(gpu_rows.PREDICTED)
     assert {g.case.op for g in gpu_rows.plan(["gelu"], ["float16"])} == {"gelu"}
     small = gpu_rows.plan(tiny=True)
     assert len({str(g) for g in small}) == len(small) and any(g.compiled for g in small)
@@ -349,8 +349,8 @@ def test_check_judges_the_first_bar():
 
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for main in (gpu.main, gpu_run.main):
-        assert main([]) == 2
+    for main, arguments in ((gpu.main, []), (first_light.main, ["--out=nowhere"])):
+        assert main(arguments) == 2
         out = capsys.readouterr().out
         assert "no GPU: torch" in out and len(out.splitlines()) == 1
     with pytest.raises(SystemExit):
@@ -381,70 +381,10 @@ import sys
 for name in ("rich", "cpuinfo", "safetensors", "matplotlib", "xdist", "pytest_benchmark", "tinygrad", "micrograd"):
     sys.modules[name] = None
 from bench import gpu
-import bench.gpu_run, pygpt, pygpt.verify
+import bench.first_light, bench.gpu_checks, pygpt, pygpt.verify
 sys.path.insert(0, "tests")
 import conftest, cases
 sys.exit(gpu.main({DRY!r}))
 """
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-# ------------------------------------------------------------------------------- make gpu
-def test_steps_end_in_time(capfd, monkeypatch):
-    monkeypatch.setattr(gpu_run, "PATIENCE", 60)
-    steps = gpu_run.Steps(dict(os.environ))
-    polite = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed')"
-    code, lines, late = steps.run("polite", [sys.executable, "-c", polite], 4.0)
-    assert (lines, late) == (["on", "3 passed"], True)
-    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
-    monkeypatch.setattr(gpu_run, "PATIENCE", 1)
-    code, lines, late = steps.run("deaf", [sys.executable, "-c", deaf], 4.0)
-    assert (code, lines, late) == (-signal.SIGKILL, ["on"], True)
-    assert steps.run("quick", [sys.executable, "-c", "print(1); exit(3)"], 60) == (3, ["1"], False)
-    assert "=== polite:" in capfd.readouterr().out
-
-
-def test_beside_the_tests(capfd):
-    """What runs beside them is asked for at the end, and stopped."""
-    steps = gpu_run.Steps(dict(os.environ))
-    beside = gpu_run.Beside(steps)
-    for step, source, must in (("good", "print(1)", True), ("bad", "print('why'); exit(9)", True),
-                               ("poor", "exit(1)", False), ("long", "import time; time.sleep(60)", True)):  # fmt: skip
-        beside.start(step, [sys.executable, "-c", source], must)
-    beside.wait(5)
-    beside.stop()
-    assert steps.said == ["good: ok", "bad: failed (exit code 9): why", "poor: failed (exit code 1): no output",
-                          "long: not done in time"]  # fmt: skip
-    assert steps.failed and beside.running[-1][2].returncode == -signal.SIGKILL
-
-
-def test_outcome_of_pytest():
-    assert gpu_run.outcome(["...", "2 failed, 10 passed, 3 skipped in 4.00s", "text"]) == {
-        "failed": 2,
-        "passed": 10,
-        "skipped": 3,
-    }
-    assert gpu_run.outcome(["1 error in 0.1s"]) == {"error": 1} and gpu_run.outcome([]) == {}
-
-
-def test_steps_after_a_failure(capsys, monkeypatch):
-    """A failed build does not keep the rest from running; the exit code tells."""
-    ran, started = [], []
-    monkeypatch.setattr(gpu_run, "no_gpu", lambda: None)
-    monkeypatch.setattr(gpu_run, "present", lambda steps, device: ["triton", "cuda"])
-    monkeypatch.setattr(gpu_run.Beside, "start", lambda self, step, command, must: started.append(step))
-
-    def run(self, step, command, seconds, first=signal.SIGINT):
-        ran.append((step, command))
-        assert 0 < seconds <= 300
-        lines = {"tests": ["5 passed in 200s"], "benchmark": ["7 rows in 3 s: 0 WRONG, 0 FAILED"]}.get(step, [])
-        return int(step == "build"), lines, step == "tests"
-
-    monkeypatch.setattr(gpu_run.Steps, "run", run)
-    assert gpu_run.main([]) == 1
-    out = capsys.readouterr().out
-    assert [step for step, _ in ran] == ["build", "tests", "benchmark"] and "--save" in ran[-1][1]
-    assert "build: failed" in out and "5 passed in 0 s; out of time, the rest was skipped (triton, cuda)" in out
-    assert "conformance" in started and sum("compiled ahead" in step for step in started) == len(gpu_run.FAMILIES)
-    assert ("-n" in ran[1][1]) == (find_spec("xdist") is not None) and "benchmark: 7 rows" in out

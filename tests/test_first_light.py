@@ -1,0 +1,198 @@
+"""The first minutes on a GPU, rehearsed: steps under time limits, what a killed run leaves, and each step's own work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench import first_light, gpu_checks, steps
+from bench.steps import REFUSED, Runner, Step
+
+
+def source(name: str, code: str, seconds: float = 60, **how) -> Step:
+    return Step(name, seconds, (sys.executable, "-c", code), **how)
+
+
+def summary(folder: Path) -> dict:
+    return {step["step"]: step for step in json.loads((folder / "summary.json").read_text())["steps"]}
+
+
+# ------------------------------------------------------------------------------- steps
+def test_no_step_takes_another_down(tmp_path, capfd):
+    runner = Runner(tmp_path, 100)
+    runner.run(source("good", "print('warm'); print('3 rows in 1 s'); print('bye')", says=" rows in "))
+    runner.run(source("bad", "print('why'); exit(9)"))
+    runner.run(source("crash", "import os; print('x', flush=True); os.abort()"))
+    runner.run(source("refused", f"print('no such tool'); exit({REFUSED})"), source("silent", ""))
+    runner.run(Step("absent", 5, ("/nowhere/at/all",)))
+    runner.run(source("optional", "exit(1)", optional=True))
+    found = summary(tmp_path)
+    assert [(s["verdict"], s["said"]) for s in found.values() if s["step"] not in ("refused", "silent", "absent")] == [
+        ("ok", "3 rows in 1 s"), ("failed (9)", "why"), ("failed (-6)", "x"), ("failed (1)", "no result")
+    ]  # fmt: skip
+    assert found["refused"]["verdict"] == "refused" and found["silent"]["verdict"] == "ok"
+    assert "/nowhere/at/all" in found["absent"]["said"] and found["absent"]["verdict"] == "failed (127)"
+    assert [o.step for o in runner.outcomes if o.failed] == ["bad", "crash", "absent"]
+    assert "[good] warm" in (tmp_path / "log.txt").read_text() and "--- bad" in capfd.readouterr().out
+
+
+def test_steps_end_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "GRACE", 1.0)
+    polite = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed')"
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    began = time.monotonic()
+    runner = Runner(tmp_path, 30)
+    runner.run(source("polite", polite, 4, stop=signal.SIGINT), source("deaf", deaf, 4))
+    found = summary(tmp_path)
+    assert (found["polite"]["verdict"], found["polite"]["said"]) == ("out of time", "3 passed")
+    assert (found["deaf"]["verdict"], found["deaf"]["exit_code"]) == ("out of time", -signal.SIGKILL)
+    assert time.monotonic() - began < 25
+    runner.end = time.monotonic() + 1.5
+    runner.run(source("late", "print(1)"))
+    assert summary(tmp_path)["late"]["verdict"] == "skipped"
+
+
+def test_a_killed_run_leaves_what_it_found(tmp_path):
+    """And its steps end with it."""
+    code = f"""
+import sys
+from pathlib import Path
+from bench.steps import Runner, Step
+runner = Runner(Path({str(tmp_path)!r}), 100, {{"device": "cpu"}})
+runner.run(Step("first", 9, (sys.executable, "-c", "print('known')")))
+runner.run(Step("second", 99, (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if line.startswith("[second] "))
+        process.kill()
+    found, child = json.loads((tmp_path / "summary.json").read_text()), int(line.split()[1])
+    assert found["device"] == "cpu" and [(s["step"], s["said"]) for s in found["steps"]] == [("first", "known")]
+    assert line in (tmp_path / "log.txt").read_text()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the step outlived its run")
+
+
+# ------------------------------------------------------------------------------- the plan
+def plan(*arguments) -> first_light.Plan:
+    return first_light.Plan(first_light.parse(["--out=/nowhere/out", *arguments]))
+
+
+@pytest.mark.parametrize("part, seconds, timed", [
+    ("first", first_light.FIRST_SECONDS, ["benchmark", "candidates"]), ("rest", first_light.REST_SECONDS, ["table"])
+])  # fmt: skip
+def test_the_plan_fits(part, seconds, timed):
+    """Every limit together, nothing beside what is timed, and at most eight files in one flat folder."""
+    groups = getattr(plan(), part)()
+    assert sum(max(sum(s.seconds for s in lane) for lane in group) for group in groups) <= seconds - steps.GRACE
+    alone = [group[0][0].name for group in groups if len(group) == 1 and len(group[0]) == 1]
+    assert set(timed) <= set(alone)
+    flat = [argument for group in groups for lane in group for step in lane for argument in step.command]
+    files = {argument for argument in flat if argument.startswith("/nowhere/out")}
+    assert {Path(file).parent for file in files} == {Path("/nowhere/out")} and len(files) <= 6  # log.txt, summary.json
+    assert not any("nvcc" in argument or "build" in argument for argument in flat if argument.startswith("-"))
+
+
+def test_the_first_run_builds_nothing(monkeypatch):
+    assert not any("setup.py" in s.command for group in plan().first() for lane in group for s in lane)
+    missing = plan(f"--conformance={ROOT}/nothing.so")
+    monkeypatch.setattr(first_light, "LIBRARIES", ("pygpt/nothing.so",))
+    assert [step.name for step in missing.build()[0][0]] == ["build pygpt/nothing.so", "build conformance"]
+    monkeypatch.setattr(first_light, "LIBRARIES", ())
+    assert plan(f"--conformance={__file__}").build() == []
+
+
+# ------------------------------------------------------------------------------- the steps' own work
+def test_better_candidates():
+    rows = [
+        {"kernel": "fwd", "head_dim": 64, "dtype": "bfloat16", "config": c, "ms": ms} for c, ms in ((1, 2.0), (2, 1.0))
+    ]
+    rows += [
+        {"kernel": "dq", "head_dim": 64, "dtype": "bfloat16", "config": c, "ms": ms} for c, ms in ((1, 1.0), (2, 0.98))
+    ]
+    rows += [{"kernel": "dq", "head_dim": 64, "dtype": "float32", "config": 1, "refused": "OutOfResources"}]
+    assert gpu_checks.better_candidates(rows) == ["fwd D64 bfloat16: 2 2.00x"]
+
+
+def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """A kernel that is off and one that raises are both reported, and the rest is verified all the same."""
+    from dataclasses import replace
+
+    from pygpt import reference
+    from pygpt.backend import TABLE
+
+    def off(x):
+        return reference.relu_fwd(x) * 1.5
+
+    def raises(x, approximate):
+        raise RuntimeError("no such kernel")
+
+    names = [name for name in vars(reference) if name.endswith(("_fwd", "_bwd"))]
+    kernels = SimpleNamespace(**{n: getattr(reference, n) for n in names} | {"relu_fwd": off, "gelu_fwd": raises})
+    row = replace(TABLE["cuda"], kernels=kernels, missing="", devices=("cpu",), dtypes=(torch.float32,))
+    monkeypatch.setitem(TABLE, "cuda", row)
+    monkeypatch.setattr(gpu_checks, "play_cuda_on_the_cpu", lambda: None)
+    out = tmp_path / "verify.json"
+    out.write_text('{"triton": 1}')
+    assert gpu_checks.main(["verify", "--device=cpu", f"--out={out}"]) == 1
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert found["triton"] == 1 and len(found["cuda"]["errors"]) == 1 and "no such kernel" in found["cuda"]["errors"][0]
+    wrong = {row["op"] for row in found["cuda"]["rows"] if not row["passed"]}
+    assert wrong == {"relu"} and len({row["op"] for row in found["cuda"]["rows"]}) == 8
+    assert "WRONG: relu" in said and said.strip().splitlines()[-1].endswith(" s")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for a GPU that is not there")
+def test_compile_ahead_fills_tritons_cache(tmp_path):
+    """What it compiles, a second run finds; a kernel that does not compile is named."""
+    code = """
+import sys, torch
+from bench import compile_ahead as c
+from pygpt import triton_kernels as k
+def relu():
+    yield lambda: k.relu_fwd(torch.empty(64, 48, dtype=torch.bfloat16, device="meta")), False
+c.CALLS["relu"] = relu
+if __name__ == "__main__":
+    sys.exit(c.main(["--what=relu", "--jobs=1", "--out=" + sys.argv[1]]))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, script, tmp_path / "found.json"], env=environment, text=True, check=False,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert (found["kernels"], found["compiled"], found["wrong"]) == (1, 1, [])
+        cached = {path.parent.name for path in (tmp_path / "cache").rglob("*.cubin")}
+        assert len(cached) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is nothing to rehearse")
+@pytest.mark.parametrize("part", [[], ["--rest"]], ids=["first", "rest"])
+def test_rehearsal(part, tmp_path):
+    """Every step on the CPU, with the emulator and the interpreter in the GPU's place."""
+    command = [sys.executable, "-m", "bench.first_light", "--device=cpu", f"--out={tmp_path}", "--seconds=1500", *part]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = summary(tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+    refused = {"streams", "sanitize"} if part else set()
+    assert {name for name, step in found.items() if step["verdict"] == "refused"} == refused
+    assert all(step["verdict"] == "ok" for name, step in found.items() if name not in refused)
+    assert len(found) == (6 if part else 8) and len(list(tmp_path.iterdir())) <= 8
