@@ -1,23 +1,33 @@
-"""Do the emulator's instructions answer as a GPU's do? ``python -m tests.emulator.conformance``
+"""Do the emulator's instructions answer as a GPU's do?
 
-Every case of conformance.cu turns the same random words into words. With a GPU: nvcc builds the cases for it, they
-run, and the answers are compared with the emulator's in every bit and written to golden/, where `make test`
-finds them. Without one: the emulator is compared with what golden/ holds. The second half of a run multiplies matrices
-of small integers, whose products are exact, with hopper_gemm.cu. Needs nvcc and torch, no network.
+    python -m tests.emulator.conformance                                   with a GPU and nvcc: everything below
+    python -m tests.emulator.conformance --build FILE [--arch 90a]         needs nvcc, no GPU
+    python -m tests.emulator.conformance --library FILE --out ANSWERS      needs a GPU and torch; writes ANSWERS only
+    python -m tests.emulator.conformance --compare ANSWERS                 needs the emulator, no GPU
+
+Every case of conformance.cu turns the same random words into words. The GPU's words are kept in a JSON file, and the
+emulator's are compared with them in every bit. The last cases multiply matrices of small integers, whose products are
+exact, with hopper_gemm.cu. Without arguments the answers go to golden/, where `make test` finds them; without a GPU
+the emulator is then compared with what golden/ holds.
 """
 
+import argparse
+import base64
 import ctypes
 import hashlib
 import json
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.gpu_code import tool
-from pygpt.files import atomic
 
 from . import build
 
@@ -26,6 +36,8 @@ ROOT = HERE.parent.parent
 GOLDEN = HERE / "golden"
 SOURCES = [HERE / "conformance.cu", HERE / "hopper_gemm.cu"]
 APPROXIMATE = "exp2_approx"  # the one case whose answers may differ: PTX allows each an error of 2^-22
+TIMEOUT = 10  # seconds that a case may take
+FORK = multiprocessing.get_context("fork")  # torch is imported once; this process itself never initialises CUDA
 
 
 def inputs(words: int) -> np.ndarray:
@@ -33,17 +45,27 @@ def inputs(words: int) -> np.ndarray:
     return np.frombuffer(hashlib.shake_256(b"pygpt conformance").digest(4 * words), np.uint32).copy()
 
 
-def build_for_device(arch: str, folder: Path) -> Path:
-    """A shared library of the cases for one architecture, such as "90a"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"conformance-sm_{arch}.so"
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC"]
+def build_for_device(arch: str, library: Path) -> None:
+    """Compiles the cases into a shared library for one architecture, such as "90a". It runs with any torch."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC", "-cudart=static"]
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(ROOT / "csrc" / "cuda")]
     command = [tool("nvcc"), *flags, *target, *map(str, SOURCES), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return library
+
+
+# ---------------------------------------------------------------- cases
+
+
+GEMMS = {
+    f"hopper_gemm {m}x{n}x{k} {str(dtype).removeprefix('torch.')} {'b_n_k' if b_k_major else 'b_k_n'}": (
+        m, n, k, dtype, b_k_major)
+    for m, n, k in ((128, 128, 64), (1, 1, 1), (200, 150, 390))
+    for dtype in (torch.bfloat16, torch.float16)
+    for b_k_major in (True, False)
+}  # fmt: skip
 
 
 class Cases:
@@ -54,14 +76,21 @@ class Cases:
         for function in ("conformance_name", "conformance_run", "hopper_gemm"):
             if hasattr(library, function):
                 getattr(library, function).restype = ctypes.c_char_p
+        has_wgmma = 900 <= capability < 1000
         self.index = {}
         for i in range(library.conformance_count() if hasattr(library, "conformance_count") else 0):
             name = library.conformance_name(i).decode()
-            has_wgmma = 900 <= capability < 1000
             if capability >= library.conformance_arch(i) and (has_wgmma or not name.startswith("wgmma")):
                 self.index[name] = i
+        self.gemms = GEMMS if has_wgmma and hasattr(library, "hopper_gemm") else {}
+        self.names = [*self.index, *self.gemms]
 
     def run(self, name: str) -> np.ndarray:
+        """The words that a case answers; a GEMM, which is exact or an error, answers one word."""
+        if name in self.gemms:
+            if not integer_gemm(self, *self.gemms[name]):
+                raise RuntimeError("wrong values")
+            return np.ones(1, np.uint32)
         x = torch.from_numpy(inputs(self.library.conformance_words()).view(np.int32)).to(self.device)
         y = torch.zeros_like(x)
         self._call(self.library.conformance_run, self.index[name], x, y)
@@ -84,126 +113,251 @@ class Cases:
             raise RuntimeError(error.decode())
 
 
-def on_device(folder: Path) -> Cases:
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    torch.zeros(1, device="cuda")  # the context that the library shares
-    return Cases(ctypes.CDLL(str(build_for_device(arch, folder))), "cuda", 100 * major + 10 * minor)
+def integer_gemm(cases: Cases, m: int, n: int, k: int, dtype: torch.dtype, b_k_major: bool) -> bool:
+    """Whether hopper_gemm multiplies integers of -8 .. 8 exactly, and writes inside of c only."""
+
+    def integers(rows: int, cols: int) -> torch.Tensor:
+        return torch.randint(-8, 9, (rows, (cols + 15) // 8 * 8), generator=generator).to(dtype)
+
+    generator = torch.Generator().manual_seed(k)
+    a, b = integers(m, k), integers(n, k) if b_k_major else integers(k, n)
+    whole = torch.full((m + 1, (n + 15) // 8 * 8), 99.0, dtype=dtype)
+    want, out = whole.clone(), whole.to(cases.device)
+    factors = a[:, :k].double(), b[:, :k].double().T if b_k_major else b[:, :n].double()
+    want[:m, :n] = (factors[0] @ factors[1]).to(dtype)
+    a, b = a.to(cases.device), b.to(cases.device)
+    cases.gemm(a[:, :k], b[:, : k if b_k_major else n], out[:m, :n], b_k_major)
+    return torch.equal(out.cpu(), want)
 
 
-def in_emulator(schedule: str = "fifo", seed: int = 0, sanitizer: str | None = None) -> Cases:
+def in_emulator(schedule: str = "fifo", seed: int = 0, sanitizer: str | None = None, capability: int = 900) -> Cases:
     module = build.load_tests(*SOURCES, sanitizer=sanitizer)
     module.schedule(schedule, seed)
-    return Cases(module.library, "cpu", 900)
+    return Cases(module.library, "cpu", capability)
 
 
-def record(name: str, answer: np.ndarray):
-    """What golden/ keeps of an answer."""
+# ---------------------------------------------------------------- the GPU's answers
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def opened(library: Path) -> tuple[dict, Cases]:
+    """A device and its cases: of a library of `build_for_device` the GPU, of one of the emulator's the CPU."""
+    loaded = ctypes.CDLL(str(library.resolve()))
+    if hasattr(loaded, "PyInit_pygpt_emulator"):
+        return {"device": "emulator", "capability": "9.0", "cuda": None}, Cases(loaded, "cpu", 900)
+    capability = gpu_capability()
+    if capability is None:
+        raise RuntimeError("torch finds no GPU here")
+    torch.zeros(1, device="cuda")  # the context that the library shares
+    major, minor = capability
+    device = {
+        "device": torch.cuda.get_device_name(),
+        "capability": f"{major}.{minor}",
+        "cuda": torch.version.cuda,
+    }
+    return device, Cases(loaded, "cuda", 100 * major + 10 * minor)
+
+
+def _serve(connection, library: Path, done: list[str]) -> None:
+    """In a process of its own: sends the device and the names of the cases, then the answer of each that is not done.
+    A case that fails may have taken the CUDA context with it, so it is the last one."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a case that hangs doesn't outlive its parent
+    torch.set_num_threads(1)
+    try:
+        device, cases = opened(library)
+    except (OSError, RuntimeError) as e:
+        connection.send(str(e))
+        return
+    connection.send((device, cases.names))
+    for name in cases.names:
+        if name not in done:
+            try:
+                connection.send(cases.run(name))
+            except RuntimeError as e:
+                connection.send(str(e))
+                return
+
+
+class Worker:
+    """The process that runs the cases, as its parent sees it."""
+
+    def __init__(self, library: Path, done: list[str]):
+        self.connection, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=_serve, args=(theirs, library, done), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self, seconds: float):
+        """What it sends next, or a string that says why nothing comes."""
+        if not self.connection.poll(max(seconds, 0)):
+            return f"no answer within {seconds:.0f} s"
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join(TIMEOUT)
+            return f"its process ended with exit code {self.process.exitcode}"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join(TIMEOUT)
+
+
+def write(path: Path, found: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
+def run_library(library: Path, out: Path, limit: float) -> int:
+    """Runs the cases of a library and keeps in `out` after each what is known: answers, and errors of those without.
+    -> 0: every case answered; 1: some did not; 2: the cases could not be run to their end."""
+    found = {"stopped": "it was interrupted", "cases": {}, "errors": {}}
+    end = time.monotonic() + limit
+    stopped, failed = None, True
+    while stopped is None and failed:  # once more, with the cases behind the one that failed
+        worker = Worker(library, [*found["cases"], *found["errors"]])
+        started = worker.answer(end - time.monotonic())
+        if isinstance(started, str):
+            stopped = started
+            break
+        device, names = started
+        found, failed = device | found, False
+        for name in names:
+            if name in found["cases"] or name in found["errors"]:
+                continue
+            left = end - time.monotonic()
+            answer = worker.answer(min(TIMEOUT, left))
+            failed = isinstance(answer, str)
+            if failed and time.monotonic() >= end:
+                stopped = f"the limit of {limit:.0f} s"
+                break
+            found["errors" if failed else "cases"][name] = answer if failed else record(answer)
+            write(out, found)
+            print(f"{name}: {answer if failed else 'answered'}", flush=True)
+            if failed:
+                break
+        worker.stop()
+    worker.stop()
+    found["stopped"] = stopped or ""
+    write(out, found)
+    where = found.get("device", library)
+    print(f"{where}: {len(found['cases'])} cases answered, {len(found['errors'])} failed", end="", flush=True)
+    print(f"; stopped: {stopped}" if stopped else "", flush=True)
+    return 2 if stopped else int(bool(found["errors"]))
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def record(words: np.ndarray) -> str:
+    """A case's words as the file keeps them."""
+    return base64.b64encode(zlib.compress(words.astype("<u4").tobytes(), 9)).decode()
+
+
+def recorded(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4")
+
+
+def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
+    """How two answers differ; empty where they agree."""
+    if ours.shape != theirs.shape:
+        return f"{ours.size} words, on the GPU {theirs.size}"
     if name == APPROXIMATE:
-        return answer[:512].tolist()
-    return hashlib.sha256(answer.astype("<u4").tobytes()).hexdigest()
+        a, b = (x.view(np.float32).astype(np.float64) for x in (ours, theirs))
+        same = np.isclose(a, b, rtol=2**-21, atol=2**-125, equal_nan=True)
+    else:
+        same = ours == theirs
+    if same.all():
+        return ""
+    where = np.flatnonzero(~same)
+    i = where[0]
+    return f"{where.size} words differ, first {i}: {ours[i]:08x}, on the GPU {theirs[i]:08x}"
 
 
-def agrees(name: str, ours, theirs) -> bool:
-    """Whether two records agree."""
-    if name != APPROXIMATE:
-        return ours == theirs
-    a, b = (np.array(x, np.uint32).view(np.float32).astype(np.float64) for x in (ours, theirs))
-    return np.allclose(a, b, rtol=2**-21, atol=2**-125, equal_nan=True)
+def capability_of(found: dict) -> int:
+    major, minor = map(int, found["capability"].split("."))
+    return 100 * major + 10 * minor
 
 
-def disagreements(cases: Cases, golden: dict) -> list[str]:
-    """The names of the cases whose answers are not the golden ones."""
-    both = cases.index.keys() & golden["cases"].keys()
-    return sorted(name for name in both if not agrees(name, record(name, cases.run(name)), golden["cases"][name]))
+def disagreements(cases: Cases, found: dict) -> dict[str, str]:
+    """case -> what is wrong with it: every one of `cases` should have the same answer in the file."""
+    wrong = {}
+    for name in cases.names:
+        if name not in found["cases"]:
+            wrong[name] = "on the GPU: " + found["errors"].get(name, f"not run, {found['stopped']}")
+        elif how := difference(name, cases.run(name), recorded(found["cases"][name])):
+            wrong[name] = how
+    return wrong
+
+
+def compare(path: Path) -> int:
+    """Compares the emulator with a file of answers."""
+    found = json.loads(path.read_text())
+    if "capability" not in found:
+        print(f"{path.name}: no case was run: {found['stopped']}")
+        return 1
+    cases = in_emulator(capability=capability_of(found))
+    wrong = disagreements(cases, found)
+    print(f"{path.name} ({found['device']}): {len(cases.names) - len(wrong)} of {len(cases.names)} cases agree")
+    for name, how in wrong.items():
+        print(f"  {name}: {how}")
+    return int(bool(wrong))
 
 
 def golden_files() -> list[Path]:
     return sorted(GOLDEN.glob("*.json"))
 
 
-def integer_gemm(cases: Cases, m: int, n: int, k: int, dtype: torch.dtype, b_k_major: bool) -> bool:
-    """Whether hopper_gemm multiplies integers of -8 .. 8 exactly, and writes inside of c only."""
-
-    def integers(rows: int, cols: int) -> torch.Tensor:
-        whole = torch.randint(-8, 9, (rows, (cols + 15) // 8 * 8), generator=generator)
-        return whole.to(cases.device, dtype)[:, :cols]
-
-    generator = torch.Generator().manual_seed(k)
-    a, b = integers(m, k), integers(n, k) if b_k_major else integers(k, n)
-    whole = torch.full((m + 1, (n + 15) // 8 * 8), 99.0, dtype=dtype, device=cases.device)
-    want = whole.clone()
-    want[:m, :n] = (a.double() @ (b.double().T if b_k_major else b.double())).to(dtype)
-    cases.gemm(a, b, whole[:m, :n], b_k_major)
-    return torch.equal(whole, want)
+def check() -> int:
+    """Compares the emulator with golden/."""
+    if not golden_files():
+        print(f"no GPU here, and no answers of one in {GOLDEN.relative_to(ROOT)}/: nothing to compare with")
+    return max((compare(path) for path in golden_files()), default=0)
 
 
-GEMMS = [
-    (m, n, k, dtype, b_k_major)
-    for m, n, k in ((128, 128, 64), (1, 1, 1), (200, 150, 390))
-    for dtype in (torch.bfloat16, torch.float16)
-    for b_k_major in (True, False)
-]
-
-
-def measure() -> int:
+def measure(capability: tuple[int, int]) -> int:
     """Runs the cases on this machine's GPU, writes golden/ and says where the emulator differs."""
-    device = on_device(ROOT / "build" / "emulator")
-    answers = {}
-    for name in device.index:
-        print(name, end=": ", flush=True)  # a case that never ends is the last one named
-        try:
-            answers[name] = device.run(name)
-            print("answered")
-        except RuntimeError as e:
-            print(e)
-    major, minor = torch.cuda.get_device_capability()
-    golden = {
-        "device": torch.cuda.get_device_name(),
-        "capability": f"{major}.{minor}",
-        "cuda": torch.version.cuda,
-        "cases": {name: record(name, answer) for name, answer in answers.items()},
-    }
+    major, minor = capability
+    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    library = ROOT / "build" / "emulator" / f"conformance-sm_{arch}.so"
+    build_for_device(arch, library)
     GOLDEN.mkdir(exist_ok=True)
     path = GOLDEN / f"sm_{major}{minor}.json"
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(golden, indent=1) + "\n")
-    print(f"{len(answers)} cases on {golden['device']}: {path.relative_to(ROOT)}")
-
-    wrong = len(device.index) - len(answers)
-    if major == 9:
-        for case in GEMMS:
-            if not integer_gemm(device, *case):
-                wrong += 1
-                print("hopper_gemm is wrong on the GPU:", *case)
+    failed = run_library(library, path, limit=600)
     try:
-        emulator = in_emulator()
+        return compare(path) or failed
     except (ImportError, OSError, RuntimeError) as e:
         print(f"the emulator can't be built here, so nothing was compared: {e}")
         return 2
-    for name in disagreements(emulator, golden):
-        wrong += 1
-        ours, theirs = emulator.run(name), answers[name]
-        where = np.flatnonzero(ours != theirs)
-        i = where[0]
-        print(f"{name}: {len(where)} words differ, first {i}: emulator {ours[i]:08x}, GPU {theirs[i]:08x}")
-    print(f"{wrong} failures" if wrong else "the emulator agrees in every case")
-    return wrong != 0
 
 
-def check() -> int:
-    """Compares the emulator with golden/."""
-    emulator, wrong = in_emulator(), 0
-    for path in golden_files():
-        golden = json.loads(path.read_text())
-        bad = disagreements(emulator, golden)
-        wrong += len(bad)
-        agree = len(golden["cases"]) - len(bad)
-        print(f"{path.name} ({golden['device']}): {agree} cases agree", *bad, sep="\n  differs: ")
-    if not golden_files():
-        print(f"no GPU here, and no answers of one in {GOLDEN.relative_to(ROOT)}/: nothing to compare with")
-    return wrong != 0
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.emulator.conformance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--build", type=Path, metavar="FILE", help="compile the cases into this shared library")
+    parser.add_argument("--arch", default="90a", help="for this architecture")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="run the cases of this library")
+    parser.add_argument("--out", type=Path, metavar="ANSWERS", help="and keep their answers and errors here")
+    parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for at most so long")
+    parser.add_argument("--compare", type=Path, metavar="ANSWERS", help="compare the emulator with these answers")
+    options = parser.parse_args(arguments)
+    if (options.library is None) != (options.out is None):
+        parser.error("--library and --out go together")
+    if options.build:
+        build_for_device(options.arch, options.build)
+        return 0
+    if options.library:
+        return run_library(options.library, options.out, options.limit)
+    if options.compare:
+        return compare(options.compare)
+    with FORK.Pool(1) as pool:
+        capability = pool.apply(gpu_capability)
+    return measure(capability) if capability else check()
 
 
 if __name__ == "__main__":
-    sys.exit(measure() if torch.cuda.is_available() else check())
+    sys.exit(main())
