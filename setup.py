@@ -6,12 +6,14 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
 
   PYGPT_BUILD_CUDA=0|1         never | or fail without nvcc; by default if nvcc is found
   PYGPT_CUDA_ARCHS="80 90"     the GPUs to build for, 80 and newer; by default the one that is there, if nvcc knows it,
-                               else 80 and 90. Newer ones run the PTX of the last
+                               else 80 and 90. 90a is for 9.0 alone, 100f for the family of 10.0. GPUs newer than
+                               the newest without such a letter run the PTX of that one
   MAX_JOBS                     compilers at a time; by default one per core
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -89,20 +91,47 @@ def cuda_compiler() -> str | None:
     return nvcc
 
 
+def split_arch(arch: str) -> tuple[int, str]:
+    """ "90a" -> (90, "a"). Archs sort by it."""
+    return int(arch.rstrip("af")), arch.lstrip("0123456789")
+
+
+def known_archs(nvcc: str) -> list[int]:
+    """The compute capabilities from 80 on that nvcc compiles for, without the point."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    return sorted(arch for arch in map(int, re.findall(r"compute_(\d+)\b", listed)) if arch >= 80)
+
+
+def archs_here(known: list[int]) -> list[str]:
+    """Those of the GPUs of this machine, as nvidia-smi tells them. A Hopper gets all of its instructions: 90a."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    there = re.findall(r"^(\d+)\.(\d)$", found.stdout, re.MULTILINE) if found.returncode == 0 else []
+    archs = [major + minor for major, minor in there if int(major + minor) in known]
+    return ["90a" if arch == "90" else arch for arch in archs]
+
+
 def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities without the point, oldest first."""
+    """What to compile for, oldest first: compute capabilities without the point, and those with a letter."""
+    known = known_archs(nvcc)
     archs = os.environ.get("PYGPT_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").replace(".", "").split()
-    if not archs and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        there = found.stdout.replace(".", "").split() if found.returncode == 0 else []
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
-        archs = [arch for arch in there if arch.isdigit() and int(arch) >= 80 and f"compute_{arch}" in known]
-    if any(not arch.isdigit() or int(arch) < 80 for arch in archs):
-        sys.exit(
-            f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities from 80 on, as '80 90', got {' '.join(archs)!r}"
-        )
-    return sorted(set(archs), key=int) or ["80", "90"]
+    for arch in archs:
+        number, letter = split_arch(arch) if re.fullmatch(r"\d+[af]?", arch) else (0, "")
+        if number not in known or number < {"": 80, "a": 90, "f": 100}[letter]:
+            sys.exit(
+                f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities from 80 on, such as '80 90', got {arch!r}.\n"
+                f"  {nvcc} knows {' '.join(map(str, known))}; those from 90 on with an a behind them, too, which is\n"
+                "  for that GPU alone, and those from 100 on with an f, for its family"
+            )
+    return sorted(set(archs or archs_here(known)), key=split_arch) or ["80", "90"]
+
+
+def cuda_code(archs: list[str]) -> list[str]:
+    """The machine code to build, and PTX for later GPUs, which only archs without a letter can give."""
+    general = [arch for arch in archs if arch.isdigit()]
+    return [*(f"sm_{arch}" for arch in archs), *(f"compute_{arch}" for arch in general[-1:])]
 
 
 class BuildKernels(build_ext):
@@ -146,22 +175,21 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def build_cuda(self, ext):
-        nvcc, archs = NVCC, CUDA_ARCHS
-        objects = Path(self.build_temp) / f"cuda-{'-'.join(archs)}"
+        nvcc, code = NVCC, cuda_code(CUDA_ARCHS)
+        objects = Path(self.build_temp) / f"cuda-{'-'.join(CUDA_ARCHS)}"
         objects.mkdir(parents=True, exist_ok=True)
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        targets = [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in code]
         newest = max(Path(name).stat().st_mtime for name in [*ext.depends, "setup.py"])
 
         def compile_kernels(source):
             result = objects / f"{Path(source).stem}.o"
             if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
                 partial = result.with_suffix(".partial.o")  # an interrupted compiler leaves nothing that looks whole
-                subprocess.run([nvcc, *CUDA_FLAGS, *code, "-c", source, "-o", partial], check=True)
+                subprocess.run([nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", partial], check=True)
                 partial.replace(result)
             return str(result)
 
-        flags = [STABLE, f'-DPYGPT_CUDA_ARCHS="{" ".join(archs)}"']
+        flags = [STABLE, f'-DPYGPT_CUDA_CODE="{" ".join(code)}"']
         binding = self.pool.submit(self.compile_host, "csrc/bind_cuda.cpp", objects.name, flags, ext.depends)
         kernels = list(self.pool.map(compile_kernels, sorted(s for s in ext.sources if s.endswith(".cu"))))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -183,30 +211,31 @@ def sources(pattern):
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
 
 
-extensions = [
-    Extension(
-        "pygpt._C",
-        sources=["csrc/bind_cpu.cpp"],
-        depends=sources("csrc/*.h") + sources("csrc/cpu/*.h"),
-        libraries=["torch", "torch_cpu", "c10"],
-        py_limited_api=True,
-        language="c++",
-    )
-]
-NVCC = cuda_compiler()
-if NVCC:
-    CUDA_ARCHS = cuda_archs(NVCC)
-    extensions.append(
+if __name__ == "__main__":  # a test imports what is above
+    extensions = [
         Extension(
-            "pygpt._cuda",
-            sources=["csrc/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
-            depends=sources("csrc/*.h") + sources("csrc/cuda/*.cuh"),
+            "pygpt._C",
+            sources=["csrc/bind_cpu.cpp"],
+            depends=sources("csrc/*.h") + sources("csrc/cpu/*.h"),
+            libraries=["torch", "torch_cpu", "c10"],
             py_limited_api=True,
+            language="c++",
         )
-    )
+    ]
+    NVCC = cuda_compiler()
+    if NVCC:
+        CUDA_ARCHS = cuda_archs(NVCC)
+        extensions.append(
+            Extension(
+                "pygpt._cuda",
+                sources=["csrc/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
+                depends=sources("csrc/*.h") + sources("csrc/cuda/*.cuh"),
+                py_limited_api=True,
+            )
+        )
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

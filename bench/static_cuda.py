@@ -30,7 +30,8 @@ def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
             for name, block, shared in emulator.launches(run) if call.startswith(only) else ():
                 name = plain(name)
                 for target in targets:
-                    function = compiled.get((name, f"sm_{DEVICES[target].arch}"))
+                    arch = f"sm_{DEVICES[target].arch}"
+                    function = compiled.get((name, f"{arch}a")) or compiled.get((name, arch))  # as the GPU would choose
                     if function and (name, target, block, shared) not in seen:
                         seen.add((name, target, block, shared))
                         found.append(result(call, name, dtype, target, block, shared, function))

@@ -31,7 +31,7 @@ void with_stream(const torch::stable::Tensor& lead, const std::function<void(con
 
 namespace {
 
-PyObject* archs(PyObject*, PyObject*) { return PyUnicode_FromString(PYGPT_CUDA_ARCHS); }
+PyObject* code(PyObject*, PyObject*) { return PyUnicode_FromString(PYGPT_CUDA_CODE); }
 
 PyObject* versions(PyObject*, PyObject*) {
   int driver = 0, runtime = 0;
@@ -40,7 +40,7 @@ PyObject* versions(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"archs", archs, METH_NOARGS, "The architectures compiled for, such as '80 90'; newer ones run the last one's PTX."},
+    {"code", code, METH_NOARGS, "What was built, such as 'sm_80 sm_90 sm_90a compute_90': machine code, and PTX if any."},
     {"versions", versions, METH_NOARGS, "CUDA's versions, 1000 major + 10 minor: the driver's, and the runtime's compiled with."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -9,6 +9,7 @@ with the reasons; only the default falls back.
 import importlib
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -144,12 +145,19 @@ def _cuda_objection(device: torch.device) -> str:
     driver, runtime = (version // 1000 for version in _cuda.versions())
     if driver < runtime:  # within a major version any driver will do
         return f"the CUDA kernels were built with CUDA {runtime}, this machine's driver is of CUDA {driver}"
-    major, minor = torch.cuda.get_device_capability(device)
-    arch, built = 10 * major + minor, [int(a) for a in _cuda.archs().split()]
-    if built[-1] <= arch or any(a // 10 == major and a <= arch for a in built):  # by PTX, or by code for its family
-        return ""
-    hint = "; set PYGPT_CUDA_ARCHS" if arch >= 80 else ""
-    return f"the CUDA kernels were built for sm_{', sm_'.join(map(str, built))}, this GPU is sm_{arch}{hint}"
+    return _code_objection(_cuda.code(), *torch.cuda.get_device_capability(device))
+
+
+def _code_objection(built: str, major: int, minor: int) -> str:
+    """Why none of the code that was built, such as "sm_80 sm_90a compute_80", runs on a GPU of this capability."""
+    here = 10 * major + minor
+    for kind, number, letter in re.findall(r"(sm|compute)_(\d+)([af]?)", built):
+        arch = int(number)
+        same_family = arch // 10 == major or kind == "compute"  # PTX is for all that come later
+        if arch == here or (letter != "a" and same_family and arch < here):
+            return ""
+    hint = "; set PYGPT_CUDA_ARCHS" if here >= 80 else ""
+    return f"the CUDA kernels were built for {built.replace(' ', ', ')}, this GPU is sm_{here}{hint}"
 
 
 def _triton() -> tuple[object, str, tuple]:

@@ -111,16 +111,28 @@ def test_every_objection_is_told(op):
     assert ("head dimension above 4" in why) == (op == "attention")
 
 
+GENERAL = "sm_80 sm_90 compute_90"
+HOPPER = "sm_90a"
+
+
 @pytest.mark.parametrize(
-    "capability, driver, why",
+    "built, capability, driver, why",
     [
-        ((8, 0), 13000, ""), ((8, 6), 13010, ""), ((12, 0), 14000, ""),
-        ((7, 5), 13000, "built for sm_80, sm_90, this GPU is sm_75"),
-        ((9, 0), 12080, "built with CUDA 13, this machine's driver is of CUDA 12"),
+        (GENERAL, (8, 0), 13000, ""), (GENERAL, (8, 6), 13010, ""), (GENERAL, (9, 0), 13000, ""),
+        (GENERAL, (12, 0), 14000, ""),
+        (GENERAL, (7, 5), 13000, "built for sm_80, sm_90, compute_90, this GPU is sm_75"),
+        (GENERAL, (9, 0), 12080, "built with CUDA 13, this machine's driver is of CUDA 12"),
+        (HOPPER, (9, 0), 13000, ""),
+        (HOPPER, (8, 0), 13000, "built for sm_90a, this GPU is sm_80; set PYGPT_CUDA_ARCHS"),
+        (HOPPER, (10, 0), 13000, "built for sm_90a, this GPU is sm_100; set PYGPT_CUDA_ARCHS"),
+        ("sm_80 sm_90a compute_80", (10, 0), 13000, ""), ("sm_80 sm_90a compute_80", (8, 9), 13000, ""),
+        ("sm_86 compute_86", (8, 0), 13000, "built for sm_86, compute_86, this GPU is sm_80"),
+        ("sm_100f", (10, 3), 13000, ""), ("sm_100f", (12, 0), 13000, "this GPU is sm_120"),
+        ("sm_100a", (10, 3), 13000, "this GPU is sm_103"), ("sm_103f", (10, 0), 13000, "this GPU is sm_100"),
     ],
 )  # fmt: skip
-def test_gpus_that_the_cuda_kernels_cannot_run_on(capability, driver, why, monkeypatch):
-    library = SimpleNamespace(archs=lambda: "80 90", versions=lambda: (driver, 13000))
+def test_gpus_that_the_cuda_kernels_cannot_run_on(built, capability, driver, why, monkeypatch):
+    library = SimpleNamespace(code=lambda: built, versions=lambda: (driver, 13000))
     monkeypatch.setattr(pygpt, "_cuda", library, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     objection = _cuda_objection.__wrapped__(torch.device("cuda", 0))

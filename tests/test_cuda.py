@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ def test_built_where_there_is_nvcc():
             "PYGPT_BUILD_CUDA=1, but nvcc is neither",
         ),
         ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "hopper"}, "must be compute capabilities from 80 on"),
-        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "75 90"}, "must be compute capabilities from 80 on"),
+        ({"PYGPT_BUILD_CUDA": "1", "PYGPT_CUDA_ARCHS": "75 90"}, "such as '80 90', got '75'"),
     ],
 )
 def test_bad_wishes_stop_the_build_before_it_begins(variables, message):
@@ -47,6 +47,50 @@ def test_bad_wishes_stop_the_build_before_it_begins(variables, message):
     command = [sys.executable, "setup.py", "--version"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and message in done.stderr, done.stderr
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """setup.py as a module, and a machine whose nvcc knows a few GPUs and whose nvidia-smi tells those given."""
+    spec = spec_from_file_location("pygpt_setup", ROOT / "setup.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def program(name, lines):
+        (tmp_path / name).write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines))
+        (tmp_path / name).chmod(0o755)
+
+    def archs(wanted="", there=()):
+        program("nvcc", ["compute_75", "compute_80", "compute_90", "compute_100", "compute_103"])
+        program("nvidia-smi", there)
+        monkeypatch.setenv("PYGPT_CUDA_ARCHS", wanted)
+        return module.cuda_archs("nvcc")
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    module.archs = archs
+    return module
+
+
+@pytest.mark.parametrize(
+    "wanted, there, archs, code",
+    [
+        ("", [], "80 90", "sm_80 sm_90 compute_90"),
+        ("", ["9.0", "9.0"], "90a", "sm_90a"),
+        ("", ["9.0", "8.0"], "80 90a", "sm_80 sm_90a compute_80"),
+        ("", ["7.5", "12.1", "[N/A]"], "80 90", "sm_80 sm_90 compute_90"),  # none that nvcc and we can serve
+        ("90a;80,9.0 80", ["8.0"], "80 90 90a", "sm_80 sm_90 sm_90a compute_90"),
+        ("100 90a 103f 90", [], "90 90a 100 103f", "sm_90 sm_90a sm_100 sm_103f compute_100"),
+    ],
+)
+def test_what_is_built(wanted, there, archs, code, build):
+    assert build.archs(wanted, there) == archs.split()
+    assert build.cuda_code(archs.split()) == code.split()
+
+
+@pytest.mark.parametrize("wanted", ["hopper", "75", "85", "80a", "90f", "90b", "a", "90aa", "sm_90"])
+def test_what_cannot_be_built_is_named_with_what_can(wanted, build):
+    with pytest.raises(SystemExit, match=rf"(?s)got {wanted!r}.*nvcc knows 80 90 100 103; those from 90 on"):
+        build.archs(f"80 {wanted}")
 
 
 @needs_library
