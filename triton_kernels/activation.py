@@ -16,13 +16,12 @@ the lower tail. With a = |x| and polynomials H, D, E, fitted for least relative 
 and at a the value is 1 minus that at -a.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from pygpt.reference import gelu_name
 
-from .common import LOG2E, Config, Configs, launch, to_storage
+from .common import LOG2E, Config, Configs, empty, launch, to_storage
 
 U = tl.constexpr(1.59576912160573071176)
 U3 = tl.constexpr(1.59576912160573071176 * 0.044715)
@@ -130,7 +129,7 @@ FWD, BWD = (Configs("any", tuple(Config({"BLOCK": block}, warps) for block, warp
 def _elementwise(kernel, configs, name, *inputs):
     """kernel over the contiguous elements of inputs -> a tensor like the first."""
     inputs = [t.contiguous() for t in inputs]
-    out = torch.empty_like(inputs[0])
+    out = empty(inputs[0], *inputs[0].shape)
     n = out.numel()
     launch(kernel, lambda c: triton.cdiv(n, c["BLOCK"]), *inputs, out, n, configs=configs, NAME=name)
     return out

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, dot, launch, target, tileable, to_storage
+from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, dot, empty, launch, target, tileable, to_storage
 
 L2_BYTES = 16 << 20  # of keys and values that programs running at one time should share
 
@@ -412,14 +412,14 @@ class _Call:
 
 
 def _heads_last(like, B, H, T, width):
-    return like.new_empty(B, T, H, width).transpose(1, 2)
+    return empty(like, B, T, H, width).transpose(1, 2)
 
 
 def attention_fwd(q, k, v, is_causal, scale):
     """q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev) -> out (B, H, L, Ev) laid out (B, L, H, Ev), lse (B, H, L)."""
     call = _Call(q, k, v, is_causal)
     B, L, EV = q.shape[0], call.L, v.shape[3]
-    out, lse = _heads_last(q, B, call.H, L, EV), q.new_empty(B, call.H, L, dtype=torch.float32)
+    out, lse = _heads_last(q, B, call.H, L, EV), empty(q, B, call.H, L, dtype=torch.float32)
     inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
     call(attention_fwd_kernel, FWD, (out, lse), inputs, abs(scale), "BLOCK_M", L, NEGATIVE=scale < 0)
     return out, lse
@@ -430,7 +430,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
     call = _Call(q, k, v, is_causal, dout)
     (dout,) = call.others
     B, H, L, S, EV = q.shape[0], call.H, call.L, call.S, v.shape[3]
-    delta = torch.empty_like(lse)
+    delta = empty(lse, *lse.shape)
     launch(
         attention_delta_kernel, lambda c: B * H * triton.cdiv(L, c["BLOCK_M"]),
         delta, out, dout, dlse, H, L, *out.stride()[:3], *dout.stride()[:3], *(dlse.stride() if dlse is not None else (0,) * 3),

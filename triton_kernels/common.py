@@ -246,6 +246,15 @@ def rows_of(t: torch.Tensor) -> torch.Tensor:
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+POISON = os.environ.get("PYGPT_POISON") == "1"
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Memory for a kernel to write, contiguous, on the device of ``like``. With PYGPT_POISON=1 it is NaN until then."""
+    t = like.new_empty(shape, dtype=dtype)
+    return t.fill_(float("nan")) if POISON else t
+
+
 def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
     """An optional parameter of a kernel that takes no strides for it."""
     return None if t is None else t.contiguous()

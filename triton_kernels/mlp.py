@@ -38,6 +38,7 @@ from .common import (
     aligned,
     contiguous,
     dot,
+    empty,
     launch,
     rows_of,
     target,
@@ -196,8 +197,8 @@ def _weight_gradient(dy, x):
     (M, N), K = dy.shape, x.shape[1]
     splits = _splits(N, K, M)
     if splits == 1:
-        return _gemm(dy.mT, x, x.new_empty(N, K))
-    parts = _gemm(dy.mT, x, x.new_empty(splits, N, K, dtype=torch.float32), splits=splits)
+        return _gemm(dy.mT, x, empty(x, N, K))
+    parts = _gemm(dy.mT, x, empty(x, splits, N, K, dtype=torch.float32), splits=splits)
     return column_sums(parts.view(splits, N * K), dtype=x.dtype)[0].view(N, K)
 
 
@@ -208,7 +209,7 @@ def _if(need: bool, gradient, like):
 
 def linear_fwd(x, weight, bias):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y = empty(x, *x.shape[:-1], weight.shape[0])
     rows = rows_of(x)
     _gemm(rows, weight.mT, y.view(rows.shape[0], weight.shape[0]), bias=contiguous(bias))
     return y
@@ -218,7 +219,7 @@ def linear_bwd(dy, x, weight, needs):
     """-> dx (..., K), dweight (N, K), dbias (N,)."""
     dy2, x2 = rows_of(dy), rows_of(x)
     return (
-        _if(needs[0], lambda: _gemm(dy2, weight, x.new_empty(x2.shape)).view(x.shape), x),
+        _if(needs[0], lambda: _gemm(dy2, weight, empty(x, *x2.shape)).view(x.shape), x),
         _if(needs[1], lambda: _weight_gradient(dy2, x2), x),
         _if(needs[2], lambda: sums_over_rows(dy2), x),
     )
@@ -227,8 +228,8 @@ def linear_bwd(dy, x, weight, needs):
 def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     """-> y (..., O), hidden (..., H), pre (..., H) but for relu."""
     x2, H = rows_of(x), fc_weight.shape[0]
-    hidden = x.new_empty(*x.shape[:-1], H)
-    pre = torch.empty_like(hidden) if activation in SAVES_INPUT else None
+    hidden = empty(x, *x.shape[:-1], H)
+    pre = empty(hidden, *hidden.shape) if activation in SAVES_INPUT else None
     _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), bias=contiguous(fc_bias), pre=pre, activation=activation)
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, x.new_empty(0) if pre is None else pre
 
@@ -239,13 +240,13 @@ def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
     need_x, need_fc, need_fc_bias, need_proj, need_proj_bias = needs
     dpre = sums = None
     if need_x or need_fc or need_fc_bias:
-        dpre = torch.empty_like(hidden2)
+        dpre = empty(x, *hidden2.shape)
         lines = triton.cdiv(dpre.shape[0], SUM_ROWS)
-        sums = x.new_empty(lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias else None
+        sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias else None
         saved = pre if activation in SAVES_INPUT else hidden
         _gemm(dy2, proj_weight, dpre, saved=saved.contiguous(), sums=sums, activation=activation)
     return (
-        _if(need_x, lambda: _gemm(dpre, fc_weight, x.new_empty(x2.shape)).view(x.shape), x),
+        _if(need_x, lambda: _gemm(dpre, fc_weight, empty(x, *x2.shape)).view(x.shape), x),
         _if(need_fc, lambda: _weight_gradient(dpre, x2), x),
         _if(need_fc_bias, lambda: column_sums(sums, dtype=x.dtype)[0], x),
         _if(need_proj, lambda: _weight_gradient(dy2, hidden2), x),

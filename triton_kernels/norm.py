@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Config, Configs, contiguous, launch, rows_of, to_storage
+from .common import Config, Configs, contiguous, empty, launch, rows_of, to_storage
 
 FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows held in registers
 TILE = 2048  # elements of a tile of rows in backward
@@ -274,7 +274,7 @@ def _bucket(width: int) -> int:
 def column_sums(*partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """One or two contiguous float32 (P, N) of one shape -> the sums of their columns, (N,) each, in a fixed order."""
     P, N = partials[0].shape
-    outs = [p.new_empty(N, dtype=dtype) for p in partials]
+    outs = [empty(p, N, dtype=dtype) for p in partials]
     a, b = (*partials, None)[:2]
     a_out, b_out = (*outs, None)[:2]
     configs = FEW_LINES if P <= 16 else MANY_LINES
@@ -286,7 +286,7 @@ def sums_over_rows(dy: torch.Tensor) -> torch.Tensor:
     """dy (rows, N) with adjacent elements -> (N,) in its dtype: the gradient of a bias."""
     rows, N = dy.shape
     programs = min(32, triton.cdiv(rows, 16))
-    db = dy.new_empty(programs, N, dtype=torch.float32)
+    db = empty(dy, programs, N, dtype=torch.float32)
     launch(
         norm_bwd_kernel, lambda c: programs * triton.cdiv(N, c["WIDTH"]),
         dy, None, None, None, None, None, None, None, db, rows, N, dy.stride(0), 0, 0, configs=WIDE_SUMS,
@@ -303,10 +303,10 @@ def _norm_fwd(x, residual, weight, bias, eps, centre):
     lead, x2 = x.shape[:-1], rows_of(x)
     residual2 = None if residual is None else rows_of(residual)
     rows, N = x2.shape
-    y = x.new_empty(x.shape)
-    s = None if residual is None else x.new_empty(x.shape)
-    mean = x.new_empty(lead, dtype=torch.float32) if centre else None
-    rstd = x.new_empty(lead, dtype=torch.float32)
+    y = empty(x, *x.shape)
+    s = None if residual is None else empty(x, *x.shape)
+    mean = empty(x, *lead, dtype=torch.float32) if centre else None
+    rstd = empty(x, *lead, dtype=torch.float32)
     tensors = x2, residual2, contiguous(weight), contiguous(bias), s, y, mean, rstd
     rest = N, _stride(x2), _stride(residual2), eps
     if N > FWD_WIDTH:
@@ -325,11 +325,11 @@ def _norm_bwd(dy, ds, x, weight, mean, rstd, needs):
     bucket, wide = _bucket(N), N > BWD_WIDTH
     weight = contiguous(weight)
     tensors, strides = (dy2, ds2, x2, weight, mean, rstd), (_stride(dy2), _stride(ds2), _stride(x2))
-    dx = x.new_empty(x.shape) if needs[0] else None
+    dx = empty(x, *x.shape) if needs[0] else None
     programs = min(PROGRAMS, triton.cdiv(rows, 16 if wide else max(TILE // bucket, 1)))
     if wide:
         programs = min(programs, 32)  # for each slice of the columns
-    dw, db = (x.new_empty(programs, N, dtype=torch.float32) if need else None for need in needs[1:])
+    dw, db = (empty(x, programs, N, dtype=torch.float32) if need else None for need in needs[1:])
     if wide and needs[0]:
         launch(wide_norm_bwd_kernel, lambda c: rows, *tensors, dx, N, *strides, configs=WIDE_BWD)
     if any(needs[1:]) or needs[0] and not wide:
