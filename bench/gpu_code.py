@@ -136,14 +136,91 @@ def functions(path: Path) -> list[Function]:
     return found
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop of a kernel: the instructions between its header and the branches back to it."""
+
+    instructions: list[tuple[int, str]]  # (address, text) in order of address, those of loops within included
+    innermost: bool
+
+    @property
+    def start(self) -> int:
+        """The first instruction's address."""
+        return self.instructions[0][0]
+
+    @property
+    def end(self) -> int:
+        """The last instruction's address. Code between start and end need not all belong to the loop."""
+        return self.instructions[-1][0]
+
+
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """(address, text) of every instruction of a kernel."""
+    return [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+
+
+def loops(sass: str) -> list[Loop]:
+    """Every loop of a kernel, by the address of its first instruction, outer loops before those within.
+
+    Loops that only wait, such as the retry of an mbarrier's wait, are not listed. Backward branches alone would not
+    do: the compiler moves blocks that rarely run, such as that retry, behind the kernel's end, from where they branch
+    back into the middle of a loop.
+    """
+    blocks, predecessors = _control_flow(instructions(sass))
+    dominators = _dominators(predecessors)
+    bodies: dict[int, set[int]] = {}  # a loop's first block -> all its blocks
+    for header, before in enumerate(predecessors):
+        todo = [block for block in before if header in dominators[block]]  # they branch back
+        if todo:
+            body = bodies[header] = {header}
+        while todo:
+            if (block := todo.pop()) not in body:
+                body.add(block)
+                todo += predecessors[block]
+    code = {header: sorted(i for block in body for i in blocks[block]) for header, body in bodies.items()}
+    waits = re.compile(r"\b(SYNCS|NANOSLEEP|BRA)\b")
+    working = {header for header in code if not all(waits.search(text) for _, text in code[header])}
+    found = [Loop(code[header], not (bodies[header] & working - {header})) for header in working]
+    return sorted(found, key=lambda loop: (loop.start, -len(loop.instructions)))
+
+
+def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
+    """Basic blocks, and the numbers of the blocks that can run right before each; of a called function, its callers."""
+    jump = re.compile(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)")
+    always = re.compile(r"BRA\S* 0x|(?:EXIT|RET|BRX|JMX)\b")  # without a predicate: nothing falls through
+    targets = {at: int(m[1], 16) for at, text in code if (m := jump.search(text))}
+    starts, blocks = set(targets.values()), []
+    for place, (at, text) in enumerate(code):
+        if not place or at in starts or code[place - 1][0] in targets or always.match(code[place - 1][1]):
+            blocks.append([])
+        blocks[-1].append((at, text))
+    number = {block[0][0]: n for n, block in enumerate(blocks)}
+    predecessors = [set() for _ in blocks]
+    for n, block in enumerate(blocks):
+        at, text = block[-1]
+        if targets.get(at) in number:
+            predecessors[number[targets[at]]].add(n)
+        if n + 1 < len(blocks) and not always.match(text):
+            predecessors[n + 1].add(n)
+    return blocks, predecessors
+
+
+def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
+    """For each block those that every way to it leads through, itself included."""
+    everything = set(range(len(predecessors)))
+    found = [everything if n and before else {n} for n, before in enumerate(predecessors)]
+    previous = None
+    while found != previous:
+        previous = list(found)
+        for n, before in enumerate(predecessors):
+            if n and before:
+                found[n] = {n}.union(set.intersection(*(found[block] for block in before)))
+    return found
+
+
 def _spills_in_a_loop(sass: str) -> bool:
-    """Whether an innermost loop, a backward branch around no other, reads or writes local memory.
+    """Whether a loop reads or writes local memory.
 
     Up to a few registers put aside before a loop and fetched after it cost nothing; in one they cost bandwidth.
     """
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
-    branches = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\S* .*0x([0-9a-f]+)", text))]
-    loops = [(first, last) for first, last in branches if first < last]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    local = [at for at, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    return any(first <= at <= last for at in local for first, last in inner)
+    return any(re.search(r"\b(STL|LDL)\b", text) for loop in loops(sass) for _, text in loop.instructions)
