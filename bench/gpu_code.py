@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,14 +43,16 @@ class Result:
     config: str
     warps: int = 0
     registers: int = 0
-    spilled: int = 0
+    spilled: int = 0  # bytes
+    loop_spills: int = 0  # instructions in loops that access spilled registers
     shared: int = 0
     blocks_per_sm: int = 0
     occupancy: float = 0.0
     products: str = ""
+    serialized: str = ""  # how one sees that wgmma instructions wait for each other
     wrong: str = ""
 
-    def judge(self, spills_in_a_loop: bool, must: str = ""):
+    def judge(self, must: str = ""):
         """Fills in how many blocks fit, and what is wrong. ``must``: the instruction its products should be."""
         device = DEVICES[self.target]
         threads = self.warps * device.warp
@@ -57,20 +60,24 @@ class Result:
         by_shared = device.shared_all // (self.shared + 1024) if self.shared else 32
         self.blocks_per_sm = min(by_registers, by_shared, device.threads // threads, 32)
         self.occupancy = self.blocks_per_sm * threads / device.threads
-        if spills_in_a_loop or self.spilled > FEW_BYTES:
+        if self.loop_spills:
+            self.wrong = "spills in a loop"
+        elif self.spilled > FEW_BYTES:
             self.wrong = "spills"
         elif self.shared > device.shared:
             self.wrong = f"needs more shared memory than the device's {device.shared}"
         elif must and must not in self.products:
             self.wrong = f"no {must}"
+        elif self.serialized:
+            self.wrong = "wgmma instructions are serialized"
 
 
 def table(results: list[Result]) -> str:
-    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "shared", "blocks", "occupancy",
-            "tensor cores", "")  # fmt: skip
+    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "in loops", "shared", "blocks",
+            "occupancy", "tensor cores", "serialized", "")  # fmt: skip
     lines = [head] + [
-        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled), str(r.shared),
-         str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, f"WRONG: {r.wrong}" if r.wrong else "")
+        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled),
+         str(r.loop_spills), str(r.shared), str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, r.serialized, f"WRONG: {r.wrong}" if r.wrong else "")
         for r in results
     ]  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -92,8 +99,21 @@ class Function:
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}\b", self.sass))
 
-    def spills_in_a_loop(self) -> bool:
-        return _spills_in_a_loop(self.sass)
+    @cached_property
+    def loops(self) -> list["Loop"]:
+        return loops(self.sass)
+
+    @property
+    def loop_spills(self) -> int:
+        """Instructions in loops that access local memory, which is where spilled registers go.
+
+        Up to a few registers put aside before a loop and fetched after it cost nothing; in one they cost bandwidth.
+        """
+        return len({at for loop in self.loops for at, text in loop.instructions if re.search(r"\b(STL|LDL)\b", text)})
+
+    @property
+    def serialized(self) -> str:
+        return "one wait per HGMMA" if any(map(serializes_wgmma, self.loops)) else ""
 
 
 def tool(name: str, *places: Path) -> str | None:
@@ -184,6 +204,25 @@ def loops(sass: str) -> list[Loop]:
     return sorted(found, key=lambda loop: (loop.start, -len(loop.instructions)))
 
 
+def serializes_wgmma(loop: Loop) -> bool:
+    """Whether each of several HGMMAs is waited for before the next one starts.
+
+    wgmma runs asynchronously: the products of a tile belong into one group, which is waited for as a whole. Where
+    ptxas cannot prove that nothing touches their registers meanwhile, a full wait follows each of them.
+    """
+    order = "".join(
+        "product" if "HGMMA" in text else "wait"
+        for _, text in loop.instructions
+        if re.search(r"\bHGMMA\b|\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", text)
+    )
+    return order.count("product") > 1 and "productproduct" not in order * 2
+
+
+def serialized(log: str) -> str:
+    """The numbers of ptxas' messages that it serializes wgmma instructions, such as C7515."""
+    return " ".join(dict.fromkeys(re.findall(r"\((C\d+)\)[^\n]*wgmma\S* instructions are serialized", log)))
+
+
 def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
     """Basic blocks, and the numbers of the blocks that can run right before each; of a called function, its callers."""
     jump = re.compile(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)")
@@ -216,11 +255,3 @@ def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
             if n and before:
                 found[n] = {n}.union(set.intersection(*(found[block] for block in before)))
     return found
-
-
-def _spills_in_a_loop(sass: str) -> bool:
-    """Whether a loop reads or writes local memory.
-
-    Up to a few registers put aside before a loop and fetched after it cost nothing; in one they cost bandwidth.
-    """
-    return any(re.search(r"\b(STL|LDL)\b", text) for loop in loops(sass) for _, text in loop.instructions)

@@ -3,9 +3,9 @@
 Triton kernels are compiled for each target, each shipped configuration; CUDA kernels were, by nvcc, when
 the package was built. The table shows what a GPU would be given: registers and bytes spilled by a thread,
 shared memory, warps, how many blocks fit a multiprocessor at a time and the share of its threads they
-fill (occupancy), and the tensor-core instructions. Exit code 1 if something does not compile, spills
-registers in an inner loop (or many anywhere), needs more shared memory than the device has, or multiplies
-16-bit numbers without tensor cores.
+fill (occupancy), the tensor-core instructions, and whether they wait for each other (serialized). Exit code
+1 if something does not compile, spills registers in a loop (or many anywhere), needs more shared memory than
+the device has, multiplies 16-bit numbers without tensor cores, or serializes wgmma instructions.
 """
 
 import argparse

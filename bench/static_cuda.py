@@ -1,6 +1,7 @@
 """What nvcc made of every CUDA kernel: read from the library pygpt._cuda, for the GPUs it was built for.
 
-Registers, spills and instructions stand in the library; how many threads and how much shared memory a launch
+Registers, spills and instructions stand in the library (ptxas' messages do not: that it serializes wgmma instructions
+is seen by its waits); how many threads and how much shared memory a launch
 asks for is decided by the launchers, which run here without a GPU: the emulator of tests/emulator notes what
 they would launch, and launches nothing.
 """
@@ -45,7 +46,8 @@ def result(call: str, name: str, dtype: str, target: str, block: int, shared: in
     used = [(instruction, function.count(instruction)) for instruction in TENSOR_CORES]
     row.products = " ".join(f"{count} {instruction}" for instruction, count in used if count)
     products = dtype != "fp32" and re.match(r"mma_gemm|attention_(fwd|dkdv|dq)", short)
-    row.judge(function.spills_in_a_loop(), "HMMA" if products else "")
+    row.loop_spills, row.serialized = function.loop_spills, function.serialized
+    row.judge("HMMA" if products else "")
     return row
 
 

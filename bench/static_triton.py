@@ -4,23 +4,27 @@ The launchers of pygpt.triton_kernels run on meta tensors, which have shapes and
 what they would launch is compiled instead, each shipped configuration, for each target.
 """
 
+import io
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from pygpt.triton_kernels import common
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pygpt import triton_kernels as kernels
 
-from .gpu_code import DEVICES, Result, functions
+from .gpu_code import DEVICES, Result, functions, serialized
 from .launches import calls
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -94,6 +98,33 @@ def _job(call, target, dtype, kernel, args, constants, config) -> Job:
 
 
 # ------------------------------------------------------------------------------- compiling
+def _keep_ptxas_log(*stage_arguments):
+    """A hook of Triton's: ptxas' messages become part of what Triton's cache knows of a kernel.
+
+    Without arguments Triton asks what to add to the cache's key.
+    """
+    if not stage_arguments:
+        return ("ptxas log",) * 2
+    stages = stage_arguments[1]
+    if "cubin" in stages:  # else AMD's
+        stages["cubin"] = partial(_assemble, stages["cubin"])
+    return None
+
+
+def _assemble(make_cubin, ptx, metadata):
+    with redirect_stdout(io.StringIO()) as log:
+        cubin = make_cubin(ptx, metadata)
+    metadata["ptxas_log"] = log.getvalue()
+    if "registers" not in metadata["ptxas_log"]:
+        raise RuntimeError("Triton did not print ptxas' log")
+    return cubin
+
+
+knobs.runtime.add_stages_inspection_hook = _keep_ptxas_log
+knobs.nvidia.dump_ptxas_log = True
+knobs.cache.dir = str(Path(knobs.cache.dir) / "bench.static")  # Triton 3.6 does not ask for a key
+
+
 def compile_job(job: Job) -> Result:
     device, blocks = DEVICES[job.target], ",".join(str(v) for v in job.blocks.values())
     tma = " TMA" if any(t.startswith("tensordesc") for t in job.signature.values()) else ""
@@ -117,26 +148,31 @@ def compile_job(job: Job) -> Result:
         return result
     result.shared = compiled.metadata.shared
     inspect = _inspect_nvidia if gpu.backend == "cuda" else _inspect_amd
-    assembly, result.registers, result.spilled, in_loop = inspect(compiled)
+    assembly = inspect(compiled, result)
     used = [(name, assembly.count(name)) for name in dict.fromkeys((device.tensor_core, "mma.sync"))]
     result.products = " ".join(f"{count} {name}" for name, count in used if count)
-    result.judge(in_loop, device.tensor_core if job.products else "")
+    result.judge(device.tensor_core if job.products else "")
     return result
 
 
-def _inspect_nvidia(compiled) -> tuple[str, int, int, bool]:
-    """PTX, registers, bytes of stack (where spilled registers go) of a thread, and whether a loop touches them."""
+def _inspect_nvidia(compiled, result: Result) -> str:
+    """Fills in what the machine code shows; returns PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (kernel,) = functions(Path(file.name))
-    return compiled.asm["ptx"], kernel.registers, kernel.stack, kernel.spills_in_a_loop()
+    result.registers, result.spilled, result.loop_spills = kernel.registers, kernel.stack, kernel.loop_spills
+    result.serialized = serialized(compiled.metadata.ptxas_log) or kernel.serialized
+    return compiled.asm["ptx"]
 
 
-def _inspect_amd(compiled) -> tuple[str, int, int, bool]:
+def _inspect_amd(compiled, result: Result) -> str:
+    """The same; spilled registers count as spilled in a loop."""
     text = compiled.asm["amdgcn"]
 
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    return text, field("vgpr_count"), field("vgpr_spill_count"), field("vgpr_spill_count") > 0
+    result.registers, result.spilled = field("vgpr_count"), field("vgpr_spill_count")
+    result.loop_spills = result.spilled
+    return text
