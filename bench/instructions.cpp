@@ -15,6 +15,7 @@
 #include "../csrc/ops.h"
 
 namespace pygpt::cpu {
+const bool poison = false;
 Threads threads = {
     [](int64_t n, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) { body(context, 0, n); },
     []() -> int64_t { return 1; },
