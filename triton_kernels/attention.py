@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, dot, empty, launch, target, tileable, to_storage
+from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, bound, dot, empty, launch, target, tileable, to_storage
 
 L2_BYTES = 16 << 20  # of keys and values that programs running at one time should share
 
@@ -108,7 +108,7 @@ def _attend(
     BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin .. end to a tile of rows. m is the largest q k^T so far, scale in units of log2."""
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(bound(begin), bound(end), BLOCK_N):
         kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
@@ -197,7 +197,7 @@ def _gather_rows(
 ):  # fmt: skip
     """Adds to dk (but for the scale) and dv of a tile of keys: `tiles` tiles of rows from `begin` on, where MASKED
     `turn` of them and then the one at `last`."""
-    for tile in tl.range(0, tiles):
+    for tile in tl.range(0, bound(tiles)):
         start = begin + tile * BLOCK_M
         if MASKED:
             start = tl.where(tile < turn, start, last)
@@ -268,7 +268,7 @@ def _gather_keys(
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys begin .. end to dq (but for the scale) of a tile of rows."""
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(bound(begin), bound(end), BLOCK_N):
         kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK

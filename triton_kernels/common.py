@@ -1,9 +1,9 @@
 """What every kernel shares: the types, launching, and the choice of a configuration.
 
-Kernels read 16-bit or float32 tensors and compute in float32. `dot` and `to_storage` are the only
-places where a kernel's arithmetic depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1,
-which runs kernels in NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if
-they were integers, and truncates where the hardware rounds to nearest even. Both are corrected here;
+Kernels read 16-bit or float32 tensors and compute in float32. `dot`, `to_storage` and `bound` are the only
+places where a kernel depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1, which runs kernels in
+NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if they were integers, truncates
+where the hardware rounds to nearest even, and counts with arrays of one element. All of it is corrected here;
 tests/test_triton.py shows the errors in Triton itself. For the same reason bfloat16 must be converted
 with ``.to(tl.float32)`` before any arithmetic.
 """
@@ -50,6 +50,15 @@ def to_storage(x, dtype: tl.constexpr):
         return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)  # noqa: PLR0124
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def bound(n):
+    """n as an end of tl.range. In the interpreter it may be an array of one element, of which NumPy 2.4 makes no int."""
+    if IN_NUMPY and isinstance(n, tl.tensor):
+        return n.handle.data.item()
+    else:
+        return n
 
 
 # ------------------------------------------------------------------------------- configurations

@@ -36,6 +36,7 @@ from .common import (
     Configs,
     Tiled,
     aligned,
+    bound,
     contiguous,
     dot,
     empty,
@@ -90,7 +91,7 @@ def gemm_kernel(
 
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(split * part, tl.minimum(K, (split + 1) * part), BLOCK_K):
+    for k in tl.range(bound(split * part), bound(tl.minimum(K, (split + 1) * part)), BLOCK_K):
         x = _load_tile(a, m, k, M, K, a_rows, a_cols, BLOCK_M, BLOCK_K, A_BY)
         w = _load_tile(b, k, n, K, N, b_rows, b_cols, BLOCK_K, BLOCK_N, B_BY)
         acc = dot(x, w, acc)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Config, Configs, contiguous, empty, launch, rows_of, to_storage
+from .common import Config, Configs, bound, contiguous, empty, launch, rows_of, to_storage
 
 FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows held in registers
 TILE = 2048  # elements of a tile of rows in backward
@@ -100,12 +100,12 @@ def wide_norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, N, x_strid
     first, left = 0.0, 0.0
     if mean is not None:
         total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, N, BLOCK):
+        for start in range(0, bound(N), BLOCK):
             total += _load_sum(x, residual, start + cols, start + cols < N)
         first = tl.div_rn(tl.sum(total, 0), count)
     total = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in range(0, bound(N), BLOCK):
         inside = start + cols < N
         value = tl.where(inside, _load_sum(x, residual, start + cols, inside) - first, 0.0)
         total += value
@@ -115,7 +115,7 @@ def wide_norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, N, x_strid
         tl.store(mean + row, first + left)
     scale = tl.rsqrt(_variance(tl.sum(squares, 0), left, count) + eps)
     tl.store(rstd + row, scale)
-    for start in range(0, N, BLOCK):
+    for start in range(0, bound(N), BLOCK):
         col = start + cols
         value = _load_sum(x, residual, col, col < N)
         if residual is not None:
@@ -150,7 +150,7 @@ def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dw, db, rows, N, dy_strid
     count = tl.cast(N, tl.float32)
     if weight is not None:
         w = tl.load(weight + col, col < N, other=0.0).to(tl.float32)[None, :]
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(bound(program), bound(tl.cdiv(rows, ROWS)), bound(programs), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         known = row < rows
         inside = known[:, None] & columns
@@ -197,13 +197,13 @@ def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, N, dy_stride, ds_str
     x += row * x_stride
     g_sum = tl.zeros([BLOCK], tl.float32)
     gx_sum = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
+    for start in range(0, bound(N), BLOCK):
         col = start + cols
         g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
         g_sum += g
         gx_sum += g * _load_xhat(x, shift, scale, col, col < N)
     g_mean, gx_mean = tl.sum(g_sum, 0) / count, tl.sum(gx_sum, 0) / count
-    for start in range(0, N, BLOCK):
+    for start in range(0, bound(N), BLOCK):
         col = start + cols
         g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
         out = g - _load_xhat(x, shift, scale, col, col < N) * gx_mean
@@ -218,7 +218,7 @@ def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, N, dy_stride, ds_str
 @triton.jit
 def _column_sum(partials, out, P, N, col, LINES: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([LINES, BLOCK], tl.float32)
-    for start in range(0, P, LINES):
+    for start in range(0, bound(P), LINES):
         line = start + tl.arange(0, LINES).to(tl.int64)
         inside = (line < P)[:, None] & (col < N)[None, :]
         total += tl.load(partials + line[:, None] * N + col[None, :], inside, other=0.0)
