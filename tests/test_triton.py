@@ -113,6 +113,20 @@ def test_nothing_fits():
         start(Recorded(64, 32, 16), configurations())
 
 
+def test_groups_of_heads_are_no_larger_than_the_heads():
+    """GROUP times the tiles of a head is computed in 32 bits."""
+    launched = []
+
+    def observe(kernel, args, *_):
+        launched.append(dict(zip(kernel.arg_names, args, strict=False)))
+
+    with common.compiling_for("sm90", observe):
+        q, k = (torch.empty(1, 3, n, 16, dtype=torch.bfloat16, device="meta") for n in (2**28, 1))
+        out, lse = KERNELS.attention_fwd(q, k, k, False, 1.0)
+        KERNELS.attention_bwd(out, None, q, k, k, out, lse, False, 1.0, [True] * 3)
+    assert [call["GROUP"] for call in launched if "GROUP" in call] == [3, 3, 3]
+
+
 def test_an_empty_grid_starts_nothing():
     kernel = Recorded()
     start(kernel, configurations(), n=0)

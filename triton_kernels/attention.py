@@ -392,7 +392,7 @@ class _Call:
         self.q, self.k, self.v, self.others = q, k, v, others
         self.tma = q.itemsize == 2 and tileable(q, k, v, *others)
         self.sizes = self.heads, H, L, S
-        self.group = max(1, L2_BYTES // max(1, S * (E + EV) * q.itemsize))
+        self.group = max(1, min(self.heads, L2_BYTES // max(1, S * (E + EV) * q.itemsize)))
         self.constants = {
             "CAUSAL": is_causal, "E": E, "EV": EV, "TMA": self.tma, "CHUNK": 0 if q.itemsize == 2 else 16,
             "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
