@@ -83,6 +83,14 @@ def test_large_values(op, dtype, size, backend, device, generator, monkeypatch):
     cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=large, device=device)
 
 
+@pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 60.0), (torch.float16, 22.0)], ids=cases.ids)
+@pytest.mark.parametrize("op", ["attention", "attention_lse"])
+def test_scores_around_the_limit(op, dtype, size, backend, device, generator, monkeypatch):
+    """Exponents of about 2^21 eps, where GPU kernels turn from fused to separate products and sums."""
+    monkeypatch.setitem(verify.SPECS, op, replace(verify.SPECS[op], settled=apart))
+    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
+
+
 def assert_same_kinds(op, args, grads, backend, where):
     """NaN and infinities are where PyTorch has them, in this dtype or (its float32 gelu(inf) is NaN) in float64."""
     with pygpt.backend(backend):

@@ -4,6 +4,7 @@ Parity with float64 is in test_parity.py, torch.compile in test_compile.py. With
 in Triton's interpreter, and the last test compiles every kernel for GPUs that are not there.
 """
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,57 @@ def test_every_targets_configurations(op, target, dtype, generator):
         assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
         dims = dims.get(op, {"M": 130, "C": 48, "H": 136})
         cases.assert_exact(op, dims, dtype, generator, "triton", device=DEVICE)
+
+
+# ------------------------------------------------------------------------------- attention's two forms of p
+def one_key_rows(smallest, largest, dtype, generator):
+    """q, k and scale of rows whose own key has all their weight, by scores of either sign and such sizes (times log2 e).
+
+    All products are small integers times a power of two, so that their sums are exact in any order.
+    """
+    L, E, scale = 70 if dtype == torch.float32 else 150, 64, 30.3
+    k = torch.randint(2, (L, E), generator=generator).double() * 2 - 1
+    k[:, -1] = 1
+    size = smallest * (largest / smallest) ** torch.rand(L, 1, generator=generator).double()
+    size[:2] = torch.tensor([[smallest], [largest]])
+    unit = (size / (63 * scale * math.log2(math.e))).to(torch.bfloat16).double()
+    q = unit * k
+    q[:, -1] = torch.where(torch.rand(L, generator=generator) < 0.5, 0, -128 * unit[:, 0])
+    return *(t.to(dtype)[None, None].to(DEVICE) for t in (q, k)), scale
+
+
+@pytest.mark.parametrize(
+    "smallest, largest, causal, dtype",
+    [
+        (0.1, 0.95, False, torch.bfloat16),  # no row of a tile is beyond the limit of the fused form,
+        (0.2, 0.95, False, torch.float16),
+        (0.5, 1.05, False, torch.bfloat16),  # a few hardly,
+        (0.2, 200.0, False, torch.bfloat16),  # many by far
+        (0.2, 200.0, True, torch.float16),
+        (0.1, 0.95, False, torch.float32),  # which has no fused form
+    ],
+    ids=cases.ids,
+)
+def test_the_only_key_of_a_row_weighs_exactly_one(smallest, largest, causal, dtype, generator):
+    limit = 2**21 * torch.finfo(torch.bfloat16 if dtype == torch.float32 else dtype).eps
+    q, k, scale = one_key_rows(smallest * limit, largest * limit, dtype, generator)
+    v, dout = (torch.randn(q.shape, generator=generator).to(q) for _ in range(2))
+    scale_f = torch.tensor(scale, dtype=torch.float32, device=DEVICE)
+    out, lse = KERNELS.attention_fwd(q, k, v, causal, scale)
+    assert torch.equal(out, v)
+    assert torch.equal(lse, (q.float() * k.float()).sum(-1) * scale_f)
+    dq, dk, dv = KERNELS.attention_bwd(dout, torch.ones_like(lse), q, k, v, out, lse, causal, scale, [True] * 3)
+    assert torch.equal(dv, dout)
+    how = {"rtol": 1e-5 if dtype == torch.float32 else 0, "atol": 0}  # of ds, which is that of lse
+    torch.testing.assert_close(dq, (scale_f * k.float()).to(dtype), **how)
+    torch.testing.assert_close(dk, (scale_f * q.float()).to(dtype), **how)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-60, -1e-60])
+def test_a_scale_that_vanishes_in_float32_is_zero(scale, generator):
+    q = torch.randn(1, 1, 70, 16, generator=generator).to(DEVICE)
+    mean = q.cumsum(2) / torch.arange(1, 71, device=DEVICE)[:, None]
+    torch.testing.assert_close(KERNELS.attention_fwd(q, q, q, True, scale)[0], mean)
 
 
 # ------------------------------------------------------------------------------- launching
@@ -195,6 +247,20 @@ def _square(x, y, N: tl.constexpr):
     tl.store(y + at, tl.dot(a, a))
 
 
+@triton.jit
+def _fma(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(y + i, tl.fma(a, a, -(a * a)))
+
+
+@triton.jit
+def _our_fma(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(y + i, common.fma(a, 1.1, -(a * 1.1)))
+
+
 def run(kernel, x, dtype, N=16):
     y = torch.empty_like(x, dtype=dtype, device=DEVICE)
     kernel[(1,)](x.to(DEVICE), y, N)
@@ -223,6 +289,17 @@ def test_arithmetic_in_bfloat16(generator):
 def test_product_in_bfloat16(generator):
     x = torch.randn(16, 16, generator=generator).bfloat16()
     torch.testing.assert_close(run(_square, x, torch.float32), x.float() @ x.float())
+
+
+@interpreter_is_wrong("before Triton 3.9 an fma is rounded twice")
+def test_fma(generator):
+    x = torch.randn(16, generator=generator)
+    assert torch.equal(run(_fma, x, torch.float32).double(), x.double() ** 2 - (x * x).double())
+
+
+def test_our_fma(generator):
+    x, c = torch.randn(16, generator=generator), torch.tensor(1.1)
+    assert torch.equal(run(_our_fma, x, torch.float32).double(), x.double() * c.double() - (x * c).double())
 
 
 def test_the_same_in_float16_and_float32(generator):

@@ -15,10 +15,24 @@ Backward is deterministic without float atomics: one kernel keeps a tile of k an
 queries for dk and dv, another keeps a tile of q and walks the keys for dq. That costs seven products
 where five would do with atomics.
 
-Scores of a million leave few digits behind the point. So that a row's largest p is 1 all the same (in
-bfloat16 the rounding of any other would be an error of the whole row), the largest score is subtracted
-before scaling, and backward rounds the product in scale q k^T - lse as forward did when it formed lse:
-the kernels are compiled without fusing products into sums.
+The largest p of a row must be exactly 1 after rounding to 16 bits: any other rounding would be an error of
+the whole row. There are two ways to compute p from the products s = q k^T, with c = scale log2(e) and m now
+the largest s of the row:
+
+    exact    forward exp2((s - m) c)                                   backward exp2((s scale - lse) log2(e))
+    fused    forward exp2(fma(s, c, -base)), base = round(m c)         backward exp2(fma(s, c, -lse log2(e)))
+
+The exact form gives 1 for scores of any size: backward rounds s scale as forward did when it formed lse. The
+kernels are compiled without fusing products into sums, which would undo that. The fused form takes one
+instruction an element where the exact one takes two or three. It shifts the exponents of a row by the error of
+base, in backward by those of lse, c and lse log2(e): for |base| < 2^n at most 2^(n-25) and 4.5 2^(n-25). Below
+LIMIT = 2^21 eps, where eps is that of the storage type, p thus misses 1 by at most eps / 23 and eps / 5, and
+everything between 1 - eps / 4 and 1 + eps / 2 is rounded to 1.
+
+float32 always takes the exact form. 16-bit tiles take the fused form where nothing is masked. If some row then
+turns out to be beyond LIMIT, the tile starts over, and the loop of the masked tiles, which always takes the
+exact form, serves it all. Forward looks at the last base of each row: an earlier one of larger size was so far
+below it that the p computed from it have shrunk to nothing.
 
 16-bit tiles come through tensor descriptors (TMA) where the device and their alignment allow, else
 through pointers; head dimensions are padded to a power of two inside the tile. float32 products run on
@@ -30,7 +44,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, TARGETS, Config, Configs, Tiled, bound, dot, empty, launch, target, tileable, to_storage
+from .common import (
+    LN2,
+    LOG2E,
+    TARGETS,
+    Config,
+    Configs,
+    Tiled,
+    bound,
+    dot,
+    empty,
+    fma,
+    launch,
+    target,
+    tileable,
+    to_storage,
+)
 
 L2_BYTES = 16 << 20  # of keys and values that programs running at one time should share
 
@@ -82,11 +111,17 @@ def _store_rows(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.co
 @triton.jit
 def _visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which keys of a tile its rows may attend to: (1, BLOCK_N), if causal (BLOCK_M, BLOCK_N)."""
-    j = (col + tl.arange(0, BLOCK_N))[None, :]
+    last = S - 1
     if CAUSAL:
-        return (j < S) & (j <= (row + tl.arange(0, BLOCK_M))[:, None])
-    else:
-        return j < S
+        last = tl.minimum(last, row + tl.arange(0, BLOCK_M))[:, None]
+    return tl.arange(0, BLOCK_N)[None, :] <= last - col
+
+
+@triton.jit
+def _any(x):
+    """Whether any of x is true. The second maximum, of equal numbers, is one that a whole warp takes together: so the
+    compiler knows that its threads agree, and loops whose bounds depend on the answer keep them in uniform registers."""
+    return tl.max(tl.full([256], 0, tl.int32) + tl.max(x.to(tl.int32), 0), 0) > 0
 
 
 @triton.jit
@@ -102,29 +137,30 @@ def _tile_and_head(tiles, heads, GROUP):
 # ------------------------------------------------------------------------------- forward
 @triton.jit
 def _attend(
-    acc, m, l, qt, q, k, v, b, h, row, begin, end, L, S, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
-    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
+    acc, m, l, qt, q, k, v, b, h, row, begin, end, L, S, c, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, E: tl.constexpr,
+    EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys begin .. end to a tile of rows. m is the largest q k^T so far, scale in units of log2."""
+    """Adds the keys begin .. end to a tile of rows. m is the largest s so far."""
     for start in tl.range(bound(begin), bound(end), BLOCK_N):
         kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
         )  # fmt: skip
-        if NEGATIVE:
-            s = -s
-        seen = s
+        if SIGN < 1:
+            s = s * SIGN
         if MASKED:
-            visible = _visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N)
-            seen = tl.where(visible, s, float("-inf"))
-        top = tl.maximum(m, tl.max(seen, 1))
+            s = tl.where(_visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N), s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2((s - base[:, None]) * scale)
-        if MASKED:
-            p = tl.where(visible, p, 0.0)
-        shrink = tl.where(m == float("-inf"), 0.0, tl.exp2((m - base) * scale))
+        if FUSED:
+            p = tl.exp2(fma(s, c, -(base * c)[:, None]))
+            grown = m * c - base * c
+        else:
+            p = tl.exp2((s - base[:, None]) * c)
+            grown = (m - base) * c
+        shrink = tl.where(m == float("-inf"), 0.0, tl.exp2(grown))
         l = l * shrink + tl.sum(p, 1)
         vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
         acc = dot(to_storage(p, vt.dtype), vt, acc * shrink[:, None])
@@ -135,10 +171,11 @@ def _attend(
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_fwd_kernel(
     out, lse, q, k, v, heads, H, L, S, scale, GROUP, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr, SIGN: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """A program serves BLOCK_M rows of one head, the longest first. heads = B H; scale >= 0, its sign is NEGATIVE."""
+    """A program serves BLOCK_M rows of one head, the longest first. heads = B H; scores are SIGN scale q k^T, scale > 0."""
     tiles = tl.cdiv(L, BLOCK_M)
     tile, head = _tile_and_head(tiles, heads, GROUP)
     row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
@@ -150,11 +187,20 @@ def attention_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_EV], tl.float32)
+    c = scale * LOG2E
     for masked in tl.static_range(2):
+        if masked and LIMIT:
+            base = tl.where(m == float("-inf"), 0.0, m * c)
+            l *= tl.exp2(tl.where(m == float("-inf"), 0.0, -fma(m, c, -base)))  # now relative to m
+            if _any(tl.abs(base) >= LIMIT):
+                whole = 0
+                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                l = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_EV], tl.float32)
         acc, m, l = _attend(
-            acc, m, l, qt, q, k, v, b, h, row, whole if masked else 0, end if masked else whole, L, S, scale * LOG2E,
-            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-            masked, CAUSAL, NEGATIVE, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+            acc, m, l, qt, q, k, v, b, h, row, whole if masked else 0, end if masked else whole, L, S, c,
+            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, LIMIT > 0 and not masked, masked,
+            CAUSAL, SIGN, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     i = row + tl.arange(0, BLOCK_M)
     natural = m * scale + tl.log2(l) * LN2
@@ -165,9 +211,11 @@ def attention_fwd_kernel(
 
 # ------------------------------------------------------------------------------- backward
 @triton.jit
-def attention_delta_kernel(delta, out, dout, dlse, H, L, o_b, o_h, o_s, d_b, d_h, d_s, l_b, l_h, l_s,
-                           EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """delta (B H, L) = rowsum(out dout) - dlse."""
+def attention_delta_kernel(delta, lse2, out, dout, lse, dlse, H, L, o_b, o_h, o_s, d_b, d_h, d_s, l_b, l_h, l_s,
+                           LIMIT: tl.constexpr, EV: tl.constexpr, BLOCK_EV: tl.constexpr,
+                           BLOCK_M: tl.constexpr):  # fmt: skip
+    """delta (B H, L) = rowsum(out dout) - dlse. lse2 (B H, L), for the fused form: lse log2(e), -inf where LIMIT
+    forbids that form, inf for a row without keys."""
     tiles = tl.cdiv(L, BLOCK_M)
     head, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
     b, h = head // H, head % H
@@ -178,6 +226,10 @@ def attention_delta_kernel(delta, out, dout, dlse, H, L, o_b, o_h, o_s, d_b, d_h
     if dlse is not None:
         sums -= tl.load(dlse + b.to(tl.int64) * l_b + h.to(tl.int64) * l_h + i.to(tl.int64) * l_s, i < L, other=0.0)
     tl.store(delta + head.to(tl.int64) * L + i, sums, i < L)
+    if LIMIT:
+        x = _load_lse(lse + head.to(tl.int64) * L, i, L)
+        x = tl.where((tl.abs(x * LOG2E) < LIMIT) | (x == float("inf")), x * LOG2E, float("-inf"))
+        tl.store(lse2 + head.to(tl.int64) * L + i, x, i < L)
 
 
 @triton.jit
@@ -189,14 +241,14 @@ def _load_lse(lse, i, L):
 
 @triton.jit
 def _gather_rows(
-    dk, dv, kt, vt, q, k, v, dout, lse, delta, b, h, col, begin, tiles, turn, last, L, S, scale,
+    dk, dv, least, kt, vt, q, k, v, dout, lse, lse2, delta, b, h, col, begin, tiles, turn, last, L, S, scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, E: tl.constexpr,
-    EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk (but for the scale) and dv of a tile of keys: `tiles` tiles of rows from `begin` on, where MASKED
-    `turn` of them and then the one at `last`."""
+    `turn` of them and then the one at `last`. FUSED: `least` becomes the smallest lse2 of these rows."""
     for tile in tl.range(0, bound(tiles)):
         start = begin + tile * BLOCK_M
         if MASKED:
@@ -206,7 +258,12 @@ def _gather_rows(
         st = _product(
             k, q, kt, qt, b, h, col, start, S, L, k_b, k_h, k_s, q_b, q_h, q_s, E, BLOCK_N, BLOCK_M, CHUNK
         )  # fmt: skip
-        pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
+        if FUSED:
+            row_lse2 = tl.load(lse2 + i)
+            least = tl.minimum(least, row_lse2)
+            pt = tl.exp2(fma(st, scale * LOG2E, -row_lse2[None, :]))
+        else:
+            pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
         if MASKED:  # what fills up the last tile must not reach a key that is infinite: 0 * inf
             seen = (i < L)[None, :]
             if CAUSAL:
@@ -221,15 +278,15 @@ def _gather_rows(
             )  # fmt: skip
             dst = pt * (dpt - tl.load(delta + i, i < L, other=0.0)[None, :])
             dk = dot(to_storage(dst, qt.dtype), qt, dk)
-    return dk, dv
+    return dk, dv, least
 
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_dkdv_kernel(
-    dk, dv, q, k, v, dout, lse, delta, heads, H, L, S, scale, GROUP,
+    dk, dv, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """A program serves BLOCK_N keys of one head, the longest walk first."""
     tile, head = _tile_and_head(tl.cdiv(S, BLOCK_N), heads, GROUP)
@@ -238,6 +295,8 @@ def attention_dkdv_kernel(
     vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
     lse += head.to(tl.int64) * L
     delta += head.to(tl.int64) * L
+    if LIMIT:
+        lse2 += head.to(tl.int64) * L
     begin, whole, end = 0, 0, L // BLOCK_M * BLOCK_M  # all of these keys are seen by rows from whole to end
     if CAUSAL:
         begin = col // BLOCK_M * BLOCK_M  # the first row that sees one of them
@@ -246,13 +305,19 @@ def attention_dkdv_kernel(
     partial = ((end < L) & (begin < L)).to(tl.int32)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
-    for masked in tl.static_range(1, -1, -1):
-        dk_acc, dv_acc = _gather_rows(
-            dk_acc, dv_acc, kt, vt, q, k, v, dout, lse, delta, b, h, col,
+    least = tl.zeros([BLOCK_M], tl.float32)
+    for masked in tl.static_range(2):
+        if masked and LIMIT:  # noqa: SIM102 - a constant, and what depends on data
+            if _any(least == float("-inf")):
+                diagonal = tl.maximum(end - begin, 0) // BLOCK_M
+                dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+                dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
+        dk_acc, dv_acc, least = _gather_rows(
+            dk_acc, dv_acc, least, kt, vt, q, k, v, dout, lse, lse2, delta, b, h, col,
             begin if masked else whole, diagonal + partial if masked else tl.maximum(end - whole, 0) // BLOCK_M,
-            diagonal, end, L, S, scale,
-            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-            masked, CAUSAL, dk is not None, dv is not None, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+            diagonal, end, L, S, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+            LIMIT > 0 and not masked, masked, CAUSAL, dk is not None, dv is not None,
+            E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     if dk is not None:
         _store_rows(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
@@ -264,16 +329,20 @@ def attention_dkdv_kernel(
 def _gather_keys(
     dq, qt, do, q, k, v, dout, lse, delta, b, h, row, begin, end, L, S, scale,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
+    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys begin .. end to dq (but for the scale) of a tile of rows."""
+    """Adds the keys begin .. end to dq (but for the scale) of a tile of rows. FUSED: lse is their lse2."""
     for start in tl.range(bound(begin), bound(end), BLOCK_N):
         kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
         s = _product(
             q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
         )  # fmt: skip
-        p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
+        if FUSED:
+            p = tl.exp2(fma(s, scale * LOG2E, -lse[:, None]))
+        else:
+            p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
         if MASKED:
             p = tl.where(_visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
         vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
@@ -286,10 +355,10 @@ def _gather_keys(
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_dq_kernel(
-    dq, q, k, v, dout, lse, delta, heads, H, L, S, scale, GROUP,
+    dq, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """A program serves BLOCK_M rows of one head, the longest first."""
     tiles = tl.cdiv(L, BLOCK_M)
@@ -299,6 +368,7 @@ def attention_dq_kernel(
     qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
     do = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
     row_lse = _load_lse(lse + head.to(tl.int64) * L, i, L)
+    row_lse2 = tl.load(lse2 + head.to(tl.int64) * L + i, i < L, other=float("inf")) if LIMIT else row_lse
     row_delta = tl.load(delta + head.to(tl.int64) * L + i, i < L, other=0.0)
     whole, end = S, S
     if CAUSAL:
@@ -306,11 +376,15 @@ def attention_dq_kernel(
     whole = whole // BLOCK_N * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for masked in tl.static_range(2):
+        if masked and LIMIT:  # noqa: SIM102 - a constant, and what depends on data
+            if _any(row_lse2 == float("-inf")):
+                whole = 0
+                acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
         acc = _gather_keys(
-            acc, qt, do, q, k, v, dout, row_lse, row_delta, b, h, row,
+            acc, qt, do, q, k, v, dout, row_lse if masked else row_lse2, row_delta, b, h, row,
             whole if masked else 0, end if masked else whole, L, S, scale,
             q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-            masked, CAUSAL, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
+            LIMIT > 0 and not masked, masked, CAUSAL, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     _store_rows(dq, acc * scale, head, row, L, H, E, BLOCK_M, BLOCK_E)
 
@@ -393,8 +467,9 @@ class _Call:
         self.tma = q.itemsize == 2 and tileable(q, k, v, *others)
         self.sizes = self.heads, H, L, S
         self.group = max(1, min(self.heads, L2_BYTES // max(1, S * (E + EV) * q.itemsize)))
+        self.limit = int(2**21 * torch.finfo(q.dtype).eps) if q.itemsize == 2 else 0  # 0: no fused form
         self.constants = {
-            "CAUSAL": is_causal, "E": E, "EV": EV, "TMA": self.tma, "CHUNK": 0 if q.itemsize == 2 else 16,
+            "CAUSAL": is_causal, "LIMIT": self.limit, "E": E, "EV": EV, "TMA": self.tma, "CHUNK": 0 if q.itemsize == 2 else 16,
             "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
         }  # fmt: skip
 
@@ -421,7 +496,9 @@ def attention_fwd(q, k, v, is_causal, scale):
     B, L, EV = q.shape[0], call.L, v.shape[3]
     out, lse = _heads_last(q, B, call.H, L, EV), empty(q, B, call.H, L, dtype=torch.float32)
     inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
-    call(attention_fwd_kernel, FWD, (out, lse), inputs, abs(scale), "BLOCK_M", L, NEGATIVE=scale < 0)
+    zero = abs(scale) <= 2.0**-150  # as float32 is
+    sign = 0 if zero else -1 if scale < 0 else 1
+    call(attention_fwd_kernel, FWD, (out, lse), inputs, 1.0 if zero else abs(scale), "BLOCK_M", L, SIGN=sign)
     return out, lse
 
 
@@ -430,11 +507,11 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
     call = _Call(q, k, v, is_causal, dout)
     (dout,) = call.others
     B, H, L, S, EV = q.shape[0], call.H, call.L, call.S, v.shape[3]
-    delta = empty(lse, *lse.shape)
+    delta, lse2 = empty(lse, *lse.shape), empty(lse, *lse.shape) if call.limit else None
     launch(
         attention_delta_kernel, lambda c: B * H * triton.cdiv(L, c["BLOCK_M"]),
-        delta, out, dout, dlse, H, L, *out.stride()[:3], *dout.stride()[:3], *(dlse.stride() if dlse is not None else (0,) * 3),
-        configs=DELTA, EV=EV, BLOCK_EV=_padded(EV),
+        delta, lse2, out, dout, lse, dlse, H, L, *out.stride()[:3], *dout.stride()[:3], *(dlse.stride() if dlse is not None else (0,) * 3),
+        configs=DELTA, LIMIT=call.limit, EV=EV, BLOCK_EV=_padded(EV),
     )  # fmt: skip
     dq, dk, dv = (
         _heads_last(q, B, H, t.shape[2], t.shape[3]) if need else None for need, t in zip(needs, (q, k, v), strict=True)
@@ -442,7 +519,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
 
     rows, keys = "BLOCK_M", "BLOCK_N"
     inputs = (call.q, rows, "E"), (call.k, keys, "E"), (call.v, keys, "EV"), (dout, rows, "EV")
-    inputs += (lse, None, None), (delta, None, None)
+    inputs += (lse, None, None), (lse2, None, None), (delta, None, None)
     for some in ((dk, None), (None, dv)) if call.bucket[1] == WIDE else ((dk, dv),):
         if any(g is not None for g in some):
             call(attention_dkdv_kernel, DKDV, some, inputs, scale, keys, S)

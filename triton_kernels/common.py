@@ -1,9 +1,10 @@
 """What every kernel shares: the types, launching, and the choice of a configuration.
 
-Kernels read 16-bit or float32 tensors and compute in float32. `dot`, `to_storage` and `bound` are the only
-places where a kernel depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1, which runs kernels in
-NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if they were integers, truncates
-where the hardware rounds to nearest even, and counts with arrays of one element. All of it is corrected here;
+Kernels read 16-bit or float32 tensors and compute in float32. `dot`, `fma`, `to_storage` and `bound` are the
+only places where a kernel depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1, which runs kernels
+in NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if they were integers, truncates
+where the hardware rounds to nearest even, rounds an fma twice (before 3.9) and counts with arrays of one element.
+All of it is corrected here;
 tests/test_triton.py shows the errors in Triton itself. For the same reason bfloat16 must be converted
 with ``.to(tl.float32)`` before any arithmetic.
 """
@@ -50,6 +51,15 @@ def to_storage(x, dtype: tl.constexpr):
         return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)  # noqa: PLR0124
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once; y is a number. NumPy lacks such an operation, but float64 holds the product exactly."""
+    if IN_NUMPY:
+        return (x.to(tl.float64) * tl.cast(y, tl.float32).to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
 
 
 @triton.jit
