@@ -94,6 +94,7 @@ class Configs:
     chosen: dict = field(default_factory=dict)  # device -> Config
 
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")  # what configurations are shipped for
 _target: str | None = None  # set by `compiling_for`
 _observe: Callable | None = None

@@ -32,6 +32,7 @@ from pygpt.reference import SAVES_INPUT
 from .activation import activate, backpropagate
 from .common import (
     TARGETS,
+    TRITON,
     Config,
     Configs,
     Tiled,
@@ -126,11 +127,16 @@ def _candidates(*shapes) -> tuple[Config, ...]:
 
 
 SMALL = 64  # rows up to which a product is bound by reading the weights
-SHAPES = {  # (target, itemsize, kind) -> candidates; "fused": an activation leaves registers for a smaller tile
+# Of Triton before 3.9, ptxas serializes the wgmma instructions of x W^T in tiles of 128 x 256.
+LARGE = (128, 256, 64, 8, 3) if TRITON >= (3, 9) else (256, 128, 64, 8, 3)
+# (target, itemsize, kind) -> candidates. An activation leaves registers for a smaller tile: on sm_90 "fused", forward,
+# fits twice into a multiprocessor; "fused gradient", backward, does not, and loads one tile more ahead instead.
+SHAPES = {
     ("sm80", 2, "plain"): ((128, 128, 64, 8, 3), (128, 256, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("sm80", 2, "fused"): ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3)),
-    ("sm90", 2, "plain"): ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 64, 4, 3)),
-    ("sm90", 2, "fused"): ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+    ("sm90", 2, "plain"): (LARGE, (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 64, 64, 4, 3)),
+    ("sm90", 2, "fused"): ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 3)),
+    ("sm90", 2, "fused gradient"): ((128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("gfx942", 2, "plain"): ((128, 128, 64, 8, 2), (256, 128, 32, 8, 2), (64, 64, 64, 4, 2)),
     ("gfx942", 2, "fused"): ((128, 128, 64, 8, 2), (64, 64, 64, 4, 2)),
     ("sm80", 4, "plain"): ((64, 64, 16, 4, 2),),
@@ -144,12 +150,14 @@ def _configs(name: str, itemsize: int, kind: str) -> Configs:
     like = {"sm100": "sm90", "gfx942": "gfx942" if itemsize == 2 else "sm80"}.get(name, name)
     if kind in ("few rows", "odd"):
         shapes = (FEW_ROWS if kind == "few rows" else ODD)[itemsize]
+    elif itemsize == 4:
+        shapes = SHAPES[like, 4, "plain"]
     else:
-        shapes = SHAPES[like, itemsize, kind if itemsize == 2 else "plain"]
+        shapes = SHAPES.get((like, 2, kind)) or SHAPES[like, 2, "fused"]
     return Configs(f"{name}, {itemsize} bytes, {kind}", _candidates(*shapes))
 
 
-KINDS = ("plain", "fused", "few rows", "odd")
+KINDS = ("plain", "fused", "fused gradient", "few rows", "odd")
 GEMM = {key: _configs(*key) for key in itertools.product(TARGETS, (2, 4), KINDS)}
 
 
@@ -176,7 +184,8 @@ def _gemm(a, b, out, *, bias=None, saved=None, pre=None, sums=None, activation=N
     (M, K), N = a.shape, b.shape[1]
     left, right = _operand(a, ("BLOCK_M", "BLOCK_K")), _operand(b, ("BLOCK_K", "BLOCK_N"))
     odd = not all(aligned(t) or aligned(t.mT) for t in (a, b))
-    kind = "odd" if odd else "few rows" if M <= SMALL else "fused" if activation else "plain"
+    fused = "plain" if activation is None else "fused" if saved is None else "fused gradient"
+    kind = "odd" if odd else "few rows" if M <= SMALL else fused
     launch(
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
