@@ -1,5 +1,6 @@
 # make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch
 # make test   the whole test suite          make test-all   with the heavier sweeps too
+# make oldest-triton   holds the Triton kernels to bench.static with the oldest Triton that they support
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing, then checks,
@@ -12,17 +13,21 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 
-.PHONY: demo test test-all bench instructions gpu dist build clean
+.PHONY: demo test test-all oldest-triton bench instructions gpu dist build clean
 demo: build
 	$(BIN)/pygpt demo
 
 test: build
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: build
+test-all: build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2
+
+oldest-triton: build $(OLDEST_TRITON)
+	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/test_triton.py
 
 bench: build
 	$(BIN)/python -m bench
@@ -48,6 +53,10 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
+
+$(OLDEST_TRITON): $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ "triton==3.6.0; sys_platform == 'linux'"
+	@mkdir -p $@ && touch $@
 
 clean:
 	rm -rf $(VENV) build dist out pygpt/*.so *.egg-info
