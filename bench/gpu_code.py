@@ -132,10 +132,11 @@ def cuobjdump() -> str:
     return found
 
 
-def functions(path: Path) -> list[Function]:
-    """Every kernel in a cubin, an object or a library, once for each architecture."""
+def functions(path: Path, arch: str = "") -> list[Function]:
+    """Every kernel in a cubin, an object or a library, once for each architecture, or for one of them."""
+    only = ["-arch", arch] if arch else []
     dump = subprocess.run(
-        [cuobjdump(), "--dump-resource-usage", "-sass", path], capture_output=True, text=True, check=True
+        [cuobjdump(), "--dump-resource-usage", "-sass", *only, path], capture_output=True, text=True, check=True
     ).stdout
     found, usage, code = [], {}, {}
     arch, name = "", ""

@@ -28,7 +28,7 @@ def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
     found, seen = [], set()
     for dtype in dtypes:
         for call, run in calls(torch.ops.pygpt_emulator, TYPES[dtype], "cpu"):
-            for name, block, shared in emulator.launches(run) if call.startswith(only) else ():
+            for name, block, shared, _ in emulator.launches(run) if call.startswith(only) else ():
                 name = plain(name)
                 for target in targets:
                     arch = f"sm_{DEVICES[target].arch}"
@@ -51,8 +51,8 @@ def result(call: str, name: str, dtype: str, target: str, block: int, shared: in
     return row
 
 
-def demangled(library: Path) -> list[tuple[str, Function]]:
-    found = functions(library)
+def demangled(library: Path, arch: str = "") -> list[tuple[str, Function]]:
+    found = functions(library, arch)
     names = subprocess.run(
         ["c++filt"], input="\n".join(f.name for f in found), capture_output=True, text=True, check=True
     ).stdout.splitlines()

@@ -8,9 +8,9 @@ import io
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pygpt import triton_kernels as kernels
 
-from .gpu_code import DEVICES, Result, functions, serialized
+from .gpu_code import DEVICES, Function, Result, functions, serialized
 from .launches import calls
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -47,24 +47,30 @@ class Job:
     blocks: dict
     options: dict  # of the compiler
     products: bool  # whether it multiplies 16-bit matrices
+    programs: int = field(compare=False)  # that are launched
 
 
 def jobs(target: str, dtype: str, wide: bool) -> Iterator[Job]:
     """Every launch of `calls`, with every candidate configuration (only the first unless wide)."""
     seen = set()
     for call, run in calls(kernels, DTYPES[dtype], "meta", wide):
-        found = []
-        with common.compiling_for(target, lambda *launch, found=found: found.append(launch)):
-            run()
-        for kernel, args, constants, configs in found:
-            for config in configs.candidates[: None if wide else 1]:
-                job = _job(call, target, DTYPES[dtype], kernel, args, constants, config)
-                if (key := repr(replace(job, call=""))) not in seen:
-                    seen.add(key)
-                    yield job
+        for job in launched(call, run, target, dtype, wide):
+            if (key := repr(replace(job, call="", programs=0))) not in seen:
+                seen.add(key)
+                yield job
 
 
-def _job(call, target, dtype, kernel, args, constants, config) -> Job:
+def launched(call: str, run: Callable, target: str, dtype: str, wide: bool = False) -> Iterator[Job]:
+    """What run() launches, in order, with each candidate configuration (only the first unless wide)."""
+    found = []
+    with common.compiling_for(target, lambda *launch: found.append(launch)):
+        run()
+    for kernel, grid, args, constants, configs in found:
+        for config in configs.candidates[: None if wide else 1]:
+            yield _job(call, target, DTYPES[dtype], kernel, grid(config.blocks), args, constants, config)
+
+
+def _job(call, target, dtype, kernel, programs, args, constants, config) -> Job:
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants | config.blocks
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = named.pop("enable_fp_fusion")
@@ -93,7 +99,7 @@ def _job(call, target, dtype, kernel, args, constants, config) -> Job:
     )
     return Job(
         call, TYPES[dtype], target, kernel.fn.__module__, kernel.__name__, signature, known, tuple(aligned),
-        config.blocks, options, products,
+        config.blocks, options, products, programs,
     )  # fmt: skip
 
 
@@ -132,6 +138,23 @@ def compile_job(job: Job) -> Result:
         job.call, job.kernel.removesuffix("_kernel"), job.dtype, job.target,
         f"{blocks} w{job.options['num_warps']} s{job.options['num_stages']}{tma}", job.options["num_warps"],
     )  # fmt: skip
+    try:
+        compiled = compiled_job(job)
+    except Exception as e:  # noqa: BLE001 - of many kinds
+        result.wrong = f"does not compile: {type(e).__name__}: {str(e).strip().rpartition(chr(10))[2]}"
+        return result
+    result.shared = compiled.metadata.shared
+    inspect = _inspect_nvidia if isinstance(device.arch, int) else _inspect_amd
+    assembly = inspect(compiled, result)
+    used = [(name, assembly.count(name)) for name in dict.fromkeys((device.tensor_core, "mma.sync"))]
+    result.products = " ".join(f"{count} {name}" for name, count in used if count)
+    result.judge(device.tensor_core if job.products else "")
+    return result
+
+
+def compiled_job(job: Job):
+    """Triton's compiled kernel. Raises whatever the compiler does."""
+    device = DEVICES[job.target]
     kernel = getattr(sys.modules[job.module], job.kernel)
     place = kernel.arg_names.index
     source = ASTSource(
@@ -141,26 +164,21 @@ def compile_job(job: Job) -> Result:
         attrs={(place(name),): [["tt.divisibility", 16]] for name in job.aligned},
     )
     gpu = GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.warp)
-    try:
-        compiled = triton.compile(source, target=gpu, options=job.options)
-    except Exception as e:  # noqa: BLE001 - of many kinds
-        result.wrong = f"does not compile: {type(e).__name__}: {str(e).strip().rpartition(chr(10))[2]}"
-        return result
-    result.shared = compiled.metadata.shared
-    inspect = _inspect_nvidia if gpu.backend == "cuda" else _inspect_amd
-    assembly = inspect(compiled, result)
-    used = [(name, assembly.count(name)) for name in dict.fromkeys((device.tensor_core, "mma.sync"))]
-    result.products = " ".join(f"{count} {name}" for name, count in used if count)
-    result.judge(device.tensor_core if job.products else "")
-    return result
+    return triton.compile(source, target=gpu, options=job.options)
 
 
-def _inspect_nvidia(compiled, result: Result) -> str:
-    """Fills in what the machine code shows; returns PTX."""
+def machine_code(compiled) -> Function:
+    """Of a kernel compiled for an NVIDIA GPU."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (kernel,) = functions(Path(file.name))
+    return kernel
+
+
+def _inspect_nvidia(compiled, result: Result) -> str:
+    """Fills in what the machine code shows; returns PTX."""
+    kernel = machine_code(compiled)
     result.registers, result.spilled, result.loop_spills = kernel.registers, kernel.stack, kernel.loop_spills
     result.serialized = serialized(compiled.metadata.ptxas_log) or kernel.serialized
     return compiled.asm["ptx"]

@@ -119,7 +119,7 @@ def target(t: torch.Tensor) -> str:
 def compiling_for(name: str, observe: Callable | None = None):
     """Launchers inside choose the configurations of this target, whatever the device of their tensors.
 
-    With observe(kernel, args, constants, configs) they start nothing: it is called instead.
+    With observe(kernel, grid, args, constants, configs) they start nothing: it is called instead.
     """
     global _target, _observe
     previous = _target, _observe
@@ -173,7 +173,7 @@ def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, **constants
     """
     constants["enable_fp_fusion"] = fuse
     if _observe is not None:
-        return _observe(kernel, args, constants, configs)
+        return _observe(kernel, grid, args, constants, configs)
     device = _device(args)
     config = configs.chosen.get(device)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -40,8 +40,8 @@ def _under(schedules, module, name: str, op):
     return call
 
 
-def launches(call: Callable) -> list[tuple[str, int, int]]:
-    """(kernel, threads of a block, bytes of dynamic shared memory) of each launch in ``call()``, none of which runs."""
+def launches(call: Callable) -> list[tuple[str, int, int, int]]:
+    """(kernel, threads of a block, its dynamic shared memory, blocks) of each launch in ``call()``, none of which runs."""
     module = build.load()
     shown = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
     names = {int(line[:16], 16): line[19:] for line in shown.splitlines() if line[:1] != " "}
@@ -50,7 +50,7 @@ def launches(call: Callable) -> list[tuple[str, int, int]]:
         call()
     finally:
         module.record(False)
-    return [(names[offset], threads, shared) for offset, threads, shared in module.launches()]
+    return [(names[offset], *launch) for offset, *launch in module.launches()]
 
 
 @functools.cache

@@ -27,8 +27,9 @@ pybind11::dict statistics() {
 pybind11::list launches() {
   pybind11::list found;
   for (const emulator::Noted& n : emulator::noted()) {
-    const dim3 b = n.launch.block;
-    found.append(pybind11::make_tuple(n.offset, b.x * b.y * b.z, n.launch.dynamic_shared));
+    const dim3 g = n.launch.grid, b = n.launch.block;
+    const uint64_t grid = uint64_t{g.x} * g.y * g.z;
+    found.append(pybind11::make_tuple(n.offset, b.x * b.y * b.z, n.launch.dynamic_shared, grid));
   }
   return found;
 }
@@ -40,6 +41,6 @@ PYBIND11_MODULE(pygpt_emulator, m) {
         "The order of threads, blocks and asynchronous work from now on: 'fifo', 'reversed' or 'random'.");
   m.def("statistics", statistics, "What was counted since the last reset_statistics().");
   m.def("record", emulator::record, "Whether launches are noted instead of run, from now on.");
-  m.def("launches", launches, "Of those noted: the kernel's offset in this file, threads of a block, dynamic shared memory.");
+  m.def("launches", launches, "Of those noted: the kernel's offset in this file, threads of a block, dynamic shared memory, blocks.");
   m.def("reset_statistics", [] { emulator::statistics = {}; });
 }
