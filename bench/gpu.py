@@ -18,7 +18,7 @@ import torch
 import pygpt
 from pygpt.backend import TABLE
 
-from . import gpu_rows, gpu_timer, report
+from . import expected, gpu_rows, gpu_timer, report
 from .gpu_rows import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying
 from .harness import Work, caller
 from .ops import DIRECTIONS, DTYPES, OPS
@@ -197,7 +197,7 @@ class Run:
                 if name in checks:
                     row |= vars(checks[name][direction])
                 copy = self.limits["copy"]
-                row["bar"] = gpu_rows.bar(row["op"], row["shape"], group.dtype, direction, gpu_name(), copy)
+                row["bar"] = expected.bar(row["op"], row["shape"], group.dtype, direction, gpu_name(), copy)
                 yield row
 
     def rates(self, work: Work, dtype: str, direction: str, ms: float) -> dict:

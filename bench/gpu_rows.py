@@ -1,4 +1,4 @@
-"""What is measured on a GPU: the rows in order of importance, PyTorch's candidates, the check, the first bars."""
+"""What is measured on a GPU: the rows in order of importance, PyTorch's candidates, the check."""
 
 import warnings
 from collections.abc import Callable
@@ -250,27 +250,3 @@ def check(candidates: dict[str, Callable], work: ops.Work) -> dict[str, dict[str
             worst = max(each, key=lambda c: (c.wrong, c.error / max(c.eager_error, 1e-12)))
             found[name][way] = replace(worst, wrong=any(c.wrong for c in each))
     return found
-
-
-# ------------------------------------------------------------------------------- first bars, as data
-H200_COPY = 4.3  # TB/s; the bars in TB/s were set for it
-BARS = {  # for bfloat16 on Hopper: (op, what the shape says) -> forward, backward
-    ("attention", "T1024 D64 causal"): (290, 200),
-    ("attention", "T8192 D128 causal"): (480, 380),
-    ("mlp", "C768"): (520, 520),
-    ("mlp", "C1600"): (600, 600),
-    ("mlp", "C4096"): (600, 600),
-    ("layer_norm", ""): (3.4, 2.3),
-    ("rms_norm", ""): (3.4, 2.3),
-}
-
-
-def bar(op: str, shape: str, dtype: str, direction: str, gpu: str, copy: float) -> float | None:
-    """TFLOP/s or TB/s. Where memory is slower than the H200's, the latter are scaled by the copy rates."""
-    if dtype != "bfloat16" or not any(name in gpu for name in ("H100", "H200", "GH200")):
-        return None
-    for (name, part), (forward, backward) in BARS.items():
-        if name == op and part in shape:
-            wanted = forward if direction == "forward" else backward
-            return wanted * min(1.0, copy / H200_COPY) if "norm" in op and "H200" not in gpu else wanted
-    return None

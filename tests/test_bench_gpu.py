@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import first_light, gpu, gpu_rows, gpu_timer, ops, report
+from bench import expected, first_light, gpu, gpu_rows, gpu_timer, ops, report
 from bench.gpu_rows import Group, Refused
 from pygpt.backend import TABLE
 
@@ -131,7 +131,7 @@ def test_plan():
 
 
 def test_bars():
-    bar = gpu_rows.bar
+    bar = expected.bar
     assert bar("attention", "B16 H25 T1024 D64 causal", "bfloat16", "forward", "NVIDIA H200", 4.3) == 290
     assert bar("attention", "B2 H32 T8192 D128 causal", "bfloat16", "backward", "NVIDIA H100", 3.0) == 380
     assert bar("attention", "B2 H32 T8192 D128 full", "bfloat16", "forward", "NVIDIA H200", 4.3) is None
