@@ -6,6 +6,8 @@ shared memory, warps, how many blocks fit a multiprocessor at a time and the sha
 fill (occupancy), the tensor-core instructions, and whether they wait for each other (serialized). Exit code
 1 if something does not compile, spills registers in a loop (or many anywhere), needs more shared memory than
 the device has, multiplies 16-bit numbers without tensor cores, or serializes wgmma instructions.
+
+With --predict, instead: what an H100 should reach in bfloat16, from the machine code of the main loops (predict.py).
 """
 
 import argparse
@@ -65,11 +67,23 @@ def main() -> int:
     add("--only", default="", help="calls whose name starts with this: attention, mlp, norm, activation")
     add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     add("--json", type=Path, metavar="PATH", help="write the table to this file")
+    add("--predict", action="store_true", help="instead: rates to expect of an H100, and what bounds them")
+    add(
+        "--measured",
+        type=Path,
+        metavar="PATH",
+        help="beside them: a result of bench.gpu; default: the newest of an H100",
+    )
     options = parser.parse_args()
     reasons = {name: missing(name) for name in options.backends or BACKENDS}
     for name, why in reasons.items():
         if why and options.backends:
             parser.error(f"{name}: {why}")
+    if options.predict:
+        from . import expected, predict
+
+        there = [name for name, why in reasons.items() if not why]
+        return predict.show(there, options.only, options.measured or expected.newest())
     found = {name: results(name, options) for name, why in reasons.items() if not why}
     wrong = 0
     for name, rows in found.items():
