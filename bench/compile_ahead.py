@@ -77,7 +77,7 @@ def jobs(target: str, wanted: list[str]) -> Iterator[Job]:
             launches = []
             with common.compiling_for(target, lambda *launch, launches=launches: launches.append(launch)):
                 call()
-            for kernel, arguments, constants, configs in launches:
+            for kernel, _, arguments, constants, configs in launches:
                 for config in configs.candidates[: None if every_candidate else 1]:
                     constant = tuple(constants.items())
                     job = Job(kernel.__name__, kernel.fn.__module__, tuple(map(_detached, arguments)), constant, config)

@@ -118,6 +118,21 @@ class Plan:
         return Step(name, 120, python("pytest", *arguments, *TESTS), variables, signal.SIGINT, says=" in ")
 
 
+# ------------------------------------------------------------------------------- what was expected
+def beside_expected(result: Path) -> list[dict]:
+    """What was measured of the rows that have an estimate, a goal and a peer's rate; TFLOP/s, of norms TB/s."""
+    from . import expected
+
+    measured, found = expected.measured(result), []
+    for row in expected.EXPECTED:
+        for backend, estimate in row.by_hand.items():
+            rate = measured.get((row.op, row.shape, row.direction, backend))
+            about = {"op": row.op, "shape": row.shape, "direction": row.direction, "backend": backend}
+            about |= {"estimate": estimate, "goal": row.goal, "peer": row.peer, "measured": rate}
+            found.append(about | ({"of_estimate": round(rate / estimate, 2)} if rate else {}))
+    return found
+
+
 # ------------------------------------------------------------------------------- the command
 def no_gpu() -> str | None:
     """Why there is nothing to run on."""
@@ -166,6 +181,11 @@ def main(argv=None) -> int:
     runner = Runner(options.out, options.seconds or seconds, about)
     for lanes in groups:
         runner.run(*([replace(step, seconds=slow * step.seconds) for step in lane] for lane in lanes))
+    if (options.out / "benchmark.json").exists():
+        expectations = beside_expected(options.out / "benchmark.json")
+        runner.save(expected=expectations)
+        for row in expectations:
+            runner.say(", ".join(f"{name} {value}" for name, value in row.items()))
     failed = [outcome.step for outcome in runner.outcomes if outcome.failed]
     runner.say("")
     for outcome in runner.outcomes:

@@ -78,8 +78,8 @@ class Runner:
 
     def say(self, line: str):
         with self.lock:
-            print(line, flush=True)
             self.log.write(line + "\n")
+            print(line, flush=True)
 
     def save(self, **more):
         self.about |= more

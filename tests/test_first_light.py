@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import first_light, gpu_checks, steps
+from bench import expected, first_light, gpu_checks, gpu_rows, steps
 from bench.steps import REFUSED, Runner, Step
 
 
@@ -155,6 +155,29 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
     wrong = {row["op"] for row in found["cuda"]["rows"] if not row["passed"]}
     assert wrong == {"relu"} and len({row["op"] for row in found["cuda"]["rows"]}) == 8
     assert "WRONG: relu" in said and said.strip().splitlines()[-1].endswith(" s")
+
+
+def test_measurements_stand_beside_what_was_expected(tmp_path):
+    row = expected.EXPECTED[0]
+    rows = [
+        {
+            "op": row.op,
+            "shape": row.shape,
+            "direction": row.direction,
+            "dtype": "bfloat16",
+            "backend": "cuda",
+            "rate": 105.0,
+        }
+    ]
+    rows += [rows[0] | {"backend": "triton", "rate": 999.0, "wrong": True}]  # a wrong kernel's rate is none
+    (tmp_path / "benchmark.json").write_text(json.dumps({"machine": {}, "rows": rows}))
+    found = first_light.beside_expected(tmp_path / "benchmark.json")
+    assert len(found) == 2 * len(expected.EXPECTED)
+    mine = {f["backend"]: f for f in found if all(f[k] == getattr(row, k) for k in ("op", "shape", "direction"))}
+    assert mine["cuda"]["measured"] == 105.0 and mine["cuda"]["of_estimate"] == round(105 / row.by_hand["cuda"], 2)
+    assert mine["triton"]["measured"] is None
+    quick = {(g.case.op, g.case.shape) for g in gpu_rows.plan(quick=True)}
+    assert {(row.op, row.shape) for row in expected.EXPECTED} <= quick
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for a GPU that is not there")

@@ -170,7 +170,7 @@ def test_groups_of_heads_are_no_larger_than_the_heads():
     """GROUP times the tiles of a head is computed in 32 bits."""
     launched = []
 
-    def observe(kernel, args, *_):
+    def observe(kernel, grid, args, *_):
         launched.append(dict(zip(kernel.arg_names, args, strict=False)))
 
     with common.compiling_for("sm90", observe):
