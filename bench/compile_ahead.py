@@ -88,15 +88,10 @@ def jobs(target: str, wanted: list[str]) -> Iterator[Job]:
 
 def of_candidates() -> Iterator:
     """Attention's launches for every bucket of head dimensions, each with all of its candidates."""
-    for bucket, dtype in sorted({key[1:] for key in attention.FWD}, reverse=True):
-        element = torch.float32 if dtype == 4 else torch.bfloat16
-
-        def call(bucket=bucket, element=element):
-            q = torch.empty(1, 2, 256, bucket, dtype=element, device="meta")
-            out, lse = triton_kernels.attention_fwd(q, q, q, True, 0.1)
-            triton_kernels.attention_bwd(out, None, q, q, q, out, lse, True, 0.1, [True] * 3)
-
-        yield call, True
+    for bucket, itemsize in sorted({key[1:] for key in attention.FWD}, reverse=True):
+        B, H, T = gpu_rows.ATTENTION[bucket]
+        q = torch.empty(B, H, T, bucket, dtype=torch.float32 if itemsize == 4 else torch.bfloat16, device="meta")
+        yield lambda q=q: [call() for call in gpu_rows.attention_calls(triton_kernels, q, q, q, q).values()], True
 
 
 def of_benchmark() -> Iterator:
@@ -161,12 +156,13 @@ class NoGpu:
 
 def _start_worker(target: str):
     steps.die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the whole group gets it; the parent decides
     if not torch.cuda.is_available():
         triton.runtime.driver.set_active(NoGpu(target))
 
 
 def compile_one(job: Job) -> tuple[str, float, str]:
-    """-> its name, the seconds it took, what went wrong."""
+    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded too: then its launcher is built."""
     began = time.monotonic()
     blocks = job.config.blocks
     arguments = [a.descriptor(blocks) if isinstance(a, common.Tiled) else a for a in job.arguments]
@@ -174,7 +170,11 @@ def compile_one(job: Job) -> tuple[str, float, str]:
     options = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
     wrong = ""
     try:
-        kernel.warmup(*arguments, grid=(1,), **dict(job.constants), **blocks, **options)
+        compiled = kernel.warmup(*arguments, grid=(1,), **dict(job.constants), **blocks, **options)
+        if torch.cuda.is_available():
+            compiled._init_handles()
+    except triton.runtime.errors.OutOfResources:
+        pass  # the next candidate takes its place
     except Exception as e:  # noqa: BLE001 - of many kinds
         wrong = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
     return f"{job.kernel} {','.join(map(str, blocks.values()))}", time.monotonic() - began, wrong
@@ -215,7 +215,7 @@ def main(argv=None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why = ", out of time"
         pool.shutdown(wait=False, cancel_futures=True)
-        done = [future.result() for future in futures if future.done() and not future.cancelled()]
+        done = [f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None]
     wrong = [f"{name}: {error}" for name, _, error in done if error]
     took = time.monotonic() - began
     found = {

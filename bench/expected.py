@@ -5,6 +5,7 @@ compiled loops (Triton 3.6, nvcc 13.0), before anything had run on a GPU.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,26 @@ def measured(path: Path) -> dict[tuple[str, ...], float]:
                 yield row
 
     return {(row["op"], row["shape"], row["direction"], row["backend"]): row["rate"] for row in rows()}
+
+
+def beside(result: Path) -> Iterator[tuple[Expected, str, float | None]]:
+    """Every row on each of our backends, and the rate that a result of bench.gpu has for it."""
+    rates = measured(result)
+    for row in EXPECTED:
+        for backend in row.by_hand:
+            yield row, backend, rates.get((row.op, row.shape, row.direction, backend))
+
+
+def main() -> int:
+    """``python -m bench.expected RESULT``: what was measured beside what was expected."""
+    found = list(beside(Path(sys.argv[1])))
+    for row, backend, rate in found:
+        got = f"measured {rate:.3g}, {rate / row.by_hand[backend]:.2f} of the estimate" if rate else "not measured"
+        expectation = f"estimate {row.by_hand[backend]:g}, goal {row.goal:g}, {row.peer_is} {row.peer:g}"
+        print(f"{row.op} {row.shape} {row.direction} {backend}: {expectation}; {got}")
+    print(f"{sum(rate is not None for *_, rate in found)} of {len(found)} expectations measured")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,7 +28,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from .steps import ROOT, Runner, Step, python
+from .steps import NO_GPU, ROOT, Runner, Step, python
 
 FIRST_SECONDS, REST_SECONDS, BUILD_SECONDS = 300, 480, 420
 REHEARSAL_SLOWNESS = 4  # times every limit: a CPU plays the GPU, and perhaps not alone
@@ -54,23 +54,31 @@ class Plan:
 
     def first(self) -> list[Group]:
         library, answers = EMULATED if self.rehearsal else self.options.conformance, self.out / "conformance.json"
-        conformance = python("tests.emulator.conformance", "--library", library, "--out", answers, "--limit", 25)
-        compile_ahead, benchmark = self.out / "compile.json", BENCHMARK
+        conformance = python("tests.emulator.conformance", "--library", library, "--out", answers, "--limit", 45)
+        compile_ahead, rows, benchmark = self.out / "compile.json", self.out / "benchmark.json", BENCHMARK
         less = ("--what=benchmark", "--jobs=1") if self.rehearsal else ()
         if self.rehearsal:
             benchmark = ("--quick", "--peers=eager", "--seconds=0.01", "--backends=triton,cuda")
         return [
             *([[[Step("emulator", 100, (sys.executable, "-c", BUILD_EMULATOR))]]] if self.rehearsal else []),
-            [[self.check("versions", 20, self.interpreted)]],
+            [[self.check("versions", 15, self.interpreted)]],
             [
-                [Step("compile", 60, python("bench.compile_ahead", "--out", compile_ahead, *less), says="compiled in")],
                 [
-                    Step("conformance", 30, conformance, says=" cases answered"),
-                    self.check("verify", 30, (), "--backend", "cuda"),
+                    Step(
+                        "compile",
+                        60,
+                        python("bench.compile_ahead", "--out", compile_ahead, *less),
+                        result="compiled in",
+                    )
+                ],
+                [
+                    Step("conformance", 50, conformance, result=" cases answered"),
+                    self.check("verify", 45, (), "--backend", "cuda"),
                 ],
             ],
             [[self.check("verify", 30, self.interpreted, "--backend", "triton")]],
-            [[self.table("benchmark", 90, *benchmark, "--budget=80", "--json", self.out / "benchmark.json")]],
+            [[self.table("benchmark", 85, *benchmark, "--budget=70", "--json", rows)]],
+            [[Step("expected", 10, python("bench.expected", rows))]],
             [[self.check("candidates", 40, self.interpreted)]],
         ]
 
@@ -80,7 +88,7 @@ class Plan:
         return [
             [
                 [self.tests("tests"), self.tests("poisoned tests", ("PYGPT_POISON", "1"))],
-                [self.check("streams", 40), self.check("sanitize", 160)],
+                [self.check("streams", 80), self.check("sanitize", 155)],
                 [self.table("compile peers", 200, *rows, "--prepare", "--peers=compile", optional=True)],
             ],
             [[self.table("table", 220, *rows, "--budget=200", *save)]],
@@ -105,7 +113,7 @@ class Plan:
 
     def table(self, name: str, seconds: float, *arguments, optional=False) -> Step:
         command = python("bench.gpu", *self.device, *arguments)
-        return Step(name, seconds, command, self.interpreted, says=" rows in ", optional=optional)
+        return Step(name, seconds, command, self.interpreted, result=" rows in ", optional=optional)
 
     def tests(self, name: str, *variables: tuple[str, str]) -> Step:
         """The GPU tests. No failure stops them, and PyTorch's own matrix products are made deterministic for them."""
@@ -115,36 +123,10 @@ class Plan:
         elif find_spec("xdist"):
             arguments += ["-n", str(min(8, os.cpu_count() or 1))]
         variables += (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("PYGPT_TEST_BACKENDS", "cuda,triton"))
-        return Step(name, 120, python("pytest", *arguments, *TESTS), variables, signal.SIGINT, says=" in ")
-
-
-# ------------------------------------------------------------------------------- what was expected
-def beside_expected(result: Path) -> list[dict]:
-    """What was measured of the rows that have an estimate, a goal and a peer's rate; TFLOP/s, of norms TB/s."""
-    from . import expected
-
-    measured, found = expected.measured(result), []
-    for row in expected.EXPECTED:
-        for backend, estimate in row.by_hand.items():
-            rate = measured.get((row.op, row.shape, row.direction, backend))
-            about = {"op": row.op, "shape": row.shape, "direction": row.direction, "backend": backend}
-            about |= {"estimate": estimate, "goal": row.goal, "peer": row.peer, "measured": rate}
-            found.append(about | ({"of_estimate": round(rate / estimate, 2)} if rate else {}))
-    return found
+        return Step(name, 120, python("pytest", *arguments, *TESTS), variables, signal.SIGINT, result=" in ")
 
 
 # ------------------------------------------------------------------------------- the command
-def no_gpu() -> str | None:
-    """Why there is nothing to run on."""
-    if find_spec("torch") is None:
-        return f"{sys.executable} has no torch"
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    return f"torch {torch.__version__} in {sys.executable} sees no GPU (--device cpu is a rehearsal)"
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench.first_light", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,9 +147,6 @@ def parse(argv=None):
 
 def main(argv=None) -> int:
     options = parse(argv)
-    if options.device == "cuda" and (why := no_gpu()):
-        print(f"no GPU: {why}")
-        return 2
     os.environ.pop("TRITON_INTERPRET", None)  # it would move the Triton kernels to the CPU
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     plan = Plan(options)
@@ -180,21 +159,18 @@ def main(argv=None) -> int:
     about = {"command": " ".join(sys.argv), "device": options.device, "began": time.strftime("%Y-%m-%d %H:%M:%S%z")}
     runner = Runner(options.out, options.seconds or seconds, about)
     for lanes in groups:
+        if any(outcome.exit_code == NO_GPU and outcome.step == "versions" for outcome in runner.outcomes):
+            return NO_GPU
         runner.run(*([replace(step, seconds=slow * step.seconds) for step in lane] for lane in lanes))
-    if (options.out / "benchmark.json").exists():
-        expectations = beside_expected(options.out / "benchmark.json")
-        runner.save(expected=expectations)
-        for row in expectations:
-            runner.say(", ".join(f"{name} {value}" for name, value in row.items()))
     failed = [outcome.step for outcome in runner.outcomes if outcome.failed]
-    runner.say("")
+    runner.print("")
     for outcome in runner.outcomes:
-        runner.say(f"  {outcome}")
+        runner.print(f"  {outcome}")
     runner.save(seconds=time.time() - began)
     verdict = (
         f"{len(failed)} of {len(runner.outcomes)} steps failed: {', '.join(failed)}" if failed else "every step ok"
     )
-    runner.say(f"{verdict}; {time.time() - began:.0f} s; {options.out}")
+    runner.print(f"{verdict}; {time.time() - began:.0f} s; {options.out}")
     return 1 if failed else 0
 
 

@@ -15,8 +15,11 @@ import importlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,9 +33,8 @@ from pygpt.backend import TABLE
 from pygpt.files import atomic
 from pygpt.info import gather
 
-from . import gpu_code, gpu_timer
-from .gpu_rows import play_cuda_on_the_cpu
-from .steps import REFUSED, ROOT
+from . import gpu_code, gpu_rows, gpu_timer
+from .steps import NO_GPU, REFUSED, ROOT
 
 TINY = {"attention": {"B": 1, "H": 2, "L": 24, "E": 16, "Ev": 16}, "mlp": {"M": 16, "C": 16, "H": 32}}
 TINY |= {"attention_lse": TINY["attention"], "linear": {"M": 16, "K": 16}, "gelu": {"M": 64}, "relu": {"M": 64}}
@@ -59,10 +61,16 @@ def versions(options) -> int:
         found |= {"multiprocessors": properties.multi_processor_count, "l2_mb": properties.L2_cache_size / 1e6}
         found |= {"memory_gb": properties.total_memory / 1e9, "clocks": gpu_timer.clocks()}
         torch.ones(8, device="cuda").sum().item()  # the context comes up
-    found["backends"] = {name: row.missing or "there" for name, row in TABLE.items()}
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    backends = {name: row.missing or row.device_objection(device) for name, row in TABLE.items()}
+    # Triton compiles its launchers with a C compiler, and pytest finds the tests' emulator as a module
+    compilers = {name: shutil.which(name) for name in ("cc", "gcc", "clang", "nvcc")}
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    found |= {"backends": backends, "compilers": compilers, "python_headers": headers}
     write(options.out, found)
     wanted = ("triton", "cuda") if options.device == "cuda" else ("cpp", "triton")
-    missing = [f"{name}: {TABLE[name].missing}" for name in wanted if TABLE[name].missing]
+    missing = [f"{name}: {backends[name]}" for name in wanted if backends[name]]
+    missing += [] if headers and any(compilers.values()) else ["Triton needs a C compiler and Python.h to launch"]
     what = (
         f"{found.get('gpu', 'no GPU')}, Python {found['python']}, torch {torch.__version__}, Triton {found['triton']}"
     )
@@ -89,6 +97,9 @@ def verify_backend(options) -> int:
                 except Exception as e:  # noqa: BLE001 - of any kind, and the next may still work
                     errors.append(f"{verify.describe(op, dims)} {dtype}: {type(e).__name__}: {str(e).splitlines()[0]}")
                     print(errors[-1], flush=True)
+                    if why := unusable():
+                        print(why)
+                        return 1
                 wrong = [r for r in rows if not r.passed]
                 plain = [asdict(r) | {"passed": r.passed} for r in rows]
                 write(options.out, kept | {options.backend: {"seed": options.seed, "errors": errors, "rows": plain}})
@@ -100,8 +111,7 @@ def verify_backend(options) -> int:
 
 
 # ------------------------------------------------------------------------------- candidates
-SHAPES = {64: (16, 12, 1024), 128: (2, 16, 4096), 256: (2, 8, 2048)}  # head dimension: batch, heads, positions
-PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}  # each of 2 B H T^2 D FLOP, half of it where causal
+PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}  # each of 2 B H T^2 D FLOP, half of it where causal (D 256: dkdv has 5)
 
 
 def candidates(options) -> int:
@@ -114,38 +124,38 @@ def candidates(options) -> int:
     timer = gpu_timer.CpuTimer() if rehearsal else gpu_timer.CudaTimer()
     tables = {"fwd": attention.FWD, "dkdv": attention.DKDV, "dq": attention.DQ}
     for bucket, itemsize in sorted({key[1:] for key in attention.FWD}, key=lambda key: (key[1], key[0])):
-        B, H, T = (1, 1, 20) if rehearsal else SHAPES[bucket]
+        B, H, T = (1, 1, 20) if rehearsal else gpu_rows.ATTENTION[bucket]
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         q, k, v, dout = (torch.randn(B, H, T, bucket, device=options.device).to(dtype) for _ in range(4))
         about = {"head_dim": bucket, "dtype": str(dtype).removeprefix("torch."), "B": B, "H": H, "T": T}
-        for kernel, call in attention_calls(q, k, v, dout).items():
+        for kernel, call in gpu_rows.attention_calls(TABLE["triton"].kernels, q, k, v, dout).items():
             configs = tables[kernel][common.target(q), bucket, itemsize]
             for candidate in configs.candidates:
                 configs.chosen[q.device] = candidate
                 found.append({"kernel": kernel, **about, "config": list(candidate.blocks.values())})
                 found[-1]["config"] += [candidate.num_warps, candidate.num_stages]
-                found[-1] |= time_once(timer, call, PRODUCTS[kernel] * B * H * T * T * bucket)
+                products = PRODUCTS[kernel] + (kernel == "dkdv" and bucket == attention.WIDE)
+                found[-1] |= time_once(timer, call, products * B * H * T * T * bucket)
                 write(options.out, {"target": common.target(q), "triton": common.triton.__version__, "rows": found})
                 print(", ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
+                if why := unusable():
+                    print(why)
+                    return 1
             del configs.chosen[q.device]
-    refused, better = sum("refused" in row for row in found), "; ".join(better_candidates(found)) or "none"
-    print(f"{len(found)} candidates, {refused} refused; faster than the first one: {better}")
-    return 0
+    refused, failed = (sum(word in row for row in found) for word in ("refused", "failed"))
+    better = "; ".join(better_candidates(found)) or "none"
+    print(f"{len(found)} candidates, {refused} refused, {failed} failed; faster than the first one: {better}")
+    return 1 if failed else 0
 
 
-def attention_calls(q, k, v, dout) -> dict[str, Callable]:
-    """A call for each kernel; those of backward launch attention_delta_kernel as well."""
-    kernels, scale = TABLE["triton"].kernels, q.shape[-1] ** -0.5
-    out, lse = kernels.attention_fwd(q, k, v, True, scale)
-
-    def backward(*needs):
-        kernels.attention_bwd(dout, None, q, k, v, out, lse, True, scale, list(needs))
-
-    return {
-        "fwd": lambda: kernels.attention_fwd(q, k, v, True, scale),
-        "dkdv": lambda: backward(False, True, True),
-        "dq": lambda: backward(True, False, False),
-    }
+def unusable() -> str:
+    """Why the GPU can't be used any more in this process; empty if it can."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return ""
+    except RuntimeError as e:
+        return f"the device is unusable after an error: {str(e).splitlines()[0]}"
 
 
 def time_once(timer, call: Callable, flops: float) -> dict:
@@ -154,8 +164,9 @@ def time_once(timer, call: Callable, flops: float) -> dict:
         timer.time([(call, 0.0)])
         ms = min(each[0] for each in timer.time([(call, 1.0)] * timer.least_rounds))
         return {"ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
-    except Exception as e:  # noqa: BLE001 - what does not fit is refused in several ways
-        return {"refused": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
+    except Exception as e:  # noqa: BLE001 - of many kinds
+        word = "refused" if "OutOfResources" in type(e).__name__ else "failed"
+        return {word: f"{type(e).__name__}: {str(e).splitlines()[0]}"}
 
 
 def better_candidates(rows: list[dict]) -> list[str]:
@@ -175,8 +186,10 @@ def better_candidates(rows: list[dict]) -> list[str]:
 # ------------------------------------------------------------------------------- streams and graphs
 def streams(options) -> int:
     if options.device == "cpu":
-        print("no streams and no graphs without a GPU")
-        return REFUSED
+        first, second = (_gpt("cpu")() for _ in range(2))
+        same = all(map(torch.equal, first, second))
+        print("no streams and no graphs without a GPU; the step itself: " + ("same bits" if same else "other bits"))
+        return REFUSED if same else 1
     found, wrong = {}, []
     for name in ("triton", "cuda"):
         if TABLE[name].missing:
@@ -207,11 +220,11 @@ def _step(model, tokens):
     return step
 
 
-def _gpt():
+def _gpt(device: str = "cuda"):
     torch.manual_seed(0)
     config = pygpt.GPTConfig(vocab_size=256, block_size=128, n_layer=2, n_head=4, n_embd=256)
-    model = pygpt.GPT(config).to("cuda", torch.bfloat16)
-    return _step(model, torch.randint(256, (4, 129), device="cuda"))
+    model = pygpt.GPT(config).to(device, torch.bfloat16)
+    return _step(model, torch.randint(256, (4, 129), device=device))
 
 
 def on_a_side_stream() -> str:
@@ -250,34 +263,73 @@ def in_a_cuda_graph() -> str:
 
 
 # ------------------------------------------------------------------------------- compute-sanitizer
-CHECKS = ("memcheck", "racecheck")
+SANITIZED = (("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton"))
+SANITIZER_SECONDS = 50
 
 
 def sanitize(options) -> int:
-    """`verify` of the CUDA C++ kernels, small, under each check. A machine that refuses the tool is reported, not failed."""
+    """`verify`, small, under each check. A machine that refuses the tool is reported, not failed."""
     tool = gpu_code.tool("compute-sanitizer")
     if tool is None or options.device == "cpu":
         print("no compute-sanitizer here" if tool is None else "no GPU to watch")
         return REFUSED
-    found, wrong = {}, []
-    with_ours_only = ["--kernel-name", "kernel_substring=pygpt", "--report-api-errors", "no", "--error-exitcode", "9"]
-    command = [sys.executable, "-m", "bench.gpu_checks", "verify", "--tiny", f"--out={options.out}.rows"]
-    for check in CHECKS:
+    found, rows = {}, f"{options.out}.rows"
+    for check, backend in SANITIZED:
         began = time.monotonic()
-        done = subprocess.run([tool, f"--tool={check}", *with_ours_only, *command], cwd=ROOT, check=False,
-                              capture_output=True, text=True)  # fmt: skip
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
-        refused = any(word in line for line in lines for word in ("not supported", "Unable to", "Internal Sanitizer"))
-        verdict = "refused" if refused else "failed" if done.returncode else "ok"
-        found[check] = {"verdict": verdict, "exit": done.returncode, "seconds": time.monotonic() - began}
-        found[check]["lines"] = lines[:200]
+        command = [tool, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
+        for name in our_kernels(backend):
+            command += ["--kernel-name", f"kernel_substring={name}"]
+        command += [
+            sys.executable,
+            "-m",
+            "bench.gpu_checks",
+            "verify",
+            "--tiny",
+            f"--backend={backend}",
+            f"--out={rows}",
+        ]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, check=False, timeout=SANITIZER_SECONDS, text=True, errors="replace",
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            code, lines = done.returncode, done.stdout.splitlines()
+        except subprocess.TimeoutExpired as e:
+            output = e.stdout or b""
+            code, lines = None, (output if isinstance(output, str) else output.decode(errors="replace")).splitlines()
+        lines = [line for line in lines if line.startswith("=========")] or lines[-20:]
+        name, verdict = f"{check} {backend}", sanitizer_verdict(code, lines)
+        found[name] = {"verdict": verdict, "exit": code, "seconds": time.monotonic() - began, "lines": lines[:200]}
         write(options.out, found)
-        print("\n".join([*lines[:40], f"{check}: {verdict}"]), flush=True)
-        wrong += [check] if verdict == "failed" else []
-    Path(f"{options.out}.rows").unlink(missing_ok=True)
-    print("; ".join(f"{check}: {each['verdict']}" for check, each in found.items()))
-    refused = all(each["verdict"] == "refused" for each in found.values())
-    return 1 if wrong else REFUSED if refused else 0
+        print("\n".join([*lines[:40], f"{name}: {verdict}"]), flush=True)
+    Path(rows).unlink(missing_ok=True)
+    print("; ".join(f"{name}: {each['verdict']}" for name, each in found.items()))
+    verdicts = {each["verdict"] for each in found.values()}
+    return 1 if "failed" in verdicts else 0 if "ok" in verdicts else REFUSED
+
+
+SANITIZER_FOUND = 9  # its exit code where it has found something
+
+
+def our_kernels(backend: str) -> list[str]:
+    """Parts of the names of a backend's kernels, and of no others."""
+    if backend == "cuda":
+        return ["pygpt"]  # the namespace, in every mangled name
+    from pygpt.triton_kernels import activation, attention, mlp, norm
+
+    modules = (activation, attention, mlp, norm)
+    return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
+
+
+def sanitizer_verdict(code: int | None, lines: list[str]) -> str:
+    """ok, failed, refused (the tool does not work here) or out of time."""
+    if code is None:
+        return "out of time"
+    if code == SANITIZER_FOUND or any(re.search(r"ERROR SUMMARY: [1-9]|[1-9]\d* error", line) for line in lines):
+        return "failed"
+    if any(word in line for line in lines for word in ("not supported", "Unable to", "Internal Sanitizer")):
+        return "refused"
+    return "failed" if code else "ok"
 
 
 CHECK = {"versions": versions, "verify": verify_backend, "candidates": candidates, "streams": streams}
@@ -295,10 +347,10 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     options.tiny |= options.device == "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch finds no GPU here")
-        return 1
+        print(f"no GPU: torch {torch.__version__} in {sys.executable} sees none (--device cpu is a rehearsal)")
+        return NO_GPU
     if options.device == "cpu" and options.backend == "cuda" and options.check == "verify":
-        play_cuda_on_the_cpu()
+        gpu_rows.play_cuda_on_the_cpu()
     torch.set_float32_matmul_precision("highest")
     return CHECK[options.check](options)
 

@@ -127,6 +127,25 @@ def _tiny(case: Case) -> Case:
     return _rows(case.setup, 48, 24, *case.args[2:])
 
 
+# ------------------------------------------------------------------------------- Triton's attention kernels, one by one
+ATTENTION = {64: (16, 12, 1024), 128: (2, 16, 4096), 256: (2, 8, 2048)}  # head dimension: batch, heads, positions
+
+
+def attention_calls(kernels, q, k, v, dout) -> dict[str, Callable]:
+    """A causal call for each kernel of a namespace of ops; backward's launch attention_delta_kernel as well."""
+    scale = q.shape[-1] ** -0.5
+    out, lse = kernels.attention_fwd(q, k, v, True, scale)
+
+    def backward(*needs):
+        kernels.attention_bwd(dout, None, q, k, v, out, lse, True, scale, list(needs))
+
+    return {
+        "fwd": lambda: kernels.attention_fwd(q, k, v, True, scale),
+        "dkdv": lambda: backward(False, True, True),
+        "dq": lambda: backward(True, False, False),
+    }
+
+
 # ------------------------------------------------------------------------------- the candidates
 class Refused(Exception):
     """A candidate cannot serve a row; says why."""

@@ -4,8 +4,9 @@ A step is a process of its own. It can fail, hang, crash or run out of time: the
 step the folder's summary.json is replaced as a whole, and log.txt has every line as it was printed, so that a run
 which is killed leaves what it had found. A step's children end with it, also where this process is killed.
 
-A step ends by printing one line that says what it found. Exit codes: 0 for success, REFUSED where the machine cannot
-do what is asked (reported, no failure), anything else for failure.
+The last line that a step prints is its result. Exit codes: 0 for success, REFUSED where the machine cannot do what is
+asked (reported, no failure), anything else for failure. Nothing here imports torch or pygpt: a library that crashes
+when it is loaded takes one step with it, and not the run.
 """
 
 import ctypes
@@ -16,14 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pygpt.files import atomic
-
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = 75  # EX_TEMPFAIL of sysexits.h
+NO_GPU = 2
 GRACE = 8.0  # seconds between asking a step to stop and killing it
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -37,7 +37,7 @@ class Step:
     command: tuple[str, ...]
     environment: tuple[tuple[str, str | None], ...] = ()  # what differs from this process's; None removes a variable
     stop: int = signal.SIGTERM
-    says: str = ""  # a part of the line that says what it found; the last one that has it counts
+    result: str = ""  # its result is the last line that contains this
     optional: bool = False  # whatever becomes of it, the run is a success
 
 
@@ -45,7 +45,7 @@ class Step:
 class Outcome:
     step: str
     verdict: str  # ok, refused, failed (exit code), out of time, skipped
-    said: str
+    result: str
     seconds: float = 0.0
     exit_code: int | None = None
     optional: bool = False
@@ -55,7 +55,7 @@ class Outcome:
         return not self.optional and self.verdict not in ("ok", "refused")
 
     def __str__(self):
-        return f"{self.step:<14} {self.verdict:<12} {self.seconds:5.0f} s  {self.said}"
+        return f"{self.step:<14} {self.verdict:<12} {self.seconds:5.0f} s  {self.result}"
 
 
 def python(module: str, *arguments) -> tuple[str, ...]:
@@ -76,15 +76,16 @@ class Runner:
     def left(self) -> float:
         return self.end - GRACE - time.monotonic()
 
-    def say(self, line: str):
+    def print(self, line: str):
         with self.lock:
             self.log.write(line + "\n")
             print(line, flush=True)
 
     def save(self, **more):
         self.about |= more
-        with atomic(self.folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(self.about | {"steps": [asdict(o) for o in self.outcomes]}, indent=1))
+        temporary = self.folder / ".summary.json"
+        temporary.write_text(json.dumps(self.about | {"steps": [asdict(o) for o in self.outcomes]}, indent=1))
+        temporary.replace(self.folder / "summary.json")
 
     def run(self, *lanes: Step | Sequence[Step]):
         """Runs the lanes side by side, the steps of a lane one after the other, and waits for all."""
@@ -97,7 +98,7 @@ class Runner:
                     self.save()
 
         lanes = [lane if isinstance(lane, Sequence) else (lane,) for lane in lanes]
-        threads = [threading.Thread(target=run_lane, args=(lane,)) for lane in lanes]
+        threads = [threading.Thread(target=run_lane, args=(lane,), daemon=True) for lane in lanes]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -107,49 +108,56 @@ class Runner:
         seconds = min(step.seconds, self.left())
         if seconds < 1:
             return Outcome(step.name, "skipped", "no time left", optional=step.optional)
-        self.say(f"=== {step.name} (at most {seconds:.0f} s): {' '.join(step.command)}")
+        self.print(f"=== {step.name} (at most {seconds:.0f} s): {' '.join(step.command)}")
         began = time.monotonic()
         code, lines, late = self._process(step, seconds)
         took = time.monotonic() - began
         verdict = "out of time" if late else {0: "ok", REFUSED: "refused"}.get(code, f"failed ({code})")
-        outcome = Outcome(step.name, verdict, last(lines, step.says), took, code, step.optional)
-        self.say(f"--- {outcome}")
+        outcome = Outcome(step.name, verdict, last(lines, step.result), took, code, step.optional)
+        self.print(f"--- {outcome}")
         return outcome
 
     def _process(self, step: Step, seconds: float) -> tuple[int, list[str], bool]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         for name, value in step.environment:
             environment.pop(name, None) if value is None else environment.update({name: value})
         try:
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_in_child,  # noqa: PLW1509 - it only asks the system
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_in_child,  # noqa: PLW1509 - it only asks the system
             )  # fmt: skip
         except OSError as e:
             return 127, [str(e)], False
-        late, timers = threading.Event(), []
-
-        def after(delay: float, action: Callable):
-            timers.append(threading.Timer(delay, action))
-            timers[-1].daemon = True
-            timers[-1].start()
-
-        def ask_to_stop():
-            late.set()
+        lines: list[str] = []
+        reader = threading.Thread(target=self._read, args=(step.name, process, lines), daemon=True)
+        reader.start()
+        late = not _ends_within(process, seconds)
+        if late:
             _signal_group(process, step.stop)
-            after(GRACE, lambda: _signal_group(process, signal.SIGKILL))
+            _ends_within(process, GRACE)
+        _signal_group(
+            process, signal.SIGKILL
+        )  # with what it has started; it is not reaped yet, so its number is its own
+        code = process.wait()
+        reader.join(1.0)  # a process that left the group may hold the pipe open for ever
+        return code, lines, late
 
-        after(seconds, ask_to_stop)
-        lines = []
-        try:
-            for line in process.stdout:
-                lines.append(line.rstrip("\n"))
-                self.say(f"[{step.name}] {lines[-1]}")
-            return process.wait(), lines, late.is_set()
-        finally:
-            for timer in timers:
-                timer.cancel()
-            _signal_group(process, signal.SIGKILL)  # what it has started itself
+    def _read(self, name: str, process: subprocess.Popen, lines: list[str]):
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            self.print(f"[{name}] {lines[-1]}")
+
+
+def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    """Waits for a process to end, and leaves it to be reaped."""
+    end = time.monotonic() + seconds
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def last(lines: list[str], part: str = "") -> str:
@@ -173,5 +181,5 @@ def _signal_group(process: subprocess.Popen, number: int):
     """To a process and its children, if they still run. It leads a group of its own."""
     try:
         os.killpg(process.pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         pass

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import expected, first_light, gpu, gpu_rows, gpu_timer, ops, report
+from bench import expected, gpu, gpu_checks, gpu_rows, gpu_timer, ops, report
 from bench.gpu_rows import Group, Refused
 from pygpt.backend import TABLE
 
@@ -349,7 +349,7 @@ def test_check_judges_the_first_bar():
 
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for main, arguments in ((gpu.main, []), (first_light.main, ["--out=nowhere"])):
+    for main, arguments in ((gpu.main, []), (gpu_checks.main, ["versions", "--out=nowhere"])):
         assert main(arguments) == 2
         out = capsys.readouterr().out
         assert "no GPU: torch" in out and len(out.splitlines()) == 1

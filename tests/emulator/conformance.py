@@ -36,7 +36,7 @@ ROOT = HERE.parent.parent
 GOLDEN = HERE / "golden"
 SOURCES = [HERE / "conformance.cu", HERE / "hopper_gemm.cu"]
 APPROXIMATE = "exp2_approx"  # the one case whose answers may differ: PTX allows each an error of 2^-22
-TIMEOUT = 10  # seconds that a case may take
+TIMEOUT = 5  # seconds that a case may take
 FORK = multiprocessing.get_context("fork")  # torch is imported once; this process itself never initialises CUDA
 
 
