@@ -9,7 +9,8 @@
 #include "bind.h"
 
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // of torch's C interface
-extern "C" int cudaDriverGetVersion(int*), cudaRuntimeGetVersion(int*);
+extern "C" int cudaDriverGetVersion(int*), cudaRuntimeGetVersion(int*), cudaSetDevice(int);
+extern "C" const char* cudaGetErrorString(int);
 
 namespace pygpt::bind {
 
@@ -17,6 +18,8 @@ namespace pygpt::bind {
 void with_stream(const torch::stable::Tensor& lead, const std::function<void(const cuda::Stream&)>& body) {
   const int32_t device = lead.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
+  const int error = cudaSetDevice(device);  // torch has told its own runtime; ours is another one
+  STD_TORCH_CHECK(error == 0, "pygpt: ", cudaGetErrorString(error));
   void* handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
   std::vector<torch::stable::Tensor> scratch;

@@ -57,9 +57,9 @@ Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute, config.numAttrs = 1;
-  cudaError_t e = prepare(kernel, shared, stream);
+  cudaError_t e = allow_shared(kernel, shared, stream);
   if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  return launched(e);
 }
 
 }  // namespace pygpt::cuda

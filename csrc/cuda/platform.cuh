@@ -13,6 +13,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+
 #ifdef __CUDA_ARCH__
 #define PYGPT_ARCH __CUDA_ARCH__
 #endif
@@ -57,23 +60,36 @@ inline int64_t most_shared(const Stream& stream) {
   return bytes;
 }
 
-// Before a launch: the device is set, and a kernel that wants more shared memory than the usual 48 KB, 1 KB of them for
-// its static variables, may have it.
+// Lets a kernel have more shared memory than the usual 48 KB, 1 KB of them for its static variables: once per kernel
+// and device. Other threads may be launching the same kernel.
 template <class Kernel>
-cudaError_t prepare(Kernel kernel, size_t shared, const Stream& stream) {
-  const cudaError_t e = cudaSetDevice(stream.device);
-  if (e != cudaSuccess || shared <= (47 << 10)) return e;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+cudaError_t allow_shared(Kernel kernel, size_t shared, const Stream& stream) {
+  if (shared <= (47 << 10)) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& bytes = allowed[{kernel, stream.device}];
+  if (shared <= bytes) return cudaSuccess;
+  const cudaError_t e =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (e == cudaSuccess) bytes = shared;
+  return e;
 }
 
+// What a launch returned, or what it left behind. CUDA forgets it: the next launch would report it again.
+inline Error launched(cudaError_t e) {
+  const cudaError_t last = cudaGetLastError();
+  return e == cudaSuccess && last == cudaSuccess ? nullptr : cudaGetErrorString(e == cudaSuccess ? last : e);
+}
+
+// On the current device, which is the stream's.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
              Arguments&&... arguments) {
-  const cudaError_t e = prepare(kernel, shared, stream);
+  const cudaError_t e = allow_shared(kernel, shared, stream);
   if (e == cudaSuccess)
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);
-  const cudaError_t last = cudaGetLastError();  // also forgets what prepare met: the next launch would report it
-  return e == cudaSuccess && last == cudaSuccess ? nullptr : cudaGetErrorString(e == cudaSuccess ? last : e);
+  return launched(e);
 }
 }  // namespace pygpt::cuda
 
@@ -96,7 +112,7 @@ Error by_dtype(DType dtype, Body&& body) {
   }
 }
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
