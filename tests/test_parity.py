@@ -91,6 +91,56 @@ def test_scores_around_the_limit(op, dtype, size, backend, device, generator, mo
     cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
 
 
+# Scores up to which the CUDA kernels compute p by one multiply-add: see attention.cu. (float never does.)
+LIMITS = {torch.float32: 2**14 * math.log(2), torch.bfloat16: 2**14 * math.log(2), torch.float16: 2**11 * math.log(2)}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=cases.ids)
+def test_a_single_key_has_probability_one(dtype, kernels, device, generator):
+    """However large its score: rows within and beyond the limit stand side by side, each with a key of its own."""
+    L, scale = 64, 0.37
+    beside = torch.tensor([0.1, 0.5, 0.9, 0.99, 1.01, 1.1, 2.0, 16.0])
+    score = (LIMITS[dtype] * beside[torch.randint(len(beside), (L,), generator=generator)] / scale).to(dtype)
+    k = torch.eye(L, dtype=dtype)[None, None]
+    v, dout = torch.randn(2, 1, 1, L, L, generator=generator).to(dtype)
+    q, k, v, dout = (x.to(device) for x in (k * score[:, None], k, v, dout))
+    out, lse = kernels.attention_fwd(q, k, v, False, scale)
+    assert torch.equal(out, v)
+    torch.testing.assert_close(lse[0, 0].cpu(), score.float() * scale, rtol=0, atol=0)
+    *_, dv = kernels.attention_bwd(dout, None, q, k, v, out, lse, False, scale, [True] * 3)
+    assert torch.equal(dv, dout)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.ids)
+def test_scores_on_both_sides_of_the_limit(dtype, is_causal, kernels, device, generator):
+    """Rows whose maximum crosses the limit from one tile of keys to the next, upwards or from below -limit, beside rows
+    that stay far within it or beyond."""
+    L, S, E = 70, 150, 64
+    base = round(LIMITS[dtype])  # as 128 a + b, both in few bits
+    q, k, v, dout = (torch.randn(1, 1, n, E, generator=generator) / 64 for n in (L, S, S, L))
+    k[..., 0], k[..., 1] = base // 128, base % 128 + torch.randint(-24, 24, (S,), generator=generator) / 8
+    k[..., 64:100, 1] += 2.0
+    factor = torch.tensor([1.0, -1.0, 1 / 128, 2.0])[torch.arange(L) % 4]
+    q[..., 0], q[..., 1] = 128 * factor, factor
+    q, k, v, dout = (x.to(device, dtype) for x in (q, k, v * 64, dout * 64))
+    out, lse = kernels.attention_fwd(q, k, v, is_causal, 1.0)
+    found = out, *kernels.attention_bwd(dout, None, q, k, v, out, lse, is_causal, 1.0, [True] * 3)
+
+    q, k, v, dout = (x[0, 0].cpu().double() for x in (q, k, v, dout))
+    hidden = torch.ones(L, S).triu(1).bool() if is_causal else torch.zeros(L, S).bool()
+    p = torch.softmax((q @ k.T).masked_fill(hidden, -math.inf), -1)
+    dp = dout @ v.T
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    terms = p * (dp.abs() + ((p @ v) * dout).abs().sum(-1, keepdim=True))  # what their rounding is relative to
+    want = {"out": (p @ v, p @ v.abs()), "dq": (ds @ k, terms @ k.abs()), "dk": (ds.T @ q, terms.T @ q.abs()),
+            "dv": (p.T @ dout, p.T @ dout.abs())}  # fmt: skip
+    for (name, (exact, size)), ours in zip(want.items(), found, strict=True):
+        wrong = (ours[0, 0].cpu().double() - exact).abs() / (size + torch.finfo(dtype).tiny)
+        # Four roundings of eps / 2: p or ds, out (which delta is found from), the result, and p's exponent at the limit.
+        assert wrong.max() <= 2 * torch.finfo(dtype).eps, f"{name}: {wrong.max() / torch.finfo(dtype).eps:.2f} eps"
+
+
 def assert_same_kinds(op, args, grads, backend, where):
     """NaN and infinities are where PyTorch has them, in this dtype or (its float32 gelu(inf) is NaN) in float64."""
     with pygpt.backend(backend):

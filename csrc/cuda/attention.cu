@@ -7,15 +7,23 @@
 // where it grows, out_i and l_i shrink by exp(m - m'). Causal: row i sees keys 0..i; tiles of keys beyond the
 // diagonal are not visited, and only those on it or across the end of the keys are masked.
 //
-// Scores of a million leave few digits behind the point. So that a row's largest p is 1 all the same, the
-// largest q . k is subtracted before scaling. That needs scale > 0: the sign of scale is moved into q.
+// The exponent of 2 is computed from x = q . k, the row's largest x so far (x_max), and c = scale log2(e) > 0; the sign
+// of scale is moved into q. What a row subtracts is one number, so it cancels between p and l, and it may be rounded:
+//   p = 2^(x c - base), base = x_max c rounded             one fused multiply-add a score
+// For the largest score the exponent is then what base lost, at most |base| 2^-24, and not 0. While |base| stays below
+// kExponentLimit, eps 2^21 for a type of precision eps, this p is 1 +- eps/11, which rounds to 1. Beyond the limit p is
+//   p = 2^((x - x_max) c)                                  two operations, and exactly 1 for the largest
+// A warp takes the second form for a step in which any of its rows is beyond the limit, or was before the step: it
+// subtracts x_max first. Rows within the limit then subtract base - x_max c as well, minus their `residual`, so that
+// either form gives the same p up to a rounding. float always takes the second form: its p is not rounded, and it
+// spends its time on products.
 //
 // Each score costs 2 (E + Ev) FLOP, k and v are read once per block. Registers as ptxas 13.0 counts them for
 // sm_80 / sm_90a, nothing spilled; blocks per multiprocessor of A100 / H100:
 //     D    16-bit: rows x keys  registers  shared  blocks      float: rows x keys  registers  shared  blocks
-//     64         128 x 64       240/241    48 KB   2 / 2             128 x 32      226/222    64 KB   2 / 2
-//    128         128 x 32       255/250    64 KB   2 / 2              64 x 16      168/161    64 KB   2 / 3
-//    256          64 x 32       235/240    96 KB   1 / 2              32 x 8       255/254    64 KB   2 / 3
+//     64         128 x 64       239/239    48 KB   2 / 2             128 x 32      226/228    64 KB   2 / 2
+//    128         128 x 32       249/250    64 KB   2 / 2              64 x 16      151/159    64 KB   2 / 3
+//    256          64 x 32       240/244    96 KB   1 / 2              32 x 8       255/254    64 KB   2 / 3
 #include "attention.cuh"
 
 namespace pygpt::cuda {
@@ -27,42 +35,78 @@ constexpr Shape kShapes[2][3] = {{{4, 2, 64, true}, {4, 2, 32, false}, {4, 1, 32
 template <class T, int D>
 constexpr Shape kShape = pick<T, D>(kShapes);
 
-// Maximum and sum of the scores of the warp's rows so far; sum: of this lane's columns only.
-template <int M>
+// Maximum, at least -FLT_MAX, and sum of p of the warp's rows so far; sum: of this lane's columns only.
+template <class T, int M>
 struct Softmax {
-  float top[M][2], sum[M][2];
+  float scale_log2, top[M][2], sum[M][2];
+  bool was_within = true;  // before this step, every row of the warp was within kExponentLimit
 
-  __device__ __forceinline__ Softmax() {
+  __device__ __forceinline__ explicit Softmax(float scale_log2) : scale_log2(scale_log2) {
 #pragma unroll
-    for (int i = 0; i < 2 * M; i++) top[i / 2][i % 2] = -kInf, sum[i / 2][i % 2] = 0.0f;
+    for (int i = 0; i < 2 * M; i++) top[i / 2][i % 2] = -FLT_MAX, sum[i / 2][i % 2] = 0.0f;
+  }
+
+  __device__ __forceinline__ float base(float largest) const { return __fmul_rn(largest, scale_log2); }
+
+  // What base has lost by rounding; 0 beyond the limit.
+  __device__ __forceinline__ float residual(float largest) const {
+    return fabsf(base(largest)) < kExponentLimit<T> ? fmaf(largest, scale_log2, -base(largest)) : 0.0f;
   }
 
   // Turns q . k into p, and shrinks out where a maximum grows.
   template <int N, int C>
-  __device__ __forceinline__ void update(float (&s)[M][N][4], float (&out)[M][C][4], float scale_log2) {
+  __device__ __forceinline__ void update(float (&s)[M][N][4], float (&out)[M][C][4]) {
+    float largest[M][2], subtracted[M][2], shrink[M][2];
+    bool within = kExponentLimit<T> > 0.0f;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float largest = top[m][r];
+        float x_max = top[m][r];
 #pragma unroll
-        for (int n = 0; n < N; n++) largest = fmaxf(largest, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-        largest = warp_max<4>(largest);
-        const float base = largest == -kInf ? 0.0f : largest;
-        const float shrink = ptx::exp2_approx((top[m][r] - base) * scale_log2);
+        for (int n = 0; n < N; n++) x_max = fmaxf(x_max, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+        largest[m][r] = x_max = warp_max<4>(x_max);
+        subtracted[m][r] = base(x_max), shrink[m][r] = base(top[m][r]) - base(x_max);
+        within = within && fabsf(base(x_max)) < kExponentLimit<T>;
+      }
+    if constexpr (kExponentLimit<T> > 0.0f) within = __all_sync(0xffffffffu, within);
+
+    if (!(within && was_within))
+#pragma unroll
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float x_max = largest[m][r], rest = residual(x_max);
+#pragma unroll
+          for (int n = 0; n < N; n++) s[m][n][2 * r] -= x_max, s[m][n][2 * r + 1] -= x_max;
+          subtracted[m][r] = -rest;
+          shrink[m][r] = fmaf(top[m][r] - x_max, scale_log2, rest - residual(top[m][r]));
+        }
+    was_within = within;
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float factor = ptx::exp2_approx(shrink[m][r]);
         float here = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
           for (int c = 0; c < 2; c++) {
             float& p = s[m][n][2 * r + c];
-            p = ptx::exp2_approx((p - base) * scale_log2);
+            p = ptx::exp2_approx(fmaf(p, scale_log2, -subtracted[m][r]));
             here += p;
           }
-        top[m][r] = largest, sum[m][r] = sum[m][r] * shrink + here;
+        top[m][r] = largest[m][r], sum[m][r] = sum[m][r] * factor + here;
 #pragma unroll
-        for (int n = 0; n < C; n++) out[m][n][2 * r] *= shrink, out[m][n][2 * r + 1] *= shrink;
+        for (int n = 0; n < C; n++) out[m][n][2 * r] *= factor, out[m][n][2 * r + 1] *= factor;
       }
+  }
+
+  // log of the sum of exp(scores) of a row, whose p add up to total.
+  __device__ __forceinline__ float lse(int m, int r, float scale, float total) const {
+    return __fmul_rn(top[m][r], scale) + (logf(total) - residual(top[m][r]) * kLn2);
   }
 };
 
@@ -95,7 +139,7 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.blocks())
   }
 
   Left<T, D, M, shape.held> rows(q_tile + warp_row * D);
-  Softmax<M> softmax;
+  Softmax<T, M> softmax(scale * kLog2e);
   float out[M][D / 8][4] = {};
   for (int key = 0; key < keys.end(); key += KEYS) {
     keys.arrive(key);
@@ -103,7 +147,7 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.blocks())
     float s[M][KEYS / 8][4] = {};
     multiply_rows(s, rows, keys.k_tile(key));
     keys.mask(s, key, row, -kInf);
-    softmax.update(s, out, scale * kLog2e);
+    softmax.update(s, out);
     multiply_columns(out, s, keys.v_tile(key));
   }
 
@@ -115,7 +159,7 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.blocks())
       const float l = total[m][r] = warp_sum<4>(softmax.sum[m][r]);
       const int i = row + 16 * m + 8 * r + threadIdx.x % 32 / 4;
       if (threadIdx.x % 4 == 0 && i < x.q_len)
-        x.lse[int64_t(here.head) * x.q_len + i] = l == 0.0f ? -kInf : __fmul_rn(softmax.top[m][r], scale) + logf(l);
+        x.lse[int64_t(here.head) * x.q_len + i] = l == 0.0f ? -kInf : softmax.lse(m, r, scale, l);
     }
   store_rows(head<T>(x, x.out, here.head), out, row, x.q_len,
              [&](int m, int r) { return total[m][r] == 0.0f ? 0.0f : 1.0f / total[m][r]; });

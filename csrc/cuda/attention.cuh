@@ -9,6 +9,8 @@
 // any GPU since sm_80 has.
 #pragma once
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <type_traits>
 
 #include "attention_tiles.cuh"
@@ -16,6 +18,10 @@
 namespace pygpt::cuda::attention {
 
 constexpr float kInf = HUGE_VALF;
+
+// Up to here an exponent of 2 may be computed as x c - y, where y is as large as x c (see attention.cu): eps 2^21.
+template <class T>
+constexpr float kExponentLimit = std::is_same_v<T, bf16> ? 0x1p14f : std::is_same_v<T, f16> ? 0x1p11f : 0.0f;
 
 // ---------------------------------------------------------------- arguments
 // (batch, head, position, channel); wide: as in Head.
@@ -30,11 +36,12 @@ struct Operand {
 struct Problem {
   int batch_heads, heads, group, q_len, k_len, padded_q_len;
   bool is_causal;
-  float scale;
+  float scale, scale_log2;  // scale log2(e)
   Operand q, k, v, out, dout, dq, dk, dv;
   float* lse;
   const float* dlse;
-  float *row_lse, *row_delta;  // (heads, padded_q_len): lse, infinite where p shall be 0, and delta
+  float *row_lse, *row_minus_delta, *row_lse2;  // of backward: (heads, padded_q_len)
+  float lse_to_log2[2];  // scale_log2 / scale as the sum of two floats; infinite where that is not 1.44
 };
 
 template <class T>
@@ -62,6 +69,10 @@ Problem problem(const AttentionArgs& a) {
   x.v = operand<T>(a.v, a.v_dim, kChunk), x.dout = operand<T>(a.dout, a.v_dim, kChunk);
   x.out = operand<T>(a.out, a.v_dim, kPair), x.dq = operand<T>(a.dq, a.head_dim, kPair);
   x.dk = operand<T>(a.dk, a.head_dim, kPair), x.dv = operand<T>(a.dv, a.v_dim, kPair);
+  x.scale_log2 = x.scale * kLog2e;
+  const bool is_normal = std::isnormal(x.scale_log2);
+  const double lse_to_log2 = is_normal ? double(x.scale_log2) / x.scale : HUGE_VAL;
+  x.lse_to_log2[0] = float(lse_to_log2), x.lse_to_log2[1] = is_normal ? float(lse_to_log2 - x.lse_to_log2[0]) : 0.0f;
   x.lse = static_cast<float*>(a.lse), x.dlse = static_cast<const float*>(a.dlse);
   return x;
 }
