@@ -3,8 +3,8 @@
 # make oldest-triton   holds the Triton kernels to bench.static with the oldest Triton that they support
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
-# make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing, then checks,
-#             tests and benchmarks in 13 minutes at most. No GPU at hand: GPU_ARGS="--device cpu" is a rehearsal.
+# make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing (7 minutes at
+#             most), then checks, tests and benchmarks (13). Without a GPU, GPU_ARGS="--device cpu" is a rehearsal.
 #
 # Everything else runs in .venv, made on first use from python3 (or make PYTHON=...). On Linux, plain torch
 # brings the CUDA build; for the small one: make demo TORCH="torch==2.13.0 --index-url ADDRESS", with

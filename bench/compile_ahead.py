@@ -47,7 +47,7 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """Equal where Triton would compile the same: it tells apart what an argument is, not its value."""
+        """Equal for two jobs that Triton compiles to the same code: kinds of arguments count, values do not."""
         return self.kernel, tuple(map(_kind, self.arguments)), self.constants, repr(self.config)
 
 
@@ -162,7 +162,7 @@ def _start_worker(target: str):
 
 
 def compile_one(job: Job) -> tuple[str, float, str]:
-    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded too: then its launcher is built."""
+    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded too, and its launcher built."""
     began = time.monotonic()
     blocks = job.config.blocks
     arguments = [a.descriptor(blocks) if isinstance(a, common.Tiled) else a for a in job.arguments]

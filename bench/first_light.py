@@ -1,21 +1,23 @@
 """The first minutes on a GPU: ``python3 -m bench.first_light --out FOLDER``.
 
 GPU time is scarce: nothing is built, nothing is downloaded, and every step has a time limit of its own, so that the
-whole ends in time whatever one of them does. It needs the libraries built elsewhere: pygpt/_C.abi3.so, pygpt/_cuda.abi3.so
-and, for conformance, the shared library that ``python -m tests.emulator.conformance --build FILE`` makes.
+whole ends in time whatever one of them does. The libraries are built elsewhere: pygpt/_C.abi3.so, pygpt/_cuda.abi3.so
+and, for conformance, the one that ``python -m tests.emulator.conformance --build FILE`` makes.
 
     versions      what is installed and loads, and what the GPU is
     conformance   the device's answers for every wrapper of an inline PTX instruction, as a golden file
     compile       every Triton kernel that the steps below launch, one process a core
     verify        each backend's results against float64, beside PyTorch's own error
-    benchmark     bfloat16, beside PyTorch eager and each of its attention backends, and beside what was predicted
+    benchmark     bfloat16, beside PyTorch eager and each of its attention backends
+    expected      what the benchmark measured beside estimates, goals and the best rates seen elsewhere
     candidates    every configuration shipped for Triton's attention kernels, timed once
 
 ``--rest`` goes on from there: the GPU tests, the same with PYGPT_POISON=1, compute-sanitizer, a side stream and a CUDA
-graph, and the full benchmark table with torch.compile. ``make gpu`` runs both, and first builds what is missing.
+graph, and the full benchmark table with torch.compile. ``make gpu`` builds what is missing, then does both.
 
-Everything found goes to FOLDER at once: one small file a step, log.txt, and summary.json. ``--device cpu`` is a rehearsal
-on tiny shapes: the emulator and Triton's interpreter play the GPU. Exit codes: 0; 1 where a step failed; 2 without a GPU.
+Everything found goes to FOLDER at once: one small file a step, log.txt, and summary.json. ``--device cpu`` is a
+rehearsal on tiny shapes: the emulator and Triton's interpreter play the GPU. Exit codes: 0; 1 where a step failed;
+2 without a GPU.
 """
 
 import argparse

@@ -228,7 +228,7 @@ def _gpt(device: str = "cuda"):
 
 
 def on_a_side_stream() -> str:
-    """Forward and backward on another stream, behind a long wait there: work on the wrong stream would come too early."""
+    """Forward and backward on another stream, behind a long wait there: on the wrong stream they would be too early."""
     step = _gpt()
     want = [t.clone() for t in step()]
     torch.cuda.synchronize()

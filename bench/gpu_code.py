@@ -73,11 +73,12 @@ class Result:
 
 
 def table(results: list[Result]) -> str:
-    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "in loops", "shared", "blocks",
-            "occupancy", "tensor cores", "serialized", "")  # fmt: skip
+    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "in loops",
+            "shared", "blocks", "occupancy", "tensor cores", "serialized", "")  # fmt: skip
     lines = [head] + [
-        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled),
-         str(r.loop_spills), str(r.shared), str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, r.serialized, f"WRONG: {r.wrong}" if r.wrong else "")
+        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled), str(r.loop_spills),
+         str(r.shared), str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, r.serialized,
+         f"WRONG: {r.wrong}" if r.wrong else "")
         for r in results
     ]  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

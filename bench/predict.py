@@ -6,8 +6,8 @@ with the trips of their loops from the shape:
     time = max(cycles of a block on a multiprocessor * blocks / 132 / clock, bytes / memory's bandwidth) + launch
 
 where the last wave counts whole, with the blocks that it has, if all do the same work. The others (column sums,
-attention's delta) count by their bytes and their launch. Every number about the machine is in pipes.py; none is fitted
-to a row.
+attention's delta) count by their bytes and their launch. Every number about the machine is in pipes.py, and serves all
+rows alike; bench/README.md names the two that were set after the first comparison.
 """
 
 import functools

@@ -37,7 +37,7 @@ class Step:
     command: tuple[str, ...]
     environment: tuple[tuple[str, str | None], ...] = ()  # what differs from this process's; None removes a variable
     stop: int = signal.SIGTERM
-    result: str = ""  # its result is the last line that contains this
+    result: str = ""  # the step's result is the last line that contains this
     optional: bool = False  # whatever becomes of it, the run is a success
 
 

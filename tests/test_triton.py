@@ -121,7 +121,7 @@ def test_the_only_key_of_a_row_weighs_exactly_one(smallest, largest, causal, dty
     torch.testing.assert_close(dk, (scale_f * q.float()).to(dtype), **how)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-60, -1e-60])
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-60, -1e-60])
 def test_a_scale_that_vanishes_in_float32_is_zero(scale, generator):
     q = torch.randn(1, 1, 70, 16, generator=generator).to(DEVICE)
     mean = q.cumsum(2) / torch.arange(1, 71, device=DEVICE)[:, None]

@@ -25,14 +25,16 @@ the largest s of the row:
 The exact form gives 1 for scores of any size: backward rounds s scale as forward did when it formed lse. The
 kernels are compiled without fusing products into sums, which would undo that. The fused form takes one
 instruction an element where the exact one takes two or three. It shifts the exponents of a row by the error of
-base, in backward by those of lse, c and lse log2(e): for |base| < 2^n at most 2^(n-25) and 4.5 2^(n-25). Below
-LIMIT = 2^21 eps, where eps is that of the storage type, p thus misses 1 by at most eps / 23 and eps / 5, and
-everything between 1 - eps / 4 and 1 + eps / 2 is rounded to 1.
+base, in backward by those of lse, c and lse log2(e): for |base| < 2^n at most 2^(n-25) and, in a row whose
+weight is all on one key, 4.5 2^(n-25). Below LIMIT = 2^21 eps, where eps is that of the storage type, the p of
+that key thus misses 1 by at most eps / 23 and eps / 5, and everything between 1 - eps / 4 and 1 + eps / 2 is
+rounded to 1. out sums the rounded p and l the others; so l is put right by the error of the last base.
 
 float32 always takes the exact form. 16-bit tiles take the fused form where nothing is masked. If some row then
 turns out to be beyond LIMIT, the tile starts over, and the loop of the masked tiles, which always takes the
-exact form, serves it all. Forward looks at the last base of each row: an earlier one of larger size was so far
-below it that the p computed from it have shrunk to nothing.
+exact form, serves it all. Forward looks at the last base of each row alone. An earlier base of larger size was
+below it: either far below, and the p computed from it have shrunk to nothing, or hardly beyond LIMIT, where the
+error is not twice as large.
 
 16-bit tiles come through tensor descriptors (TMA) where the device and their alignment allow, else
 through pointers; head dimensions are padded to a power of two inside the tile. float32 products run on
@@ -497,7 +499,7 @@ def attention_fwd(q, k, v, is_causal, scale):
     B, L, EV = q.shape[0], call.L, v.shape[3]
     out, lse = _heads_last(q, B, call.H, L, EV), empty(q, B, call.H, L, dtype=torch.float32)
     inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
-    zero = abs(scale) <= 2.0**-150  # as float32 is
+    zero = abs(scale) < 2.0**-126  # no normal float32
     sign = 0 if zero else -1 if scale < 0 else 1
     call(attention_fwd_kernel, FWD, (out, lse), inputs, 1.0 if zero else abs(scale), "BLOCK_M", L, SIGN=sign)
     return out, lse
