@@ -1,6 +1,7 @@
 # make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch
 # make test   the whole test suite          make test-all   with the heavier sweeps too
-# make oldest-triton   holds the Triton kernels to bench.static with the oldest Triton that they support
+# make oldest-triton   the Triton kernels with the oldest Triton that they support and the newest NumPy: compiled, and
+#             held to bench.static; interpreted, and held to their tests
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing (7 minutes at
@@ -28,6 +29,8 @@ test-all: build $(OLDEST_TRITON)
 
 oldest-triton: build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/test_triton.py
+	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) PYGPT_TEST_BACKENDS=triton,torch $(BIN)/python -m pytest -n 2 -m "not slow" \
+	  -k "not compile" tests/test_triton.py tests/test_kernels.py
 
 bench: build
 	$(BIN)/python -m bench
@@ -55,7 +58,7 @@ $(VENV)/installed: requirements.txt
 	@touch $@
 
 $(OLDEST_TRITON): $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ "triton==3.6.0; sys_platform == 'linux'"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ "triton==3.6.0; sys_platform == 'linux'" numpy
 	@mkdir -p $@ && touch $@
 
 clean:
