@@ -39,7 +39,7 @@ instructions: build
 	$(BIN)/python -m bench.instructions
 
 gpu:
-	@$(PYTHON) -m bench.first_light --all --out build/gpu $(GPU_ARGS)
+	@$(PYTHON) -m bench.first_light --all --out build/gpu-$$(date +%Y%m%d-%H%M%S) $(GPU_ARGS)
 
 dist: build
 	$(BIN)/python -m build --no-isolation

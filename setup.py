@@ -118,7 +118,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     known = known_archs(nvcc)
     archs = os.environ.get("PYGPT_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").replace(".", "").split()
     for arch in archs:
-        number, letter = split_arch(arch) if re.fullmatch(r"\d+[af]?", arch) else (0, "")
+        number, letter = split_arch(arch) if re.fullmatch(r"[1-9][0-9]+[af]?", arch) else (0, "")
         if number not in known or number < {"": 80, "a": 90, "f": 100}[letter]:
             sys.exit(
                 f"pygpt: PYGPT_CUDA_ARCHS must be compute capabilities from 80 on, such as '80 90', got {arch!r}.\n"

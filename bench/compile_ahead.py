@@ -30,6 +30,7 @@ from pygpt.backend import TABLE
 from pygpt.files import atomic
 
 from . import gpu_rows, steps
+from .gpu_code import DEVICES
 from .harness import once
 
 META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("meta",))
@@ -139,8 +140,6 @@ class NoGpu:
     def __init__(self, target: str):
         from triton.backends.compiler import GPUTarget
 
-        from .gpu_code import DEVICES
-
         device = DEVICES[target]
         self.target = GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.warp)
 
@@ -196,6 +195,8 @@ def main(argv=None) -> int:
     add("--target", default="sm90", help="without a GPU: what to compile for (default: %(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
+    if options.jobs < 1 or options.target not in DEVICES:
+        parser.error(f"--jobs takes 1 or more; --target one of {', '.join(DEVICES)}")
     if unknown := set(options.what.split(",")) - set(CALLS):
         parser.error(f"--what: unknown {', '.join(sorted(unknown))}; known: {', '.join(CALLS)}")
     began, done, futures = time.monotonic(), [], []

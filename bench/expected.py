@@ -4,6 +4,7 @@ TFLOP/s, of norms TB/s. The goals and first bars are this project's own. `by_han
 compiled loops (Triton 3.6, nvcc 13.0), before anything had run on a GPU.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -97,7 +98,13 @@ def beside(result: Path) -> Iterator[tuple[Expected, str, float | None]]:
 
 def main() -> int:
     """``python -m bench.expected RESULT``: what was measured beside what was expected."""
-    found = list(beside(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(prog="python -m bench.expected", description=main.__doc__)
+    parser.add_argument("result", type=Path, help="a result of bench.gpu, as JSON")
+    result = parser.parse_args().result
+    try:
+        found = list(beside(result))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        parser.error(f"{result} is no result of bench.gpu: {e!r}")
     for row, backend, rate in found:
         got = f"measured {rate:.3g}, {rate / row.by_hand[backend]:.2f} of the estimate" if rate else "not measured"
         expectation = f"estimate {row.by_hand[backend]:g}, goal {row.goal:g}, {row.peer_is} {row.peer:g}"

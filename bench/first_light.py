@@ -15,9 +15,10 @@ and, for conformance, the one that ``python -m tests.emulator.conformance --buil
 ``--rest`` goes on from there: the GPU tests, the same with PYGPT_POISON=1, compute-sanitizer, a side stream and a CUDA
 graph, and the full benchmark table with torch.compile. ``make gpu`` builds what is missing, then does both.
 
-Everything found goes to FOLDER at once: one small file a step, log.txt, and summary.json. ``--device cpu`` is a
-rehearsal on tiny shapes: the emulator and Triton's interpreter play the GPU. Exit codes: 0; 1 where a step failed;
-2 without a GPU.
+Everything found goes to FOLDER at once: one small file a step, log.txt, and summary.json (log-rest.txt and
+summary-rest.json of the second run). A run that is already there is not overwritten. ``--device cpu`` is a rehearsal
+on tiny shapes: the emulator and Triton's interpreter play the GPU. Exit codes: 0; 1 where a step failed; 2 without a
+GPU.
 """
 
 import argparse
@@ -129,16 +130,25 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------- the command
+def seconds(text: str) -> float:
+    """A limit: positive and finite."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench.first_light", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="where everything found is written")
-    add("--rest", action="store_true", help="the second run instead of the first")
-    add("--all", action="store_true", help="build what is missing, then both runs (make gpu)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rest", action="store_true", help="the second run instead of the first")
+    which.add_argument("--all", action="store_true", help="build what is missing, then both runs (make gpu)")
     add("--conformance", type=Path, default=CONFORMANCE, metavar="FILE", help="the built cases (default: %(default)s)")
-    add("--seconds", type=float, metavar="S", help=f"in all (default: {FIRST_SECONDS}; --rest {REST_SECONDS})")
+    add("--seconds", type=seconds, metavar="S", help=f"in all (default: {FIRST_SECONDS}; --rest {REST_SECONDS})")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     add("--save", action="store_true", help="of --rest, and with --all: the table to bench/results/ too")
     options = parser.parse_args(argv)
@@ -149,17 +159,20 @@ def parse(argv=None):
 
 def main(argv=None) -> int:
     options = parse(argv)
-    os.environ.pop("TRITON_INTERPRET", None)  # it would move the Triton kernels to the CPU
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     plan = Plan(options)
-    groups, seconds = (plan.rest(), REST_SECONDS) if options.rest else (plan.first(), FIRST_SECONDS)
+    groups, limit = (plan.rest(), REST_SECONDS) if options.rest else (plan.first(), FIRST_SECONDS)
     if options.all:
         groups = plan.build() + plan.first() + plan.rest()
-        seconds = BUILD_SECONDS + FIRST_SECONDS + REST_SECONDS
+        limit = BUILD_SECONDS + FIRST_SECONDS + REST_SECONDS
     slow = REHEARSAL_SLOWNESS if options.device == "cpu" else 1
     began = time.time()
     about = {"command": " ".join(sys.argv), "device": options.device, "began": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    runner = Runner(options.out, options.seconds or seconds, about)
+    try:
+        runner = Runner(options.out, options.seconds or limit, about, "-rest" if options.rest else "")
+    except OSError as e:
+        print(f"first_light: --out must be a folder without such a run: {e}")
+        return 1
     for lanes in groups:
         if any(outcome.exit_code == NO_GPU and outcome.step == "versions" for outcome in runner.outcomes):
             return NO_GPU

@@ -46,6 +46,15 @@ def write(path: Path, found):
         temporary.write_text(json.dumps(found, indent=1))
 
 
+def read(path: Path) -> dict:
+    """What `write` has written; empty where there is nothing of the kind."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 # ------------------------------------------------------------------------------- versions
 def versions(options) -> int:
     found = gather() | {"platform": platform.platform(), "libc": " ".join(platform.libc_ver())}
@@ -85,7 +94,7 @@ def verify_backend(options) -> int:
         print(f"{options.backend}: {row.missing}")
         return 1
     generator, began, rows, errors = torch.Generator().manual_seed(options.seed), time.monotonic(), [], []
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}  # the other backend's
+    kept = read(options.out)  # the other backend's
     tiny = options.tiny
     if tiny:
         verify.ELEMENTS = 1  # a direction that passes is drawn once: an emulated call takes long
@@ -346,6 +355,8 @@ def main(argv=None) -> int:
     parser.add_argument("--tiny", action="store_true", help="for verify: one small shape of each op, drawn once")
     options = parser.parse_args(argv)
     options.tiny |= options.device == "cpu"
+    if not options.out.parent.is_dir():
+        parser.error(f"--out: {options.out.parent} is no folder")
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} in {sys.executable} sees none (--device cpu is a rehearsal)")
         return NO_GPU

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = 75  # EX_TEMPFAIL of sysexits.h
 NO_GPU = 2
+CHANGES_WHAT_IS_CHECKED = ("TRITON_INTERPRET", "PYGPT_BACKEND", "PYGPT_POISON", "PYGPT_AUTOTUNE")  # variables
 GRACE = 8.0  # seconds between asking a step to stop and killing it
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -63,14 +64,18 @@ def python(module: str, *arguments) -> tuple[str, ...]:
 
 
 class Runner:
-    """Runs steps, one group after the other, within ``seconds`` in all. ``about``: facts for summary.json."""
+    """Runs steps, one group after the other, within ``seconds`` in all. ``about``: facts for the summary.
 
-    def __init__(self, folder: Path, seconds: float, about: dict | None = None):
-        self.folder, self.end = folder, time.monotonic() + seconds
+    A folder holds one run of each ``name``: FileExistsError where that one is already there, so that nothing of an
+    earlier run is lost, or taken for new.
+    """
+
+    def __init__(self, folder: Path, seconds: float, about: dict | None = None, name: str = ""):
+        self.summary, self.end = folder / f"summary{name}.json", time.monotonic() + seconds
         self.about, self.outcomes = about or {}, []
         self.lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = open(folder / "log.txt", "w", buffering=1)  # noqa: SIM115 - open as long as this process
+        self.log = open(folder / f"log{name}.txt", "x", buffering=1)  # noqa: SIM115 - open as long as this process
         self.save()
 
     def left(self) -> float:
@@ -83,9 +88,9 @@ class Runner:
 
     def save(self, **more):
         self.about |= more
-        temporary = self.folder / ".summary.json"
+        temporary = self.summary.with_name(f".{self.summary.name}")
         temporary.write_text(json.dumps(self.about | {"steps": [asdict(o) for o in self.outcomes]}, indent=1))
-        temporary.replace(self.folder / "summary.json")
+        temporary.replace(self.summary)
 
     def run(self, *lanes: Step | Sequence[Step]):
         """Runs the lanes side by side, the steps of a lane one after the other, and waits for all."""
@@ -120,6 +125,8 @@ class Runner:
     def _process(self, step: Step, seconds: float) -> tuple[int, list[str], bool]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        for name in CHANGES_WHAT_IS_CHECKED:
+            environment.pop(name, None)
         for name, value in step.environment:
             environment.pop(name, None) if value is None else environment.update({name: value})
         try:

@@ -88,6 +88,39 @@ runner.run(Step("second", 99, (sys.executable, "-c", "import os, time; print(os.
         pytest.fail("the step outlived its run")
 
 
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    """The second run has files of its own; the same one again needs another folder."""
+    for name in ("", "-rest"):
+        Runner(tmp_path, 9, {"run": name}, name)
+        with pytest.raises(FileExistsError):
+            Runner(tmp_path, 9, {"run": "again"}, name)
+    assert [json.loads((tmp_path / f"summary{name}.json").read_text())["run"] for name in ("", "-rest")] == [
+        "",
+        "-rest",
+    ]
+    monkeypatch.setattr(first_light.Plan, "first", lambda self: [])
+    for out in (tmp_path, tmp_path / "log.txt"):
+        assert first_light.main(["--device=cpu", f"--out={out}"]) == 1
+        assert "--out must be a folder without such a run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--seconds=0"], ["--seconds=nan"], ["--seconds=-1"], ["--rest", "--all"]])
+def test_arguments_that_make_no_sense(arguments):
+    with pytest.raises(SystemExit):
+        first_light.parse(["--out=x", *arguments])
+
+
+def test_variables_that_change_what_is_measured_do_not_reach_it(tmp_path, monkeypatch):
+    for name in ("PYGPT_BACKEND", "PYGPT_POISON", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    code = (
+        "import os; print(sorted(k for k in os.environ if k in ('PYGPT_BACKEND', 'PYGPT_POISON', 'TRITON_INTERPRET')))"
+    )
+    monkeypatch.setattr(first_light.Plan, "first", lambda self: [[[source("variables", code)]]])
+    assert first_light.main(["--device=cpu", f"--out={tmp_path}"]) == 0
+    assert summary(tmp_path)["variables"]["result"] == "[]"
+
+
 # ------------------------------------------------------------------------------- the plan
 def plan(*arguments) -> first_light.Plan:
     return first_light.Plan(first_light.parse(["--out=/nowhere/out", *arguments]))
@@ -148,6 +181,9 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TABLE, "cuda", row)
     monkeypatch.setattr(gpu_rows, "play_cuda_on_the_cpu", lambda: None)
     out = tmp_path / "verify.json"
+    for broken in ("{", "[1]"):
+        out.write_text(broken)
+        assert gpu_checks.read(out) == {}
     out.write_text('{"triton": 1}')
     assert gpu_checks.main(["verify", "--device=cpu", f"--out={out}"]) == 1
     found, said = json.loads(out.read_text()), capsys.readouterr().out

@@ -295,7 +295,11 @@ def disagreements(cases: Cases, found: dict) -> dict[str, str]:
 
 def compare(path: Path) -> int:
     """Compares the emulator with a file of answers."""
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        print(f"{path} has no answers: {e}")
+        return 1
     if "capability" not in found:
         print(f"{path.name}: no case was run: {found['stopped']}")
         return 1
@@ -347,6 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.library is None) != (options.out is None):
         parser.error("--library and --out go together")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out: {options.out.parent} is no folder")
     if options.build:
         build_for_device(options.arch, options.build)
         return 0
