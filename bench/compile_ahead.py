@@ -161,7 +161,7 @@ def _start_worker(target: str):
 
 
 def compile_one(job: Job) -> tuple[str, float, str]:
-    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded too, and its launcher built."""
+    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded and its launcher built."""
     began = time.monotonic()
     blocks = job.config.blocks
     arguments = [a.descriptor(blocks) if isinstance(a, common.Tiled) else a for a in job.arguments]
@@ -179,14 +179,6 @@ def compile_one(job: Job) -> tuple[str, float, str]:
     return f"{job.kernel} {','.join(map(str, blocks.values()))}", time.monotonic() - began, wrong
 
 
-class TimeUp(BaseException):
-    """SIGTERM: finish with what there is."""
-
-
-def _time_up(*_):
-    raise TimeUp
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_ahead", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -201,7 +193,7 @@ def main(argv=None) -> int:
         parser.error(f"--what: unknown {', '.join(sorted(unknown))}; known: {', '.join(CALLS)}")
     began, done, futures = time.monotonic(), [], []
     target = common.target(torch.empty(0, device="cuda")) if torch.cuda.is_available() else options.target
-    signal.signal(signal.SIGTERM, _time_up)
+    signal.signal(signal.SIGTERM, steps.stop)
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     pool = ProcessPoolExecutor(options.jobs, context, _start_worker, (target,))
     why = ""
@@ -212,8 +204,7 @@ def main(argv=None) -> int:
             done.append(future.result())
             if done[-1][2]:
                 print(f"does not compile: {done[-1][0]}: {done[-1][2]}", flush=True)
-    except TimeUp:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except steps.TimeUp:
         why = ", out of time"
         pool.shutdown(wait=False, cancel_futures=True)
         done = [f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None]

@@ -23,14 +23,11 @@ from .gpu_rows import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying
 from .harness import Work, caller
 from .ops import DIRECTIONS, DTYPES, OPS
 from .options import some_of
+from .steps import TimeUp, stop
 
 COMPILE_SHARE = 0.35  # of the budget, at most
 ENOUGH = 6.0  # seconds that must be left to begin a group
 DRIFT = 0.05  # between the limits before and after, worth a word
-
-
-class TimeUp(BaseException):
-    """SIGTERM: finish with what there is."""
 
 
 class Broken(BaseException):
@@ -309,11 +306,6 @@ def machine(options, names: list[str]) -> dict:
     m |= {"backends": names, "peers": options.peers, "seconds": options.seconds, "budget": options.budget}
     m |= {"command": shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]])}
     return {"cudnn": None, **m, "date": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-
-
-def stop(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise TimeUp
 
 
 def finish(run: Run, m: dict, options) -> int:

@@ -102,7 +102,7 @@ PREDICTED = (_attention(2, 32, 8192, 128), _mlp(4096), _rows(ops.layer_norm, 409
 
 
 def plan(ops_wanted=ops.OPS, dtypes=tuple(ops.DTYPES), quick: bool = False, tiny: bool = False) -> list[Group]:
-    """All of BFLOAT16, then each op's first shape in the other dtypes. quick: PREDICTED and first shapes, in bfloat16."""
+    """All of BFLOAT16, then each op's first shape in the other dtypes. quick: PREDICTED and first shapes in bfloat16."""
     first = {}
     for case, _ in BFLOAT16:
         first.setdefault(case.op, case)

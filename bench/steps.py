@@ -172,6 +172,16 @@ def last(lines: list[str], part: str = "") -> str:
     return next((line for line in reversed(lines) if line.strip() and part in line), "no result")
 
 
+class TimeUp(BaseException):
+    """SIGTERM: a step finishes with what it has."""
+
+
+def stop(*_):
+    """A step's handler of SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise TimeUp
+
+
 def die_with_parent():
     """Called by a new process: the system kills it when its parent (the thread that started it) ends. Linux only."""
     if LIBC:

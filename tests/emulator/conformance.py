@@ -17,7 +17,6 @@ import ctypes
 import hashlib
 import json
 import multiprocessing
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from bench.gpu_code import tool
+from bench.steps import die_with_parent
 
 from . import build
 
@@ -164,7 +164,7 @@ def opened(library: Path) -> tuple[dict, Cases]:
 def _serve(connection, library: Path, done: list[str]) -> None:
     """In a process of its own: sends the device and the names of the cases, then the answer of each that is not done.
     A case that fails may have taken the CUDA context with it, so it is the last one."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a case that hangs doesn't outlive its parent
+    die_with_parent()  # or a case that hangs would outlive it
     torch.set_num_threads(1)
     try:
         device, cases = opened(library)
