@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from pygpt import verify
-from pygpt.backend import TABLE, choose
+from pygpt.dispatch import TABLE, choose
 
 from . import gpt, gpu_rows, harness, memory, ops
 from .gpu_rows import Refused

@@ -26,7 +26,7 @@ from pygpt.triton_kernels import attention, common
 
 import pygpt
 from pygpt import triton_kernels, verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
 from . import gpu_rows, steps

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import pygpt
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 
 from . import expected, gpu_rows, gpu_timer, report
 from .gpu_rows import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying

@@ -29,7 +29,7 @@ import torch
 
 import pygpt
 from pygpt import verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 from pygpt.info import gather
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pygpt
 from pygpt import verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 
 from . import ops
 from .ops import Case

@@ -102,7 +102,7 @@ def complete(options):
 
 def _backends(text: str | None, device: str, here: list[str]) -> list[str]:
     """Ours to measure: those named, else all that are meant for the device (Triton's interpreter is not)."""
-    from pygpt.backend import TABLE, chosen
+    from pygpt.dispatch import TABLE, chosen
 
     if text is None and (name := chosen()):  # by PYGPT_BACKEND
         return [name]

@@ -5,9 +5,8 @@ from pathlib import Path
 if not (Path(__file__).parent / "triton_kernels").is_dir():  # a checkout: the folder lies beside this one
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import functional, nn
-from .backend import Choice, backend
-from .functional import explain
+from . import backends, functional, nn
+from .dispatch import Choice, backend, explain
 from .model import GPT, GPTConfig
 
 __version__ = "0.1.0"

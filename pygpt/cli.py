@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from .backend import Unavailable, chosen
 from .data import UsageError
+from .dispatch import Unavailable, chosen
 
 COMMANDS = {
     "info": "versions, what was built, which backend serves which op",

@@ -12,8 +12,8 @@ from statistics import mean, median
 
 import torch
 
-from .backend import TABLE
 from .data import Corpus, UsageError
+from .dispatch import TABLE
 from .generate import continuation
 from .report import Progress, clock, plot_losses
 from .train import PRESETS, Settings, Trainer

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__
-from .backend import OPS, TABLE, chosen
+from .dispatch import OPS, TABLE, chosen
 
 
 def gather() -> dict:

@@ -6,7 +6,7 @@ State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and n
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from . import functional
+from . import functional, reference
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,8 +51,8 @@ class MLP(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if activation not in functional.reference.ACTIVATIONS:
-            known = ", ".join(functional.reference.ACTIVATIONS)
+        if activation not in reference.ACTIVATIONS:
+            known = ", ".join(reference.ACTIVATIONS)
             raise ValueError(f"pygpt.nn.MLP: unknown activation {activation!r}; known: {known}")
         hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
         self.activation = activation

@@ -19,9 +19,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from . import checkpoint, functional
-from .backend import TABLE, backend, chosen
+from . import checkpoint, reference
 from .data import Corpus, UsageError, seed_of, tokenizer
+from .dispatch import TABLE, backend, chosen, explain
 from .model import GPT, GPTConfig
 from .report import Progress, plot_losses
 
@@ -53,7 +53,7 @@ class Settings:
     vocab_size: int | None = option(None, "embedding rows; default: as many as there are tokens", int, low=1)
     dropout: float = option(0.0, "dropout probability", low=0.0)
     bias: bool = option(False, "biases in Linear and LayerNorm")
-    activation: str = option("gelu_tanh", "of the MLP", choices=tuple(functional.reference.ACTIVATIONS))
+    activation: str = option("gelu_tanh", "of the MLP", choices=tuple(reference.ACTIVATIONS))
     steps: int = option(2000, "optimiser steps", low=1, adjustable=True)
     batch_size: int = option(8, "sequences per micro-batch", low=1)
     grad_accum: int = option(1, "micro-batches per step", low=1)
@@ -161,7 +161,7 @@ class Trainer:
         why = [TABLE[name].missing] if name and TABLE[name].missing else None
         if not why:
             with self._context():
-                choice = functional.explain(
+                choice = explain(
                     "scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True
                 )
             why = choice.rejected[name] if choice.backend is None else None

@@ -32,33 +32,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from . import functional, reference
-from .backend import TABLE, choose
-from .backend import backend as chosen
+from . import ops  # noqa: F401 (registers them)
 from .data import UsageError
-from .reference import as_tuple
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
+from .dispatch import backend as chosen
+from .ops.activation import ACTIVATIONS
+from .ops.common import as_tuple, lead
 
 ULPS = 4.0
 REDRAWN = 8
 ELEMENTS, DRAWS, MOST = 512, 24, 96  # passes on so many elements or draws; fails after so many
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How to draw, call and judge one op. ``inputs`` name the tensors at the front of its canonical arguments."""
-
-    inputs: tuple[str, ...]
-    dims: dict  # the keys of --shape and their defaults; a default may name another key
-    draw: Callable  # (random, dims) -> canonical arguments, in float64
-    call: Callable  # pygpt.functional on canonical arguments
-    shapes: tuple = ({},)  # what `pygpt verify` runs without --shape
-    outputs: tuple[str, ...] = ("fwd",)
-    cancelled: Callable = lambda args, grads: {}  # in float64 -> {direction: the terms that cancel in it}
-    op: str = ""  # in pygpt.reference, where it is not the Spec's own name
-    yardstick: Callable | None = None  # PyTorch's own expression, where it is not reference.<op>
-    settled: Callable = lambda args: True  # whether the arguments leave nothing to be decided by rounding
 
 
 @dataclass(frozen=True)
@@ -81,166 +66,6 @@ class Row:
         return self.ours <= 2.0 * self.torch + self.allowance  # False for NaN
 
 
-# ------------------------------------------------------------------------------- the ops
-def _lead(m):
-    return tuple(m) if isinstance(m, (tuple, list)) else (m,)
-
-
-def _draw_attention(random, d):
-    q, k, v = (random(d["B"], d["H"], *s) for s in ((d["L"], d["E"]), (d["S"], d["E"]), (d["S"], d["Ev"])))
-    return q, k, v, bool(d["causal"]), 1.0 / math.sqrt(max(d["E"], 1))
-
-
-def _attention_terms(args, grads):
-    """ds without the softmax's correction: what rowsum(dout out) is taken off."""
-    q, k, v, is_causal, scale = args
-    out, lse = reference.attention_fwd(*args)
-    terms = reference.attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, (True, True, False))
-    return {"dq": terms[0], "dk": terms[1]}
-
-
-def _call_attention(q, k, v, is_causal, scale):
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
-
-
-def _call_attention_lse(q, k, v, is_causal, scale):
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, return_lse=True)
-
-
-def _attention_lse(q, k, v, is_causal, scale):
-    scores = reference._scores(q, k, is_causal, scale)  # in float32, as lse is
-    return reference.attention(q, k, v, is_causal, scale), torch.logsumexp(scores, -1)
-
-
-def _weight(random, n, k):
-    return random(n, k) / math.sqrt(max(k, 1))
-
-
-def _draw_linear(random, d):
-    bias = random(d["N"]) if d["bias"] else None
-    return random(*_lead(d["M"]), d["K"]), _weight(random, d["N"], d["K"]), bias
-
-
-def _draw_mlp(random, d):
-    biases = (random(d["H"]), random(d["O"])) if d["bias"] else (None, None)
-    fc, proj = _weight(random, d["H"], d["C"]), _weight(random, d["O"], d["H"])
-    return random(*_lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"]
-
-
-def _off_the_kink(args):
-    """No hidden unit of a relu is so close to 0 that rounding decides whether it is on, and all of its gradient."""
-    x, weight, bias, *_, activation = args
-    if activation != "relu" or not x.numel():
-        return True
-    pre = reference.linear(x.double(), weight.double(), None if bias is None else bias.double()).abs()
-    eps = EPS[torch.promote_types(x.dtype, torch.float32)]
-    return not pre.numel() or bool(pre.min() > 4 * eps * pre.max())
-
-
-def _draw_norm(params, inputs=1, eps=1e-5):
-    def draw(random, d):
-        xs = [random(*_lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
-        weights = [random(d["N"]) if d["affine"] else None for _ in range(params)]
-        return *xs, *weights, eps
-
-    return draw
-
-
-def _norm_terms(names, centre):
-    """The gradient a norm's input would have, were the statistics constants."""
-
-    def terms(args, grads):
-        x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])
-        rstd = (
-            reference.layer_norm_fwd(x, None, None, args[-1])[2]
-            if centre
-            else reference.rms_norm_fwd(x, None, args[-1])[1]
-        )
-        g = (grads[0] if weight is None else grads[0] * weight) * rstd[..., None]
-        return dict.fromkeys(names, g)
-
-    return terms
-
-
-def _draw_elements(*rest):
-    return lambda random, d: (random(*_lead(d["M"])) * d["gain"], *(d[r] for r in rest))
-
-
-_NORM = {"M": 64, "N": 768, "affine": 1, "mean": 0.0}
-_ATTENTION = {"B": 2, "H": 4, "L": 128, "S": "L", "E": 64, "Ev": "E", "causal": 0}
-_NORM_SHAPES = ({}, {"N": 1000, "mean": 10.0}, {"affine": 0})
-
-SPECS = {
-    "attention": Spec(
-        ("q", "k", "v"),
-        _ATTENTION,
-        _draw_attention,
-        _call_attention,
-        ({}, {"causal": 1}, {"L": 100, "S": 77, "E": 80, "Ev": 48, "causal": 1}),
-        cancelled=_attention_terms,
-    ),
-    "attention_lse": Spec(
-        ("q", "k", "v"),
-        _ATTENTION,
-        _draw_attention,
-        _call_attention_lse,
-        ({}, {"causal": 1}),
-        ("fwd", "lse"),
-        _attention_terms,
-        "attention",
-        _attention_lse,
-    ),
-    "linear": Spec(
-        ("x", "weight", "bias"),
-        {"M": 128, "K": 256, "N": "K", "bias": 1},
-        _draw_linear,
-        functional.linear,
-        ({}, {"bias": 0, "N": 33}),
-    ),
-    "mlp": Spec(
-        ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"),
-        {"M": 128, "C": 128, "H": 512, "O": "C", "bias": 1, "activation": "gelu"},
-        _draw_mlp,
-        functional.mlp,
-        tuple({"activation": a} for a in reference.ACTIVATIONS),
-        settled=_off_the_kink,
-    ),
-    "layer_norm": Spec(
-        ("x", "weight", "bias"),
-        _NORM,
-        _draw_norm(2),
-        lambda x, weight, bias, eps: functional.layer_norm(x, x.shape[-1:], weight, bias, eps),
-        _NORM_SHAPES,
-        cancelled=_norm_terms(("dx",), True),
-    ),
-    "add_layer_norm": Spec(
-        ("x", "residual", "weight", "bias"),
-        _NORM,
-        _draw_norm(2, inputs=2),
-        lambda x, r, weight, bias, eps: functional.add_layer_norm(x, r, x.shape[-1:], weight, bias, eps),
-        _NORM_SHAPES,
-        ("fwd", "sum"),
-        _norm_terms(("dx", "dresidual"), True),
-    ),
-    "rms_norm": Spec(
-        ("x", "weight"),
-        _NORM,
-        _draw_norm(1),
-        lambda x, weight, eps: functional.rms_norm(x, x.shape[-1:], weight, eps),
-        _NORM_SHAPES,
-        cancelled=_norm_terms(("dx",), False),
-    ),
-    "gelu": Spec(
-        ("x",),
-        {"M": 4096, "gain": 1.0, "approximate": "none"},
-        _draw_elements("approximate"),
-        functional.gelu,
-        ({}, {"approximate": "tanh"}, {"gain": 4.0}),
-    ),
-    "relu": Spec(("x",), {"M": 4096, "gain": 1.0}, _draw_elements(), functional.relu),
-}
-
-
 # ------------------------------------------------------------------------------- measuring
 def complete(op: str, dims: dict) -> dict:
     """``dims`` with the op's defaults filled in; UsageError on a key the op does not have."""
@@ -252,7 +77,7 @@ def complete(op: str, dims: dict) -> dict:
 
 
 def describe(op: str, dims: dict) -> str:
-    return ",".join(f"{key}={'x'.join(map(str, _lead(value)))}" for key, value in complete(op, dims).items())
+    return ",".join(f"{key}={'x'.join(map(str, lead(value)))}" for key, value in complete(op, dims).items())
 
 
 def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t, device="cpu"):
@@ -278,7 +103,7 @@ def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = la
 
 def eager(op: str) -> Callable:
     """PyTorch's own expression of the op."""
-    return SPECS[op].yardstick or getattr(reference, op)
+    return SPECS[op].yardstick or OPS[SPECS[op].op].composite
 
 
 def directions(op: str, function: Callable, args, grads) -> dict[str, Tensor]:
@@ -295,8 +120,8 @@ def in_float64(op: str, args, grads) -> tuple[dict[str, Tensor], dict[str, Tenso
     """The reference's results from the rounded inputs, and the terms that cancel in them."""
     args = [a.double() if isinstance(a, Tensor) else a for a in args]
     grads = [g.double() for g in grads]
-    function = functional._FUNCTIONS[SPECS[op].op or op]
-    return directions(op, lambda *a: function.apply(reference, *a), args, grads), SPECS[op].cancelled(args, grads)
+    function = OPS[SPECS[op].op].function
+    return directions(op, lambda *a: function.apply(REFERENCE, *a), args, grads), SPECS[op].cancelled(args, grads)
 
 
 def _largest(t: Tensor) -> float:
@@ -325,7 +150,7 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with chosen(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            served = choose(SPECS[op].op or op, [a for a in args if isinstance(a, Tensor)]).backend
+            served = choose(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).backend
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:
@@ -354,7 +179,7 @@ def _value(op_key: str, text: str, default):
         if isinstance(default, float):
             return float(text)
         if op_key in ("activation", "approximate"):
-            known = reference.ACTIVATIONS if op_key == "activation" else ("none", "tanh")
+            known = ACTIVATIONS if op_key == "activation" else ("none", "tanh")
             if text in known:
                 return text
             raise ValueError

@@ -209,7 +209,7 @@ LAYOUTS = [contiguous, transposed, heads_last, embedded, strided, expanded, cons
 # ------------------------------------------------------------------------------- the kernels' own signatures
 def kernel_calls(op, args, grads, k):
     """[(name, arguments)] of ``<op>_fwd`` and ``<op>_bwd`` as the autograd Function would call them on ``k``."""
-    op = verify.SPECS[op].op or op
+    op = verify.SPECS[op].op
     saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
     dy = grads[0]
     backward = {

@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Drops what a backend's dtypes rule out, and marks as slow what slow backends leave to `make test-all`."""
-    from pygpt.backend import TABLE
+    from pygpt.dispatch import TABLE
 
     kept, dropped, seen = [], [], Counter()
     for item in items:
@@ -70,7 +70,7 @@ def device(request):
 def without_a_gpu(request, monkeypatch):
     """The CUDA kernels come from the emulator. A direction that passes is drawn once; one that fails, as often as ever."""
     from pygpt import verify
-    from pygpt.backend import TABLE
+    from pygpt.dispatch import TABLE
 
     if torch.cuda.is_available() or (name := under_test(request)) not in ON_GPU:
         return
@@ -100,9 +100,9 @@ def generator(seed):
 @pytest.fixture
 def kernels(backend):
     """The namespace of ``<op>_fwd`` and ``<op>_bwd`` that the backend under test is."""
-    from pygpt.backend import _named  # raises where the backend is missing
+    from pygpt.dispatch import named  # raises where the backend is missing
 
-    return _named(backend).kernels
+    return named(backend).kernels
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pygpt
 from pygpt import functional, verify
+from pygpt.dispatch import OPS
 
 TINY = list(cases.variants(cases.TINY))
 TYPICAL = list(cases.variants(cases.TYPICAL))
@@ -23,7 +24,7 @@ TINY += [(op, {**cases.TINY[op], **less}) for op, less in WITHOUT_PARAMETERS.ite
 
 def apply(op, kernels, args):
     """The op's Function on tensors; the other canonical arguments are put in where they belong."""
-    function = functional._FUNCTIONS[verify.SPECS[op].op or op]
+    function = OPS[verify.SPECS[op].op].function
     rest = [None if isinstance(a, torch.Tensor) else (a,) for a in args]
 
     def run(*tensors):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import functional, reference, verify
-from pygpt.backend import OPS, TABLE, Backend, _cuda_objection, choose, chosen, pick
+from pygpt.backends import cuda_objection
+from pygpt.dispatch import OPS, REFERENCE, TABLE, Backend, choose, chosen, pick
 
 X = torch.randn(4, 8)
 TYPICAL = list(cases.variants(cases.TYPICAL))
@@ -37,7 +38,7 @@ def test_choice_nests_and_survives_exceptions(compiled):
     assert chosen() is None
     with pygpt.backend(compiled):
         with pytest.raises(KeyError), pygpt.backend("torch"):
-            assert chosen() == "torch" and pick("relu", [X]).kernels is reference
+            assert chosen() == "torch" and pick("relu", [X]).kernels is REFERENCE
             raise KeyError
         assert chosen() == compiled and pick("relu", [X]) is TABLE[compiled]
     assert chosen() is None
@@ -54,7 +55,7 @@ def test_choice_is_per_thread():
 
 def test_backward_uses_the_backend_of_its_forward(compiled, monkeypatch):
     calls = []
-    kernels = TABLE[compiled].plain or TABLE[compiled].kernels
+    kernels = TABLE[compiled].kernels
     real = kernels.relu_bwd
     monkeypatch.setattr(kernels, "relu_bwd", lambda *a: calls.append(1) or real(*a))
     with pygpt.backend(compiled):
@@ -135,7 +136,7 @@ def test_gpus_that_the_cuda_kernels_cannot_run_on(built, capability, driver, why
     library = SimpleNamespace(code=lambda: built, versions=lambda: (driver, 13000))
     monkeypatch.setattr(pygpt, "_cuda", library, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    objection = _cuda_objection.__wrapped__(torch.device("cuda", 0))
+    objection = cuda_objection.__wrapped__(torch.device("cuda", 0))
     assert why in objection and bool(why) == bool(objection)
 
 
@@ -144,7 +145,7 @@ def test_default_serves_cpu_floats_by_the_compiled_backend(compiled):
         for dtype in cases.DTYPES:
             args, _ = verify.draw(op, dims, dtype, None)
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            assert choose(verify.SPECS[op].op or op, tensors).backend == compiled
+            assert choose(verify.SPECS[op].op, tensors).backend == compiled
 
 
 def test_sparse_and_mixed_tensors_fall_back(compiled):

@@ -74,7 +74,7 @@ def test_the_file_is_pytest_benchmarks(plain, capsys, monkeypatch):
 
 
 def test_default_backend_and_threads(plain):
-    from pygpt.backend import TABLE
+    from pygpt.dispatch import TABLE
 
     if TABLE["cpp"].missing:
         assert bench("--ops=relu") == 2

@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
 
 from bench import expected, gpu, gpu_checks, gpu_rows, gpu_timer, ops, report
 from bench.gpu_rows import Group, Refused
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 
 DRY = ["--device=cpu", "--quick", "--seconds=0.001", "--peers=eager", "--ops=relu", "--backends=cpp"]
 needs_cpp = pytest.mark.skipif(bool(TABLE["cpp"].missing), reason="the dry run measures the C++ ops")

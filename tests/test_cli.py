@@ -13,7 +13,7 @@ import torch
 
 import pygpt
 from pygpt import cli
-from pygpt.backend import OPS, TABLE
+from pygpt.dispatch import OPS, TABLE
 
 TINY = [
     "--n-layer=1",
@@ -185,14 +185,14 @@ def test_missing_backend(name, command, files, capsys):
 
 @pytest.mark.parametrize("command", ["info", "verify", "train", "bench --list"])
 def test_a_wrong_name_in_the_environment(command, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.import_module("pygpt.backend"), "_FROM_ENVIRONMENT", "cpu")
+    monkeypatch.setattr(importlib.import_module("pygpt.dispatch"), "FROM_ENVIRONMENT", "cpu")
     assert "PYGPT_BACKEND: pygpt: unknown backend 'cpu'; known: cpp" in refused(capsys, *command.split())
 
 
 def test_backend_that_cannot_serve_the_model(checkpoint, compiled, capsys, monkeypatch):
     """Said before anything is printed."""
     monkeypatch.setitem(TABLE, compiled, dataclasses.replace(TABLE[compiled], max_head_dim=1))
-    monkeypatch.setattr(importlib.import_module("pygpt.backend"), "_SERVED", {})
+    monkeypatch.setattr(importlib.import_module("pygpt.dispatch"), "_RESOLVED", {})
     assert "head dimension above 1" in refused(capsys, "generate", str(checkpoint), f"--backend={compiled}")
 
 

@@ -105,7 +105,7 @@ def test_what_is_left_to_torchs_cuda_part():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_not_loaded_without_a_gpu(run_python):
     done = run_python(
-        "import sys; from pygpt.backend import TABLE; print('pygpt._cuda' in sys.modules, TABLE['cuda'].missing)"
+        "import sys; from pygpt.dispatch import TABLE; print('pygpt._cuda' in sys.modules, TABLE['cuda'].missing)"
     )
     assert done.stdout.startswith("False torch finds no GPU here"), done.stdout + done.stderr
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: torch finds no GPU here"):

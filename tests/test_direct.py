@@ -14,9 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import functional, verify
-from pygpt.backend import TABLE, kind
+from pygpt.dispatch import TABLE
+from pygpt.dispatch import call_key as kind
 
-PLAIN, DISPATCHED = TABLE["cpp"].plain, TABLE["cpp"].kernels
+PLAIN, DISPATCHED = TABLE["cpp"].kernels, TABLE["cpp"].registered
 SHAPES = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]
 
 

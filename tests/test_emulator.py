@@ -330,7 +330,7 @@ import sys
 from dataclasses import replace
 import cases, torch
 from pygpt import verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 from tests import emulator
 
 TABLE["cuda"] = replace(TABLE["cuda"], kernels=emulator.kernels(sys.argv[1]), missing="", devices=("cpu",))

@@ -167,7 +167,7 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
     from dataclasses import replace
 
     from pygpt import reference
-    from pygpt.backend import TABLE
+    from pygpt.dispatch import TABLE
 
     def off(x):
         return reference.relu_fwd(x) * 1.5

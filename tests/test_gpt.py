@@ -15,7 +15,7 @@ import pygpt
 from pygpt import GPT, GPTConfig
 
 TINY = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=3, n_embd=24)
-SERVED = [name for name, row in importlib.import_module("pygpt.backend").TABLE.items() if not row.missing]
+SERVED = [name for name, row in importlib.import_module("pygpt.dispatch").TABLE.items() if not row.missing]
 
 NAMES = [
     "transformer.wte.weight",

@@ -8,7 +8,7 @@ import torch
 
 import pygpt
 from pygpt import reference, verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 
 GPU_SHARE = {"triton": 1, "cuda": 1}  # see conftest
 TYPICAL = list(cases.variants(cases.TYPICAL))

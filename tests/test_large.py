@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.harness import last_level_cache
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 
 cpp = TABLE["cpp"].kernels
 CALLS = {  # from rows of x, dy and z and from a row w to results made row by row

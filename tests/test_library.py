@@ -8,7 +8,7 @@ import torch
 
 import pygpt  # noqa: F401  (registers the ops)
 from pygpt import reference, verify
-from pygpt.backend import OPS
+from pygpt.dispatch import OPS
 
 NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
 TYPICAL = list(cases.variants(cases.TYPICAL))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 from pygpt.functional import add_layer_norm, layer_norm, rms_norm
 
 

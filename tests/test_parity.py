@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pygpt
-from pygpt import reference, verify
+from pygpt import verify
+from pygpt.ops.attention import scores
 
 GPU_SHARE = {"triton": 2, "cuda": 1}  # see conftest
 
@@ -62,7 +63,7 @@ def test_some_rows(op, dims, dtype, generator):
 def apart(args):
     """Whether the rounding of the scores themselves hardly shows: no row's two largest all but tie."""
     q, k, _, is_causal, scale = args
-    s = reference._scores(q.double(), k.double(), is_causal, scale)
+    s = scores(q.double(), k.double(), is_causal, scale)
     runner_up = torch.softmax(s, -1).topk(2).values[..., 1] * s.amax(-1).abs()  # times eps: how wrong it may be
     eps = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
     return runner_up.max() * eps < verify.allowance(q.dtype) / 8

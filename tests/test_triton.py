@@ -18,7 +18,7 @@ import triton.language as tl
 
 import pygpt
 from pygpt import verify
-from pygpt.backend import OPS, TABLE
+from pygpt.dispatch import OPS, TABLE
 
 if TABLE["triton"].missing:
     pytest.fail(TABLE["triton"].missing, pytrace=False)

@@ -19,7 +19,7 @@ and at a the value is 1 minus that at -a.
 import triton
 import triton.language as tl
 
-from pygpt.reference import gelu_name
+from pygpt.ops.activation import gelu_name
 
 from .common import LOG2E, Config, Configs, empty, launch, to_storage
 

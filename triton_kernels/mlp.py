@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pygpt.reference import SAVES_INPUT
+from pygpt.ops.activation import SAVES_INPUT
 
 from .activation import activate, backpropagate
 from .common import (

@@ -55,7 +55,7 @@ def launches(call: Callable) -> list[tuple[str, int, int, int]]:
 
 @functools.cache
 def kernels(sanitizer: str | None = None) -> SimpleNamespace:
-    from pygpt.backend import OPS  # here, so that conformance.py runs where pygpt doesn't
+    from pygpt.dispatch import OPS  # here, so that conformance.py runs where pygpt doesn't
 
     module = build.load(sanitizer)
     schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # a race shows under any of them

@@ -1,0 +1,419 @@
+"""The one way from a public function to a kernel.
+
+An `Op` is registered by its file in pygpt/ops/, a `Backend` by backends.py. A public function of `pygpt.functional` asks
+`lookup` how plain calls like its own are served, and runs what it gets. Every other call goes through `call`:
+
+    prepare    the op checks the public arguments and brings them to the canonical arguments of its kernels (a `Call`)
+    autocast   casts them as torch casts those of its own function
+    pick       takes the first backend of TABLE that has no objection; an explicit choice must have none
+    _serve     runs it: the backend's kernels under the op's autograd Function, or PyTorch's own function
+
+`explain` stops after the third step and reports every objection.
+"""
+
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_function_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Unavailable(RuntimeError):
+    """An explicitly chosen backend is not there, or cannot serve a call."""
+
+
+# ------------------------------------------------------------------------------- ops
+class Call(NamedTuple):
+    """A call of an op, in the canonical form that its kernels take."""
+
+    args: tuple  # of <op>_fwd
+    features: Mapping = {}  # the optional parts in use, which not every backend serves
+    finish: Callable = lambda results: results  # from the op's results to what the public function returns
+    torch: Callable | None = None  # PyTorch's own function on the public arguments; None where it has none
+    error: Exception | None = None  # why kernels don't take it; raised where PyTorch does not either
+    plain: tuple | None = None  # the tensors, where the call is served like every one with their dtype and device
+
+
+@dataclass(frozen=True)
+class Op:
+    """Everything about one op; what pygpt/ops/ registers. Functions named <op> take the canonical arguments."""
+
+    name: str
+    public: Callable  # of `pygpt.functional`; its annotations say which arguments are tensors, and which may be None
+    prepare: Callable  # public arguments -> Call
+    composite: Callable  # <op>: PyTorch's ordinary expression, differentiable any number of times
+    fwd: Callable  # <op>_fwd, the explicit forward: what is returned and what backward reads
+    bwd: Callable  # <op>_bwd, the explicit backward
+    function: type  # the torch.autograd.Function over kernels <op>_fwd and <op>_bwd
+    specs: Mapping  # name -> `pygpt.verify.Spec`: how verify draws and judges it
+    results: int = 1  # how many results of <op>_fwd the caller gets; the rest is for backward
+    flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd, as torch.utils.flop_counter takes them
+    lower_precision: bool = False  # whether autocast runs it in its lower dtype
+    float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
+
+    tensors: tuple = field(init=False)  # (public name, whether it may be None) of those that <op>_fwd takes
+
+    def __post_init__(self):
+        of_public, of_fwd = (
+            [p for p in inspect.signature(f).parameters.values() if p.annotation in (Tensor, Tensor | None)]
+            for f in (self.public, self.fwd)
+        )
+        tensors = tuple((p.name, p.annotation is not Tensor) for p in of_public[: len(of_fwd)])
+        object.__setattr__(self, "tensors", tensors)
+
+
+OPS: dict[str, Op] = {}
+SPECS: dict = {}  # of all ops, by their own names
+REFERENCE = SimpleNamespace()  # <op>, <op>_fwd and <op>_bwd of every op in plain PyTorch; a namespace of kernels
+_ALLOWED: dict[str, int] = {}  # op -> bit i: its i-th tensor may be None, as `call_key` wants it
+
+
+def register(op: Op) -> Op:
+    OPS[op.name] = op
+    SPECS.update(op.specs)
+    vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
+    _ALLOWED[op.name] = sum(optional << i for i, (_, optional) in enumerate(op.tensors))
+    return op
+
+
+# ------------------------------------------------------------------------------- backends
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    kernels: object  # the namespace of <op>_fwd and <op>_bwd, or None where it is missing
+    missing: str = ""  # why it is missing
+    registered: object = None  # the same as ops of torch's dispatcher with their own autograd: what is traced
+    devices: tuple = ()  # device types served; empty means any
+    device_objection: Callable = lambda device: ""  # why not this one
+    dtypes: tuple = FLOATS
+    ops: tuple | None = None  # None: all
+    features: Mapping = field(default_factory=dict)  # op -> the optional features served
+    max_head_dim: int | None = None
+
+    def objections(self, op: str, tensors, features) -> list[str]:
+        """Why this backend cannot serve the call; empty if it can."""
+        if self.missing:
+            return [self.missing]
+        if self.kernels is REFERENCE:
+            return []
+        why = []
+        if self.ops is not None and op not in self.ops:
+            why.append(f"{op} is not among its ops")
+        lead = tensors[0]
+        if self.devices and lead.device.type not in self.devices:
+            why.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
+        if lead.dtype not in self.dtypes:
+            why.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
+        if any(t.dtype != lead.dtype for t in tensors if t.is_floating_point()):
+            why.append("tensors of different dtypes")
+        if any(t.layout != torch.strided or t.is_nested for t in tensors):
+            why.append("tensors that are not strided")
+        if own := next((type(t).__name__ for t in tensors if _dispatches_for_itself(type(t))), ""):
+            why.append(f"a tensor subclass, {own}")
+        if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
+            why.append(f"{', '.join(extra)} not served")
+        if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
+            why.append(f"head dimension above {self.max_head_dim}")
+        if _are_functorch_transforms_active():
+            why.append("a torch.func transform (vmap, grad, jvp) is active")
+        elif not is_compiling() and forward_ad._current_level >= 0:
+            why.append("forward-mode differentiation is active")
+        if not is_compiling() and not why and (objection := self.device_objection(lead.device)):
+            why.append(objection)
+        return why
+
+
+def _dispatches_for_itself(kind: type) -> bool:
+    """Whether a class of tensors has a __torch_dispatch__ or __torch_function__ of its own.
+
+    Those of torch's own tracing (FakeTensor, FunctionalTensor) don't count: they stand for plain tensors.
+    """
+    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch._subclasses"):
+        return False
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return kind not in SHARDED
+    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+
+SHARDED: set[type] = set()  # subclasses whose own rules cover our ops: DTensor, once `integrations.dtensor` is loaded
+TABLE: dict[str, Backend] = {}  # in the order in which they are asked; backends.py fills it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer of `explain`: the backend that serves the call and why each earlier one does not."""
+
+    op: str
+    backend: str | None
+    rejected: dict[str, list[str]]
+
+    def __str__(self):
+        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        return "\n".join(lines + [f"  not {name}: {'; '.join(why)}" for name, why in self.rejected.items()])
+
+
+# ------------------------------------------------------------------------------- an explicit choice
+_RESOLVED: dict = {}  # by the chosen backend: how plain calls are served, by op and key
+
+
+class _PerThread(threading.local):
+    """Attributes are set on the instance, in each thread: torch.compile guards those, but not a class's own."""
+
+    def __init__(self):
+        self.chosen = None  # by `backend(name)`
+        self.resolved = _RESOLVED.setdefault(None, {})
+
+
+state = _PerThread()
+
+
+def named(name: str) -> Backend:
+    """The row of TABLE. ValueError if unknown, RuntimeError if it is not available here."""
+    row = TABLE.get(name)
+    if row is None:
+        raise ValueError(f"pygpt: unknown backend {name!r}; known: {', '.join(TABLE)}")
+    if row.missing:
+        raise Unavailable(f"pygpt: backend {name!r} is not available: {row.missing}")
+    return row
+
+
+@contextmanager
+def backend(name: str):
+    """``with pygpt.backend("torch"): ...`` serves every op inside by that backend.
+
+    name: "cpp", "cuda", "triton" or "torch". ValueError if unknown, RuntimeError if it is not
+    available here. Holds for the current thread; a backward pass uses the backend of its
+    forward. The environment variable PYGPT_BACKEND does the same for a whole process.
+    What torch.utils.checkpoint computes again, it computes when and where backward runs: give it
+    ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))`` and use_reentrant=False.
+    """
+    named(name)
+    previous = state.chosen, state.resolved
+    state.chosen, state.resolved = name, _RESOLVED.setdefault(name, {})
+    try:
+        yield
+    finally:
+        state.chosen, state.resolved = previous
+
+
+FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
+
+
+def chosen() -> str | None:
+    """The explicitly chosen backend, or None where the table decides. Raises as `backend` does."""
+    name = state.chosen or FROM_ENVIRONMENT
+    return None if name is None else named(name).name
+
+
+# ------------------------------------------------------------------------------- resolving a call
+def choose(op: str, tensors, features=(), error: Exception | None = None) -> Choice:
+    """Walks the table; ``tensors`` are the call's tensor arguments, ``features`` the optional ones in use."""
+    name, rejected = chosen(), {}
+    for row in TABLE.values():
+        if name not in (None, row.name):
+            rejected[row.name] = [f"backend {name!r} was asked for"]
+        elif why := _objections(row, op, tensors, features, error):
+            rejected[row.name] = why
+        else:
+            return Choice(op, row.name, rejected)
+    return Choice(op, None, rejected)
+
+
+def pick(op: str, tensors, features=(), error: Exception | None = None) -> Backend:
+    """What serves the call. RuntimeError if an explicitly chosen backend cannot."""
+    name = chosen()
+    for row in TABLE.values() if name is None else (TABLE[name],):
+        if not (why := _objections(row, op, tensors, features, error)):
+            return row
+    raise error or Unavailable(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")
+
+
+def _objections(row: Backend, op: str, tensors, features, error) -> list[str]:
+    if error is not None and not row.missing and row.kernels is not REFERENCE:
+        return [str(error)]
+    return row.objections(op, tensors, features)
+
+
+def explain(op, *args, **kwargs) -> Choice:
+    """Which backend would serve ``op(*args, **kwargs)``, and why each one before it would not.
+
+    op: a function of `pygpt.functional`, its name, or the op's name in `pygpt info`. Returns a `pygpt.Choice` with
+    ``op``, ``backend`` and ``rejected`` (backend name -> list of reasons); nothing is computed.
+
+    >>> print(pygpt.explain("layer_norm", x, (768,)))
+    """
+    known = {**{o.public.__name__: o for o in OPS.values()}, **OPS}
+    named_so = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)
+    if named_so is None:
+        raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(known)}")
+    prepared = autocast(named_so, named_so.prepare(*args, **kwargs))
+    return choose(named_so.name, _tensors(prepared.args), prepared.features, prepared.error)
+
+
+# ------------------------------------------------------------------------------- serving a call
+def no_key(*_):
+    """`call_key` where the compiled library is missing: no call is plain."""
+
+
+call_key = no_key  # backends.py puts csrc/bind/fastcall.h's in its place
+
+
+def lookup(op: str, *tensors):
+    """What serves plain calls like this one, a function of the canonical arguments; None before the first of them.
+
+    A plain call has strided tensors of torch's own classes, of one dtype and device, and is outside every mode.
+    """
+    if is_compiling():
+        return None
+    return state.resolved.get((op, call_key(_ALLOWED[op], *tensors)))
+
+
+def call(name: str, *args, **kwargs):
+    """Serves any call of an op, given its public arguments."""
+    op = OPS[name]
+    if not is_compiling() and (_len_torch_function_stack() or any(map(_is_proxy, args))):
+        return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
+    prepared = autocast(op, op.prepare(*args, **kwargs))
+    tensors = _tensors(prepared.args)
+    row = pick(name, tensors, prepared.features, prepared.error)
+    if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
+        _log_fallback(choose(name, tensors, prepared.features, prepared.error))
+    if prepared.plain and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.plain)) is not None:
+        state.resolved[name, key] = bind(op, row, _needs_gradient(tensors))
+    return _serve(op, row, prepared, tensors)
+
+
+def _serve(op: Op, row: Backend, prepared: Call, tensors):
+    if row.kernels is not REFERENCE:
+        results = _run_kernels(op, row, prepared.args, tensors)
+    elif prepared.torch is None:
+        results = op.composite(*prepared.args, **prepared.features)
+    else:
+        return _torchs_own(prepared)
+    return prepared.finish(results)
+
+
+def _torchs_own(prepared: Call):
+    if prepared.error is None:
+        return prepared.torch()
+    try:
+        return prepared.torch()
+    except (RuntimeError, TypeError, ValueError, IndexError) as torchs:
+        raise prepared.error from torchs
+
+
+def _run_kernels(op: Op, row: Backend, args, tensors):
+    """The op's results by kernels; traced, by ops that bring their gradients along."""
+    if is_compiling() or _get_tracing_state() is not None:
+        results = getattr(row.registered, f"{op.name}_fwd")(*args)
+    elif _needs_gradient(tensors):
+        return op.function.apply(row.kernels, *args)
+    else:
+        results = getattr(row.kernels, f"{op.name}_fwd")(*args)
+    return results if isinstance(results, Tensor) or len(results) == op.results else _first(results, op.results)
+
+
+def _first(results: tuple, n: int):
+    return results[0] if n == 1 else results[:n]
+
+
+def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
+    """What serves a plain call: a function of the canonical arguments.
+
+    With gradients, it leaves out Function.apply's walk over its arguments (2 us), which torch.func needs.
+    """
+    if row.kernels is REFERENCE:
+        return op.composite
+    if needs_gradient:
+        return partial(super(torch.autograd.Function, op.function).apply, row.kernels)
+    without_saved = getattr(row.kernels, f"{op.name}_fwd_results", None)
+    if without_saved is not None:
+        return without_saved
+    fwd = getattr(row.kernels, f"{op.name}_fwd")
+    return lambda *args: results if isinstance(results := fwd(*args), Tensor) else _first(results, op.results)
+
+
+def _tensors(args) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def _needs_gradient(tensors) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _is_proxy(a) -> bool:
+    """Whether ``a`` is no tensor, but stands for one in torch functions, as torch.fx's Proxy does."""
+    return not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")
+
+
+# ------------------------------------------------------------------------------- autocast
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device; some, as "meta", know none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(op: Op, prepared: Call) -> Call:
+    """The call with its tensors cast as autocast would for torch's op of the same name."""
+    lead = prepared.args[0]
+    device = lead.device.type
+    if not autocasting(device) or lead.dtype == torch.float64:
+        return prepared
+    if op.lower_precision:
+        dtype = torch.get_autocast_dtype(device)
+    elif device == "cuda" and op.float32_on_cuda:
+        dtype = torch.float32
+    else:
+        return prepared
+    return prepared._replace(args=tuple(_cast(a, dtype) if isinstance(a, Tensor) else a for a in prepared.args))
+
+
+_CASTS = WeakTensorKeyDictionary()  # leaf -> {dtype: (version, address, weak reference to the cast)}
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in another dtype. The cast of a leaf is shared by all its uses while a graph holds it, and no longer."""
+    if not t.is_floating_point() or t.dtype == dtype:
+        return t
+    if is_compiling() or not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()) or t.is_meta:
+        return t.to(dtype)
+    now = t._version, t.data_ptr()
+    casts = _CASTS.setdefault(t, {})
+    *then, reference = casts.get(dtype, (None, None, lambda: None))
+    if tuple(then) == now and (shared := reference()) is not None:
+        return shared
+    cast = t.to(dtype)
+    casts[dtype] = *now, TensorWeakRef(cast)
+    return cast
+
+
+# ------------------------------------------------------------------------------- PYGPT_LOG=fallback
+LOG_FALLBACK = "fallback" in os.environ.get("PYGPT_LOG", "").split(",")
+_LOGGED: set[str] = set()
+
+
+def _log_fallback(choice: Choice):
+    """Prints once why a call goes to PyTorch, where nobody asked for that."""
+    if chosen() is not None:
+        return
+    line = f"pygpt: PyTorch serves {choice.op}; " + "; ".join(
+        f"{name}: {', '.join(why)}" for name, why in choice.rejected.items()
+    )
+    if line not in _LOGGED:
+        _LOGGED.add(line)
+        print(line, file=sys.stderr, flush=True)

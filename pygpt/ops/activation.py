@@ -1,0 +1,222 @@
+"""gelu and relu, element by element, and the activations of mlp.
+
+gelu: y = x Phi(x), Phi the distribution function of the standard normal, or its tanh approximation (Hendrycks and Gimpel
+2016). Backward keeps x. relu: y = max(x, 0). Backward keeps y: dx = dy where y > 0.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Call, Op, call, lookup, register
+from .common import (
+    Spec,
+    acc,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    create_graph,
+    lead,
+)
+
+_torchs_gelu, _torchs_relu = F.gelu, F.relu  # as they are now: a user may put ours in their place
+
+# ------------------------------------------------------------------------------- the mathematics
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+
+
+def _cdf(x):  # of the standard normal distribution
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5))
+
+
+def _tanh_cdf(x):
+    return torch.sigmoid(2.0 * _SQRT_2_OVER_PI * (x + 0.044715 * x**3))
+
+
+ACTIVATIONS = {
+    # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or relu's own value
+    "gelu": (
+        _torchs_gelu,
+        lambda x: x * _cdf(x),
+        lambda dy, x: dy * (_cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)),
+    ),
+    "gelu_tanh": (
+        partial(_torchs_gelu, approximate="tanh"),
+        lambda x: x * _tanh_cdf(x),
+        lambda dy, x: (
+            dy
+            * (_tanh_cdf(x) + x * _tanh_cdf(x) * _tanh_cdf(-x) * 2.0 * _SQRT_2_OVER_PI * (1.0 + 3 * 0.044715 * x * x))
+        ),
+    ),
+    "relu": (_torchs_relu, _torchs_relu, lambda dy, y: torch.where(y <= 0, 0.0, dy)),
+    "relu2": (
+        lambda x: _torchs_relu(x).square(),
+        lambda x: _torchs_relu(x).square(),
+        lambda dy, x: torch.where(x <= 0, 0.0, 2.0 * x * dy),
+    ),
+}
+SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu finds its derivative from its output
+
+
+def gelu_name(approximate):
+    return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def gelu_composite(x, approximate):
+    """x Phi(x), or with approximate="tanh" x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    return _torchs_gelu(x, approximate=approximate)
+
+
+def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
+    return ACTIVATIONS[gelu_name(approximate)][1](acc(x)).to(x.dtype).contiguous()
+
+
+def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return ACTIVATIONS[gelu_name(approximate)][2](acc(dy), acc(x)).to(x.dtype).contiguous()
+
+
+def relu_composite(x):
+    return _torchs_relu(x)
+
+
+def relu_fwd(x: Tensor) -> Tensor:
+    return _torchs_relu(x).contiguous()
+
+
+def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
+    """dy, but 0 where y <= 0. (PyTorch's own op, because it is differentiable in y as well.)"""
+    return torch.ops.aten.threshold_backward(dy, y, 0).contiguous()
+
+
+# ------------------------------------------------------------------------------- autograd
+class GELU(torch.autograd.Function):
+    """(kernels, x, approximate) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        GELU.save(ctx, args)
+        return kernels.gelu_fwd(*args)
+
+    @staticmethod
+    def save(ctx, args, results=()):
+        x, ctx.approximate = args
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *GELU.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return None, None
+        (x,) = ctx.saved_tensors
+        if create_graph():
+            return composite_gradients(gelu_composite, (x, ctx.approximate), needs, (dy,))
+        return backward_kernels(ctx).gelu_bwd(dy, x, ctx.approximate), None
+
+
+class ReLU(torch.autograd.Function):
+    """(kernels, x) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, x):
+        ctx.kernels = kernels
+        y = kernels.relu_fwd(x)
+        ReLU.save(ctx, (x,), (y,))
+        return y
+
+    @staticmethod
+    def save(ctx, args, results):
+        ctx.save_for_backward(*results)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *ReLU.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return (None,)
+        (y,) = ctx.saved_tensors
+        return ((relu_bwd if create_graph() else backward_kernels(ctx).relu_bwd)(dy, y),)
+
+
+# ------------------------------------------------------------------------------- the public functions
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); approximate="tanh" as in GPT-2.
+
+    input of any shape; the result lies in memory as torch's does, in the order of input's strides.
+    """
+    serve = lookup("gelu", input)
+    if serve is None or approximate not in ("none", "tanh"):
+        return call("gelu", input, approximate)
+    return serve(input, approximate)
+
+
+def _prepare_gelu(input, approximate="none") -> Call:
+    error = check_tensors("gelu", (input,))
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"pygpt.gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    args, torchs = (input, approximate), partial(_torchs_gelu, input, approximate=approximate)
+    return Call(args, torch=torchs, error=error, plain=(input,) if error is None else None)
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """max(x, 0). input of any shape; inplace: the result replaces it (PyTorch's own op does that)."""
+    serve = None if inplace else lookup("relu", input)
+    return call("relu", input, inplace) if serve is None else serve(input)
+
+
+def _prepare_relu(input, inplace=False) -> Call:
+    error = check_tensors("relu", (input,))
+    plain = (input,) if error is None and not inplace else None
+    features = {"inplace": True} if inplace else {}
+    return Call((input,), features, torch=partial(_torchs_relu, input, inplace), error=error, plain=plain)
+
+
+# ------------------------------------------------------------------------------- verify
+def _draw(*rest):
+    return lambda random, d: (random(*lead(d["M"])) * d["gain"], *(d[r] for r in rest))
+
+
+register(
+    Op(
+        "gelu",
+        public=gelu,
+        prepare=_prepare_gelu,
+        composite=gelu_composite,
+        fwd=gelu_fwd,
+        bwd=gelu_bwd,
+        function=GELU,
+        specs={
+            "gelu": Spec(
+                "gelu",
+                inputs=("x",),
+                dims={"M": 4096, "gain": 1.0, "approximate": "none"},
+                draw=_draw("approximate"),
+                call=gelu,
+                shapes=({}, {"approximate": "tanh"}, {"gain": 4.0}),
+                choices={"approximate": ("none", "tanh")},
+            )
+        },
+    )
+)
+register(
+    Op(
+        "relu",
+        public=relu,
+        prepare=_prepare_relu,
+        composite=relu_composite,
+        fwd=relu_fwd,
+        bwd=relu_bwd,
+        function=ReLU,
+        specs={"relu": Spec("relu", inputs=("x",), dims={"M": 4096, "gain": 1.0}, draw=_draw(), call=relu)},
+    )
+)

@@ -1,0 +1,440 @@
+"""Attention: out = softmax(scale q k^T) v, and lse, the log of each row's sum of exponentials.
+
+q (B, Hq, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L). Backward keeps out and lse and
+computes p = exp(scale q k^T - lse) again (FlashAttention-2; Dao 2023): nothing of size L x S stays in memory.
+"""
+
+import math
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Call, Op, autocasting, call, lookup, register
+from .common import (
+    Spec,
+    acc,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    create_graph,
+    only,
+    wanted,
+)
+
+MAX_HEAD_DIM = 256  # of all our kernels
+_torchs = F.scaled_dot_product_attention  # as it is now: a user may put ours in its place
+
+
+# ------------------------------------------------------------------------------- the mathematics
+def attention_composite(
+    q, k, v, is_causal, scale, *, attn_mask=None, dropout_p=0.0, enable_gqa=False, window=None,
+    alibi_slopes=None, softcap=0.0, lower_right=False, return_lse=False,
+):  # fmt: skip
+    """softmax(scale * q k^T + bias) v over (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)."""
+    plain = window is None and alibi_slopes is None and softcap == 0.0 and not lower_right
+    if plain and not return_lse and not (is_causal and attn_mask is not None):
+        return _torchs(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    features = attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right
+    with torch.autocast(q.device.type, enabled=False) if autocasting(q.device.type) else nullcontext():
+        out, lse = _explicit_attention(q, *_repeat_heads(q, k, v), is_causal, scale, *features)
+    return (out, lse) if return_lse else out
+
+
+def _explicit_attention(q, k, v, is_causal, scale, attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right):
+    L, S = q.shape[-2], k.shape[-2]
+    dist = _distance(L, S, q.device, lower_right)
+    s = (acc(q) * scale) @ acc(k).mT
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(s.dtype).reshape(-1, q.shape[1], 1, 1) * dist.abs()
+    keep = torch.ones_like(dist, dtype=torch.bool)
+    if is_causal or lower_right:
+        keep = keep & (dist <= 0)
+    if window is not None:
+        left, right = window
+        keep = keep & (dist >= -left if left >= 0 else keep) & (dist <= right if right >= 0 else keep)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        keep = keep & attn_mask
+    elif attn_mask is not None:
+        s = s + attn_mask.to(s.dtype)
+    p, lse = _softmax(s.masked_fill(~keep, -math.inf))
+    p = F.dropout(p, dropout_p) if dropout_p else p
+    return (p @ acc(v)).to(q.dtype), lse
+
+
+def _distance(L: int, S: int, device, lower_right: bool) -> Tensor:
+    """(L, S): how far key j lies to the right of query i's own position on the key axis."""
+    shift = S - L if lower_right else 0
+    return torch.arange(S, device=device) - (torch.arange(L, device=device)[:, None] + shift)
+
+
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor):
+    if q.shape[1] == k.shape[1]:
+        return k, v
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+def _softmax(s: Tensor):
+    """Row softmax and log-sum-exp; a fully masked row gives zeros and -inf, never NaN."""
+    m = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
+    m = m.masked_fill(m == -math.inf, 0.0)
+    e = torch.exp(s - m)
+    total = e.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (m + total.log()).masked_fill(empty, -math.inf)
+    return e / total, lse.squeeze(-1)
+
+
+def scores(q, k, is_causal, scale):
+    s = (acc(q) * scale) @ acc(k).mT
+    if is_causal:
+        s = s.masked_fill(_distance(q.shape[-2], k.shape[-2], q.device, False) > 0, -math.inf)
+    return s
+
+
+def _heads_last(t: Tensor) -> Tensor:
+    """The same values laid out (B, L, H, E) in memory, so that merging heads costs nothing."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, H, L, Ev) laid out as (B, L, H, Ev), lse (B, H, L) = log sum_j exp(s_ij)."""
+    p, lse = _softmax(scores(q, k, is_causal, scale))
+    return _heads_last((p @ acc(v)).to(q.dtype)), lse
+
+
+def attention_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    is_causal: bool, scale: float, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """p = exp(s - lse); dv = p^T dout; ds = p (dout v^T - rowsum(dout out) + dlse);
+    dq = scale ds k; dk = scale ds^T q. Nothing but lse is kept of the L x S matrices."""
+    s = scores(q, k, is_causal, scale)
+    p = torch.exp(s - lse[..., None].masked_fill(lse[..., None] == -math.inf, 0.0))
+    do = acc(dout)
+    delta = (do * acc(out)).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None]
+    ds = p * (do @ acc(v).mT - delta) * scale
+    grads = wanted(needs, (ds @ acc(k), ds.mT @ acc(q), p.mT @ do), q)
+    return tuple(_heads_last(g) if need else g for need, g in zip(needs, grads, strict=True))
+
+
+# ------------------------------------------------------------------------------- autograd
+def _with_lse(q, k, v, is_causal, scale):
+    return attention_composite(q, k, v, is_causal, scale, return_lse=True)
+
+
+class Attention(torch.autograd.Function):
+    """(kernels, q, k, v, is_causal, scale) -> out, lse."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        results = kernels.attention_fwd(*args)
+        Attention.save(ctx, args, results)
+        return results
+
+    @staticmethod
+    def save(ctx, args, results):
+        q, k, v, ctx.is_causal, ctx.scale = args
+        ctx.save_for_backward(q, k, v, *results)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return None, *Attention.gradients(ctx, ctx.needs_input_grad[1:], dout, dlse)
+
+    @staticmethod
+    def gradients(ctx, needs, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * 5
+        q, k, v, out, lse = ctx.saved_tensors
+        if create_graph():
+            return composite_gradients(_with_lse, (q, k, v, ctx.is_causal, ctx.scale), needs, (dout, dlse))
+        dout = torch.zeros_like(out) if dout is None else dout
+        saved = q, k, v, out, lse, ctx.is_causal, ctx.scale
+        return *only(needs[:3], backward_kernels(ctx).attention_bwd(dout, dlse, *saved, needs[:3])), None, None
+
+
+# ------------------------------------------------------------------------------- the public function
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+):
+    """softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
+
+    FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory. (Calls with attn_mask, dropout_p, enable_gqa,
+    window, alibi_slopes or softcap have no kernel yet: PyTorch computes them, some by way of that matrix.)
+
+    query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev) -> (..., Hq, L, Ev). The leading dimensions
+    broadcast, and so does a single head of key and value. The output is laid out in memory as query is.
+    attn_mask: boolean (True = may attend) or floating, broadcastable to (..., Hq, L, S); or
+        torch.nn.attention.bias.causal_lower_right(L, S).
+    is_causal: query i attends to keys j <= i (aligned top-left, as in torch)::
+
+            S = 5       L = 3
+            i=0  1 . . . .
+            i=1  1 1 . . .
+            i=2  1 1 1 . .
+
+    scale: default 1/sqrt(E). enable_gqa: Hq may be a multiple of Hkv.
+    window=(left, right): inclusive distances along the causal diagonal, -1 = unlimited.
+    alibi_slopes (Hq,) or (B, Hq): bias -slope * distance to that diagonal (Press et al. 2021).
+    softcap c > 0: scores become c * tanh(score / c), before masks.
+    return_lse: also returns lse (..., Hq, L), the natural log of each row's sum of exponentials
+        (float32; float64 for float64), differentiable.
+    A fully masked row gives output 0, lse -inf and zero gradients.
+    """
+    serve = lookup("attention", query, key, value)
+    features = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
+    if serve is None or features or softcap or return_lse or not _plain(query, key, value):
+        return call(
+            "attention", query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+            window=window, alibi_slopes=alibi_slopes, softcap=softcap, return_lse=return_lse,
+        )  # fmt: skip
+    scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
+    results = serve(query, key, value, bool(is_causal), scale)
+    return results[0] if isinstance(results, tuple) else results
+
+
+def _plain(query, key, value) -> bool:
+    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), the head dimensions within the limit."""
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    return (
+        len(of_query) == len(of_key) == len(of_value) == 4
+        and of_query[:2] == of_key[:2] == of_value[:2]
+        and of_query[3] == of_key[3] <= MAX_HEAD_DIM >= of_value[3]
+        and of_key[2] == of_value[2]
+    )
+
+
+_OP = "pygpt.scaled_dot_product_attention"
+
+
+def _prepare(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,
+    window=None, alibi_slopes=None, softcap=0.0, return_lse=False,
+) -> Call:  # fmt: skip
+    error = check_tensors("attention", (query, key, value), one_dtype=True)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2:
+            raise ValueError(f"{_OP}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
+    L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
+    if key.shape[-1] != E:
+        raise ValueError(f"{_OP}: key has head dimension {key.shape[-1]}, query {E}; they must be equal")
+    if value.shape[-2] != S:
+        raise ValueError(f"{_OP}: value has {value.shape[-2]} positions, key {S}; they must be equal")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
+    if not softcap >= 0.0:
+        raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
+    torchs = None
+    if window is None and alibi_slopes is None and not softcap and not return_lse:
+        torchs = partial(
+            _torchs, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
+    features = {}  # those in use
+    if _is_causal_bias(attn_mask):
+        if is_causal:
+            raise ValueError(f"{_OP}: is_causal and a CausalBias attn_mask are both set")
+        if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
+            raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
+        is_causal = attn_mask.variant.name != "LOWER_RIGHT"
+        attn_mask = None
+        if not is_causal:
+            features["lower_right"] = True
+    elif attn_mask is not None and is_causal:
+        torchs = None  # it refuses both together
+
+    q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
+    B, Hq = q.shape[:2]
+    if attn_mask is not None:
+        _check_optional("attn_mask", attn_mask, query, or_boolean=True)
+        features["attn_mask"] = _broadcast_mask(attn_mask, leading, (B, Hq, L, S))
+    if dropout_p > 0.0:
+        features["dropout_p"] = dropout_p
+    if Hq != k.shape[1]:
+        features["enable_gqa"] = enable_gqa
+    if window is not None and _check_window(window):
+        features["window"] = window
+    if alibi_slopes is not None:
+        _check_optional("alibi_slopes", alibi_slopes, query)
+        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
+            shape = tuple(alibi_slopes.shape)
+            raise ValueError(f"{_OP}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
+        features["alibi_slopes"] = alibi_slopes
+    if softcap > 0.0:
+        features["softcap"] = softcap
+    if return_lse:
+        features["return_lse"] = True
+
+    heads = leading if query.dim() == key.dim() == value.dim() == 2 else (*leading, Hq)
+
+    def finish(results):
+        out, lse = results if isinstance(results, tuple) else (results, None)
+        out = out if out.dim() == len(heads) + 2 else out.reshape(*heads, L, Ev)
+        return (out, lse.reshape(*heads, L)) if return_lse else out
+
+    plain = (query, key, value) if not features and error is None and _plain(query, key, value) else None
+    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, error, plain)
+
+
+def _is_causal_bias(attn_mask) -> bool:
+    """Whether it is torch.nn.attention.bias.CausalBias: whoever has one has imported that module (a second's work)."""
+    bias = sys.modules.get("torch.nn.attention.bias")
+    return bias is not None and isinstance(attn_mask, bias.CausalBias)
+
+
+def _four_dimensional(query, key, value, enable_gqa):
+    """Views (B, H, T, E) of the three, their leading dimensions broadcast; and those dimensions before the heads."""
+    q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
+    Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
+    if enable_gqa:
+        if Hk != Hv:
+            raise ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
+        if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
+            raise ValueError(f"{_OP}: {Hq} query heads are no multiple of {Hk} key heads")
+    elif not Hq == Hk == Hv:
+        heads = {n for n in (Hq, Hk, Hv) if n != 1}
+        if len(heads) > 1:
+            grouped = "; pass enable_gqa=True for grouped heads" if Hk == Hv and Hk and Hq % Hk == 0 else ""
+            raise ValueError(f"{_OP}: query has {Hq} heads, key {Hk}, value {Hv}; they do not broadcast{grouped}")
+        (heads,) = heads
+        q, k, v = (t.expand(*t.shape[:-3], heads, *t.shape[-2:]) for t in (q, k, v))
+    shapes = [t.shape[:-3] for t in (q, k, v)]
+    try:
+        leading = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(f"{_OP}: the leading dimensions of {shapes} do not broadcast") from None
+    if not all(shape == leading and len(shape) == 1 for shape in shapes):
+        q, k, v = (t.expand(*leading, *t.shape[-3:]).reshape(math.prod(leading), *t.shape[-3:]) for t in (q, k, v))
+    return q, k, v, leading
+
+
+def _check_optional(name, t, query, or_boolean=False):
+    """A floating tensor, or a boolean one where that may be, on the query's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(t).__name__}")
+    if not t.is_floating_point() and not (or_boolean and t.dtype == torch.bool):
+        raise TypeError(f"{_OP}: {name} must be {'boolean or ' * or_boolean}floating point, got {t.dtype}")
+    if t.device != query.device:
+        raise ValueError(f"{_OP}: {name} is on {t.device}, query on {query.device}")
+
+
+def _broadcast_mask(attn_mask, leading, shape):
+    """attn_mask broadcast to (B, Hq, L, S), as a view where strides allow."""
+    full = (*leading, *shape[1:])
+    try:
+        return attn_mask.expand(full).reshape(shape)
+    except RuntimeError:
+        raise ValueError(f"{_OP}: attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}") from None
+
+
+def _check_window(window) -> bool:
+    """Whether it limits anything."""
+    try:
+        left, right = window
+        valid = min(left, right) >= -1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{_OP}: window must be (left, right) >= -1, got {window!r}")
+    return (left, right) != (-1, -1)
+
+
+# ------------------------------------------------------------------------------- FLOPs, verify
+def _flops_fwd(q, k, v, *_, out_shape=None):
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    return sdpa_flop_count(q, k, v)
+
+
+def _flops_bwd(dout, dlse, q, k, v, *_, out_shape=None):
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
+    return sdpa_backward_flop_count(dout, q, k, v)
+
+
+def _draw(random, d):
+    q, k, v = (random(d["B"], d["H"], *s) for s in ((d["L"], d["E"]), (d["S"], d["E"]), (d["S"], d["Ev"])))
+    return q, k, v, bool(d["causal"]), 1.0 / math.sqrt(max(d["E"], 1))
+
+
+def _cancelled(args, grads):
+    """ds without the softmax's correction: what rowsum(dout out) is taken off."""
+    q, k, v, is_causal, scale = args
+    out, lse = attention_fwd(*args)
+    terms = attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, (True, True, False))
+    return {"dq": terms[0], "dk": terms[1]}
+
+
+def _call(q, k, v, is_causal, scale):
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def _call_with_lse(q, k, v, is_causal, scale):
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, return_lse=True)
+
+
+def _torchs_with_lse(q, k, v, is_causal, scale):
+    lse = torch.logsumexp(scores(q, k, is_causal, scale), -1)  # in float32, as ours is
+    return attention_composite(q, k, v, is_causal, scale), lse
+
+
+_HOW = {
+    "inputs": ("q", "k", "v"),
+    "dims": {"B": 2, "H": 4, "L": 128, "S": "L", "E": 64, "Ev": "E", "causal": 0},
+    "draw": _draw,
+    "cancelled": _cancelled,
+}
+register(
+    Op(
+        "attention",
+        public=scaled_dot_product_attention,
+        prepare=_prepare,
+        composite=attention_composite,
+        fwd=attention_fwd,
+        bwd=attention_bwd,
+        function=Attention,
+        results=2,
+        flops=(_flops_fwd, _flops_bwd),
+        lower_precision=True,
+        specs={
+            "attention": Spec(
+                "attention",
+                call=_call,
+                shapes=({}, {"causal": 1}, {"L": 100, "S": 77, "E": 80, "Ev": 48, "causal": 1}),
+                **_HOW,
+            ),
+            "attention_lse": Spec(
+                "attention",
+                call=_call_with_lse,
+                shapes=({}, {"causal": 1}),
+                outputs=("fwd", "lse"),
+                yardstick=_torchs_with_lse,
+                **_HOW,
+            ),
+        },
+    )
+)

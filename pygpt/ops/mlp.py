@@ -1,0 +1,313 @@
+"""linear and mlp: y = x W^T + b, and two of them around an activation.
+
+linear: x (..., K), weight (N, K), bias (N,) or None -> y (..., N). Backward needs x and weight.
+mlp: x (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> y (..., O). Bias and activation run
+in the first GEMM's epilogue, the activation's gradient in that of the backward GEMM. Backward keeps the hidden layer after
+the activation and, but for relu, also before it: relu's derivative can be told from its output.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Call, Op, call, lookup, register
+from .activation import ACTIVATIONS, SAVES_INPUT
+from .common import (
+    Spec,
+    acc,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    create_graph,
+    lead,
+    only,
+    rows,
+    wanted,
+)
+
+_torchs = F.linear  # as it is now: a user may put ours in its place
+
+
+# ------------------------------------------------------------------------------- linear: the mathematics
+def linear_composite(x, weight, bias):
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
+    return _torchs(x, weight, bias)
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = acc(x) @ acc(weight).mT
+    return (y if bias is None else y + acc(bias)).to(x.dtype)
+
+
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = dy W; dW = dy^T x; db = the sum of dy's rows."""
+    dy2, x2 = acc(rows(dy)), acc(rows(x))
+    return wanted(needs, ((dy2 @ acc(weight)).view(x.shape), dy2.mT @ x2, dy2.sum(0)), x)
+
+
+class Linear(torch.autograd.Function):
+    """(kernels, x, weight, bias) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        Linear.save(ctx, args)
+        return kernels.linear_fwd(*args)
+
+    @staticmethod
+    def save(ctx, args, results=()):
+        ctx.save_for_backward(*args)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *Linear.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return (None,) * 3
+        x, weight, bias = ctx.saved_tensors
+        if create_graph():
+            return composite_gradients(linear_composite, (x, weight, bias), needs, (dy,))
+        return only(needs, backward_kernels(ctx).linear_bwd(dy, x, weight, needs))
+
+
+# ------------------------------------------------------------------------------- linear: the public function
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N).
+
+    What torch.nn.functional.linear takes beyond that (a vector as weight, a bias that broadcasts, integer and complex
+    tensors) it serves itself.
+    """
+    serve = lookup("linear", input, weight, bias)
+    if serve is None or _misfit("linear", input, weight, bias):
+        return call("linear", input, weight, bias)
+    return serve(input, weight, bias)
+
+
+def _misfit(op, input, weight, bias, names=("input", "weight", "bias")) -> str:
+    """What is wrong with the shapes of x, W and b, if anything is."""
+    of_input, of_weight = input.shape, weight.shape
+    if len(of_weight) != 2:
+        return f"pygpt.{op}: {names[1]} must be a matrix, got shape {tuple(of_weight)}"
+    if not of_input:
+        return f"pygpt.{op}: {names[0]} needs at least 1 dimension, got a scalar"
+    N, K = of_weight
+    if of_input[-1] != K:
+        return f"pygpt.{op}: {names[0]} has {of_input[-1]} features, {names[1]} {tuple(of_weight)} wants {K}"
+    if bias is not None and bias.shape != (N,):
+        return f"pygpt.{op}: {names[2]} must have shape ({N},), got {tuple(bias.shape)}"
+    return ""
+
+
+def _prepare_linear(input, weight, bias=None) -> Call:
+    error = check_tensors("linear", (input, weight, bias), one_dtype=True)
+    if error is None and (misfit := _misfit("linear", input, weight, bias)):
+        error = ValueError(misfit)
+    args = input, weight, bias
+    return Call(args, torch=partial(_torchs, *args), error=error, plain=args if error is None else None)
+
+
+# ------------------------------------------------------------------------------- mlp: the mathematics
+def mlp_composite(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
+    """act(x fc_weight^T + fc_bias) proj_weight^T + proj_bias; x (..., C), weights (H, C), (O, H)."""
+    return _torchs(ACTIVATIONS[activation][0](_torchs(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+
+
+def mlp_fwd(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y (..., O), hidden (..., H) after the activation, pre (..., H) before it (SAVES_INPUT only)."""
+    pre = acc(x) @ acc(fc_weight).mT
+    pre = pre if fc_bias is None else pre + acc(fc_bias)
+    hidden = ACTIVATIONS[activation][1](pre).to(x.dtype)
+    saved = pre.to(x.dtype) if activation in SAVES_INPUT else x.new_empty(0)
+    return linear_fwd(hidden, proj_weight, proj_bias), hidden, saved
+
+
+def mlp_bwd(
+    dy: Tensor, x: Tensor, fc_weight: Tensor, proj_weight: Tensor, hidden: Tensor, pre: Tensor,
+    activation: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias."""
+    dy2, x2, h2 = (acc(rows(t)) for t in (dy, x, hidden))
+    saved = acc(rows(pre)) if activation in SAVES_INPUT else h2
+    dpre = ACTIVATIONS[activation][2](dy2 @ acc(proj_weight), saved)
+    grads = ((dpre @ acc(fc_weight)).view(x.shape), dpre.mT @ x2, dpre.sum(0), dy2.mT @ h2, dy2.sum(0))
+    return wanted(needs, grads, x)
+
+
+class MLP(torch.autograd.Function):
+    """(kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        results = kernels.mlp_fwd(*args)
+        MLP.save(ctx, args, results)
+        return results[0]
+
+    @staticmethod
+    def save(ctx, args, results):
+        *tensors, ctx.activation = args
+        _, hidden, pre = results
+        ctx.save_for_backward(*tensors, hidden, pre)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *MLP.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return (None,) * 6
+        x, fc_weight, fc_bias, proj_weight, proj_bias, hidden, pre = ctx.saved_tensors
+        if create_graph():
+            args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
+            return composite_gradients(mlp_composite, args, needs, (dy,))
+        saved = x, fc_weight, proj_weight, hidden, pre, ctx.activation
+        return *only(needs[:5], backward_kernels(ctx).mlp_bwd(dy, *saved, needs[:5])), None
+
+
+# ------------------------------------------------------------------------------- mlp: the public function
+def mlp(
+    input: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str = "gelu",
+) -> Tensor:
+    """linear(act(linear(input, fc_weight, fc_bias)), proj_weight, proj_bias), fused.
+
+    input (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> (..., O).
+    activation: "gelu" (exact), "gelu_tanh", "relu", or "relu2" (relu squared; So et al. 2021).
+    """
+    args = input, fc_weight, fc_bias, proj_weight, proj_bias
+    serve = lookup("mlp", *args)
+    if serve is None or _misfit_mlp(*args, activation):
+        return call("mlp", *args, activation)
+    return serve(*args, activation)
+
+
+def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> str:
+    if activation not in ACTIVATIONS:
+        return f"pygpt.mlp: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
+    if misfit := _misfit("mlp", input, fc_weight, fc_bias, ("input", "fc_weight", "fc_bias")):
+        return misfit
+    of_proj, hidden = proj_weight.shape, fc_weight.shape[0]
+    if len(of_proj) != 2:
+        return f"pygpt.mlp: proj_weight must be a matrix, got shape {tuple(of_proj)}"
+    if of_proj[1] != hidden:
+        return f"pygpt.mlp: the hidden layer has {hidden} features, proj_weight {tuple(of_proj)} wants {of_proj[1]}"
+    if proj_bias is not None and proj_bias.shape != of_proj[:1]:
+        return f"pygpt.mlp: proj_bias must have shape ({of_proj[0]},), got {tuple(proj_bias.shape)}"
+    return ""
+
+
+def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu") -> Call:
+    tensors = input, fc_weight, fc_bias, proj_weight, proj_bias
+    if error := check_tensors("mlp", tensors, one_dtype=True):
+        raise error
+    if misfit := _misfit_mlp(*tensors, activation):
+        raise ValueError(misfit)
+    return Call((*tensors, activation), plain=tensors)
+
+
+# ------------------------------------------------------------------------------- FLOPs, verify
+def _linear_flops(x, weight, bias=None, *, out_shape=None):
+    """As torch counts mm and addmm: a multiplication and an addition for each product."""
+    return 2 * torch.Size(x).numel() * weight[0]
+
+
+def _linear_bwd_flops(dy, x, weight, needs, *, out_shape=None):
+    return _linear_flops(x, weight) * sum(needs[:2])
+
+
+def _mlp_flops(x, fc_weight, fc_bias, proj_weight, *_, out_shape=None):
+    hidden = (*x[:-1], fc_weight[0])
+    return _linear_flops(x, fc_weight) + _linear_flops(hidden, proj_weight)
+
+
+def _mlp_bwd_flops(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs, *, out_shape=None):
+    fc, proj = _linear_flops(x, fc_weight), _linear_flops(hidden, proj_weight)
+    return fc * sum(needs[:2]) + proj * (any(needs[:3]) + needs[3])
+
+
+def _weight(random, n, k):
+    return random(n, k) / max(k, 1) ** 0.5
+
+
+def _draw_linear(random, d):
+    bias = random(d["N"]) if d["bias"] else None
+    return random(*lead(d["M"]), d["K"]), _weight(random, d["N"], d["K"]), bias
+
+
+def _draw_mlp(random, d):
+    biases = (random(d["H"]), random(d["O"])) if d["bias"] else (None, None)
+    fc, proj = _weight(random, d["H"], d["C"]), _weight(random, d["O"], d["H"])
+    return random(*lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"]
+
+
+def _off_the_kink(args):
+    """No hidden unit of a relu is so close to 0 that rounding decides whether it is on, and all of its gradient."""
+    x, weight, bias, *_, activation = args
+    if activation != "relu" or not x.numel():
+        return True
+    pre = linear_composite(x.double(), weight.double(), None if bias is None else bias.double()).abs()
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return not pre.numel() or bool(pre.min() > 4 * eps * pre.max())
+
+
+register(
+    Op(
+        "linear",
+        public=linear,
+        prepare=_prepare_linear,
+        composite=linear_composite,
+        fwd=linear_fwd,
+        bwd=linear_bwd,
+        function=Linear,
+        flops=(_linear_flops, _linear_bwd_flops),
+        lower_precision=True,
+        specs={
+            "linear": Spec(
+                "linear",
+                inputs=("x", "weight", "bias"),
+                dims={"M": 128, "K": 256, "N": "K", "bias": 1},
+                draw=_draw_linear,
+                call=linear,
+                shapes=({}, {"bias": 0, "N": 33}),
+            )
+        },
+    )
+)
+register(
+    Op(
+        "mlp",
+        public=mlp,
+        prepare=_prepare_mlp,
+        composite=mlp_composite,
+        fwd=mlp_fwd,
+        bwd=mlp_bwd,
+        function=MLP,
+        flops=(_mlp_flops, _mlp_bwd_flops),
+        lower_precision=True,
+        specs={
+            "mlp": Spec(
+                "mlp",
+                inputs=("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"),
+                dims={"M": 128, "C": 128, "H": 512, "O": "C", "bias": 1, "activation": "gelu"},
+                draw=_draw_mlp,
+                call=mlp,
+                shapes=tuple({"activation": a} for a in ACTIVATIONS),
+                settled=_off_the_kink,
+                choices={"activation": tuple(ACTIVATIONS)},
+            )
+        },
+    )
+)

@@ -1,0 +1,441 @@
+"""layer_norm, add_layer_norm and rms_norm over the last dimension of x (..., N).
+
+    layer_norm: xhat = (x - mean) rstd, rstd = 1 / sqrt(var + eps), y = xhat weight + bias       (Ba et al. 2016)
+    rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat weight                 (Zhang and Sennrich 2019)
+    add_layer_norm: s = x + residual and layer_norm(s), in one pass over memory
+
+weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), from which it makes xhat again.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Call, Op, call, lookup, register
+from .common import (
+    Spec,
+    acc,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    create_graph,
+    lead,
+    only,
+    rows,
+    wanted,
+)
+
+_torchs_layer_norm, _torchs_rms_norm = F.layer_norm, F.rms_norm  # as they are now: a user may put ours in their place
+
+
+# ------------------------------------------------------------------------------- the mathematics
+def layer_norm_composite(x, weight, bias, eps):
+    return _torchs_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _affine(xhat, weight, bias):
+    y = xhat if weight is None else xhat * acc(weight)
+    return y if bias is None else y + acc(bias)
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y like x, mean and rstd with x's leading shape."""
+    xa = acc(x)
+    mean = xa.mean(-1)
+    centred = xa - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    return _affine(centred * rstd[..., None], weight, bias).to(x.dtype).contiguous(), mean, rstd
+
+
+def _norm_bwd(dy, xhat, weight, rstd, centre):
+    """dx of a norm, given xhat: rstd (g - mean(g) - xhat mean(g xhat)), g = dy weight."""
+    g = acc(dy) if weight is None else acc(dy) * acc(weight)
+    dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
+    return (dx - g.mean(-1, keepdim=True) if centre else dx) * rstd[..., None]
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    xhat = (acc(x) - mean[..., None]) * rstd[..., None]
+    dya = acc(dy)
+    grads = _norm_bwd(dy, xhat, weight, rstd, True), rows(dya * xhat).sum(0), rows(dya).sum(0)
+    return wanted(needs, grads, x)
+
+
+def add_layer_norm_composite(x, residual, weight, bias, eps):
+    """-> layer_norm(x + residual), x + residual."""
+    s = x + residual
+    return layer_norm_composite(s, weight, bias, eps), s
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, s = x + residual rounded to the input's dtype, mean and rstd of s."""
+    s = (x + residual).contiguous()
+    y, mean, rstd = layer_norm_fwd(s, weight, bias, eps)
+    return y, s, mean, rstd
+
+
+def add_layer_norm_bwd(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> the gradient of x and of residual (they are equal), dweight, dbias. ds may be None."""
+    xhat = (acc(s) - mean[..., None]) * rstd[..., None]
+    dya = acc(dy)
+    dx = _norm_bwd(dy, xhat, weight, rstd, True)
+    grads = dx if ds is None else dx + acc(ds), rows(dya * xhat).sum(0), rows(dya).sum(0)
+    return wanted(needs, grads, s)
+
+
+def rms_norm_composite(x, weight, eps):
+    return _torchs_rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """-> y like x, rstd with x's leading shape."""
+    xa = acc(x)
+    rstd = torch.rsqrt(xa.square().mean(-1) + eps)
+    return _affine(xa * rstd[..., None], weight, None).to(x.dtype).contiguous(), rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    xhat = acc(x) * rstd[..., None]
+    return wanted(needs, (_norm_bwd(dy, xhat, weight, rstd, False), rows(acc(dy) * xhat).sum(0)), x)
+
+
+# ------------------------------------------------------------------------------- autograd
+class LayerNorm(torch.autograd.Function):
+    """(kernels, x, weight, bias, eps) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        results = kernels.layer_norm_fwd(*args)
+        LayerNorm.save(ctx, args, results)
+        return results[0]
+
+    @staticmethod
+    def save(ctx, args, results):
+        x, weight, bias, ctx.eps = args
+        _, mean, rstd = results
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *LayerNorm.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return (None,) * 4
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if create_graph():
+            return composite_gradients(layer_norm_composite, (x, weight, bias, ctx.eps), needs, (dy,))
+        grads = backward_kernels(ctx).layer_norm_bwd(dy, x, weight, mean, rstd, needs[:3])
+        return *only(needs[:3], grads), None
+
+
+def _norm_and_sum(s, weight, bias, eps):
+    return layer_norm_composite(s, weight, bias, eps), s
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """(kernels, x, residual, weight, bias, eps) -> layer_norm(x + residual), x + residual."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        results = kernels.add_layer_norm_fwd(*args)
+        AddLayerNorm.save(ctx, args, results)
+        return results[:2]
+
+    @staticmethod
+    def save(ctx, args, results):
+        _, _, weight, bias, ctx.eps = args
+        _, s, mean, rstd = results
+        ctx.save_for_backward(s, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        return None, *AddLayerNorm.gradients(ctx, ctx.needs_input_grad[1:], dy, ds)
+
+    @staticmethod
+    def gradients(ctx, needs, dy, ds):
+        need_x, need_residual, *need_parameters, _ = needs
+        of_sum = need_x or need_residual, *need_parameters
+        if dy is None:  # only the sum was used, or nothing
+            dx, dw, db = ds, None, None
+        else:
+            s, weight, bias, mean, rstd = ctx.saved_tensors
+            if create_graph():
+                args = s, weight, bias, ctx.eps
+                dx, dw, db, _ = composite_gradients(_norm_and_sum, args, (*of_sum, False), (dy, ds))
+            else:
+                grads = backward_kernels(ctx).add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum)
+                dx, dw, db = only(of_sum, grads)
+        return *only((need_x, need_residual), (dx, dx)), dw, db, None
+
+
+class RMSNorm(torch.autograd.Function):
+    """(kernels, x, weight, eps) -> y."""
+
+    @staticmethod
+    def forward(ctx, kernels, *args):
+        ctx.kernels = kernels
+        results = kernels.rms_norm_fwd(*args)
+        RMSNorm.save(ctx, args, results)
+        return results[0]
+
+    @staticmethod
+    def save(ctx, args, results):
+        x, weight, ctx.eps = args
+        ctx.save_for_backward(x, weight, results[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *RMSNorm.gradients(ctx, ctx.needs_input_grad[1:], dy)
+
+    @staticmethod
+    def gradients(ctx, needs, dy):
+        if dy is None:
+            return (None,) * 3
+        x, weight, rstd = ctx.saved_tensors
+        if create_graph():
+            return composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,))
+        return *only(needs[:2], backward_kernels(ctx).rms_norm_bwd(dy, x, weight, rstd, needs[:2])), None
+
+
+# ------------------------------------------------------------------------------- the public functions
+def layer_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions (Ba et al. 2016).
+
+    input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
+    """
+    serve = lookup("layer_norm", input, weight, bias)
+    if serve is None or not _one_dimension(input, normalized_shape, weight, bias):
+        return call("layer_norm", input, normalized_shape, weight, bias, eps)
+    return serve(input, weight, bias, eps)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """-> (layer_norm(input + residual), input + residual) in one pass over memory.
+
+    input, residual (..., *normalized_shape), of equal shape, their dtypes promoted as by addition;
+    the rest as in `layer_norm`.
+    """
+    serve = lookup("add_layer_norm", input, residual, weight, bias)
+    if (
+        serve is None
+        or input.shape != residual.shape
+        or not _one_dimension(input, normalized_shape, weight, bias)
+    ):  # fmt: skip
+        return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
+    return serve(input, residual, weight, bias, eps)
+
+
+def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
+
+    input (..., *normalized_shape), weight normalized_shape or None -> input's shape.
+    eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
+    """
+    serve = lookup("rms_norm", input, weight)
+    if serve is None or not _one_dimension(input, normalized_shape, weight):
+        return call("rms_norm", input, normalized_shape, weight, eps)
+    return serve(input, weight, _eps(input) if eps is None else eps)
+
+
+_EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+
+
+def _eps(input) -> float:
+    return _EPS64 if input.dtype == torch.float64 else _EPS32
+
+
+def _one_dimension(input, normalized_shape, weight, bias=None) -> bool:
+    """Whether normalized_shape is input's last dimension alone, and the parameters have it."""
+    of_input = input.shape
+    last = of_input[-1:]
+    return (
+        last == ((normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape))
+        and len(of_input) > 0
+        and (weight is None or weight.shape == last)
+        and (bias is None or bias.shape == last)
+    )
+
+
+def _check(op, input, normalized_shape, weight, bias=None) -> tuple:
+    """normalized_shape as a tuple, after checking input and parameters against it."""
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    n = len(shape)
+    if n < 1:
+        raise ValueError(f"pygpt.{op}: normalized_shape must have at least one dimension")
+    if input.shape[-n:] != shape:
+        got = tuple(input.shape)
+        raise ValueError(f"pygpt.{op}: normalized_shape {shape} is not the end of the input's shape {got}")
+    if weight is not None and weight.shape != shape:
+        raise ValueError(f"pygpt.{op}: weight must have shape {shape}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"pygpt.{op}: bias must have shape {shape}, got {tuple(bias.shape)}")
+    return shape
+
+
+def _flat(n, *tensors) -> tuple:
+    """The tensors with their last n dimensions as one."""
+    if n == 1:
+        return tensors
+    return tuple(
+        t if t is None else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :])) for t in tensors
+    )
+
+
+def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    error = check_tensors("layer_norm", (input, weight, bias))
+    shape = _check("layer_norm", input, normalized_shape, weight, bias)
+    x, w, b = _flat(len(shape), input, weight, bias)
+    plain = (input, weight, bias) if error is None and len(shape) == 1 else None
+    torchs = partial(_torchs_layer_norm, input, shape, weight, bias, eps)
+    return Call((x, w, b, eps), finish=lambda y: y.view(input.shape), torch=torchs, error=error, plain=plain)
+
+
+def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    if error := check_tensors("add_layer_norm", (input, residual, weight, bias)):
+        raise error
+    if input.shape != residual.shape:
+        want, got = tuple(input.shape), tuple(residual.shape)
+        raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
+    shape = _check("add_layer_norm", input, normalized_shape, weight, bias)
+    plain = (input, residual, weight, bias) if len(shape) == 1 and input.dtype == residual.dtype else None
+    common = torch.promote_types(input.dtype, residual.dtype)  # as x + residual; autocast mixes them in every block
+    x, r, w, b = _flat(len(shape), input.to(common), residual.to(common), weight, bias)
+
+    def finish(results):
+        return tuple(t.view(input.shape) for t in results)
+
+    return Call((x, r, w, b, eps), finish=finish, plain=plain)
+
+
+def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
+    error = check_tensors("rms_norm", (input, weight))
+    shape = _check("rms_norm", input, normalized_shape, weight)
+    x, w = _flat(len(shape), input, weight)
+    plain = (input, weight) if error is None and len(shape) == 1 else None
+    torchs = partial(_torchs_rms_norm, input, shape, weight, eps)
+    args = x, w, _eps(input) if eps is None else eps
+    return Call(args, finish=lambda y: y.view(input.shape), torch=torchs, error=error, plain=plain)
+
+
+# ------------------------------------------------------------------------------- verify
+def _draw(params, inputs=1, eps=1e-5):
+    def draw(random, d):
+        xs = [random(*lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
+        weights = [random(d["N"]) if d["affine"] else None for _ in range(params)]
+        return *xs, *weights, eps
+
+    return draw
+
+
+def _cancelled(names, centre):
+    """The gradient a norm's input would have, were the statistics constants."""
+
+    def terms(args, grads):
+        x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])
+        *_, rstd = layer_norm_fwd(x, None, None, args[-1]) if centre else rms_norm_fwd(x, None, args[-1])
+        g = (grads[0] if weight is None else grads[0] * weight) * rstd[..., None]
+        return dict.fromkeys(names, g)
+
+    return terms
+
+
+_HOW = {
+    "dims": {"M": 64, "N": 768, "affine": 1, "mean": 0.0},
+    "shapes": ({}, {"N": 1000, "mean": 10.0}, {"affine": 0}),
+}
+
+register(
+    Op(
+        "layer_norm",
+        public=layer_norm,
+        prepare=_prepare_layer_norm,
+        composite=layer_norm_composite,
+        fwd=layer_norm_fwd,
+        bwd=layer_norm_bwd,
+        function=LayerNorm,
+        float32_on_cuda=True,
+        specs={
+            "layer_norm": Spec(
+                "layer_norm",
+                inputs=("x", "weight", "bias"),
+                draw=_draw(2),
+                call=lambda x, weight, bias, eps: layer_norm(x, x.shape[-1:], weight, bias, eps),
+                cancelled=_cancelled(("dx",), True),
+                **_HOW,
+            )
+        },
+    )
+)
+register(
+    Op(
+        "add_layer_norm",
+        public=add_layer_norm,
+        prepare=_prepare_add_layer_norm,
+        composite=add_layer_norm_composite,
+        fwd=add_layer_norm_fwd,
+        bwd=add_layer_norm_bwd,
+        function=AddLayerNorm,
+        results=2,
+        float32_on_cuda=True,
+        specs={
+            "add_layer_norm": Spec(
+                "add_layer_norm",
+                inputs=("x", "residual", "weight", "bias"),
+                draw=_draw(2, inputs=2),
+                call=lambda x, r, weight, bias, eps: add_layer_norm(x, r, x.shape[-1:], weight, bias, eps),
+                outputs=("fwd", "sum"),
+                cancelled=_cancelled(("dx", "dresidual"), True),
+                **_HOW,
+            )
+        },
+    )
+)
+register(
+    Op(
+        "rms_norm",
+        public=rms_norm,
+        prepare=_prepare_rms_norm,
+        composite=rms_norm_composite,
+        fwd=rms_norm_fwd,
+        bwd=rms_norm_bwd,
+        function=RMSNorm,
+        float32_on_cuda=True,
+        specs={
+            "rms_norm": Spec(
+                "rms_norm",
+                inputs=("x", "weight"),
+                draw=_draw(1),
+                call=lambda x, weight, eps: rms_norm(x, x.shape[-1:], weight, eps),
+                cancelled=_cancelled(("dx",), False),
+                **_HOW,
+            )
+        },
+    )
+)
