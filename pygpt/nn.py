@@ -3,8 +3,12 @@
 State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and nanoGPT (MLP, CausalSelfAttention).
 """
 
+from functools import partial
+
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional, reference
 
@@ -34,10 +38,58 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
-class MLP(nn.Module):
-    """c_proj(act(c_fc(x))) in one fused op; x (..., embed_dim), hidden_dim defaults to 4 * embed_dim.
+def _is_plain(module: nn.Module, *classes: type) -> bool:
+    """Whether calling the module runs the forward of one of these classes, and nothing else.
 
-    activation: "gelu" (exact), "gelu_tanh", "relu" or "relu2".
+    Subclasses are not plain, nor is a module with a hook (global hooks count) or with a `forward` of its own.
+    """
+    return (
+        type(module) in classes
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks or _has_any_global_hook())
+        and module.forward is not None  # only read, so that torch.compile guards it; it does not guard the next line
+        and "forward" not in module.__dict__
+    )
+
+
+# The types of weights and biases that are data and nothing else. The two from torch._subclasses stand for the others
+# while a program is traced.
+_PLAIN_TENSORS = nn.Parameter, Tensor, FakeTensor, FunctionalTensor, type(None)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `functional.linear` with its weight and bias, and nothing else.
+
+    Only then may a module that fuses its layers read their parameters and leave out their calls. False for adapters,
+    parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass such as DTensor.
+    """
+    parameters = module._parameters
+    return (
+        _is_plain(module, Linear, nn.Linear)
+        and type(parameters.get("weight", ...)) in _PLAIN_TENSORS
+        and type(parameters.get("bias", ...)) in _PLAIN_TENSORS
+    )
+
+
+def _dropout(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), without the call where it would be nn.Dropout's in evaluation."""
+    return x if not module.training and _is_plain(module, nn.Dropout) else module(x)
+
+
+_ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+
+
+class MLP(nn.Module):
+    """c_proj(act(c_fc(x))); x (..., embed_dim) -> (..., embed_dim), hidden_dim defaults to 4 * embed_dim.
+
+    activation: "gelu" (exact), "gelu_tanh", "relu" or "relu2"; ValueError for others.
+    One fused op computes it while c_fc and c_proj are exactly torch.nn.Linear or pygpt.nn.Linear with plain parameters
+    and no hook. Otherwise (adapters, pruning, parametrizations, tensor parallelism, ...) each layer is called.
     """
 
     def __init__(
@@ -60,10 +112,18 @@ class MLP(nn.Module):
         self.c_proj = Linear(hidden_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self):
+        """Draws c_fc and c_proj anew, as torch.nn.Linear does."""
+        self.c_fc.reset_parameters()
+        self.c_proj.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
-        y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
-        return self.dropout(y) if self.dropout.training else y
+        if _is_plain_linear(fc) and _is_plain_linear(proj):
+            y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
+        else:
+            y = proj(_ACTIVATIONS[self.activation](fc(x)))
+        return _dropout(self.dropout, y)
 
     def extra_repr(self):
         return f"activation={self.activation!r}"
@@ -122,27 +182,34 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self):
+        """Draws c_attn and c_proj anew, as torch.nn.Linear does."""
+        self.c_attn.reset_parameters()
+        self.c_proj.reset_parameters()
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """With a cache, x holds the positions that follow the cached ones."""
-        if x.dim() != 3 or x.shape[2] != self.c_attn.in_features:
-            raise ValueError(
-                f"pygpt.nn.CausalSelfAttention: x must be (B, T, {self.c_attn.in_features}), got {tuple(x.shape)}"
-            )
+        """With a cache, x holds the positions that follow the cached ones. ValueError for another shape of x."""
+        C = self.num_heads * self.head_dim
+        if x.dim() != 3 or x.shape[2] != C:
+            raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")
         (B, T, _), H, Hkv = x.shape, self.num_heads, self.num_kv_heads
         q, kv = self.c_attn(x).view(B, T, H + 2 * Hkv, self.head_dim).transpose(1, 2).split((H, 2 * Hkv), dim=1)
         if cache is not None:
             kv = cache.append(kv)
         k, v = kv.chunk(2, dim=1)
-        S = k.shape[2]
+        S, mask = k.shape[2], None
+        if 1 < T < S:
+            from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which costs 0.2 s
+
+            mask = causal_lower_right(T, S)
         y = functional.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=causal_lower_right(T, S) if 1 < T < S else None,
+            attn_mask=mask,
             dropout_p=self.dropout.p if self.training else 0.0,
             is_causal=1 < T == S,
             enable_gqa=H != Hkv,
         )  # fmt: skip
-        y = self.c_proj(y.transpose(1, 2).flatten(2))
-        return self.dropout(y) if self.dropout.training else y
+        return _dropout(self.dropout, self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
