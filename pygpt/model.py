@@ -60,6 +60,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """idx (B, T) -> logits, loss; see `forward`. ValueError for shapes that do not fit the configuration.
+
+    The token embedding is the weight of lm_head, one parameter under two names. It stays one when the model is moved,
+    copied, pickled, emptied (`to_empty`) or loaded, also with assign=True and from a state dict that has one of the
+    names only.
+    """
+
     def __init__(self, config: GPTConfig, device=None, dtype=None):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -76,11 +83,23 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, **factory)
         self.transformer.wte.weight = self.lm_head.weight
         self.register_load_state_dict_pre_hook(_accept_nanogpt_variants)
-        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_load_shared_once)
+        self._draw()
+
+    def reset_parameters(self):
+        """Draws every parameter anew, as a new GPT would; after `to_empty`, say, of one built on the meta device.
+
+        Weights are Normal(0, 0.02), those that feed the residual stream scaled by 1/sqrt(its 2 n_layer additions),
+        biases zero, norms one. With the same seed come the bits of a new GPT on that device.
+        """
+        for module in self.modules():
+            if module._parameters:  # a layer; modules made of layers would draw theirs twice
+                module.reset_parameters()
+        self._draw()
 
     @torch.no_grad()
-    def reset_parameters(self):
-        """Normal(0, 0.02), biases zero; what feeds the residual stream scaled by 1/sqrt(its 2 n_layer additions)."""
+    def _draw(self):
+        """The weights and biases in which GPT-2 differs from torch.nn's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, 0.02)
@@ -89,6 +108,15 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `to_empty` and their like call. A parameter with several names stays one."""
+        before = [(module, name, p) for module in self.modules() for name, p in module._parameters.items()]
+        super()._apply(fn, recurse)
+        after = {}
+        for module, name, p in before:
+            module._parameters[name] = after.setdefault(p, module._parameters[name])
+        return self
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
@@ -195,6 +223,23 @@ def _accept_nanogpt_variants(module, state_dict, prefix, *_):
         value = state_dict.pop(key)
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             state_dict[prefix + name] = value
+
+
+def _load_shared_once(module, state_dict, prefix, local_metadata, *_):
+    """Gives every name of a shared parameter the same value: the last that is there, as if all were copied in turn.
+
+    As a Parameter, which `assign` takes as it is.
+    """
+    names = {}
+    for name, p in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    for shared in names.values():
+        found = [state_dict[name] for name in shared if name in state_dict]
+        if len(shared) > 1 and found:
+            last = found[-1]
+            if isinstance(last, Tensor) and not isinstance(last, nn.Parameter):
+                last = nn.Parameter(last, requires_grad=False)
+            state_dict.update(dict.fromkeys(shared, last))
 
 
 # ------------------------------------------------------------------------------- transformers' GPT-2
