@@ -1,11 +1,14 @@
 """Modules over `pygpt.functional`: torch's norms and Linear with another forward, and the halves of a GPT block.
 
 State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and nanoGPT (MLP, CausalSelfAttention).
+Under torch.jit.script the norms and Linear compute with PyTorch's kernels.
 """
 
 from functools import partial
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -13,21 +16,30 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import functional, reference
 
 
+@fx.wrap  # symbolic_trace records the call as it is: to a tracer, a residual that is left out is no None
+def _layer_norm(input: Tensor, residual: Tensor | None, *affine):
+    if residual is None:
+        return functional.layer_norm(input, *affine)
+    return functional.add_layer_norm(input, residual, *affine)
+
+
 class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm; called with a residual it also adds, in the same pass over memory."""
+    """torch.nn.LayerNorm; called with a residual it also adds, in the same pass over memory (but not when scripted)."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None):
         """input (..., *normalized_shape) -> the norm of it; with a residual of that shape -> (norm of the sum, sum)."""
-        affine = self.normalized_shape, self.weight, self.bias, self.eps
-        if residual is None:
-            return functional.layer_norm(input, *affine)
-        return functional.add_layer_norm(input, residual, *affine)
+        if torch.jit.is_scripting():
+            assert residual is None, "a scripted pygpt.nn.LayerNorm takes no residual"
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return _layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm; input (..., *normalized_shape)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
         return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
 
@@ -35,6 +47,8 @@ class Linear(nn.Linear):
     """torch.nn.Linear; input (..., in_features) -> (..., out_features)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
         return functional.linear(input, self.weight, self.bias)
 
 
