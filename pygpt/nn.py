@@ -163,6 +163,15 @@ class KVCache:
         return self.heads.narrow(2, 0, end)
 
 
+def _lower_right(T: int, S: int, device):
+    """The causal mask of queries that stand at the last T of S positions."""
+    if torch.compiler.is_compiling():  # which makes no CausalBias
+        return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    from torch.nn.attention.bias import causal_lower_right  # here, because it imports torch._dynamo
+
+    return causal_lower_right(T, S)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
 
@@ -211,16 +220,16 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             kv = cache.append(kv)
         k, v = kv.chunk(2, dim=1)
-        S, mask = k.shape[2], None
+        S, attn_mask, is_causal = k.shape[2], None, False
         if 1 < T < S:
-            from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which costs 0.2 s
-
-            mask = causal_lower_right(T, S)
+            attn_mask = _lower_right(T, S, x.device)
+        elif T > 1:  # and T == S, which would be no bool where torch.compile leaves the shapes open
+            is_causal = True
         y = functional.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=mask,
+            attn_mask=attn_mask,
             dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=1 < T == S,
+            is_causal=is_causal,
             enable_gqa=H != Hkv,
         )  # fmt: skip
         return _dropout(self.dropout, self.c_proj(y.transpose(1, 2).flatten(2)))
