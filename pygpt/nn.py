@@ -44,7 +44,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear; input (..., in_features) -> (..., out_features)."""
+    """torch.nn.Linear; input (..., in_features) -> (..., out_features).
+
+    Tools that look for torch.nn.Linear by its exact type, such as torch.ao.quantization.quantize_dynamic, pass it over
+    in silence. Let them have ``module.__class__ = torch.nn.Linear`` first, for every such module.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():

@@ -227,6 +227,17 @@ def test_layers_of_the_model_are_called():
             torch.testing.assert_close(changed, scale * logits)
 
 
+def test_compiles_whole():
+    """Without a graph break, forward and backward, to the same bits."""
+    model, batch = GPT(TINY), tokens(2, 2, 9)
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for call in (model, torch.compile(compiled, fullgraph=True, backend="aot_eager")):
+        call(*batch)[1].backward()
+    for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_forward_and_gradients(bias, backend):
     ours, plain = pair(bias)
