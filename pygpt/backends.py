@@ -6,10 +6,12 @@ have gradients of their own, by the same formulas as the eager autograd Function
 """
 
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -20,9 +22,9 @@ from torch._C import (
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
 )
 from torch.autograd import forward_ad, profiler
-from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .dispatch import FLOATS, OPS, REFERENCE, TABLE, Backend, Op
@@ -41,9 +43,45 @@ def registered(namespace: str, library=None) -> SimpleNamespace:
         for name, shapes in ((f"{op.name}_fwd", op.fwd), (f"{op.name}_bwd", op.bwd)):
             torch.library.register_fake(f"{namespace}::{name}", shapes, lib=library)
         _register_gradients(namespace, op, found, library)
+    when_imported("torch.utils.flop_counter", lambda: _register_flops(packets))
+    return found
+
+
+def _register_flops(packets):
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op in OPS.values():
         for direction, formula in zip(("fwd", "bwd"), op.flops or ()):
             register_flop_formula(getattr(packets, f"{op.name}_{direction}"))(formula)
-    return found
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds one module as Python does, once, and acts as soon as it is loaded."""
+
+    def __init__(self, name: str, action: Callable):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        load = spec.loader.exec_module
+
+        def load_and_act(module):
+            load(module)
+            self.action()
+
+        spec.loader.exec_module = load_and_act
+        return spec
+
+
+def when_imported(name: str, action: Callable):
+    """Acts now if the module is loaded, otherwise when somebody loads it: for modules too dear to load for that alone."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _WhenImported(name, action))
 
 
 def _register_gradients(namespace: str, op: Op, kernels, library):
@@ -103,7 +141,8 @@ def _fast(ops) -> tuple[SimpleNamespace | None, Callable]:
     if table is not None:
         from . import _C
 
-        deciding = (_is_any_autocast_enabled, _are_functorch_transforms_active), ((forward_ad, "_current_level", -1),)
+        modes = _is_any_autocast_enabled, _are_functorch_transforms_active, _get_tracing_state, _len_torch_function_stack
+        deciding = modes, ((forward_ad, "_current_level", -1),)
         watching = (_len_torch_dispatch_stack, _get_tracing_state), ((profiler, "_is_profiler_enabled", False),)
         classes = torch.Tensor, torch.nn.Parameter
         functions = _C.connect(

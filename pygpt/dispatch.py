@@ -123,7 +123,7 @@ class Backend:
             why.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
             why.append("tensors that are not strided")
-        if own := next((type(t).__name__ for t in tensors if _dispatches_for_itself(type(t))), ""):
+        if own := next((type(t).__name__ for t in tensors if dispatches_for_itself(type(t))), ""):
             why.append(f"a tensor subclass, {own}")
         if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
             why.append(f"{', '.join(extra)} not served")
@@ -138,12 +138,14 @@ class Backend:
         return why
 
 
-def _dispatches_for_itself(kind: type) -> bool:
+def dispatches_for_itself(kind: type) -> bool:
     """Whether a class of tensors has a __torch_dispatch__ or __torch_function__ of its own.
 
     Those of torch's own tracing (FakeTensor, FunctionalTensor) don't count: they stand for plain tensors.
     """
-    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch._subclasses"):
+    if kind is Tensor or kind is torch.nn.Parameter or not issubclass(kind, Tensor):
+        return False
+    if kind.__module__.startswith("torch._subclasses"):
         return False
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return kind not in SHARDED

@@ -9,11 +9,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional, reference
+from .dispatch import dispatches_for_itself
 
 
 @fx.wrap  # symbolic_trace records the call as it is: to a tracer, a residual that is left out is no None
@@ -70,23 +69,16 @@ def _is_plain(module: nn.Module, *classes: type) -> bool:
     )
 
 
-# The types of weights and biases that are data and nothing else. The two from torch._subclasses stand for the others
-# while a program is traced.
-_PLAIN_TENSORS = nn.Parameter, Tensor, FakeTensor, FunctionalTensor, type(None)
-
-
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is `functional.linear` with its weight and bias, and nothing else.
 
     Only then may a module that fuses its layers read their parameters and leave out their calls. False for adapters,
     parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass such as DTensor.
     """
-    parameters = module._parameters
-    return (
-        _is_plain(module, Linear, nn.Linear)
-        and type(parameters.get("weight", ...)) in _PLAIN_TENSORS
-        and type(parameters.get("bias", ...)) in _PLAIN_TENSORS
-    )
+    if not _is_plain(module, Linear, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
+        return False
+    weight, bias = module.weight, module.bias
+    return not dispatches_for_itself(type(weight)) and (bias is None or not dispatches_for_itself(type(bias)))
 
 
 def _dropout(module: nn.Module, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401 (registers them)
+from . import functional  # noqa: F401 (registers the ops)
 from .data import UsageError
 from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
 from .dispatch import backend as chosen

@@ -338,7 +338,9 @@ def test_torch_linears_are_fused_and_weights_of_a_subclass_are_not(fused):
         assert fused(lambda x: torch.func.functional_call(m, state, x)) == 1  # plain tensors in place of parameters
 
     class Weight(torch.nn.Parameter):
-        pass
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_function__(func, types, args, kwargs or {})
 
     m.c_proj.weight = Weight(m.c_proj.weight.detach())
     assert fused(m) == 0
