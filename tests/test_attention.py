@@ -253,9 +253,11 @@ BAD = [
     ((Q, tensor(4), Q), {}, ValueError, r"key needs at least 2 dimensions.*\(4,\)"),
     ((Q, tensor(1, 2, 3, 5), Q), {}, ValueError, "key has head dimension 5, query 4"),
     ((Q, Q, tensor(1, 2, 4, 4)), {}, ValueError, "value has 4 positions, key 3"),
-    ((Q, tensor(1, 1, 3, 4), tensor(1, 1, 3, 4)), {}, ValueError, "query has 2 heads, key 1.*enable_gqa"),
+    ((tensor(1, 4, 3, 4), Q, Q), {}, ValueError, "query has 4 heads, key 2.*enable_gqa"),
+    ((tensor(1, 3, 3, 4), Q, Q), {}, ValueError, "query has 3 heads, key 2, value 2; they do not broadcast$"),
     ((Q, tensor(1, 3, 3, 4), tensor(1, 3, 3, 4)), {"enable_gqa": True}, ValueError, "2 query heads.*3 key heads"),
-    ((Q, Q, tensor(1, 1, 3, 4)), {}, ValueError, "key has 2 heads, value 1"),
+    ((Q, Q, tensor(1, 3, 3, 4)), {}, ValueError, "query has 2 heads, key 2, value 3; they do not broadcast$"),
+    ((Q, Q, tensor(1, 1, 3, 4)), {"enable_gqa": True}, ValueError, "key has 2 heads, value 1"),
     (
         (tensor(2, 2, 3, 4), tensor(3, 2, 3, 4), tensor(3, 2, 3, 4)),
         {},

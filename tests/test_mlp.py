@@ -113,7 +113,7 @@ BAD = [
     (linear, (X, zeros(3, 4, 1)), ValueError, r"weight must be a matrix.*\(3, 4, 1\)"),
     (linear, (X, zeros(3, 5)), ValueError, "input has 4 features.*wants 5"),
     (linear, (X, W, zeros(4)), ValueError, r"bias must have shape \(3,\).*\(4,\)"),
-    (linear, (X, W, zeros(1, 3)), ValueError, r"bias must have shape \(3,\).*\(1, 3\)"),
+    (linear, (X, W, zeros(1, 4)), ValueError, r"bias must have shape \(3,\).*\(1, 4\)"),
     (linear, (X, W.to("meta")), ValueError, "weight is on meta"),
     (mlp, (X, W, B, P, PB, "swish"), ValueError, "unknown activation 'swish'.*gelu_tanh"),
     (mlp, (X, W, B, P, PB, None), ValueError, "unknown activation None"),

@@ -234,7 +234,9 @@ def _prepare(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,
     window=None, alibi_slopes=None, softcap=0.0, return_lse=False,
 ) -> Call:  # fmt: skip
-    error = check_tensors("attention", (query, key, value), one_dtype=True)
+    torchs = partial(_torchs, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if error := check_tensors("attention", (query, key, value), one_dtype=True):
+        return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
             raise ValueError(f"{_OP}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
@@ -247,11 +249,8 @@ def _prepare(
         raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
     if not softcap >= 0.0:
         raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
-    torchs = None
-    if window is None and alibi_slopes is None and not softcap and not return_lse:
-        torchs = partial(
-            _torchs, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if window is not None or alibi_slopes is not None or softcap or return_lse:
+        torchs = None  # it has none of these
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     features = {}  # those in use
     if _is_causal_bias(attn_mask):
@@ -260,7 +259,7 @@ def _prepare(
         if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
             raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
         is_causal = attn_mask.variant.name != "LOWER_RIGHT"
-        attn_mask = None
+        attn_mask = torchs = None
         if not is_causal:
             features["lower_right"] = True
     elif attn_mask is not None and is_causal:
@@ -295,8 +294,8 @@ def _prepare(
         out = out if out.dim() == len(heads) + 2 else out.reshape(*heads, L, Ev)
         return (out, lse.reshape(*heads, L)) if return_lse else out
 
-    plain = (query, key, value) if not features and error is None and _plain(query, key, value) else None
-    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, error, plain)
+    plain = (query, key, value) if not features and _plain(query, key, value) else None
+    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, plain=plain)
 
 
 def _is_causal_bias(attn_mask) -> bool:

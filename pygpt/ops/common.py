@@ -38,7 +38,7 @@ def as_tuple(result) -> tuple:
 
 # ------------------------------------------------------------------------------- checks
 def check_tensors(op: str, tensors, one_dtype: bool = False) -> TypeError | None:
-    """The error that the dtypes deserve unless PyTorch serves them. Raises for what is no tensor or elsewhere.
+    """The error that the tensors deserve unless PyTorch serves them. Raises for what is no tensor or elsewhere.
 
     tensors: in the order of the public function's own. one_dtype: of them all, outside autocast.
     """
@@ -52,6 +52,8 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> TypeError | None
             raise TypeError(f"{public}: {name} must be a Tensor, got {type(t).__name__}")
         if t.device != lead.device:
             raise ValueError(f"{public}: {name} is on {t.device}, the first argument on {lead.device}")
+        if error is None and t.is_nested:
+            error = TypeError(f"{public}: {name} is a nested tensor")
         if error is None and not t.is_floating_point():
             error = TypeError(f"{public}: {name} must be floating point, got {t.dtype}")
     if error is None and one_dtype and not dispatch.autocasting(lead.device.type):

@@ -276,16 +276,20 @@ def _one_dimension(input, normalized_shape, weight, bias=None) -> bool:
     of_input = input.shape
     last = of_input[-1:]
     return (
-        last == ((normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape))
+        last == _as_tuple(normalized_shape)
         and len(of_input) > 0
         and (weight is None or weight.shape == last)
         and (bias is None or bias.shape == last)
     )
 
 
+def _as_tuple(normalized_shape) -> tuple:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
 def _check(op, input, normalized_shape, weight, bias=None) -> tuple:
     """normalized_shape as a tuple, after checking input and parameters against it."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _as_tuple(normalized_shape)
     n = len(shape)
     if n < 1:
         raise ValueError(f"pygpt.{op}: normalized_shape must have at least one dimension")
@@ -309,12 +313,13 @@ def _flat(n, *tensors) -> tuple:
 
 
 def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
-    error = check_tensors("layer_norm", (input, weight, bias))
+    torchs = partial(_torchs_layer_norm, input, _as_tuple(normalized_shape), weight, bias, eps)
+    if error := check_tensors("layer_norm", (input, weight, bias)):
+        return Call((input, weight, bias, eps), torch=torchs, error=error)
     shape = _check("layer_norm", input, normalized_shape, weight, bias)
     x, w, b = _flat(len(shape), input, weight, bias)
-    plain = (input, weight, bias) if error is None and len(shape) == 1 else None
-    torchs = partial(_torchs_layer_norm, input, shape, weight, bias, eps)
-    return Call((x, w, b, eps), finish=lambda y: y.view(input.shape), torch=torchs, error=error, plain=plain)
+    plain = (input, weight, bias) if len(shape) == 1 else None
+    return Call((x, w, b, eps), finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
 
 
 def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
@@ -335,13 +340,14 @@ def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias
 
 
 def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
-    error = check_tensors("rms_norm", (input, weight))
+    torchs = partial(_torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
+    if error := check_tensors("rms_norm", (input, weight)):
+        return Call((input, weight, eps), torch=torchs, error=error)
     shape = _check("rms_norm", input, normalized_shape, weight)
     x, w = _flat(len(shape), input, weight)
-    plain = (input, weight) if error is None and len(shape) == 1 else None
-    torchs = partial(_torchs_rms_norm, input, shape, weight, eps)
+    plain = (input, weight) if len(shape) == 1 else None
     args = x, w, _eps(input) if eps is None else eps
-    return Call(args, finish=lambda y: y.view(input.shape), torch=torchs, error=error, plain=plain)
+    return Call(args, finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
 
 
 # ------------------------------------------------------------------------------- verify
