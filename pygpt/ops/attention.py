@@ -234,7 +234,8 @@ def _prepare(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,
     window=None, alibi_slopes=None, softcap=0.0, return_lse=False,
 ) -> Call:  # fmt: skip
-    torchs = partial(_torchs, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    mask = attn_mask.unsqueeze(0) if isinstance(attn_mask, Tensor) and attn_mask.dim() == 1 else attn_mask
+    torchs = partial(_torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if error := check_tensors("attention", (query, key, value), one_dtype=True):
         return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
     for name, t in (("query", query), ("key", key), ("value", value)):
