@@ -303,21 +303,13 @@ def call(name: str, *args, **kwargs):
 
 def _serve(op: Op, row: Backend, prepared: Call, tensors):
     if row.kernels is not REFERENCE:
-        results = _run_kernels(op, row, prepared.args, tensors)
-    elif prepared.torch is None:
-        results = op.composite(*prepared.args, **prepared.features)
-    else:
-        return _torchs_own(prepared)
-    return prepared.finish(results)
-
-
-def _torchs_own(prepared: Call):
-    if prepared.error is None:
-        return prepared.torch()
+        return prepared.finish(_run_kernels(op, row, prepared.args, tensors))
     try:
-        return prepared.torch()
-    except (RuntimeError, TypeError, ValueError, IndexError) as torchs:
-        raise prepared.error from torchs
+        if prepared.torch is not None:
+            return prepared.torch()
+        return prepared.finish(op.composite(*prepared.args, **prepared.features))
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        raise prepared.error or e from (e if prepared.error else None)
 
 
 def _run_kernels(op: Op, row: Backend, args, tensors):

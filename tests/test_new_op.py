@@ -1,0 +1,62 @@
+"""What an op consists of: the files that README's recipe names, and one Python file that registers it."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from pygpt.dispatch import OPS
+
+ROOT = Path(__file__).parents[1]
+
+
+def recipe():
+    """The files of README's "Adding an op", with <family> where the op's family stands."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Adding an op\n")[2].partition("\n## ")[0]
+    return re.findall(r"`([\w/<>]+\.\w+)`", section)
+
+
+def test_the_recipe_is_short():
+    assert 6 <= len(set(recipe())) <= 9
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_in_the_recipes_files(op):
+    """By its own name, or where a kernel serves a whole family by the family's."""
+    family = Path(inspect.getsourcefile(OPS[op].fwd)).stem
+    for name in recipe():
+        text = (ROOT / name.replace("<family>", family)).read_text(encoding="utf-8")
+        assert re.search(rf"\b({op}|{family})(?=\b|_)|\b{OPS[op].public.__name__}\b", text), name
+
+
+TOY = """
+import sys
+import torch
+import pygpt, toy_op
+from pygpt import cli, verify
+from pygpt.dispatch import OPS, REFERENCE
+assert [row.passed for dtype in verify.DTYPES.values() for row in verify.measure("silu", {}, dtype, None)] == [True] * 8
+assert cli.main(["verify", "--ops", "silu", "--shape", "M=5x7", "--dtypes", "float32"]) == 0
+x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+    assert check(toy_op.silu, x) and check(lambda t: toy_op.SiLU.apply(REFERENCE, t), x)
+for op in ("silu", toy_op.silu):
+    choice = pygpt.explain(op, x)
+    assert choice.backend == "torch" and choice.rejected["cpp"] == ["silu is not among its ops"], choice
+with pygpt.backend("torch"):
+    assert torch.equal(toy_op.silu(x), torch.nn.functional.silu(x))
+try:
+    toy_op.silu(x.long())
+except TypeError as e:
+    assert "pygpt.silu: input must be floating point, got torch.int64" in str(e)
+else:
+    raise AssertionError("integers")
+assert torch.equal(torch.compile(toy_op.silu, fullgraph=True, backend="aot_eager")(x), toy_op.silu(x))
+print("covered")
+"""
+
+
+def test_a_toy_op_from_one_file(run_python):
+    done = run_python(TOY, PYGPT_BACKEND="")
+    assert done.stdout.endswith("covered\n"), done.stdout + done.stderr[-3000:]
