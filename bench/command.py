@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from pygpt.data import UsageError
+from pygpt.files import locked, must_be_folder
 
 from .options import add_row_options, complete
 from .report import VARIABLES
@@ -58,7 +59,8 @@ def run(o) -> int:
         from . import results
 
         document = results.read(o.render)
-        return finish(document, o, curves)
+        with locked(o.out):
+            return finish(document, o, curves)
     return measure(o, curves)
 
 
@@ -81,7 +83,7 @@ def measure(o, curves) -> int:
     complete(o)
     if o.check and "eager" not in o.peers:
         raise UsageError("--check judges by PyTorch eager, which --peers leaves out")
-    from . import report, results, suite
+    from . import report, suite
 
     if not suite.rows(o):
         raise UsageError("no row is left: these ops have no such dtype, direction or standard row")
@@ -92,10 +94,19 @@ def measure(o, curves) -> int:
     path = o.json or o.out / "bench.json"
     if path.is_dir():
         raise UsageError(f"--json {path} is a folder")
-    for folder in (o.out, path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # or OSError now, not when all is measured
-            pass
+    must_be_folder(path.parent)
+    with locked(o.out):
+        for folder in (o.out, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # or OSError now, not when all is measured
+                pass
+        return _measure(o, curves, path)
+
+
+def _measure(o, curves, path: Path) -> int:
+    """The run itself, once it is known that its files can be written."""
+    from . import report, results
+
     code, document = session(o, lambda document: results.write(path, document))
     if document is None:
         return code or 1

@@ -39,7 +39,7 @@ def test_a_run_and_what_it_leaves(capsys, tmp_path):
         assert f"{row.op} " in out and results.verdict(row, ours) in out
     assert saved["machine_info"]["cpu"] == {"brand_raw": "Some CPU"} and "node" not in saved["machine_info"]
     assert saved["pygpt"]["machine"]["command"].startswith("pygpt bench --backends=torch")
-    names = {p.name for p in Path("out").iterdir()}
+    names = {p.name for p in Path("out").iterdir() if not p.name.startswith(".")}
     pictures = {
         f"{name}.{suffix}"
         for name in ("ratios", "speed", "memory", "roofline", "training")
@@ -100,7 +100,7 @@ def test_an_interrupted_run_keeps_its_rows(plain, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert seen == [0, 1, 2] and len(rows()) == 2 and "wrote out/report.html" in shown
     assert "not reached in time: 8 rows, from attention B1 H2 T32 D8 causal float32 forward on" in shown
-    assert not list(Path("out").glob(".*"))
+    assert not list(Path("out").glob(".pygpt-tmp-*"))
 
 
 def test_one_rows_error_costs_that_row(plain, monkeypatch, capsys):
