@@ -1,10 +1,10 @@
 """One safetensors file holds a whole run: tensors (the model's under their own names) and JSON metadata."""
 
+import ctypes
 import json
 import zlib
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,13 +13,26 @@ from .data import UsageError
 from .files import atomic
 
 FORMAT = 1
+METADATA = {
+    "step": int,
+    "settings": dict,
+    "config": dict,
+    "vocabulary": (str, type(None)),
+    "corpus": str,
+    "scaler": dict,
+}
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict) -> int:
     total = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), total))
     return total
+
+
+def _bytes(t: Tensor):
+    """The memory of a contiguous tensor, where it lies; without NumPy, which may be missing."""
+    return (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
@@ -55,4 +68,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UsageError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
     if checksum != _checksum(tensors, metadata):
         raise UsageError(f"{path} is damaged: its contents do not match their checksum")
+    if wrong := [key for key, kind in METADATA.items() if key not in metadata or not isinstance(metadata[key], kind)]:
+        raise UsageError(f"{path} is damaged: its {', '.join(wrong)} cannot be read")
     return tensors, metadata

@@ -1,16 +1,24 @@
 """The command line: `pygpt COMMAND` or `python -m pygpt COMMAND`.
 
 A command is a module with add_arguments(parser) and run(args) -> exit code or None, imported only when asked for.
-Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130, SIGTERM in a training run 143, SIGHUP 129.
 """
 
 import argparse
+import errno
 import importlib
 import importlib.util
+import io
 import os
+import re
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import torch
+
+from .dispatch import Unavailable, chosen
 from .data import UsageError
 from .dispatch import Unavailable, chosen
 
@@ -23,6 +31,8 @@ COMMANDS = {
     "bench": "every op's speed and memory beside PyTorch and other libraries",
 }
 
+OUTPUT_FAILS = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # errors about a file name that file
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -32,19 +42,49 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command -> exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the stream's encoding lacks becomes "?"
     try:
-        return _run(argv) or 0
-    except (UsageError, Unavailable, OSError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output left
+        try:
+            code = _run(argv) or 0
+        except SystemExit as e:  # argparse's --help and --version
+            code = e.code or 0
+        sys.stdout.flush()  # inside the try: a full disk shows here
+        return code
+    except OSError as e:
+        if e.filename is not None or e.errno not in OUTPUT_FAILS:
+            return _end(f"error: {e}", 2)
+        with suppress(OSError):  # what is still to be printed is dropped
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.errno == errno.EPIPE:  # the reader of our output left
             return 1
-        print(f"pygpt: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pygpt: interrupted", file=sys.stderr)
-        return 130
-    except SystemExit as e:  # argparse's --help and --version
-        return e.code or 0
+        return _end(f"error: cannot write to standard output: {e.strerror}", 2)
+    except (UsageError, Unavailable) as e:
+        return _end(f"error: {e}", 2)
+    except ModuleNotFoundError as e:
+        if not e.name or e.name.partition(".")[0] == __package__:
+            raise
+        return _end(f"error: this command needs {e.name}, which is not installed", 2)
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        amount = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
+        return _end(f"error: out of memory{f': {amount[0]}' if amount else ''}", 2)
+    except KeyboardInterrupt as e:
+        number = getattr(e, "signum", signal.SIGINT)
+        name = signal.Signals(number).name
+        return _end("interrupted" if number == signal.SIGINT else f"stopped by {name}", 128 + number)
+
+
+def _end(why: str, code: int) -> int:
+    with suppress(OSError):  # where standard error is closed, too
+        print(f"pygpt: {' '.join(why.split())}", file=sys.stderr)
+    return code
+
+
+def _is_out_of_memory(e: Exception) -> bool:
+    known = "can't allocate memory", "not enough memory", "Storage size calculation overflowed", "bad_alloc"
+    return isinstance(e, MemoryError | torch.OutOfMemoryError) or any(words in str(e) for words in known)
 
 
 def _run(argv: list[str]):

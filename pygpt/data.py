@@ -1,7 +1,10 @@
 """Text as tokens: corpora, tokenizers, and batches that are a pure function of the seed and the step."""
 
+import codecs
 import hashlib
+import math
 import os
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,16 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 class UsageError(ValueError):
     """Bad input from the user; the command line prints it as one line and exits with code 2."""
+
+
+def check_number(flag: str, value: float, low=None, below=2**63):
+    """UsageError unless ``value`` is finite, at least ``low``, and if it is an integer less than ``below``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{flag} must be a finite number, got {value}")
+    if low is not None and value < low:
+        raise UsageError(f"{flag} must be at least {low}, got {value}")
+    if isinstance(value, int) and value >= below:
+        raise UsageError(f"{flag} must be less than {below}, got {value}")
 
 
 class Bytes:
@@ -63,7 +76,10 @@ def _text(data: bytes) -> str:
 
 
 def read_text(path: str | None) -> bytes:
-    """The bytes of a file, of all text files under a folder (sorted by path), or by default the standard library's."""
+    """The bytes of a file, of all text files under a folder (sorted by path), or by default the standard library's.
+
+    A byte order mark is no text. Files of a folder that hold zero bytes are skipped, and stderr says which.
+    """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         data = b"".join(f.read_bytes() for f in _files(root, skip=_NOT_LIBRARY) if f.suffix == ".py")
@@ -73,14 +89,27 @@ def read_text(path: str | None) -> bytes:
     root = Path(path)
     if not root.exists():
         raise UsageError(f"no such file or folder: {path}")
+    if not (root.is_file() or root.is_dir()):
+        raise UsageError(f"--data {path} is neither a file nor a folder (a pipe cannot be read again on --resume)")
+    files = _files(root) if root.is_dir() else [root]
     try:
-        contents = [root.read_bytes()] if root.is_file() else [f.read_bytes() for f in _files(root)]
+        contents = [f.read_bytes().removeprefix(codecs.BOM_UTF8) for f in files]
     except OSError as e:
         raise UsageError(f"cannot read {e.filename}: {e.strerror}") from None
-    data = b"".join(c for c in contents if root.is_file() or b"\0" not in c)
+    skipped = [f.relative_to(root).as_posix() for f, c in zip(files, contents, strict=True) if _skips(root, c)]
+    data = b"".join(c for c in contents if not _skips(root, c))
+    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    note = f"skipped {', '.join(skipped[:3])}{more}, which hold zero bytes, as UTF-16 text and binary files do"
     if not data:
-        raise UsageError(f"no text in {path}")
+        raise UsageError(f"no text in {path}" + (f"; {note}" if skipped else ""))
+    if skipped:
+        print(f"pygpt: {path}: {note}", file=sys.stderr)
     return data
+
+
+def _skips(root: Path, content: bytes) -> bool:
+    """A file that was named is taken as it is."""
+    return root.is_dir() and b"\0" in content
 
 
 def _files(root: Path, skip=frozenset()) -> list[Path]:

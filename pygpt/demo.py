@@ -5,15 +5,15 @@ The two take turns, step by step, so that whatever else the machine does slows b
 
 import argparse
 import dataclasses
-import math
 import time
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 
-from .data import Corpus, UsageError
 from .dispatch import TABLE
+from .data import Corpus, UsageError, check_number
+from .files import locked, must_be_folder
 from .generate import continuation
 from .report import Progress, clock, plot_losses
 from .train import PRESETS, Settings, Trainer
@@ -40,10 +40,12 @@ def run(args: argparse.Namespace):
             raise UsageError(
                 f"the demo compares {' with '.join(BACKENDS)}, and {name} is not available: {TABLE[name].missing}"
             )
+    must_be_folder(args.out)
     for flag in ("seconds", "steps", "sample", "threads"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"--{flag} must be positive, got {value}")
+        if (value := getattr(args, flag)) is not None:
+            check_number(f"--{flag}", value, below=2**31)
+            if value <= 0:
+                raise UsageError(f"--{flag} must be positive, got {value}")
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**PRESETS["demo"], data=args.data)
@@ -51,8 +53,13 @@ def run(args: argparse.Namespace):
         settings = dataclasses.replace(settings, steps=args.steps, decay_steps=args.steps)
     corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
     trainers = {name: Trainer(dataclasses.replace(settings, backend=name), corpus) for name in BACKENDS}
-    args.out.mkdir(parents=True, exist_ok=True)
-    named = trainers["cpp"].named
+    with locked(args.out):
+        _compare(trainers, args)
+
+
+def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
+    """Trains both, and shows and saves what came of it."""
+    settings, corpus, named = trainers["cpp"].settings, trainers["cpp"].corpus, trainers["cpp"].named
     print(
         f"{settings.n_layer} layers x {settings.n_embd}, {sum(p.numel() for p in named.values()):,} parameters, "
         f"{settings.tokens_per_step:,} tokens per step, {settings.dtype}, {torch.get_num_threads()} threads\n"
@@ -75,7 +82,7 @@ def run(args: argparse.Namespace):
     print("\n")
     _table(losses, seconds, validation, settings.tokens_per_step)
     print(f"\ncheckpoint  {checkpoint}  (pygpt generate {args.out})")
-    print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed")
+    print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed, or NumPy")
 
 
 def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:

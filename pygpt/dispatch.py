@@ -309,7 +309,9 @@ def _serve(op: Op, row: Backend, prepared: Call, tensors):
             return prepared.torch()
         return prepared.finish(op.composite(*prepared.args, **prepared.features))
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        raise prepared.error or e from (e if prepared.error else None)
+        if prepared.error is None:
+            raise
+        raise prepared.error from e
 
 
 def _run_kernels(op: Op, row: Backend, args, tensors):

@@ -1,6 +1,7 @@
-"""What a run shows: a progress bar (or plain lines), and a plot of its losses."""
+"""What a run shows: a progress bar (or plain lines), tables, and a plot of its losses."""
 
 import importlib.util
+import os
 import sys
 import time
 from itertools import accumulate
@@ -61,15 +62,34 @@ class Progress:
             print(line, flush=True)
 
 
+COLOURS = {"green": "32", "red": "31", "bold red": "1;31"}
+
+
+def table(columns: dict[str, str], rows) -> str:
+    """Lines with aligned cells. columns: name -> "<" or ">"; a cell is a text, or (text, colour) for a terminal."""
+    rows = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
+    widths = [max(map(len, (name, *(row[i][0] for row in rows)))) for i, name in enumerate(columns)]
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def line(cells):
+        shown = [f"{text:{side}{w}}" for (text, _), side, w in zip(cells, columns.values(), widths, strict=True)]
+        if coloured:
+            shown = [f"\33[{COLOURS[c]}m{s}\33[0m" if c else s for s, (_, c) in zip(shown, cells, strict=True)]
+        return "  ".join(shown).rstrip()
+
+    return "\n".join(map(line, [[(name, "") for name in columns], *rows]))
+
+
 def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) -> bool:
-    """Writes a PNG of label -> (steps, losses); False, and no file, where matplotlib is missing.
+    """Writes a PNG of label -> (steps, losses); False, and no file, where matplotlib cannot be imported.
 
     A curve with many points is drawn faint, with its running mean on top.
     """
-    if not importlib.util.find_spec("matplotlib"):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:  # it, or NumPy
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -8,10 +8,11 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import signal
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,22 +21,24 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, reference
-from .data import Corpus, UsageError, seed_of, tokenizer
-from .dispatch import TABLE, backend, chosen, explain
+from .dispatch import TABLE, backend, chosen
+from .data import Corpus, UsageError, check_number, seed_of, tokenizer
+from .files import atomic, locked, must_be_folder, naming
 from .model import GPT, GPTConfig
 from .report import Progress, plot_losses
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 master weights
 
 
-def option(default, help: str, type=None, low=None, choices=None, adjustable=False):
-    """One setting and its command line flag. low: the least value allowed; adjustable: may change on --resume."""
+def option(default, help: str, type=None, low=None, choices=None, adjustable=False, below=2**63):
+    """One setting and its command line flag. low, below: the values allowed; adjustable: may change on --resume."""
     metadata = {
         "help": help,
         "type": type or default.__class__,
         "low": low,
         "choices": choices,
         "adjustable": adjustable,
+        "below": below,
     }
     return field(default=default, metadata=metadata)
 
@@ -78,15 +81,15 @@ class Settings:
         None, "default: the first that serves a call", str, choices=tuple(TABLE), adjustable=True
     )
     compile: bool = option(False, "torch.compile the model", adjustable=True)
-    threads: int | None = option(None, "CPU threads; default: PyTorch's", int, low=1, adjustable=True)
+    threads: int | None = option(None, "CPU threads; default: PyTorch's", int, 1, adjustable=True, below=2**31)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             if value is None:
                 continue
-            if low is not None and not (low <= value < math.inf):
-                raise UsageError(f"{flag(f)} must be at least {low}, got {value}")
+            if low is not None:
+                check_number(flag(f), value, low, f.metadata["below"])
             if choices is not None and value not in choices:
                 raise UsageError(f"{flag(f)} must be one of {', '.join(choices)}; got {value!r}")
         for name in ("dropout", "beta1", "beta2"):
@@ -232,6 +235,7 @@ class Trainer:
         tensors, metadata = checkpoint.load(path)
         if metadata["corpus"] != self.corpus.digest:
             raise UsageError(f"{path} was trained on another text than this one")
+        self._check_fit(path, tensors, metadata)
         load_model(path, tensors, metadata, self.model)
         for full_name, state in tensors.items():
             if full_name.startswith("adamw."):
@@ -239,6 +243,23 @@ class Trainer:
                 self.optimizer.state[self.named[name]][key] = state
         self.scaler.load_state_dict(metadata["scaler"])
         self.done = metadata["step"]
+
+    def _check_fit(self, path: Path, tensors: dict[str, Tensor], metadata: dict):
+        """UsageError unless every entry of the checkpoint is one of this run's, and none is missing."""
+        done, scaler, expected = metadata["step"], metadata["scaler"], dict(self.named)
+        if done < 0 or scaler.keys() != self.scaler.state_dict().keys():
+            raise UsageError(f"{path} does not fit this run: its step is {done}, its gradient scaler {scaler}")
+        enabled = self.scaler.is_enabled()  # then a step whose gradients overflow is skipped, and the scale is halved
+        skipped = enabled and scaler["scale"] == self.scaler.get_scale() * self.scaler.get_backoff_factor() ** done
+        if done and not skipped:
+            for name, p in self.named.items():
+                expected |= {f"adamw.exp_avg.{name}": p, f"adamw.exp_avg_sq.{name}": p}
+                expected[f"adamw.step.{name}"] = torch.zeros((), dtype=torch.float32)
+        for name in sorted(expected.keys() | tensors.keys()):
+            there = (entries.get(name) for entries in (expected, tensors))
+            wanted, found = ("nothing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in there)
+            if found != wanted:
+                raise UsageError(f"{path} does not fit the model: {name} must be {wanted}, found {found}")
 
 
 def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict, model: GPT | None = None) -> GPT:
@@ -258,64 +279,100 @@ def open_checkpoint(path: Path):
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     tensors, metadata = checkpoint.load(path)
     model = load_model(path, tensors, metadata).eval()
-    return model, tokenizer(metadata["settings"]["tokens"], metadata["vocabulary"]), metadata
+    return model, tokenizer("byte" if metadata["vocabulary"] is None else "char", metadata["vocabulary"]), metadata
 
 
 # ------------------------------------------------------------------------------- a run in a folder
 class Log:
-    """log.jsonl: one JSON object per step or evaluation. Opening it keeps the entries up to step ``done``."""
+    """log.jsonl: one JSON object per step or evaluation. Opening it keeps the entries up to step ``done``.
+
+    UsageError if it holds anything else, but for a last line that was cut short when the process died.
+    """
 
     def __init__(self, path: Path, done: int):
-        self.path, self.entries = path, []
-        if path.exists():
-            self.entries = [e for e in map(_parse, path.read_text().splitlines()) if e and e["step"] <= done]
-        with checkpoint.atomic(path) as temporary:
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.entries))
+        self.path = path
+        text = path.read_bytes() if path.exists() else b""
+        lines = text[: text.rfind(b"\n") + 1].split(b"\n")[:-1]
+        self.entries = [e for number, line in enumerate(lines, 1) if (e := _entry(path, number, line))["step"] <= done]
+        with atomic(path) as temporary:
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.entries), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed with the process, flushed per line)
 
     def write(self, **entry):
         self.entries.append(entry)
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise naming(self.path, e) from e
 
     def curve(self, key: str) -> tuple[list, list]:
         points = [(e["step"], e[key]) for e in self.entries if key in e]
         return [step for step, _ in points], [value for _, value in points]
 
 
-def _parse(line: str):
-    try:
-        return json.loads(line)
-    except ValueError:  # the process died while writing it
-        return None
+def _entry(path: Path, number: int, line: bytes) -> dict[str, float]:
+    with suppress(ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+        entry = json.loads(line.decode("utf-8"))
+        numbers = isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
+        if numbers and isinstance(entry.get("step"), int):
+            return entry
+    raise UsageError(f"{path} is no log of a training run: line {number} is no step of one; move the file away")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run, after it was saved."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
 
 
 @contextmanager
-def _interruptible():
-    """Yields a function that says whether Ctrl-C was pressed; a second press interrupts at once."""
-    pressed = []
+def _until_a_signal():
+    """Yields the list of the signals that came: Ctrl-C, SIGTERM, SIGHUP. A second one acts at once.
 
-    def note(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, previous)
+    What is ignored (SIGHUP under nohup) stays ignored.
+    """
+    came, previous = [], {}
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
+    def note(signum, _):
+        came.append(signum)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: what is printed from now on goes nowhere
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, note)
     try:
-        yield lambda: bool(pressed)
+        yield came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def fit(trainer: Trainer, out: Path):
-    """Trains on to ``settings.steps``, logging and saving under ``out``; KeyboardInterrupt comes after saving."""
+    """Trains on to ``settings.steps``, logging and saving under ``out``; Stopped comes after saving."""
     s, path = trainer.settings, out / "checkpoint.safetensors"
     every = s.checkpoint_interval or s.eval_interval
     log = Log(out / "log.jsonl", trainer.done)
+    parameters = sum(p.numel() for p in trainer.named.values())
+    print(
+        f"{parameters:,} parameters, {len(trainer.corpus.train):,} training tokens, {s.tokens_per_step:,} per step, "
+        f"{s.dtype}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+    if trainer.done >= s.steps:
+        print(f"the run is finished: it is at step {trainer.done} of {s.steps}; a larger --steps trains on", flush=True)
+    elif s.compile:
+        print("torch.compile works before the first evaluation and the first step, up to a minute each", flush=True)
     durations = []
-    with Progress("training", s.steps, trainer.done) as progress, _interruptible() as interrupted:
+    with Progress("training", s.steps, trainer.done) as progress, _until_a_signal() as signals:
 
         def evaluate():
             losses = trainer.evaluate()
@@ -326,28 +383,34 @@ def fit(trainer: Trainer, out: Path):
 
         if not log.entries:
             evaluate()
-        last = trainer.done >= s.steps or interrupted()
-        while not last:
-            start, rate = time.perf_counter(), s.rate(trainer.done)
-            loss = trainer.step()
-            if not math.isfinite(loss):
-                raise UsageError(f"the loss is {loss} at step {trainer.done}; {path} keeps the last checkpoint")
-            durations = [*durations[-19:], time.perf_counter() - start]
-            speed = s.tokens_per_step / median(durations)
-            log.write(step=trainer.done, loss=loss, lr=rate, tokens_per_second=round(speed, 1))
-            progress.update(trainer.done, f"loss {loss:.4f}  {speed:,.0f} tokens/s")
-            if trainer.done % s.eval_interval == 0 or trainer.done == s.steps:
-                evaluate()
-            last = trainer.done >= s.steps or interrupted()
-            if trainer.done % every == 0 or last:
-                trainer.save(path)
+        last = trainer.done >= s.steps or bool(signals)
+        try:
+            while not last:
+                start, rate = time.perf_counter(), s.rate(trainer.done)
+                loss = trainer.step()
+                if not math.isfinite(loss):
+                    raise UsageError(f"the loss is {loss} at step {trainer.done}; {path} keeps the last checkpoint")
+                durations = [*durations[-19:], time.perf_counter() - start]
+                speed = s.tokens_per_step / median(durations)
+                log.write(step=trainer.done, loss=loss, lr=rate, tokens_per_second=round(speed, 1))
+                progress.update(trainer.done, f"loss {loss:.4f}  {speed:,.0f} tokens/s")
+                if trainer.done % s.eval_interval == 0 or trainer.done == s.steps:
+                    evaluate()
+                last = trainer.done >= s.steps or bool(signals)
+                if trainer.done % every == 0 or last:
+                    trainer.save(path)
+        except OSError:  # the reader of our output left, or the terminal did and its SIGHUP is about to be noted
+            trainer.save(path)
+            if signals:
+                raise Stopped(signals[0]) from None
+            raise
     curves = {"train": log.curve("loss"), "validation": log.curve("val_loss")}
     plotted = plot_losses(out / "loss.png", f"{s.n_layer} x {s.n_embd} GPT, {s.tokens} tokens", curves)
     print(f"checkpoint  {path} (step {trainer.done})\nlog         {log.path}")
-    print(f"plot        {out / 'loss.png'}" if plotted else "no plot: matplotlib is not installed")
+    print(f"plot        {out / 'loss.png'}" if plotted else "no plot: matplotlib is not installed, or NumPy")
     if trainer.done < s.steps:
         print("continue with --resume", flush=True)
-        raise KeyboardInterrupt
+        raise Stopped(signals[0])
 
 
 # ------------------------------------------------------------------------------- command line
@@ -356,7 +419,7 @@ def flag(f: dataclasses.Field) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="settings to start from; flags override them")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: demo); flags override them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: %(default)s)")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --out with its own settings, bit-exactly"
@@ -375,28 +438,32 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
     path, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
+    must_be_folder(args.out)
     if args.resume:
         settings = _resumed_settings(path, given)
-    elif not args.force and (there := [f for f in (path, log) if f.exists()]):
-        raise UsageError(f"{there[0]} exists; pass --resume to continue that run, or --force to replace it")
+        for name in ("preset", "force"):
+            if getattr(args, name):
+                raise UsageError(f"--resume continues a run with its own settings; --{name} is for a new one")
     else:
-        settings = Settings(**{**PRESETS[args.preset], **given})
+        _refuse_to_replace(args, path, log)
+        settings = Settings(**{**PRESETS[args.preset or "demo"], **given})
     if settings.threads:
         torch.set_num_threads(settings.threads)
     corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
     trainer = Trainer(settings, corpus)
-    if args.resume:
-        trainer.load(path)
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-        trainer.save(path)
-    print(
-        f"{sum(p.numel() for p in trainer.named.values()):,} parameters, {len(corpus.train):,} training tokens, "
-        f"{settings.tokens_per_step:,} per step, {settings.dtype}, {torch.get_num_threads()} threads",
-        flush=True,
-    )
-    fit(trainer, args.out)
+    with locked(args.out):
+        if args.resume:
+            trainer.load(path)
+        else:
+            _refuse_to_replace(args, path, log)  # another run may have come first
+            log.unlink(missing_ok=True)
+            trainer.save(path)
+        fit(trainer, args.out)
+
+
+def _refuse_to_replace(args: argparse.Namespace, *files: Path):
+    if not args.force and (there := [f for f in files if f.exists()]):
+        raise UsageError(f"{there[0]} exists; pass --resume to continue that run, or --force to replace it")
 
 
 def _resumed_settings(path: Path, given: dict) -> Settings:

@@ -16,6 +16,7 @@ import torch
 import pygpt
 from pygpt import checkpoint, cli, train
 from pygpt.data import Chars, Corpus, UsageError, read_text
+from pygpt.files import LOCK, locked
 from pygpt.train import PRESETS, Settings, Trainer
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "eval_iters": 2, "warmup": 3}
@@ -162,7 +163,8 @@ def test_evaluation_changes_nothing(corpus):
 
 # ------------------------------------------------------------------------------- checkpoints
 def entries(out):
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in open(out / "log.jsonl")]
+    lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]  # without one that a kill cut short
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dropout": 0.1, "grad_accum": 2}])
@@ -209,6 +211,27 @@ def test_resumes_bit_exactly_after_kill_9(text, tmp_path):
     assert (killed / "checkpoint.safetensors").read_bytes() == (whole / "checkpoint.safetensors").read_bytes()
     assert entries(killed) == entries(whole)
     assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path, capsys):
+    """And the first goes on undisturbed. Its death frees the folder."""
+    out = tmp_path / "run"
+    command = ["train", "--data", text, *FLAGS, "--steps=100000", "--checkpoint-interval=3", "--out", out]
+    with pygpt_process(*command, stdout=subprocess.DEVNULL) as first:
+        while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_bytes().splitlines()) < 20:
+            assert first.poll() is None
+            time.sleep(0.005)
+        long = text.with_name("long.txt")
+        long.write_bytes(text.read_bytes() * 10)
+        for second in ("train", "--resume"), [*command, "--force"], ("demo", "--steps=3", "--data", long):
+            assert cli.main([*map(str, second), "--out", str(out)]) == 2
+            assert capsys.readouterr() == ("", f"pygpt: error: another run is writing to {out}\n")
+        assert first.poll() is None
+        first.kill()
+    steps = [entry["step"] for entry in entries(out) if "loss" in entry]
+    assert steps == list(range(1, len(steps) + 1))
+    done = checkpoint.load(out / "checkpoint.safetensors")[1]["step"]
+    assert cli.main(["train", "--resume", "--out", str(out), f"--steps={done + 2}"]) == 0
 
 
 def test_ctrl_c_keeps_a_checkpoint(text, tmp_path):
@@ -260,7 +283,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(corpus, tmp_path, monkey
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
             trainer.save(path)
         assert path.read_bytes() == old and os.listdir(tmp_path).count("c.safetensors") == 1
-        assert not [f for f in os.listdir(tmp_path) if "tmp" in f]
+        assert not list(tmp_path.glob(".*"))
     child = os.fork()
     if child == 0:  # dies between writing and renaming
         os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -268,8 +291,11 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(corpus, tmp_path, monkey
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert path.read_bytes() == old
-    trainer.save(path)
-    assert checkpoint.load(path)[1]["step"] == 1 and len(os.listdir(tmp_path)) == 2  # the text and the checkpoint
+    (left,) = tmp_path.glob(".*")
+    with locked(tmp_path):
+        trainer.save(path)
+    assert checkpoint.load(path)[1]["step"] == 1 and not left.exists()
+    assert set(os.listdir(tmp_path)) == {"text.txt", "c.safetensors", LOCK}
 
 
 def test_checkpoint_holds_nanogpt_names(corpus, tmp_path):
@@ -309,5 +335,5 @@ def test_demo(text, tmp_path, capsys):
     assert "3/3" in shown and "tokens/s" in shown and "0:00 left" in shown
     gap = float(shown.split("largest difference of the two loss curves: ")[1].split()[0])
     assert gap < 1e-4 and 'speed of "cpp" relative to "torch"' in shown
-    assert {f.name for f in out.iterdir()} == {"checkpoint.safetensors", "loss.png"}
+    assert {f.name for f in out.iterdir()} == {"checkpoint.safetensors", "loss.png", LOCK}
     assert cli.main(["generate", str(out), "--max-new-tokens=3"]) == 0
