@@ -198,7 +198,7 @@ def finish(document: dict, o, curves) -> int:
     o.out.mkdir(parents=True, exist_ok=True)
     figures = plots.all_figures(rows, about["machine"], curves)
     if figures is None:
-        print("no plots: matplotlib is not installed")
+        print("no plots: matplotlib is not installed, or NumPy")
     for name, figure in (figures or {}).items():
         for suffix in ("svg", "png"):
             plots.write(figure, o.out / f"{name}.{suffix}")

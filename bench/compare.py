@@ -44,40 +44,33 @@ def show(first: Path, second: Path) -> int:
     found = changes(old, new)
     if not found:
         raise results.UsageError(f"{first} and {second} have no row in common")
-    out = report.console()
     heads = [report.head(results.about(document)["machine"]) for document in documents]
-    out.print("\n".join(dict.fromkeys(heads)), soft_wrap=True, markup=False)
+    print("\n".join(dict.fromkeys(heads)))
     if heads[0].splitlines()[:2] != heads[1].splitlines()[:2]:
-        out.print("These are two machines or set-ups: what differs may be theirs.")
-    out.print(table([change for change in found if change.new.ours or change.word != "same"]))
+        print("These are two machines or set-ups: what differs may be theirs.")
+    print(table([change for change in found if change.new.ours or change.word != "same"]))
     then, now = ({(str(row), entry.name) for row in rows for entry in row.ours} for rows in (old, new))
     failed = [set(report.failures(results.about(document))) for document in documents]
     for what in sorted(failed[1] - failed[0]):
-        out.print(f"FAILED in {second} only: {what}")
+        print(f"FAILED in {second} only: {what}")
     if gone := then ^ now:
-        out.print(f"{len(gone)} timings of ours are in one file only")
+        print(f"{len(gone)} timings of ours are in one file only")
     bad = sum(change.regression for change in found)
     ours = sum(change.new.ours for change in found)
-    out.print(f"{bad} of {ours} timings of ours became slower by more than their spread")
+    print(f"{bad} of {ours} timings of ours became slower by more than their spread")
     return 1 if bad or failed[1] - failed[0] else 0
 
 
-def table(found: list[Change]):
-    from rich.table import Table
-
-    t = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("op", "shape", "dtype", "direction", "candidate"):
-        t.add_column(name, no_wrap=True)
-    for name in ("A ms", "B ms", "B/A", "spread", "A MB", "B MB"):
-        t.add_column(name, justify="right", no_wrap=True)
-    t.add_column("", no_wrap=True)
+def table(found: list[Change]) -> str:
+    columns = dict.fromkeys(("op", "shape", "dtype", "direction", "candidate"), "<")
+    columns |= dict.fromkeys(("A ms", "B ms", "B/A", "spread", "A MB", "B MB"), ">") | {"": "<"}
+    lines = []
     for c in sorted(found, key=lambda change: -change.factor):
         word = "REGRESSION" if c.regression else c.word
-        colour = {"REGRESSION": "bold red", "faster": "green"}.get(word, "")
-        t.add_row(
+        lines.append((
             c.row.op, c.row.shape, c.row.dtype, c.row.direction, c.new.name,
             report.number(c.old.ms, 4), report.number(c.new.ms, 4), f"{c.factor:.2f}",
             f"{results.margin(c.old, c.new):.0%}", report.megabytes(c.old.memory), report.megabytes(c.new.memory),
-            f"[{colour}]{word}[/]" if colour else word,
-        )  # fmt: skip
-    return t
+            (word, {"REGRESSION": "bold red", "faster": "green"}.get(word, "")),
+        ))  # fmt: skip
+    return report.aligned(columns, lines)

@@ -1,6 +1,5 @@
 """The figures of a run, in matplotlib: what a table of a hundred rows cannot show at a glance."""
 
-import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -22,11 +21,11 @@ UNDATED = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata that 
 
 
 def all_figures(rows: list[Result], machine: dict, curves: dict) -> dict | None:
-    """{name: Figure} of what ``rows`` can show; None without matplotlib. curves: see `training_curves`."""
-    if not importlib.util.find_spec("matplotlib"):
+    """{name: Figure} of what ``rows`` can show; None without matplotlib, or NumPy. curves: see `training_curves`."""
+    try:
+        import matplotlib.figure
+    except ImportError:
         return None
-    import matplotlib
-
     with matplotlib.rc_context(TIDY):
         drawn = {
             "ratios": ratios(rows),

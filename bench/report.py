@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 
 import pygpt
 from pygpt.files import atomic
+from pygpt.report import table as aligned
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +26,7 @@ VARIABLES = (  # what lowers the instruction set of ours and of each library
 
 def machine(peaks, options) -> dict:
     """Everything a figure depends on."""
-    import cpuinfo  # here, as rich below: the GPU benchmarks do without
+    import cpuinfo  # here: the GPU benchmarks do without
 
     cpu = cpuinfo.get_cpu_info()
     features = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
@@ -123,33 +126,27 @@ def line(result) -> str:
 COLOURS = {"faster": "green", "slower": "red"}
 
 
-def table(results: list, brief: bool = False):
-    """A rich table: a line for each of our candidates, with a column for each peer. brief: for a narrow terminal."""
-    from rich.table import Table
-
+def table(results: list, brief: bool = False) -> str:
+    """A line for each of our candidates, with a column for each peer. brief: for a narrow terminal."""
     from .results import verdict
 
     peers = list(dict.fromkeys(peer.name for result in results for peer in result.peers))
     peers = [peer for peer in peers if peer == "eager" or not brief]
-    t = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ("op", "shape", "dtype", "direction", "ours"):
-        t.add_column(name, no_wrap=True)
-    for name in ("ms", *(() if brief else ("±", "rate", "MB")), "of peak", *(f"vs {peer}" for peer in peers)):
-        t.add_column(name, justify="right", no_wrap=True)
-    t.add_column("verdict", no_wrap=True)
+    names = "ms", *(() if brief else ("±", "rate", "MB")), "of peak", *(f"vs {peer}" for peer in peers)
+    columns = dict.fromkeys(("op", "shape", "dtype", "direction", "ours"), "<") | dict.fromkeys(names, ">")
+    lines = []
     for result in results:
         for entry in result.ours:
             word = verdict(result, entry)
-            colour = COLOURS.get(word.split()[0])
             rate = f"{number(entry.rate)} {entry.unit}"
             more = () if brief else (f"{entry.spread / 2:.0%}", rate, megabytes(entry.memory))
-            t.add_row(
+            lines.append((
                 *(result.op, result.shape, result.dtype, result.direction, entry.name),
                 *(number(entry.ms, 4), *more, f"{entry.share:.0%}"),
                 *(ratio(result, entry, peer) for peer in peers),
-                f"[{colour}]{word}[/]" if colour else word,
-            )
-    return t
+                (word, COLOURS.get(word.split()[0], "")),
+            ))  # fmt: skip
+    return aligned(columns | {"verdict": "<"}, lines)
 
 
 def failures(about: dict) -> list[str]:
@@ -168,28 +165,17 @@ def notes(about: dict) -> list[str]:
     return found
 
 
-def console():
-    """Coloured in a terminal, plain text of full width elsewhere."""
-    from rich.console import Console
-
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=250, no_color=True)
-
-
 def show(results: list, about: dict):
     """Prints head, table and notes."""
-    from rich.measure import Measurement
-
-    out = console()
-    out.print(head(about["machine"]), soft_wrap=True, markup=False)
-    out.print()
     full = table(results)
-    brief = Measurement.get(out, out.options.update(max_width=10_000), full).maximum > out.width
-    out.print(table(results, brief=True) if brief else full)
+    widest = max(len(re.sub("\33.*?m", "", line)) for line in full.splitlines())  # without the colours
+    brief = widest > (shutil.get_terminal_size().columns if sys.stdout.isatty() else 250)
+    print(head(about["machine"]), end="\n\n")
+    print(table(results, brief=True) if brief else full)
     if brief:
-        out.print("(this terminal is too narrow for all columns; the page has them)")
+        print("(this terminal is too narrow for all columns; the page has them)")
     for note in notes(about):
-        out.print(note, soft_wrap=True, markup=False)
+        print(note)
 
 
 # ------------------------------------------------------------------------------- the file
