@@ -74,6 +74,15 @@ def torch_paths():
     return cpp_extension.include_paths(), cpp_extension.library_paths()
 
 
+def jobs() -> int:
+    """How many compilers run at a time: MAX_JOBS; one per core where it is not set, or empty."""
+    requested = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", requested.strip(), re.ASCII):
+        print(f"pygpt: MAX_JOBS must be a number from 1 on, got {requested!r}", file=sys.stderr)
+        sys.exit(2)
+    return int(requested)
+
+
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, of PATH, or where the toolkit is usually installed."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -139,7 +148,7 @@ class BuildKernels(build_ext):
 
     def build_extensions(self):
         self.include, self.library = torch_paths()
-        self.pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)))
+        self.pool = ThreadPoolExecutor(jobs())
         with self.pool:
             super().build_extensions()
 
