@@ -154,7 +154,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None):
         """`generate`, yielding each new token (B, 1) as it is drawn."""
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"pygpt.GPT: temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}")
         caches = None
         for _ in range(max_new_tokens):
@@ -209,10 +209,12 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     """logits (B, V) -> one token each, (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
+    least = torch.finfo(logits.dtype).tiny  # below it, 0 / temperature may be NaN: a GPU multiplies by 1 / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)  # at most 0: no overflow to +inf
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
