@@ -35,6 +35,11 @@ def _bytes(t: Tensor):
     return (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
 
 
+def need_numpy():
+    """ModuleNotFoundError now, not when a run is to be saved: safetensors writes by way of NumPy."""
+    import numpy  # noqa: F401
+
+
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
     """OSError if it cannot be written; the old file is then untouched."""
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}

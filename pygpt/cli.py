@@ -62,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, Unavailable) as e:
         return _end(f"error: {e}", 2)
     except ModuleNotFoundError as e:
-        if not e.name or e.name.partition(".")[0] == __package__:
+        package = (e.name or __package__).partition(".")[0]
+        if package == __package__:
             raise
-        return _end(f"error: this command needs {e.name}, which is not installed", 2)
+        return _end(f"error: this command needs {package}, which is not installed", 2)
     except (MemoryError, RuntimeError) as e:
         if not _is_out_of_memory(e):
             raise

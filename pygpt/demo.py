@@ -11,6 +11,7 @@ from statistics import mean, median
 
 import torch
 
+from . import checkpoint
 from .dispatch import TABLE
 from .data import Corpus, UsageError, check_number
 from .files import locked, must_be_folder
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace):
                 f"the demo compares {' with '.join(BACKENDS)}, and {name} is not available: {TABLE[name].missing}"
             )
     must_be_folder(args.out)
+    checkpoint.need_numpy()
     for flag in ("seconds", "steps", "sample", "threads"):
         if (value := getattr(args, flag)) is not None:
             check_number(f"--{flag}", value, below=2**31)
@@ -70,8 +72,8 @@ def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
     losses, seconds = _race(trainers, args)
     validation = {name: trainer.evaluate()["val_loss"] for name, trainer in trainers.items()}
     steps = list(range(1, trainers["cpp"].done + 1))
-    checkpoint, plot = args.out / "checkpoint.safetensors", args.out / "loss.png"
-    trainers["cpp"].save(checkpoint)
+    path, plot = args.out / "checkpoint.safetensors", args.out / "loss.png"
+    trainers["cpp"].save(path)
     title = f"{settings.n_layer} x {settings.n_embd} GPT on {len(corpus.train) / 1e6:.1f} MB of text"
     plotted = plot_losses(plot, title, {f'backend "{name}"': (steps, losses[name]) for name in BACKENDS})
 
@@ -81,7 +83,7 @@ def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
         print(piece, end="", flush=True)
     print("\n")
     _table(losses, seconds, validation, settings.tokens_per_step)
-    print(f"\ncheckpoint  {checkpoint}  (pygpt generate {args.out})")
+    print(f"\ncheckpoint  {path}  (pygpt generate {args.out})")
     print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed, or NumPy")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .data import UsageError
 from .dispatch import TABLE, backend
+from .data import UsageError, check_number
 from .train import open_checkpoint
 
 
@@ -43,10 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    for name, low, below in (
+        ("max_new_tokens", 1, 2**63),
+        ("temperature", 0, None),
+        ("top_k", 1, 2**63),
+        ("seed", 0, 2**64),
+    ):
+        if (value := getattr(args, name)) is not None:
+            check_number(f"--{name.replace('_', '-')}", value, low, below)
     if args.backend and TABLE[args.backend].missing:
         raise UsageError(f"backend {args.backend!r} is not available: {TABLE[args.backend].missing}")
     try:

@@ -249,9 +249,7 @@ class Trainer:
         done, scaler, expected = metadata["step"], metadata["scaler"], dict(self.named)
         if done < 0 or scaler.keys() != self.scaler.state_dict().keys():
             raise UsageError(f"{path} does not fit this run: its step is {done}, its gradient scaler {scaler}")
-        enabled = self.scaler.is_enabled()  # then a step whose gradients overflow is skipped, and the scale is halved
-        skipped = enabled and scaler["scale"] == self.scaler.get_scale() * self.scaler.get_backoff_factor() ** done
-        if done and not skipped:
+        if done:  # AdamW, being fused, has a state even after steps that the scaler skipped
             for name, p in self.named.items():
                 expected |= {f"adamw.exp_avg.{name}": p, f"adamw.exp_avg_sq.{name}": p}
                 expected[f"adamw.step.{name}"] = torch.zeros((), dtype=torch.float32)
@@ -369,8 +367,6 @@ def fit(trainer: Trainer, out: Path):
     )
     if trainer.done >= s.steps:
         print(f"the run is finished: it is at step {trainer.done} of {s.steps}; a larger --steps trains on", flush=True)
-    elif s.compile:
-        print("torch.compile works before the first evaluation and the first step, up to a minute each", flush=True)
     durations = []
     with Progress("training", s.steps, trainer.done) as progress, _until_a_signal() as signals:
 
@@ -439,6 +435,7 @@ def run(args: argparse.Namespace):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
     path, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
     must_be_folder(args.out)
+    checkpoint.need_numpy()
     if args.resume:
         settings = _resumed_settings(path, given)
         for name in ("preset", "force"):
@@ -450,6 +447,11 @@ def run(args: argparse.Namespace):
     if settings.threads:
         torch.set_num_threads(settings.threads)
     corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
+    if settings.compile:
+        print(
+            "--compile: torch.compile is tried now, and works before the first evaluation and the first step:", end=" "
+        )
+        print("up to a minute each", flush=True)
     trainer = Trainer(settings, corpus)
     with locked(args.out):
         if args.resume:

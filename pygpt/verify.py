@@ -32,12 +32,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from . import functional  # noqa: F401 (registers the ops)
-from .data import UsageError
-from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
+from . import functional, reference
+from .dispatch import TABLE, choose
 from .dispatch import backend as chosen
-from .ops.activation import ACTIVATIONS
-from .ops.common import as_tuple, lead
+from .data import UsageError, check_number
+from .reference import as_tuple
+from .report import table
 
 ULPS = 4.0
 REDRAWN = 8
@@ -184,7 +184,7 @@ def _value(op_key: str, text: str, default):
                 return text
             raise ValueError
         sizes = [int(n) for n in text.split("x")]
-        if min(sizes) < 0 or len(sizes) > 1 and op_key != "M":
+        if min(sizes) < 0 or max(sizes) >= 2**63 or len(sizes) > 1 and op_key != "M":
             raise ValueError
         return sizes[0] if len(sizes) == 1 else tuple(sizes)
     except ValueError:
@@ -233,6 +233,7 @@ def run(args) -> int:
     dtypes = _names(args.dtypes, DTYPES, "dtype")
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    check_number("--seed", seed, -(2**63), 2**64)  # what torch takes
     generator = torch.Generator().manual_seed(seed)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("verify: --device cuda: torch finds no GPU here")
@@ -264,20 +265,14 @@ def _plain(row: Row) -> dict:
 
 
 def _print(rows):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    columns = dict.fromkeys(("dtype", "direction", "backend"), "<") | dict.fromkeys(
+        ("our error", "PyTorch's", "ratio", ""), ">"
+    )
     for (op, shape), group in groupby(rows, key=lambda row: (row.op, row.shape)):
-        lines = Table(
-            "dtype", "direction", "backend", box=box.SIMPLE_HEAD, title=f"{op}  {shape}", title_justify="left"
-        )
-        for name in ("our error", "PyTorch's", "ratio", ""):
-            lines.add_column(name, justify="right")
-        for row in group:
-            numbers = f"{row.ours:.2e}", f"{row.torch:.2e}", f"{row.ratio:.2f}"
-            lines.add_row(
-                row.dtype, row.direction, row.backend, *numbers, "[green]pass" if row.passed else "[bold red]FAIL"
-            )
-        console.print(lines)
+        print(f"{op}  {shape}")
+        lines = [
+            (row.dtype, row.direction, row.backend, f"{row.ours:.2e}", f"{row.torch:.2e}", f"{row.ratio:.2f}",
+             ("pass", "green") if row.passed else ("FAIL", "red"))
+            for row in group
+        ]  # fmt: skip
+        print(table(columns, lines), end="\n\n")

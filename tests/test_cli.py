@@ -1,5 +1,6 @@
 """The command line: what it prints, and that bad input is one line, exit code 2, and no damage."""
 
+import codecs
 import dataclasses
 import importlib
 import json
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 import pygpt
+from pygpt import checkpoint as checkpoints
 from pygpt import cli
 from pygpt.dispatch import OPS, TABLE
+from pygpt.data import Corpus
 
 TINY = [
     "--n-layer=1",
@@ -110,6 +113,59 @@ def test_a_run_is_not_overwritten(checkpoint, text, capsys):
     assert checkpoint.read_bytes() == before
 
 
+def test_flags_that_resuming_would_ignore(checkpoint, text, capsys):
+    before, out = checkpoint.read_bytes(), checkpoint.parent
+    for flag in ("--force", "--preset=demo"):
+        message = refused(capsys, "train", "--resume", flag, "--steps=4", "--out", out)
+        assert f"{flag.partition('=')[0]} is for a new one" in message
+    assert checkpoint.read_bytes() == before
+
+
+def test_resuming_a_finished_run_says_so(checkpoint, capsys):
+    before, out = checkpoint.read_bytes(), str(checkpoint.parent)
+    finished = "the run is finished: it is at step 2 of {}; a larger --steps trains on\n"
+    for flags, steps in ([], 2), (["--steps=1"], 1):
+        assert cli.main(["train", "--resume", *flags, "--out", out]) == 0
+        assert finished.format(steps) in capsys.readouterr().out and checkpoint.read_bytes() == before
+    assert cli.main(["train", "--resume", "--steps=3", "--out", out]) == 0
+    assert "the run is finished" not in capsys.readouterr().out
+
+
+def test_skipped_files_are_named(files, capsys):
+    """On stderr, in one line; what is left is trained on."""
+    for name in ("x", "y", "z"):
+        Path("utf16", f"{name}.bin").write_bytes(b"\0")
+    Path("utf16", "good.txt").write_text("some text " * 1000)
+    assert cli.main(["train", *TINY, "--data=utf16", "--out=run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("pygpt: utf16: skipped a.txt, b/c.txt, x.bin and 2 more, which hold zero bytes")
+    assert captured.err.count("\n") == 1 and "9,000 training tokens" in captured.out
+
+
+@pytest.mark.parametrize("tokens", ["byte", "char"])
+def test_a_byte_order_mark_is_no_token(tokens, files):
+    mark = codecs.BOM_UTF8
+    for name in ("a.txt", "b.txt"):
+        Path("folder", name).write_bytes(mark + b"text " * 100)
+    Path("one.txt").write_bytes(mark + b"text " * 100 + mark)  # inside, it is a character
+    folder, one = (Corpus.load(path, tokens, 2) for path in ("folder", "one.txt"))
+    assert len(folder.train) + len(folder.val) == 1000 and folder.tokenizer.vocabulary in (None, " etx")
+    assert one.tokenizer.decode(one.val[-3:].tolist()).endswith(mark)
+
+
+def test_compiling_is_announced(text, tmp_path, monkeypatch, capsys):
+    """Before it begins, as it is silent for up to a minute."""
+    train = importlib.import_module("pygpt.train")
+
+    def compiled(model):
+        assert "torch.compile is tried now" in capsys.readouterr().out
+        return model
+
+    monkeypatch.setattr(train, "_compiled", compiled)
+    assert cli.main(["train", *TINY, "--compile", "--data", text, "--out", str(tmp_path / "run")]) == 0
+    assert "compile" not in capsys.readouterr().out
+
+
 def test_threads(text, tmp_path):
     command = ["train", *TINY, "--data", text, "--threads=2", "--out", str(tmp_path / "run")]
     assert cli.main(command) == 0 and torch.get_num_threads() == 2
@@ -128,21 +184,38 @@ BAD = [
     ("train --vocab-size=10", "--vocab-size 10 is less than"),
     ("train --steps=0", "--steps must be at least 1, got 0"),
     ("train --batch-size=-1", "--batch-size must be at least 1"),
-    ("train --learning-rate=nan", "--learning-rate must be at least"),
+    ("train --learning-rate=nan", "--learning-rate must be a finite number, got nan"),
+    ("train --learning-rate=inf", "--learning-rate must be a finite number, got inf"),
+    ("train --weight-decay=-inf", "--weight-decay must be a finite number, got -inf"),
     ("train --learning-rate=-1", "--learning-rate must be at least"),
     ("train --dropout=1", "--dropout must be below 1"),
     ("train --beta2=1", "--beta2 must be below 1"),
     ("train --threads=0", "--threads must be at least 1"),
+    ("train --threads=9999999999", "--threads must be less than 2147483648, got 9999999999"),
+    (f"train --vocab-size={10**30}", f"--vocab-size must be less than {2**63}, got 1000"),
+    (f"train --batch-size={10**30}", f"--batch-size must be less than {2**63}, got 1000"),
+    ("train --data=long.txt --vocab-size=1000000000000", "out of memory: tried to allocate 512000000000000 bytes"),
+    ("train --data=long.txt --n-embd=1000000", "out of memory: tried to allocate 12000000000000 bytes"),
+    (f"train --data=long.txt --vocab-size={10**18}", "out of memory"),
     ("train --steps=many", "invalid int value: 'many'"),
     ("train --step=3", "unrecognized arguments: --step=3"),
     ("train --data=long.txt --block-size=16 --out=long.txt/run", "long.txt"),
     ("train --data=long.txt --block-size=16 --out=/proc/pygpt", "/proc/pygpt"),
+    ("train --data=long.txt --out=long.txt", "long.txt is a file, not a folder"),
+    ("train --resume --out=long.txt", "long.txt is a file, not a folder"),
+    ("train --data=pipe", "pipe is neither a file nor a folder"),
+    ("train --data=/dev/null", "/dev/null is neither a file nor a folder"),
+    ("train --data=utf16", "no text in utf16; skipped a.txt, b/c.txt, which hold zero bytes, as UTF-16"),
+    ("train --data=bom.txt", "no text in bom.txt"),
     ("train --resume --out=folder", "no checkpoint at folder/checkpoint.safetensors"),
     ("generate missing", "no checkpoint at missing"),
     ("generate folder", "no checkpoint at folder/checkpoint.safetensors"),
     ("generate long.txt", "long.txt is not a readable checkpoint"),
     ("generate long.txt --max-new-tokens=0", "--max-new-tokens must be at least 1"),
     ("generate long.txt --temperature=-1", "--temperature must be at least 0"),
+    ("generate long.txt --temperature=nan", "--temperature must be a finite number, got nan"),
+    ("generate long.txt --seed=99999999999999999999", f"--seed must be less than {2**64}, got 99999999999999999999"),
+    ("generate long.txt --seed=-1", "--seed must be at least 0"),
     ("generate long.txt --top-k=0", "--top-k must be at least 1"),
     ("generate long.txt --prompt=", "--prompt is empty"),
     ("generate", "the following arguments are required: checkpoint"),
@@ -152,6 +225,15 @@ BAD = [
     ("verify --shape=X=1", "no op has the dimensions X"),
     ("verify --ops=gelu --shape=B=1", "gelu has no dimension 'B'"),
     ("verify --ops=gelu --shape=M=x", "M='x' is not valid"),
+    ("verify --ops=gelu --shape=M=100000000000000", "out of memory: tried to allocate 800000000000000 bytes"),
+    ("verify --ops=attention --shape=L=100000000000000", "out of memory"),
+    (f"verify --ops=linear --shape=M={10**18},K=64", "out of memory"),
+    (f"verify --ops=gelu --shape=M={2**63}", f"M='{2**63}' is not valid"),
+    ("verify --seed=99999999999999999999", f"--seed must be less than {2**64}"),
+    ("verify --seed=-99999999999999999999", f"--seed must be at least {-(2**63)}"),
+    ("demo --out=long.txt", "long.txt is a file, not a folder"),
+    ("demo --seconds=inf", "--seconds must be a finite number"),
+    ("demo --threads=9999999999", "--threads must be less than 2147483648"),
     ("demo --seconds=0", "--seconds must be positive"),
     ("demo --steps=-3", "--steps must be positive"),
     ("demo --data=missing.txt", "no such file or folder: missing.txt"),
@@ -167,6 +249,11 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("x" * 100)
     (tmp_path / "long.txt").write_text("some text " * 1000)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 1000)
+    (tmp_path / "bom.txt").write_bytes(codecs.BOM_UTF8)
+    (tmp_path / "utf16" / "b").mkdir(parents=True)
+    for name in ("a.txt", "b/c.txt"):
+        (tmp_path / "utf16" / name).write_text("some text " * 1000, encoding="utf-16")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
 
 
@@ -231,7 +318,188 @@ def test_checkpoint_of_another_text(checkpoint, text, capsys):
     assert "another text" in refused(capsys, "train", "--resume", "--steps=9", "--out", checkpoint.parent)
 
 
+def rewritten(checkpoint, change):
+    """The checkpoint with a right checksum over what ``change`` did to its tensors and metadata."""
+    tensors, metadata = checkpoints.load(checkpoint)
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    change(tensors, metadata)
+    checkpoints.save(checkpoint, tensors, metadata)
+
+
+WEIGHT = "transformer.h.0.attn.c_attn.weight"
+WRONG_ENTRIES = {
+    "exp_avg missing": lambda t, m: t.pop(f"adamw.exp_avg.{WEIGHT}"),
+    "step missing": lambda t, m: t.pop(f"adamw.step.{WEIGHT}"),
+    "all missing": lambda t, m: [t.pop(name) for name in list(t) if name.startswith("adamw.")],
+    "unknown key": lambda t, m: t.update({f"adamw.momentum.{WEIGHT}": torch.zeros(48, 16)}),
+    "unknown parameter": lambda t, m: t.update({"adamw.exp_avg.nobody": torch.zeros(3)}),
+    "no parameter": lambda t, m: t.update({"adamw.": torch.zeros(3)}),
+    "exp_avg_sq's shape": lambda t, m: t.update({f"adamw.exp_avg_sq.{WEIGHT}": torch.zeros(16, 48)}),
+    "step's shape": lambda t, m: t.update({f"adamw.step.{WEIGHT}": torch.ones(1)}),
+    "dtype": lambda t, m: t.update({f"adamw.exp_avg.{WEIGHT}": torch.zeros(48, 16, dtype=torch.float64)}),
+    "weight's dtype": lambda t, m: t.update({WEIGHT: torch.zeros(48, 16, dtype=torch.float64)}),
+    "weight missing": lambda t, m: t.pop(WEIGHT),
+    "unknown weight": lambda t, m: t.update({"lm_head.bias": torch.zeros(256)}),
+    "negative step": lambda t, m: m.update(step=-1),
+    "a scaler": lambda t, m: m.update(scaler={"scale": 2.0}),
+    "no scaler": lambda t, m: m.pop("scaler"),
+    "no step": lambda t, m: m.update(step=None),
+    "no settings": lambda t, m: m.pop("settings"),
+    "setting's kind": lambda t, m: m["settings"].update(n_layer="one"),
+    "unknown setting": lambda t, m: m["settings"].update(depth=3),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ENTRIES)
+def test_checkpoints_with_wrong_entries(what, checkpoint, capsys):
+    """Each is refused, in one line, before anything of it is loaded."""
+    rewritten(checkpoint, WRONG_ENTRIES[what])
+    before = checkpoint.read_bytes()
+    message = refused(capsys, "train", "--resume", "--steps=3", "--out", checkpoint.parent)
+    assert "does not fit" in message or "is damaged" in message
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_right_checkpoint_may_be_rewritten(checkpoint):
+    """The test above refuses what it changes, not how it writes."""
+    rewritten(checkpoint, lambda t, m: None)
+    assert cli.main(["train", "--resume", "--steps=3", "--out", str(checkpoint.parent)]) == 0
+
+
+@pytest.mark.parametrize("line", [
+    b"\xff\xfe", "é".encode("latin-1"), b"[1]", b"5", b"null", b"{}", b'{"loss": 1.0}', b'{"step": "1"}', b"text",
+    b'{"step": 1, "loss": "low"}', b"", b"[" * 100_000,
+], ids=repr)  # fmt: skip
+def test_a_log_that_is_none(line, checkpoint, capsys):
+    log = checkpoint.parent / "log.jsonl"
+    content = log.read_bytes() + line[:10] * (len(line) // 10 or 1) + b"\n" + log.read_bytes()
+    log.write_bytes(content)
+    message = refused(capsys, "train", "--resume", "--steps=3", "--out", checkpoint.parent)
+    assert f"{log} is no log of a training run: line 5" in message and log.read_bytes() == content
+
+
 # ------------------------------------------------------------------------------- as a process
+def process(*arguments, **environment) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])} | environment
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_streams_that_are_not_utf8(encoding, checkpoint):
+    """What an encoding lacks becomes a question mark."""
+    arguments = "-m", "pygpt", "generate", str(checkpoint), "--prompt=né →", "--max-new-tokens=50", "--temperature=9"
+    found = process(*arguments, PYTHONIOENCODING=encoding)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert found.stdout.startswith("né →".encode(encoding, "replace"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output(unbuffered, checkpoint):
+    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1]), "PYTHONUNBUFFERED": unbuffered}
+    for arguments in ["info"], ["generate", str(checkpoint)]:
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "pygpt", *arguments]
+            found = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        line = "pygpt: error: cannot write to standard output: No space left on device\n"
+        assert (found.returncode, found.stderr) == (2, line)
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules[sys.argv[1]] = None  # importing it is a ModuleNotFoundError
+warnings.simplefilter("ignore")  # torch's, about NumPy
+from pygpt import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_without_numpy(checkpoint, text, tmp_path):
+    """What can do without it does; what saves says so before it begins."""
+    run = str(tmp_path / "new")
+    for arguments in (["train", *TINY, "--data", text], ["demo", "--steps=3"]):
+        found = process("-c", WITHOUT, "numpy", *arguments, "--out", run)
+        line = b"pygpt: error: this command needs numpy, which is not installed\n"
+        assert (found.returncode, found.stdout, found.stderr) == (2, b"", line) and not os.path.exists(run)
+    for arguments in (["generate", str(checkpoint)], ["verify", "--ops=relu,mlp", "--dtypes=float32"]):
+        found = process("-c", WITHOUT, "numpy", *arguments)
+        assert (found.returncode, found.stderr) == (0, b"") and found.stdout
+
+
+def test_without_rich(text, tmp_path):
+    """Tables are plain, and a run in a terminal prints lines."""
+    for arguments in (
+        ["verify", "--ops=relu", "--dtypes=float32"],
+        ["train", *TINY, "--data", text, f"--out={tmp_path / 'run'}"],
+    ):
+        found = process("-c", WITHOUT, "rich", *arguments)
+        assert (found.returncode, found.stderr) == (0, b"") and found.stdout
+    code = "import sys; sys.stdout.isatty = lambda: True\n" + WITHOUT
+    found = process("-c", code, "rich", "train", "--force", *TINY, "--data", text, f"--out={tmp_path / 'run'}")
+    assert found.returncode == 0 and b"training  2/2" in found.stdout
+
+
+def test_without_safetensors(tmp_path):
+    found = process("-c", WITHOUT, "safetensors", "generate", str(tmp_path))
+    assert (found.returncode, found.stderr.count(b"\n")) == (2, 1) and b"this command needs safetensors" in found.stderr
+
+
+def test_a_missing_module_of_ours_is_no_bad_input(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygpt.info", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pygpt\.info"):
+        cli.main(["info"])
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def fails(argv):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(cli, "_run", fails)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        cli.main(["info"])
+
+
+def test_out_of_memory(monkeypatch, capsys):
+    """Python's, PyTorch's on each device, and C++'s."""
+    for error, line in (
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "out of memory: Tried to allocate 20.00 GiB"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+    ):  # fmt: skip
+        monkeypatch.setattr(cli, "_run", lambda argv, error=error: (_ for _ in ()).throw(error))
+        assert refused(capsys, "info") == f"pygpt: error: {line}\n"
+
+
+def test_a_wrong_backend_in_the_environment_of_a_process():
+    for command in ("info", "bench"):
+        found = process("-m", "pygpt", command, PYGPT_BACKEND="cpu")
+        assert (found.returncode, found.stdout, found.stderr.count(b"\n")) == (2, b"", 1), found.stderr
+        assert b"unknown backend 'cpu'; known: cpp" in found.stderr
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "1.5", "0x4", "9" * 30])
+def test_a_wrong_number_of_compilers(setting):
+    code = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1]); jobs = runpy.run_path(sys.argv[1] + '/setup.py')['jobs']"
+    )
+    root = str(Path(__file__).parents[1])
+    found = process("-c", code + "; print(jobs())", root, MAX_JOBS=setting)
+    line = f"pygpt: MAX_JOBS must be a number from 1 on, got {setting!r}\n".encode()
+    assert (found.returncode, found.stdout, found.stderr) == (2, b"", line)
+
+
+def test_a_right_number_of_compilers(monkeypatch):
+    import runpy
+
+    jobs = runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))["jobs"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    for setting, number in (("3", 3), (" 12 ", 12), ("", 7)):
+        monkeypatch.setenv("MAX_JOBS", setting)
+        assert jobs() == number
+    monkeypatch.delenv("MAX_JOBS")
+    assert jobs() == 7
+
+
 def test_compile_without_a_compiler(tmp_path, text):
     """One line, before anything is written."""
     env = os.environ | {

@@ -183,6 +183,39 @@ def test_resumes_bit_exactly(options, corpus, tmp_path):
         assert torch.equal(p, second.named[name]), name
 
 
+def overflow(trainer, steps):
+    """Makes the gradients of these steps infinite, as a scale that is too large does."""
+    parameter = trainer.named["transformer.wpe.weight"]
+    parameter.register_hook(lambda grad: grad * math.inf if trainer.done in steps else grad)
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2), (0, 2), (6,), ()], ids=str)
+def test_the_gradient_scaler_is_resumed(steps, corpus, tmp_path):
+    """Its scale and the steps since it last changed; also where every step so far overflowed."""
+    s = Settings(**TINY, dtype="float16")
+    through, first, second = (Trainer(s, corpus) for _ in range(3))
+    for trainer in (through, first, second):
+        trainer.scaler.set_growth_interval(5)
+        overflow(trainer, steps)
+    for _ in range(8):
+        through.step()
+    for _ in range(3):
+        first.step()
+    first.save(tmp_path / "c.safetensors")
+    assert first.scaler.state_dict() != second.scaler.state_dict()
+    second.load(tmp_path / "c.safetensors")
+    assert first.scaler.state_dict() == second.scaler.state_dict()
+    for _ in range(5):
+        second.step()
+    state = second.scaler.state_dict()
+    assert state == through.scaler.state_dict()
+    assert (state["scale"], state["_growth_tracker"]) == {
+        (0, 1, 2): (2.0**14, 0), (0, 2): (2.0**15, 0), (6,): (2.0**16, 1), (): (2.0**17, 3)
+    }[steps]  # fmt: skip
+    for name, p in through.named.items():
+        assert torch.equal(p, second.named[name]), name
+
+
 def test_resumes_bit_exactly_after_kill_9(text, tmp_path):
     """The killed and resumed run ends with the same checkpoint file, byte for byte, and the same log."""
     command = [
@@ -309,6 +342,22 @@ def test_checkpoint_holds_nanogpt_names(corpus, tmp_path):
     assert not model.training and tokenizer.size == 256
     mode = (tmp_path / "c.safetensors").stat().st_mode
     assert mode == (tmp_path / "text.txt").stat().st_mode
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(corpus, tmp_path):
+    path = tmp_path / "c.safetensors"
+    trainer = Trainer(Settings(**TINY), corpus)
+    trainer.step()
+    trainer.save(path)
+    tensors, metadata = checkpoint.load(path)
+    names = [name for name in tensors if name.startswith("adamw.exp_avg_sq.")]
+    checkpoint.save(path, tensors | {names[-1]: torch.zeros(3)}, metadata)
+    other = Trainer(Settings(**TINY, seed=2), corpus)
+    before = {name: p.clone() for name, p in other.named.items()}
+    with pytest.raises(UsageError, match=rf"does not fit the model: {names[-1]} must be .*, found \(3,\)"):
+        other.load(path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named.items())
+    assert other.done == 0 and not other.optimizer.state
 
 
 def test_resume_refuses_another_text_and_another_model(corpus, text, tmp_path):
