@@ -1,13 +1,24 @@
 """pygpt: fused GPT kernels for PyTorch - attention, MLP, norms - as drop-in ops, modules and a model."""
 
+import sys
 from pathlib import Path
 
 if not (Path(__file__).parent / "triton_kernels").is_dir():  # a checkout: the folder lies beside this one
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import backends, functional, nn  # noqa: F401 (backends fills the table)
-from .dispatch import Choice, backend, explain
-from .model import GPT, GPTConfig
+try:
+    from . import functional, nn
+    from .dispatch import Choice, backend
+    from .functional import explain
+    from .model import GPT, GPTConfig
+except (RuntimeError, ValueError) as e:  # the command line says in one line what is wrong with an environment variable
+    if "PYGPT_" not in str(e) or Path(*sys.argv[:1]).stem not in (
+        "-m",
+        "pygpt",
+    ):  # "-m": python -m pygpt, at this point
+        raise
+    print(f"pygpt: error: {str(e).removeprefix('pygpt: ')}", file=sys.stderr)
+    sys.exit(2)
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "Choice", "GPTConfig", "backend", "explain", "functional", "nn"]
