@@ -30,6 +30,16 @@ def check_number(flag: str, value: float, low=None, below=2**63):
         raise UsageError(f"{flag} must be less than {below}, got {value}")
 
 
+def check_memory(what: str, needed: int):
+    """UsageError where this machine has less memory. Some systems promise any amount, and kill who uses it."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, which promises no more than there is
+        return
+    if needed > total:
+        raise UsageError(f"out of memory: {what} take {needed:,} bytes, this machine has {total:,}")
+
+
 class Bytes:
     """Token = byte of the UTF-8 text."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import checkpoint, reference
 from .dispatch import TABLE, backend, chosen
-from .data import Corpus, UsageError, check_number, seed_of, tokenizer
+from .data import Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
 from .files import atomic, locked, must_be_folder, naming
 from .model import GPT, GPTConfig
 from .report import Progress, plot_losses
@@ -148,7 +148,10 @@ class Trainer:
             config = GPTConfig(size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias, s.activation)
         except ValueError as e:
             raise UsageError(e) from None
-        self.model = GPT(config).to(torch.float64 if s.dtype == "float64" else torch.float32)
+        dtype = torch.float64 if s.dtype == "float64" else torch.float32
+        parameters = sum(p.numel() for p in GPT(config, device="meta").parameters())
+        check_memory("the weights, their gradients and AdamW's moments", 4 * parameters * dtype.itemsize)
+        self.model = GPT(config).to(dtype)
         self._check_backend()
         self.named = dict(self.model.named_parameters())
         matrices = [p for p in self.named.values() if p.dim() >= 2]

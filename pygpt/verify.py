@@ -35,7 +35,7 @@ from torch import Tensor
 from . import functional, reference
 from .dispatch import TABLE, choose
 from .dispatch import backend as chosen
-from .data import UsageError, check_number
+from .data import UsageError, check_memory, check_number
 from .reference import as_tuple
 from .report import table
 
@@ -215,6 +215,12 @@ def _names(text: str | None, known, what: str) -> list[str]:
     return names
 
 
+def _check_memory(op: str, dims: dict):
+    """UsageError where the inputs alone are more than this machine can hold."""
+    args = SPECS[op].draw(lambda *shape: torch.empty(shape, dtype=torch.float64, device="meta"), complete(op, dims))
+    check_memory(f"{op}'s inputs in float64", sum(a.nbytes for a in args if isinstance(a, Tensor)))
+
+
 def add_arguments(parser):
     parser.add_argument("--backend", choices=TABLE, help="default: what serves each op here")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
@@ -239,6 +245,8 @@ def run(args) -> int:
         raise UsageError("verify: --device cuda: torch finds no GPU here")
     if args.backend and not args.dtypes:
         dtypes = [name for name in dtypes if DTYPES[name] in TABLE[args.backend].dtypes]
+    for op, dims in (own or {}).items():
+        _check_memory(op, dims)
     rows = []
     for op in ops if own is None else own:
         for dims in SPECS[op].shapes if own is None else (own[op],):
