@@ -7,15 +7,14 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():  # a checkout: the f
     __path__.append(str(Path(__file__).parents[1]))
 
 try:
-    from . import functional, nn
-    from .dispatch import Choice, backend
-    from .functional import explain
+    from . import backends, functional, nn  # noqa: F401 (backends fills the table)
+    from .dispatch import Choice, backend, chosen, explain
     from .model import GPT, GPTConfig
+
+    chosen()  # refuses a PYGPT_BACKEND that is unknown or not there
 except (RuntimeError, ValueError) as e:  # the command line says in one line what is wrong with an environment variable
-    if "PYGPT_" not in str(e) or Path(*sys.argv[:1]).stem not in (
-        "-m",
-        "pygpt",
-    ):  # "-m": python -m pygpt, at this point
+    command_line = Path(*sys.argv[:1]).stem in ("-m", "pygpt")  # "-m": python -m pygpt, at this point
+    if "PYGPT_" not in str(e) or not command_line:
         raise
     print(f"pygpt: error: {str(e).removeprefix('pygpt: ')}", file=sys.stderr)
     sys.exit(2)

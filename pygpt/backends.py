@@ -141,7 +141,12 @@ def _fast(ops) -> tuple[SimpleNamespace | None, Callable]:
     if table is not None:
         from . import _C
 
-        modes = _is_any_autocast_enabled, _are_functorch_transforms_active, _get_tracing_state, _len_torch_function_stack
+        modes = (
+            _is_any_autocast_enabled,
+            _are_functorch_transforms_active,
+            _get_tracing_state,
+            _len_torch_function_stack,
+        )
         deciding = modes, ((forward_ad, "_current_level", -1),)
         watching = (_len_torch_dispatch_stack, _get_tracing_state), ((profiler, "_is_profiler_enabled", False),)
         classes = torch.Tensor, torch.nn.Parameter

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import Unavailable, chosen
 from .data import UsageError
 from .dispatch import Unavailable, chosen
 
@@ -103,7 +102,7 @@ def _run(argv: list[str]):
     try:
         chosen()
     except ValueError as e:
-        raise UsageError(f"PYGPT_BACKEND: {e}") from None
+        raise UsageError(e) from None
     args.given = argv[argv.index(args.command) + 1 :]
     return _module(args.command).run(args)
 

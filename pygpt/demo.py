@@ -12,8 +12,8 @@ from statistics import mean, median
 import torch
 
 from . import checkpoint
-from .dispatch import TABLE
 from .data import Corpus, UsageError, check_number
+from .dispatch import TABLE
 from .files import locked, must_be_folder
 from .generate import continuation
 from .report import Progress, clock, plot_losses

@@ -219,8 +219,12 @@ FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
 
 def chosen() -> str | None:
     """The explicitly chosen backend, or None where the table decides. Raises as `backend` does."""
-    name = state.chosen or FROM_ENVIRONMENT
-    return None if name is None else named(name).name
+    if state.chosen is not None or FROM_ENVIRONMENT is None:
+        return state.chosen  # `backend` has looked it up
+    try:
+        return named(FROM_ENVIRONMENT).name
+    except (ValueError, Unavailable) as e:
+        raise type(e)(f"PYGPT_BACKEND: {e}") from None
 
 
 # ------------------------------------------------------------------------------- resolving a call

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import TABLE, backend
 from .data import UsageError, check_number
+from .dispatch import TABLE, backend
 from .train import open_checkpoint
 
 

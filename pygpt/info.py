@@ -44,7 +44,7 @@ def _why_not(row, op: str) -> str | None:
     """None where the backend serves float32 tensors of the op on its devices."""
     if row.missing:
         return row.missing
-    return None if op in row.ops else f"{op} is not among its ops"
+    return None if row.ops is None or op in row.ops else f"{op} is not among its ops"
 
 
 def add_arguments(parser: argparse.ArgumentParser):

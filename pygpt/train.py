@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, reference
-from .dispatch import TABLE, backend, chosen
 from .data import Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
+from .dispatch import TABLE, backend, chosen, explain
 from .files import atomic, locked, must_be_folder, naming
 from .model import GPT, GPTConfig
 from .report import Progress, plot_losses
@@ -167,9 +167,7 @@ class Trainer:
         why = [TABLE[name].missing] if name and TABLE[name].missing else None
         if not why:
             with self._context():
-                choice = explain(
-                    "scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True
-                )
+                choice = explain("scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True)
             why = choice.rejected[name] if choice.backend is None else None
         if why:
             raise UsageError(f"backend {name!r} cannot train this model: {'; '.join(why)}")

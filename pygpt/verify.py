@@ -32,11 +32,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from . import functional, reference
-from .dispatch import TABLE, choose
-from .dispatch import backend as chosen
+from . import functional  # noqa: F401 (registers the ops)
 from .data import UsageError, check_memory, check_number
-from .reference import as_tuple
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
+from .dispatch import backend as chosen
+from .ops.common import as_tuple, lead
 from .report import table
 
 ULPS = 4.0
@@ -173,22 +173,20 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
 
 
 # ------------------------------------------------------------------------------- command line
-def _value(op_key: str, text: str, default):
+def _value(op: str, key: str, text: str):
     """One value of --shape, read as what its default is."""
+    default, choices = SPECS[op].dims[key], (SPECS[op].choices or {}).get(key)
     try:
         if isinstance(default, float):
             return float(text)
-        if op_key in ("activation", "approximate"):
-            known = ACTIVATIONS if op_key == "activation" else ("none", "tanh")
-            if text in known:
-                return text
-            raise ValueError
+        if choices:
+            return choices[choices.index(text)]
         sizes = [int(n) for n in text.split("x")]
-        if min(sizes) < 0 or max(sizes) >= 2**63 or len(sizes) > 1 and op_key != "M":
+        if min(sizes) < 0 or max(sizes) >= 2**63 or len(sizes) > 1 and key != "M":
             raise ValueError
         return sizes[0] if len(sizes) == 1 else tuple(sizes)
     except ValueError:
-        raise UsageError(f"verify: --shape: {op_key}={text!r} is not valid") from None
+        raise UsageError(f"verify: --shape: {key}={text!r} is not valid") from None
 
 
 def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
@@ -204,7 +202,7 @@ def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
     shapes = {}
     for op in fitting:
         complete(op, dict.fromkeys(keys))
-        shapes[op] = {key: _value(key, value, SPECS[op].dims[key]) for key, _, value in pairs}
+        shapes[op] = {key: _value(op, key, value) for key, _, value in pairs}
     return shapes
 
 

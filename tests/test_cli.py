@@ -15,8 +15,8 @@ import torch
 import pygpt
 from pygpt import checkpoint as checkpoints
 from pygpt import cli
-from pygpt.dispatch import OPS, TABLE
 from pygpt.data import Corpus
+from pygpt.dispatch import OPS, TABLE
 
 TINY = [
     "--n-layer=1",

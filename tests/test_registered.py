@@ -369,7 +369,7 @@ class Wrapper(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         cls.seen.append(str(func))
-        unwrap = lambda a: a.within if isinstance(a, cls) else a  # noqa: E731
+        unwrap = lambda a: a.within if isinstance(a, cls) else a
         out = func(*torch.utils._pytree.tree_map(unwrap, args), **torch.utils._pytree.tree_map(unwrap, kwargs or {}))
         return torch.utils._pytree.tree_map(lambda a: cls(a) if isinstance(a, torch.Tensor) else a, out)
 

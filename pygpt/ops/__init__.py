@@ -6,6 +6,6 @@ meta tensors. Sums and statistics are float32 (float64 for float64), as in the k
 wanted, in the order in which they are returned; an unwanted one comes back with no elements.
 """
 
-from . import activation, attention, mlp, norm
+from . import attention, mlp, norm, activation  # noqa: I001 (in the order in which they are shown)
 
 __all__ = ["activation", "attention", "mlp", "norm"]
