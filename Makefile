@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := $(VENV)/triton-3.6.0
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/bind/*.h csrc/bind/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 
 .PHONY: demo test test-all oldest-triton bench instructions gpu dist build clean
 demo: build

@@ -173,7 +173,7 @@ class BuildKernels(build_ext):
         )  # fmt: skip
 
     def build_cpu(self, ext):
-        jobs = [("csrc/bind_cpu.cpp", "binding", [STABLE]), ("csrc/cpu/dispatch.cpp", "dispatch", [])]
+        jobs = [("csrc/bind/bind_cpu.cpp", "binding", [STABLE]), ("csrc/cpu/dispatch.cpp", "dispatch", [])]
         jobs += [
             (f"csrc/cpu/{op}.cpp", isa, [f"-DPYGPT_ISA={isa}", *flags]) for isa, flags in ISAS.items() for op in CPU
         ]
@@ -199,7 +199,7 @@ class BuildKernels(build_ext):
             return str(result)
 
         flags = [STABLE, f'-DPYGPT_CUDA_CODE="{" ".join(code)}"']
-        binding = self.pool.submit(self.compile_host, "csrc/bind_cuda.cpp", objects.name, flags, ext.depends)
+        binding = self.pool.submit(self.compile_host, "csrc/bind/bind_cuda.cpp", objects.name, flags, ext.depends)
         kernels = list(self.pool.map(compile_kernels, sorted(s for s in ext.sources if s.endswith(".cu"))))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +224,8 @@ if __name__ == "__main__":  # a test imports what is above
     extensions = [
         Extension(
             "pygpt._C",
-            sources=["csrc/bind_cpu.cpp"],
-            depends=sources("csrc/*.h") + sources("csrc/cpu/*.h"),
+            sources=["csrc/bind/bind_cpu.cpp"],
+            depends=sources("csrc/*.h") + sources("csrc/bind/*.h") + sources("csrc/cpu/*.h"),
             libraries=["torch", "torch_cpu", "c10"],
             py_limited_api=True,
             language="c++",
@@ -237,8 +237,8 @@ if __name__ == "__main__":  # a test imports what is above
         extensions.append(
             Extension(
                 "pygpt._cuda",
-                sources=["csrc/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
-                depends=sources("csrc/*.h") + sources("csrc/cuda/*.cuh"),
+                sources=["csrc/bind/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
+                depends=sources("csrc/*.h") + sources("csrc/bind/*.h") + sources("csrc/cuda/*.cuh"),
                 py_limited_api=True,
             )
         )

@@ -1,7 +1,7 @@
 // The contract between the binding (which knows torch) and the kernels (which don't).
 //
 // Per op: one Args struct of pointers, sizes and strides, in elements, and a forward and a backward
-// function. Kernels check nothing: bind.h has checked shapes and dtypes, allocated every output and
+// function. Kernels check nothing: csrc/bind has checked shapes and dtypes, allocated every output and
 // filled the struct. A null output pointer means "not wanted". Statistics (mean, rstd, lse) are
 // float, or double when dtype is f64. All sizes and offsets are 64-bit.
 #pragma once

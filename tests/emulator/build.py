@@ -152,9 +152,10 @@ def _machine() -> list[Path]:
 @functools.cache
 def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, arch: int = 900):
     """The kernels of csrc/cuda, or the named files of them, as torch.ops.pygpt_emulator.*; once per process."""
-    import torch  # noqa: F401  before the module, which is linked to it
+    from pygpt.backend import define_ops  # which imports torch, to which the module is linked
 
     _missing_preload(sanitizer)
+    define_ops("pygpt_emulator")
     files = sorted(KERNELS.glob("*.cu")) if kernels is None else [KERNELS / f"{k}.cu" for k in kernels]
     name = "-".join(["kernels", *(kernels or ())])
     return _import(_build(name, [*files, *_machine(), HERE / "ops.cpp"], sanitizer, arch, _torch_libraries()))

@@ -1,5 +1,6 @@
-// torch.ops.pygpt_emulator.*: the ops of csrc/bind.h on CPU tensors, computed by the emulated CUDA kernels.
-#include "../../csrc/bind.h"
+// torch.ops.pygpt_emulator.*, whose schemas build.py defines: the op bodies of csrc/bind on CPU tensors, computed by the
+// emulated CUDA kernels.
+#include "../../csrc/bind/dispatcher.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +31,7 @@ struct Scratch {
 };
 }  // namespace
 
-void with_stream(const torch::stable::Tensor&, const std::function<void(const cuda::Stream&)>& body) {
+void with_stream(Device, const std::function<void(const cuda::Stream&)>& body) {
   std::vector<Scratch> scratch;
   body({0, nullptr, [&](int64_t bytes) { return static_cast<void*>(scratch.emplace_back(size_t(bytes)).data()); }});
   for (const Scratch& s : scratch)
@@ -46,9 +47,5 @@ namespace pygpt::cuda {
 PYGPT_KERNELS(PYGPT_MISSING)
 #undef PYGPT_MISSING
 }  // namespace pygpt::cuda
-
-STABLE_TORCH_LIBRARY(pygpt_emulator, m) {
-  for (const char* schema : pygpt::bind::SCHEMAS) m.def(schema);
-}
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt_emulator, CPU, m) { PYGPT_IMPL(m, pygpt::cuda); }

@@ -6,7 +6,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bind.h"
+#include "dispatcher.h"
 
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // of torch's C interface
 extern "C" int cudaDriverGetVersion(int*), cudaRuntimeGetVersion(int*), cudaSetDevice(int);
@@ -15,18 +15,19 @@ extern "C" const char* cudaGetErrorString(int);
 namespace pygpt::bind {
 
 // torch's current stream. Its allocator reuses freed memory in the stream's order, so scratch may be freed on return.
-void with_stream(const torch::stable::Tensor& lead, const std::function<void(const cuda::Stream&)>& body) {
-  const int32_t device = lead.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  const int error = cudaSetDevice(device);  // torch has told its own runtime; ours is another one
+void with_stream(Device device, const std::function<void(const cuda::Stream&)>& body) {
+  torch::stable::accelerator::DeviceGuard guard(device.index);
+  const int error = cudaSetDevice(device.index);  // torch has told its own runtime; ours is another one
   STD_TORCH_CHECK(error == 0, "pygpt: ", cudaGetErrorString(error));
   void* handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
-  std::vector<torch::stable::Tensor> scratch;
-  body({device, handle, [&](int64_t bytes) {
-          scratch.push_back(torch::stable::new_empty(lead, {bytes}, ScalarType::Byte));
-          if (poison) fill_with_nan(scratch.back());
-          return scratch.back().mutable_data_ptr();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &handle));
+  std::vector<Handle> scratch;
+  body({device.index, handle, [&](int64_t bytes) {
+          scratch.push_back(new_tensor(Shape{bytes}, Shape{1}, ScalarType::Byte, device));
+          if (poison) fill_tensor_with_nan(scratch.back().get(), true);
+          void* data;
+          STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.back().get(), &data));
+          return data;
         }});
 }
 

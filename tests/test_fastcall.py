@@ -1,4 +1,4 @@
-"""csrc/direct.h: plain calls leave out torch's dispatcher, and nobody can tell but by the clock.
+"""csrc/bind/fastcall.h: plain calls leave out torch's dispatcher, and nobody can tell but by the clock.
 
 A result made directly has storage that cannot be resized, which is how a test sees the way a call went.
 """
@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import functional, verify
-from pygpt.dispatch import TABLE
-from pygpt.dispatch import call_key as kind
+from pygpt.backend import TABLE
+from pygpt.backend import kind as call_key
 
 PLAIN, DISPATCHED = TABLE["cpp"].kernels, TABLE["cpp"].registered
 SHAPES = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]
@@ -134,20 +134,20 @@ def test_errors_are_the_dispatchers():
 
 def test_kinds_of_calls():
     x, w = torch.randn(3, 4), torch.randn(4)
-    kinds = [kind(0, t) for t in (x, x.double(), x.bfloat16(), x.half(), x.clone().requires_grad_())]
+    kinds = [call_key(0, t) for t in (x, x.double(), x.bfloat16(), x.half(), x.clone().requires_grad_())]
     assert len(set(kinds)) == 5 and None not in kinds
     with torch.no_grad():
-        assert kind(0, x.clone().requires_grad_()) == kinds[0]
-    assert kind(0b10, x, None) == kind(0, x, w) == kind(0, x, torch.nn.Parameter(w, False)) == kinds[0]
-    assert kind(0, x, torch.nn.Parameter(w)) == kinds[4]
+        assert call_key(0, x.clone().requires_grad_()) == kinds[0]
+    assert call_key(0b10, x, None) == call_key(0, x, w) == call_key(0, x, torch.nn.Parameter(w, False)) == kinds[0]
+    assert call_key(0, x, torch.nn.Parameter(w)) == kinds[4]
     for other in (None, w.double(), w.to("meta"), w.long(), w.to_sparse(), w.as_subclass(Wrapper), [1.0], 3):
-        assert kind(0, x, other) is None
+        assert call_key(0, x, other) is None
     with torch.autocast("cpu"):
-        assert kind(0, x) is None
+        assert call_key(0, x) is None
     with torch.autograd.forward_ad.dual_level():
-        assert kind(0, x) is None
+        assert call_key(0, x) is None
     torch.func.vmap(
-        lambda t: [t, kind(0, t) is None or pytest.fail("a vmapped tensor"), kind(0, x) is None or pytest.fail("vmap")][
+        lambda t: [t, call_key(0, t) is None or pytest.fail("a vmapped tensor"), call_key(0, x) is None or pytest.fail("vmap")][
             0
         ]
     )(x)

@@ -1,12 +1,15 @@
-// The Python module pygpt._C: importing it registers torch.ops.pygpt.* for the CPU.
-#include "direct.h"
+// The Python module pygpt._C. Importing it registers the CPU kernels of torch.ops.pygpt.*, which Python has defined.
+#include "fastcall.h"
 
 #include <exception>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/parallel.h"
+#include "dispatcher.h"
 
 namespace {
+
+namespace fast = pygpt::bind::fast;
 
 void parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -34,18 +37,14 @@ PyObject* fma_rate(PyObject*, PyObject* milliseconds) {
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use, one of cpu_capabilities()."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets compiled that this machine can run."},
-    {"connect", pygpt::direct::connect, METH_VARARGS, "See direct.h."},
-    {"kind", pygpt::direct::fastcall(pygpt::direct::kind), METH_FASTCALL, "See direct.h."},
+    {"connect", fast::connect, METH_VARARGS, "See fastcall.h."},
+    {"call_key", fast::as_fastcall(fast::call_key), METH_FASTCALL, "See fastcall.h."},
     {"fma_rate", fma_rate, METH_O, "fma_rate(milliseconds): measured float32 multiply-add peak, GFLOP/s, all threads."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._C", "pygpt's compiled kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY(pygpt, m) {
-  for (const char* schema : pygpt::bind::SCHEMAS) m.def(schema);
-}
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CPU, m) { PYGPT_IMPL(m, pygpt::cpu); }
 

@@ -1,0 +1,165 @@
+// One call of an op: the checks of its arguments, the memory of its results, and the launch of its kernel.
+//
+// Op bodies are written against Call and View alone. The two fronts, dispatcher.h and fastcall.h, turn what they are
+// given into Views, derive from Call to allocate and to compute, and turn the Views of the results back.
+#pragma once
+#include <functional>
+#include <stdexcept>
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../poison.h"
+#include "view.h"
+
+namespace pygpt::bind {
+
+// Calls body with the stream that work on the device is queued on. Each library of CUDA kernels has its own.
+void with_stream(Device device, const std::function<void(const cuda::Stream&)>& body);
+
+inline const bool poison = poison_requested();
+
+// A result this large comes from the system each time, and touching it first costs more than computing it
+// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
+inline void ask_for_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  if (bytes < 16 * kPage) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // may be refused
+#endif
+}
+
+inline std::string to_string(Shape s) {
+  std::string text = "(";
+  for (size_t i = 0; i < s.size(); i++) text += (i ? ", " : "") + std::to_string(s[i]);
+  return text + ")";
+}
+
+inline const char* to_string(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+class Call {
+ public:
+  explicit Call(const char* op) : op_(op) {}
+  Call(const Call&) = delete;
+
+  // ---------------------------------------------------------------- checks
+  // The tensor whose dtype and device the others must share. Every op names it first.
+  void lead(const View& t) {
+    if (t.sizes.size() > kMaxDims) fail("the first argument has more than " + std::to_string(kMaxDims) + " dimensions");
+    switch (t.type) {
+      case ScalarType::Double: dtype_ = DType::f64; break;
+      case ScalarType::Float: dtype_ = DType::f32; break;
+      case ScalarType::BFloat16: dtype_ = DType::bf16; break;
+      case ScalarType::Half: dtype_ = DType::f16; break;
+      default: fail("the first argument must be float64, float32, bfloat16 or float16");
+    }
+    if (!t.data && t.numel() > 0) fail("the first argument has no memory");
+    type_ = t.type, device_ = t.device;
+  }
+  DType dtype() const { return dtype_; }
+  ScalarType statistics() const { return dtype_ == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::runtime_error(std::string("pygpt.") + op_ + ": " + message);
+  }
+  void check(const char* name, const View& t, Shape want, ScalarType type) const {
+    if (t.type == type && !(t.device != device_) && t.sizes == want && (t.data || product(want) == 0)) return;
+    const std::string start = name;
+    if (t.type == ScalarType::Undefined) fail(start + " is undefined, or of a dtype that no op takes");
+    if (t.type != type) fail(start + " must be " + to_string(type) + ", got " + to_string(t.type));
+    if (t.device != device_) fail(start + " is not on the device of the first argument");
+    if (t.sizes != want) fail(start + " must have shape " + to_string(want) + ", got " + to_string(t.sizes));
+    fail(start + " has no memory");
+  }
+  void check(const char* name, const View& t, Shape want) const { check(name, t, want, type_); }
+  void check(const char* name, const Maybe& t, Shape want) const {
+    if (t) check(name, *t, want);
+  }
+  void at_least(const char* name, const View& t, int64_t dims) const {
+    if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
+  }
+  void count(const Needs& needs, size_t n) const {
+    if (needs.count != n)
+      fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.count));
+  }
+
+  // ---------------------------------------------------------------- results
+  View empty(Shape size, Shape stride) { return empty(size, stride, type_); }
+  View empty(Shape size) { return empty(size, contiguous_strides(size), type_); }
+
+  // What forward leaves for backward, and whether there will be one.
+  View for_backward(Shape size, ScalarType type) {
+    return has_backward() ? empty(size, contiguous_strides(size), type) : temporary(size, type);
+  }
+  View for_backward(Shape size) { return for_backward(size, type_); }
+  virtual bool has_backward() const { return true; }
+
+  // Contiguous memory for the kernel alone.
+  View scratch(Shape size) { return temporary(size, type_); }
+
+  // A gradient. It has no elements where it isn't wanted, and its data is null.
+  View wanted(bool need, Shape size, Shape stride) {
+    if (need) return empty(size, stride);
+    View none = empty(Shape{0});
+    none.data = nullptr;
+    return none;
+  }
+  View wanted(bool need, Shape size) { return wanted(need, size, contiguous_strides(size)); }
+
+  // ---------------------------------------------------------------- arguments in the memory order that a kernel takes
+  View in_order(const View& t, Shape stride) { return t.has_strides(stride) ? t : copy(t, stride); }
+  View dense(const View& t) { return t.is_contiguous() ? t : copy(t, contiguous_strides(t.sizes)); }
+  Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
+  View as_rows(const View& t) { return is_rows(t) ? t : copy(t, contiguous_strides(t.sizes)); }
+  Maybe as_rows(const Maybe& t) { return t ? Maybe(as_rows(*t)) : t; }
+
+  // ---------------------------------------------------------------- the kernel
+  // A CPU kernel takes its Args. A CUDA kernel takes a stream too, and it returns what went wrong.
+  template <auto kernel, class Args>
+  void run(const Args& a) {
+    if constexpr (std::is_invocable_v<decltype(kernel), const Args&>)
+      compute([](const void* args) { kernel(*static_cast<const Args*>(args)); }, &a);
+    else
+      with_stream(device_, [&](const cuda::Stream& stream) {
+        if (cuda::Error error = kernel(a, stream)) fail(error);
+      });
+  }
+
+ protected:
+  ~Call() = default;
+
+  // ---------------------------------------------------------------- what each front does in its own way
+  virtual View allocate(Shape size, Shape stride, ScalarType type) = 0;  // a result
+  virtual View temporary(Shape size, ScalarType type) = 0;               // contiguous; until the call ends
+  virtual View copy(const View& t, Shape stride) = 0;                    // until the call ends
+  virtual void fill_with_nan(const View& t) = 0;
+  virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
+
+  Device device() const { return device_; }
+  View empty(Shape size, Shape stride, ScalarType type) {
+    View t = allocate(size, stride, type);
+    if (poison) fill_with_nan(t);
+    return t;
+  }
+
+ private:
+  const char* op_;
+  DType dtype_{};
+  ScalarType type_{};
+  Device device_{};
+};
+
+}  // namespace pygpt::bind

@@ -1,0 +1,200 @@
+// The ops for torch's dispatcher: boxed functions of LibTorch's stable ABI.
+//
+// A call that comes here has passed what the dispatcher does before a kernel: autocast, autograd, modes, and tensors with
+// the negative bit, which it has resolved.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <tuple>
+
+#include "table.h"
+
+namespace pygpt::bind {
+
+// ---------------------------------------------------------------- tensors
+struct ReleaseTensor {
+  void operator()(AtenTensorHandle t) const { aoti_torch_delete_tensor_object(t); }
+};
+using Handle = std::unique_ptr<AtenTensorOpaque, ReleaseTensor>;
+
+// libtorch's own numbers of the dtypes that ops know.
+struct DtypeCode {
+  ScalarType type;
+  int32_t code;
+};
+inline const std::array<DtypeCode, 7> dtype_codes = {{{ScalarType::Float, aoti_torch_dtype_float32()},
+                                                      {ScalarType::BFloat16, aoti_torch_dtype_bfloat16()},
+                                                      {ScalarType::Half, aoti_torch_dtype_float16()},
+                                                      {ScalarType::Double, aoti_torch_dtype_float64()},
+                                                      {ScalarType::Long, aoti_torch_dtype_int64()},
+                                                      {ScalarType::Int, aoti_torch_dtype_int32()},
+                                                      {ScalarType::Byte, aoti_torch_dtype_uint8()}}};
+inline const int32_t cpu_device = aoti_torch_device_type_cpu();
+
+// Without its data.
+inline View view_of(AtenTensorHandle t) {
+  View v;
+  bool defined;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(t, &defined));
+  if (!defined) return v;
+  int64_t dim, *sizes, *strides;
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &code));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &v.device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &v.device.index));
+  for (const DtypeCode& known : dtype_codes)
+    if (known.code == code) v.type = known.type;
+  v.sizes = Shape(sizes, dim), v.strides = Shape(strides, dim), v.owner = t;
+  return v;
+}
+
+inline View argument(AtenTensorHandle t) {
+  View v = view_of(t);
+  const void* data = nullptr;
+  if (v.owner) STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(t, &data));
+  v.data = const_cast<void*>(data);
+  return v;
+}
+
+// Not torch::stable::new_empty, which looks the op up by name in every call (0.9 us).
+inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device device) {
+  const auto known = std::find_if(dtype_codes.begin(), dtype_codes.end(), [=](auto& d) { return d.type == type; });
+  AtenTensorHandle t;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code,
+                                                         device.type, device.index, &t));
+  return Handle(t);
+}
+
+inline torch::stable::Tensor shared(AtenTensorHandle t) {
+  AtenTensorHandle another;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &another));
+  return torch::stable::Tensor(another);
+}
+
+// NaN in every element, or where elements are bytes, all bits set, which is a NaN in any floating type.
+inline void fill_tensor_with_nan(AtenTensorHandle t, bool is_bytes) {
+  torch::stable::fill_(shared(t), is_bytes ? 0xFF : std::numeric_limits<double>::quiet_NaN());
+}
+
+// ---------------------------------------------------------------- one call
+class DispatcherCall final : public Call {
+ public:
+  using Call::Call;
+
+  // The tensor of a result, which is then the caller's.
+  AtenTensorHandle take(const View& result) {
+    for (Handle& t : made_)
+      if (t && t.get() == result.owner) return t.release();
+    fail("a result that was not allocated");
+  }
+
+ private:
+  View allocate(Shape size, Shape stride, ScalarType type) override {
+    Handle& t = made_.at(count_);
+    t = new_tensor(size, stride, type, device());
+    count_++;
+    View v = view_of(t.get());
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t.get(), &v.data));
+    if (device().type == cpu_device) ask_for_large_pages(v.data, product(size) * bytes_of(type));
+    return v;
+  }
+  View temporary(Shape size, ScalarType type) override { return empty(size, contiguous_strides(size), type); }
+  View copy(const View& t, Shape stride) override {
+    copies_.push_back(new_tensor(t.sizes, stride, t.type, t.device));
+    torch::stable::Tensor to = shared(copies_.back().get());
+    torch::stable::copy_(to, shared(static_cast<AtenTensorHandle>(t.owner)));
+    return argument(copies_.back().get());
+  }
+  void fill_with_nan(const View& t) override { fill_tensor_with_nan(static_cast<AtenTensorHandle>(t.owner), false); }
+
+  std::array<Handle, 8> made_;  // and not yet taken
+  size_t count_ = 0;
+  std::vector<Handle> copies_;
+};
+
+// ---------------------------------------------------------------- arguments
+// An argument of each type that a body takes. It owns what the stack has handed over.
+template <class T>
+struct Argument {
+  explicit Argument(StableIValue v) : value(torch::stable::detail::to<T>(v)) {}
+  T get() const { return value; }
+  T value;
+};
+template <>
+struct Argument<View> {
+  explicit Argument(StableIValue v) : tensor(torch::stable::detail::to<AtenTensorHandle>(v)) {}
+  View get() const { return argument(tensor.get()); }
+  Handle tensor;
+};
+template <>
+struct Argument<Maybe> {
+  explicit Argument(StableIValue v)
+      : tensor(torch::stable::detail::to<std::optional<AtenTensorHandle>>(v).value_or(nullptr)) {}
+  Maybe get() const { return tensor ? Maybe(argument(tensor.get())) : Maybe(); }
+  Handle tensor;
+};
+// Not by the header's conversion to std::string, which leaks one string a call in 2.13.
+template <>
+struct Argument<std::string_view> {
+  explicit Argument(StableIValue v) : text(torch::stable::detail::to<StringHandle>(v)) {}
+  Argument(const Argument&) = delete;
+  ~Argument() { torch_delete_string(text); }
+  std::string_view get() const {
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(text, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(text, &data));
+    return {data, length};
+  }
+  StringHandle text;
+};
+template <>
+struct Argument<Needs> {
+  explicit Argument(StableIValue v) {
+    const auto list = torch::stable::detail::to<std::vector<bool>>(v);
+    value.count = list.size();
+    for (size_t i = 0; i < list.size() && i < 32; i++) value.bits |= uint32_t(list[i]) << i;
+  }
+  Needs get() const { return value; }
+  Needs value;
+};
+
+// ---------------------------------------------------------------- the functions
+template <auto f>
+struct Boxed;
+template <size_t results, class... Args, Results<results> (*f)(Call&, Args...)>
+struct Boxed<f> {
+  static inline const char* op;
+
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t wanted) {
+    if (arguments != sizeof...(Args) || wanted != results)
+      throw std::runtime_error(std::string("pygpt.") + op + ": the registered schema is not the kernel's");
+    call(stack, std::index_sequence_for<Args...>());
+  }
+
+ private:
+  template <size_t... I>
+  static void call(StableIValue* stack, std::index_sequence<I...>) {
+    const std::tuple<Argument<Args>...> held(stack[I]...);
+    DispatcherCall call(op);
+    const Results<results> made = f(call, std::get<I>(held).get()...);
+    for (size_t i = 0; i < results; i++) stack[i] = torch::stable::detail::from(call.take(made[i]));
+  }
+};
+
+template <auto f>
+void implement(torch::stable::detail::StableLibrary& library, const char* op) {
+  Boxed<f>::op = op;
+  library.impl(op, Boxed<f>::call);
+}
+
+// Registers every op in a STABLE_TORCH_LIBRARY_IMPL(_, _, m), with the kernels of namespace `device`.
+#define PYGPT_IMPL(m, device) PYGPT_OPS(PYGPT_IMPL_OP, device)
+#define PYGPT_IMPL_OP(op, kernel, results) pygpt::bind::implement<&pygpt::bind::op<kernel>>(m, #op);
+
+}  // namespace pygpt::bind

@@ -1,0 +1,110 @@
+// linear_fwd, linear_bwd, mlp_fwd, mlp_bwd.
+#pragma once
+#include "check.h"
+
+namespace pygpt::bind {
+
+inline void check_matrix(const Call& call, const char* name, const View& weight, int64_t in) {
+  if (weight.dim() != 2) call.fail(std::string(name) + " must be a matrix, got " + to_string(weight.sizes));
+  call.check(name, weight, {weight.size(0), in});
+}
+
+inline LinearArgs linear_args(Call& call, const View& x, const View& weight) {
+  call.lead(x);
+  call.at_least("x", x, 1);
+  check_matrix(call, "weight", weight, x.sizes.back());
+  LinearArgs a{};
+  a.dtype = call.dtype();
+  a.rows = product(leading(x)), a.in = weight.size(1), a.out = weight.size(0);
+  return a;
+}
+
+template <auto kernel>
+Results<1> linear_fwd(Call& call, View x, View weight, Maybe bias) {
+  LinearArgs a = linear_args(call, x, weight);
+  call.check("bias", bias, {a.out});
+  View y = call.empty(with_last(x, a.out));
+  x = call.as_rows(x), weight = call.as_rows(weight), bias = call.dense(bias);
+  a.x = rows(x), a.weight = rows(weight), a.bias = pointer(bias), a.y = rows(y);
+  call.run<kernel>(a);
+  return {y};
+}
+
+template <auto kernel>
+Results<3> linear_bwd(Call& call, View dy, View x, View weight, Needs needs) {
+  LinearArgs a = linear_args(call, x, weight);
+  call.count(needs, 3);
+  call.check("dy", dy, with_last(x, a.out));
+  View dx = call.wanted(needs[0], x.sizes), dw = call.wanted(needs[1], {a.out, a.in});
+  View db = call.wanted(needs[2], {a.out});
+  dy = call.as_rows(dy), x = call.as_rows(x), weight = call.as_rows(weight);
+  a.dy = rows(dy), a.x = rows(x), a.weight = rows(weight);
+  a.dx = dx.data, a.dw = dw.data, a.db = db.data;
+  call.run<kernel>(a);
+  return {dx, dw, db};
+}
+
+// ---------------------------------------------------------------- mlp
+inline Activation activation_named(const Call& call, std::string_view name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu2") return Activation::relu2;
+  call.fail("unknown activation '" + std::string(name) + "'; known: gelu, gelu_tanh, relu, relu2");
+}
+
+inline MlpArgs mlp_args(Call& call, const View& x, const View& fc_weight, const View& proj_weight,
+                        std::string_view activation) {
+  call.lead(x);
+  call.at_least("x", x, 1);
+  check_matrix(call, "fc_weight", fc_weight, x.sizes.back());
+  check_matrix(call, "proj_weight", proj_weight, fc_weight.size(0));
+  MlpArgs a{};
+  a.dtype = call.dtype();
+  a.activation = activation_named(call, activation);
+  a.rows = product(leading(x)), a.in = x.sizes.back(), a.hidden_dim = fc_weight.size(0), a.out = proj_weight.size(0);
+  return a;
+}
+
+template <auto kernel>
+Results<3> mlp_fwd(Call& call, View x, View fc_weight, Maybe fc_bias, View proj_weight, Maybe proj_bias,
+                   std::string_view activation) {
+  MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, activation);
+  call.check("fc_bias", fc_bias, {a.hidden_dim});
+  call.check("proj_bias", proj_bias, {a.out});
+  View y = call.empty(with_last(x, a.out)), hidden = call.for_backward(with_last(x, a.hidden_dim));
+  View pre = call.has_backward() ? call.wanted(saves_input(a.activation), with_last(x, a.hidden_dim)) : View{};
+  x = call.as_rows(x), fc_weight = call.as_rows(fc_weight), proj_weight = call.as_rows(proj_weight);
+  fc_bias = call.dense(fc_bias), proj_bias = call.dense(proj_bias);
+  a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
+  a.fc_bias = pointer(fc_bias), a.proj_bias = pointer(proj_bias);
+  a.y = y.data, a.hidden = hidden.data, a.pre = pre.data;
+  call.run<kernel>(a);
+  return {y, hidden, pre};
+}
+
+template <auto kernel>
+Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight, View hidden, View pre,
+                   std::string_view activation, Needs needs) {
+  MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, activation);
+  const bool reads_pre = saves_input(a.activation), inner = needs[0] || needs[1] || needs[2];
+  call.count(needs, 5);
+  call.check("dy", dy, with_last(x, a.out));
+  call.check("hidden", hidden, with_last(x, a.hidden_dim));
+  if (reads_pre) call.check("pre", pre, hidden.sizes);
+  View dx = call.wanted(needs[0], x.sizes);
+  View dfc_weight = call.wanted(needs[1], fc_weight.sizes), dfc_bias = call.wanted(needs[2], {a.hidden_dim});
+  View dproj_weight = call.wanted(needs[3], proj_weight.sizes), dproj_bias = call.wanted(needs[4], {a.out});
+  if (inner) a.dpre = call.scratch(hidden.sizes).data;
+  dy = call.as_rows(dy), x = call.as_rows(x), fc_weight = call.as_rows(fc_weight);
+  proj_weight = call.as_rows(proj_weight), hidden = call.dense(hidden);
+  if (reads_pre) a.pre = call.dense(pre).data;
+  a.dy = rows(dy), a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
+  a.hidden = hidden.data;
+  a.dx = dx.data, a.dfc_weight = dfc_weight.data, a.dfc_bias = dfc_bias.data;
+  a.dproj_weight = dproj_weight.data, a.dproj_bias = dproj_bias.data;
+  call.run<kernel>(a);
+  return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
+}
+
+}  // namespace pygpt::bind

@@ -1,0 +1,100 @@
+// layer_norm_fwd, layer_norm_bwd, add_layer_norm_fwd, add_layer_norm_bwd, rms_norm_fwd, rms_norm_bwd.
+#pragma once
+#include "check.h"
+
+namespace pygpt::bind {
+
+inline NormArgs norm_args(Call& call, const View& x, const Maybe& weight, const Maybe& bias, double eps) {
+  call.lead(x);
+  call.at_least("x", x, 1);
+  NormArgs a{};
+  a.dtype = call.dtype();
+  a.rows = product(leading(x)), a.cols = x.sizes.back(), a.eps = eps;
+  call.check("weight", weight, {a.cols});
+  call.check("bias", bias, {a.cols});
+  return a;
+}
+
+struct Normed {
+  View y, rstd, sum, mean;  // sum only with a residual, mean only where it is asked for
+};
+
+// The forward of all three. `a` comes from norm_args.
+template <auto kernel>
+Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Maybe bias, bool with_mean = true) {
+  call.check("residual", residual, x.sizes);
+  Normed out{call.empty(x.sizes), call.for_backward(leading(x), call.statistics())};
+  if (residual) out.sum = call.empty(x.sizes);
+  if (with_mean) out.mean = call.for_backward(leading(x), call.statistics());
+  x = call.as_rows(x), residual = call.as_rows(residual), weight = call.dense(weight), bias = call.dense(bias);
+  a.x = rows(x), a.residual = rows(residual), a.weight = pointer(weight), a.bias = pointer(bias);
+  a.y = out.y.data, a.rstd = out.rstd.data, a.sum = out.sum.data, a.mean = out.mean.data;
+  call.run<kernel>(a);
+  return out;
+}
+
+// What the backward of all three reads. Without a mean it is rms_norm's.
+struct NormGrads {
+  View dy;
+  Maybe dsum;
+  View x;
+  Maybe weight, mean;
+  View rstd;
+};
+
+template <auto kernel>
+Results<3> norm_bwd(Call& call, NormGrads in, Needs needs) {
+  NormArgs a = norm_args(call, in.x, in.weight, {}, 0.0);
+  call.check("dy", in.dy, in.x.sizes);
+  call.check("ds", in.dsum, in.x.sizes);
+  if (in.mean) call.check("mean", *in.mean, leading(in.x), call.statistics());
+  call.check("rstd", in.rstd, leading(in.x), call.statistics());
+  View dx = call.wanted(needs[0], in.x.sizes), dw = call.wanted(needs[1], {a.cols});
+  View db = in.mean ? call.wanted(needs[2], {a.cols}) : View{};
+  const View dy = call.as_rows(in.dy), x = call.as_rows(in.x), rstd = call.dense(in.rstd);
+  const Maybe dsum = call.as_rows(in.dsum), weight = call.dense(in.weight), mean = call.dense(in.mean);
+  a.dy = rows(dy), a.dsum = rows(dsum), a.x = rows(x), a.weight = pointer(weight);
+  a.mean = const_cast<void*>(pointer(mean)), a.rstd = rstd.data;
+  a.dx = dx.data, a.dw = dw.data, a.db = db.data;
+  call.run<kernel>(a);
+  return {dx, dw, db};
+}
+
+template <auto kernel>
+Results<3> layer_norm_fwd(Call& call, View x, Maybe weight, Maybe bias, double eps) {
+  const Normed out = norm_fwd<kernel>(call, norm_args(call, x, weight, bias, eps), x, {}, weight, bias);
+  return {out.y, out.mean, out.rstd};
+}
+
+template <auto kernel>
+Results<3> layer_norm_bwd(Call& call, View dy, View x, Maybe weight, View mean, View rstd, Needs needs) {
+  call.count(needs, 3);
+  return norm_bwd<kernel>(call, {dy, {}, x, weight, mean, rstd}, needs);
+}
+
+template <auto kernel>
+Results<4> add_layer_norm_fwd(Call& call, View x, View residual, Maybe weight, Maybe bias, double eps) {
+  const Normed out = norm_fwd<kernel>(call, norm_args(call, x, weight, bias, eps), x, residual, weight, bias);
+  return {out.y, out.sum, out.mean, out.rstd};
+}
+
+template <auto kernel>
+Results<3> add_layer_norm_bwd(Call& call, View dy, Maybe ds, View s, Maybe weight, View mean, View rstd, Needs needs) {
+  call.count(needs, 3);
+  return norm_bwd<kernel>(call, {dy, ds, s, weight, mean, rstd}, needs);
+}
+
+template <auto kernel>
+Results<2> rms_norm_fwd(Call& call, View x, Maybe weight, double eps) {
+  const Normed out = norm_fwd<kernel>(call, norm_args(call, x, weight, {}, eps), x, {}, weight, {}, false);
+  return {out.y, out.rstd};
+}
+
+template <auto kernel>
+Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Needs needs) {
+  call.count(needs, 2);
+  const auto [dx, dw, db] = norm_bwd<kernel>(call, {dy, {}, x, weight, {}, rstd}, needs);
+  return {dx, dw};
+}
+
+}  // namespace pygpt::bind
