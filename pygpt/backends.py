@@ -1,4 +1,4 @@
-"""What there is to pick from: the compiled libraries and Triton are loaded here, and fill `dispatch.TABLE`.
+"""What there is to pick from: the ops are defined, the compiled libraries and Triton loaded, `dispatch.TABLE` filled.
 
 Each backend's kernels come as two namespaces of <op>_fwd and <op>_bwd. ``kernels`` are what eager calls run; ``registered``
 are the same as ops of torch's dispatcher, which torch.compile, torch.export and torch.jit.trace put into their graphs. Those
@@ -12,41 +12,84 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import SimpleNamespace
 
 import torch
 from torch._C import (
     _are_functorch_transforms_active,
-    _get_tracing_state,
     _is_any_autocast_enabled,
+    _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad, profiler
 
 from . import dispatch
-from .dispatch import FLOATS, OPS, REFERENCE, TABLE, Backend, Op
+from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
 from .ops.attention import MAX_HEAD_DIM
 from .ops.common import as_tuple
 
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
-def registered(namespace: str, library=None) -> SimpleNamespace:
-    """The overloads torch.ops.<namespace>.<op>_fwd and _bwd of every op, given shapes, gradients and FLOP counts."""
+_LIBRARIES = []  # torch forgets what was registered through a Library that nobody holds
+
+
+def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
+    """Defines torch.ops.<namespace>.<op>_fwd and _bwd of every op, and returns their overloads.
+
+    Schemas and shapes are those of the functions in pygpt/ops/. ``kernels`` serve every device that no library registers
+    others for. Gradients are the autograd Functions', FLOP counts the ops' own.
+    """
+    library = torch.library.Library(namespace, "DEF")
+    _LIBRARIES.append(library)
+    for name in KERNEL_NAMES:
+        reference = getattr(REFERENCE, name)
+        library.define(name + torch.library.infer_schema(reference, mutates_args=()))
+        library.impl(name, kernels[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", reference, lib=library)
     packets = getattr(torch.ops, namespace)
-    found = SimpleNamespace(
-        **{name: getattr(packets, name).default for op in OPS for name in (f"{op}_fwd", f"{op}_bwd")}
-    )
+    registered = SimpleNamespace(**{name: getattr(packets, name).default for name in KERNEL_NAMES})
     for op in OPS.values():
-        for name, shapes in ((f"{op.name}_fwd", op.fwd), (f"{op.name}_bwd", op.bwd)):
-            torch.library.register_fake(f"{namespace}::{name}", shapes, lib=library)
-        _register_gradients(namespace, op, found, library)
+        _register_gradients(library, op, registered)
     when_imported("torch.utils.flop_counter", lambda: _register_flops(packets))
-    return found
+    return registered
 
 
+def _register_gradients(library, op: Op, kernels):
+    """The autograd Function's formulas for <op>_fwd; none for <op>_bwd, whose derivative would be silently zero."""
+    fwd, bwd = f"{library.ns}::{op.name}_fwd", f"{library.ns}::{op.name}_bwd"
+    arguments = len(inspect.signature(op.fwd).parameters)
+
+    def save(ctx, inputs, output):
+        results = as_tuple(output)
+        ctx.kernels = kernels
+        op.function.save(ctx, inputs, results)
+        ctx.mark_non_differentiable(*results[op.results :])
+
+    def gradients(ctx, *grads):
+        return op.function.gradients(ctx, ctx.needs_input_grad[:arguments], *grads[: op.results])
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{bwd} has no derivative: for a second one, differentiate {fwd} with create_graph=True")
+
+    torch.library.register_autograd(fwd, gradients, setup_context=save, lib=library)
+    torch.library.register_autograd(bwd, refuse, lib=library)
+
+
+def below_autograd(overload) -> Callable:
+    """The op for callers that see to the gradients themselves; it leaves out 3 us of the dispatcher's autograd."""
+    op, guard = overload._op, torch._C._AutoDispatchBelowAutograd
+
+    def call(*args):
+        with guard():
+            return op(*args)
+
+    return call
+
+
+# ------------------------------------------------------------------------------- FLOP counts
 def _register_flops(packets):
     from torch.utils.flop_counter import register_flop_formula
 
@@ -119,50 +162,45 @@ def below_autograd(overload) -> Callable:
 
 
 # ------------------------------------------------------------------------------- C++
-def _compiled() -> tuple[SimpleNamespace | None, str]:
-    """The ops registered by the C++ library."""
+def _cpp(ops) -> tuple[SimpleNamespace | None, str]:
+    """The ops once the C++ kernels are registered, and why they are not. Sets `dispatch.call_key`."""
     try:
-        importlib.import_module("pygpt._C")  # registers torch.ops.pygpt
+        importlib.import_module("pygpt._C")
     except ImportError as e:
         return None, f"the compiled extension is missing ({e}); build it with: pip install --no-build-isolation ."
-    return registered("pygpt"), ""
+    below = {name: below_autograd(op) for name, op in vars(ops).items()}
+    return SimpleNamespace(**{**below, **_fast(below)}, registered=ops), ""
 
 
-def _fast(ops) -> tuple[SimpleNamespace | None, Callable]:
-    """The same ops for plain calls on CPU tensors, without torch's dispatcher (csrc/direct.h); and `dispatch.call_key`.
+def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
+    """The same ops for plain calls on CPU tensors, without torch's dispatcher (csrc/bind/fastcall.h).
 
-    They hand every other call on to the dispatcher. Where torch has no DLPack exchange table they always do, and no call
-    has a key.
+    They hand every other call on to ``below``. Where torch has no DLPack exchange table there are none, and no call has
+    a key.
     """
-    if ops is None:
-        return None, dispatch.no_key
-    handed_on = {name: below_autograd(op) for name, op in vars(ops).items()}
-    functions, table = None, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if table is not None:
-        from . import _C
+    from . import _C
 
-        modes = (
-            _is_any_autocast_enabled,
-            _are_functorch_transforms_active,
-            _get_tracing_state,
-            _len_torch_function_stack,
-        )
-        deciding = modes, ((forward_ad, "_current_level", -1),)
-        watching = (_len_torch_dispatch_stack, _get_tracing_state), ((profiler, "_is_profiler_enabled", False),)
-        classes = torch.Tensor, torch.nn.Parameter
-        functions = _C.connect(
-            table, *classes, torch.Tensor.is_neg, torch.is_grad_enabled, *deciding, *watching, handed_on
-        )
-    if functions is None:
-        return SimpleNamespace(**handed_on, registered=ops), dispatch.no_key
-    return SimpleNamespace(**functions, registered=ops), _C.kind
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        return {}
+    resolving = (  # modes that change how a call is served or differentiated
+        _is_any_autocast_enabled,
+        _are_functorch_transforms_active,
+        _len_torch_function_stack,
+        _is_tracing,
+        (forward_ad, "_current_level", -1),
+    )
+    running = _len_torch_dispatch_stack, _is_tracing, (profiler, "_is_profiler_enabled", False)  # that see each op
+    classes, is_neg = (torch._C.TensorBase, torch.Tensor, torch.nn.Parameter), torch.empty(0).is_neg
+    functions = _C.connect(table, classes, is_neg, torch.is_grad_enabled, resolving, running, below)
+    if functions:
+        dispatch.call_key = _C.call_key
+    return functions or {}
 
 
 # ------------------------------------------------------------------------------- CUDA
 def _cuda(ops) -> tuple[SimpleNamespace | None, str]:
     """The same ops once the CUDA kernels are registered too. Loads their library only where CUDA works."""
-    if ops is None:
-        return None, "the compiled extension, which declares the ops, is missing"
     if not torch.cuda.is_available():
         built = importlib.util.find_spec("pygpt._cuda") is not None
         return None, "torch finds no GPU here" + ("" if built else "; nor were the CUDA kernels built")
@@ -215,13 +253,13 @@ def _triton() -> tuple[object, str, tuple]:
 
 # ------------------------------------------------------------------------------- the table
 def _fill():
-    ops, why = _compiled()
-    fast, dispatch.call_key = _fast(ops)
+    ops = register_ops("pygpt", vars(REFERENCE))
+    cpp, why_no_cpp = _cpp(ops)
     cuda, why_no_cuda = _cuda(ops)
     triton, why_no_triton, triton_devices = _triton()
     ours = {"ops": tuple(OPS), "features": {"attention": ("return_lse",)}, "max_head_dim": MAX_HEAD_DIM}
     for row in (
-        Backend("cpp", fast, why, ops, ("cpu",), **ours),
+        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **ours),
         Backend(
             "triton",
             triton,

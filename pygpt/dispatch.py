@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_function_stack
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_function_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
@@ -80,12 +80,14 @@ class Op:
 OPS: dict[str, Op] = {}
 SPECS: dict = {}  # of all ops, by their own names
 REFERENCE = SimpleNamespace()  # <op>, <op>_fwd and <op>_bwd of every op in plain PyTorch; a namespace of kernels
+KERNEL_NAMES: list[str] = []  # <op>_fwd and <op>_bwd of every op
 _ALLOWED: dict[str, int] = {}  # op -> bit i: its i-th tensor may be None, as `call_key` wants it
 
 
 def register(op: Op) -> Op:
     OPS[op.name] = op
     SPECS.update(op.specs)
+    KERNEL_NAMES.extend((f"{op.name}_fwd", f"{op.name}_bwd"))
     vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
     _ALLOWED[op.name] = sum(optional << i for i, (_, optional) in enumerate(op.tensors))
     return op
@@ -320,7 +322,7 @@ def _serve(op: Op, row: Backend, prepared: Call, tensors):
 
 def _run_kernels(op: Op, row: Backend, args, tensors):
     """The op's results by kernels; traced, by ops that bring their gradients along."""
-    if is_compiling() or _get_tracing_state() is not None:
+    if is_compiling() or _is_tracing():
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
     elif _needs_gradient(tensors):
         return op.function.apply(row.kernels, *args)

@@ -5,29 +5,21 @@ gradients (``registered``): torch.compile and modes of torch's dispatcher see th
 launcher.
 """
 
-import torch
 from torch._C import _len_torch_dispatch_stack
 
-from pygpt.backends import below_autograd
-from pygpt.backends import registered as _registered
-from pygpt.dispatch import REFERENCE
+from pygpt.backends import below_autograd, register_ops
+from pygpt.dispatch import KERNEL_NAMES
 
 from . import activation, attention, mlp, norm
 from .common import INTERPRETED
 
-_LIBRARY = torch.library.Library("pygpt_triton", "DEF")
 _LAUNCHERS = {
-    name: launcher
+    name: getattr(module, name)
     for module in (attention, mlp, norm, activation)
-    for name, launcher in vars(module).items()
-    if name.endswith(("_fwd", "_bwd")) and not name.startswith("_")
+    for name in KERNEL_NAMES
+    if hasattr(module, name)
 }
-
-for _name, _launcher in _LAUNCHERS.items():
-    _LIBRARY.define(_name + torch.library.infer_schema(getattr(REFERENCE, _name), mutates_args=()))
-    _LIBRARY.impl(_name, _launcher, "CompositeExplicitAutograd")
-
-registered = _registered("pygpt_triton", _LIBRARY)
+registered = register_ops("pygpt_triton", _LAUNCHERS)
 
 
 def _seen_by_modes(name, launcher):

@@ -19,6 +19,8 @@ from .common import (
     check_tensors,
     composite_gradients,
     create_graph,
+    dense_strides,
+    laid_out,
     lead,
 )
 
@@ -71,11 +73,12 @@ def gelu_composite(x, approximate):
 
 
 def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
-    return ACTIVATIONS[gelu_name(approximate)][1](acc(x)).to(x.dtype).contiguous()
+    return laid_out(ACTIVATIONS[gelu_name(approximate)][1](acc(x)), dense_strides(x.shape, x.stride()), x.dtype)
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    return ACTIVATIONS[gelu_name(approximate)][2](acc(dy), acc(x)).to(x.dtype).contiguous()
+    dx = ACTIVATIONS[gelu_name(approximate)][2](acc(dy), acc(x))
+    return laid_out(dx, dense_strides(x.shape, dy.stride(), x.stride()), x.dtype)
 
 
 def relu_composite(x):
@@ -83,12 +86,12 @@ def relu_composite(x):
 
 
 def relu_fwd(x: Tensor) -> Tensor:
-    return _torchs_relu(x).contiguous()
+    return _torchs_relu(x)
 
 
 def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
     """dy, but 0 where y <= 0. (PyTorch's own op, because it is differentiable in y as well.)"""
-    return torch.ops.aten.threshold_backward(dy, y, 0).contiguous()
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 # ------------------------------------------------------------------------------- autograd

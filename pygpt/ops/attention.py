@@ -21,6 +21,8 @@ from .common import (
     check_tensors,
     composite_gradients,
     create_graph,
+    dense_strides,
+    laid_out,
     only,
     wanted,
 )
@@ -99,15 +101,23 @@ def scores(q, k, is_causal, scale):
     return s
 
 
+def strides_like_query(q: Tensor, width: int) -> tuple[int, ...]:
+    """(B, H, L, width) in the memory order of q's batch, heads and positions, the channels innermost, where torch's fused
+    kernel serves it; torch's other one gives contiguous memory."""
+    if width != q.shape[3] or q.stride(3) != 1:
+        return torch.empty(*q.shape[:3], width, device="meta").stride()
+    return *(stride * max(width, 1) for stride in dense_strides(q.shape[:3], q.stride()[:3])), 1
+
+
 def _heads_last(t: Tensor) -> Tensor:
     """The same values laid out (B, L, H, E) in memory, so that merging heads costs nothing."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, H, L, Ev) laid out as (B, L, H, Ev), lse (B, H, L) = log sum_j exp(s_ij)."""
+    """out (B, H, L, Ev) laid out as q is, lse (B, H, L) = log sum_j exp(s_ij)."""
     p, lse = _softmax(scores(q, k, is_causal, scale))
-    return _heads_last((p @ acc(v)).to(q.dtype)), lse
+    return laid_out(p @ acc(v), strides_like_query(q, v.shape[3]), q.dtype), lse
 
 
 def attention_bwd(

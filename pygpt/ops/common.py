@@ -31,6 +31,17 @@ def wanted(needs, grads, like: Tensor):
     )
 
 
+def dense_strides(shape, *strides) -> tuple[int, ...]:
+    """Those that torch gives an elementwise result of tensors of this shape and these strides: dense, in their order."""
+    tensors = [torch.empty_strided(shape, each, device="meta") for each in strides]
+    return torch.add(tensors[0], tensors[-1]).stride()
+
+
+def laid_out(t: Tensor, strides, dtype: torch.dtype) -> Tensor:
+    """The same values in another dtype, with these strides."""
+    return t.new_empty_strided(t.shape, strides, dtype=dtype).copy_(t)
+
+
 def as_tuple(result) -> tuple:
     """What an op returns, one tensor or several, as several."""
     return result if isinstance(result, tuple) else (result,)
