@@ -28,6 +28,8 @@ struct Heads {
   int64_t stride[4];
 };
 
+constexpr int64_t kMaxHeadDim = 256;  // of q and of v
+
 // out = softmax(scale q k^T) v, one (L, E) x (S, E) x (S, Ev) problem per batch entry and head.
 // is_causal: query i sees keys 0..i. lse[b, h, i] is the log of row i's sum of exponentials.
 struct AttentionArgs {

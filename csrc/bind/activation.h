@@ -4,20 +4,26 @@
 
 namespace pygpt::bind {
 
+inline Sizes common_strides(const View& first, const View& second) {
+  if (first.is_contiguous() && second.is_contiguous()) return contiguous_strides(first.sizes);
+  return dense_strides(first.sizes, {first.strides, second.strides});
+}
+
+// Results and arguments lie in one order of memory, which the kernels take as it is.
 template <auto kernel>
 Results<1> activation_fwd(Call& call, View x, Activation activation) {
-  View y = call.empty(x.sizes);
-  x = call.dense(x);
+  const Sizes stride = common_strides(x, x);
+  View y = call.empty(x.sizes, stride);
+  x = call.in_order(x, stride);
   call.run<kernel>(ActivationArgs{call.dtype(), activation, x.numel(), x.data, y.data, nullptr, nullptr});
   return {y};
 }
 
-// x: the activation's input, for relu its output.
+// x: the activation's input, for relu its output. stride: of the result.
 template <auto kernel>
-Results<1> activation_bwd(Call& call, View dy, View x, Activation activation) {
-  call.check("dy", dy, x.sizes);
-  View dx = call.empty(x.sizes);
-  x = call.dense(x), dy = call.dense(dy);
+Results<1> activation_bwd(Call& call, View dy, View x, Activation activation, Shape stride) {
+  View dx = call.empty(x.sizes, stride);
+  x = call.in_order(x, stride), dy = call.in_order(dy, stride);
   call.run<kernel>(ActivationArgs{call.dtype(), activation, x.numel(), x.data, x.data, dy.data, dx.data});
   return {dx};
 }
@@ -37,7 +43,8 @@ Results<1> gelu_fwd(Call& call, View x, std::string_view approximate) {
 template <auto kernel>
 Results<1> gelu_bwd(Call& call, View dy, View x, std::string_view approximate) {
   call.lead(x);
-  return activation_bwd<kernel>(call, dy, x, gelu_named(call, approximate));
+  call.check("dy", dy, x.sizes);
+  return activation_bwd<kernel>(call, dy, x, gelu_named(call, approximate), common_strides(dy, x));
 }
 
 template <auto kernel>
@@ -49,7 +56,8 @@ Results<1> relu_fwd(Call& call, View x) {
 template <auto kernel>
 Results<1> relu_bwd(Call& call, View dy, View y) {
   call.lead(y);
-  return activation_bwd<kernel>(call, dy, y, Activation::relu);
+  call.check("dy", dy, y.sizes);
+  return activation_bwd<kernel>(call, dy, y, Activation::relu, common_strides(y, dy));  // torch's order of the two
 }
 
 }  // namespace pygpt::bind

@@ -14,7 +14,8 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
   a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.head_dim = q.size(3);
   a.k_len = k.size(2), a.v_dim = v.size(3);
   if (k.size(1) != a.heads) call.fail("q and k must have as many heads; grouped heads are not served yet");
-  if (a.head_dim > 256 || a.v_dim > 256) call.fail("head dimensions above 256 are not served");
+  if (std::max(a.head_dim, a.v_dim) > kMaxHeadDim)
+    call.fail("head dimensions above " + std::to_string(kMaxHeadDim) + " are not served");
   call.check("k", k, {a.batch, a.heads, a.k_len, a.head_dim});
   call.check("v", v, {a.batch, a.heads, a.k_len, a.v_dim});
   a.is_causal = is_causal, a.scale = scale;
@@ -25,7 +26,7 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
 template <auto kernel>
 Results<2> attention_fwd(Call& call, View q, View k, View v, bool is_causal, double scale) {
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
-  View out = call.empty({a.batch, a.heads, a.q_len, a.v_dim}, heads_last_strides(a.heads, a.q_len, a.v_dim));
+  View out = call.empty({a.batch, a.heads, a.q_len, a.v_dim}, strides_like_query(q, a.v_dim));
   View lse = call.for_backward({a.batch, a.heads, a.q_len}, call.statistics());
   a.out = heads(out), a.lse = lse.data;
   call.run<kernel>(a);

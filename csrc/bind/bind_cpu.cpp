@@ -56,5 +56,7 @@ PyMODINIT_FUNC PyInit__C() {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "max_head_dim", pygpt::kMaxHeadDim)) Py_CLEAR(made);
+  return made;
 }

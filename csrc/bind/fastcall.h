@@ -338,7 +338,7 @@ struct Builtin<f, some> {
 inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const unsigned long allowed = count > 0 ? PyLong_AsUnsignedLong(args[0]) : 0;
   if (PyErr_Occurred()) return nullptr;
-  if (!exchange || count < 2 || count > 17) Py_RETURN_NONE;
+  if (!exchange || count < 2 || count > 17 || any_on(*resolving)) Py_RETURN_NONE;
   ScalarType dtype = ScalarType::Undefined;
   DLTensor lead{}, t;
   bool gradient = false;
@@ -357,7 +357,7 @@ inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (type != dtype) Py_RETURN_NONE;
     gradient = gradient || is_true(requires_grad(object, nullptr));
   }
-  if (dtype == ScalarType::Undefined || any_on(*resolving)) Py_RETURN_NONE;
+  if (dtype == ScalarType::Undefined) Py_RETURN_NONE;
   const int type = dtype == ScalarType::BFloat16 ? 3 : int(bytes_of(dtype) / 4);
   const int device = (lead.device.type - kCpu) * 256 + lead.device.id;
   return PyLong_FromLong((device * 4 + type) * 2 + (gradient && grad_mode->on()));

@@ -61,9 +61,9 @@ struct View {
   int64_t dim() const { return sizes.size(); }
   int64_t size(int64_t d) const { return sizes[d]; }
   int64_t numel() const { return product(sizes); }
-  bool has_strides(Shape want) const {  // those of dimensions with one element don't matter
+  bool has_strides(Shape want) const {  // where there are elements that they lead to
     for (int64_t d = 0; d < dim(); d++)
-      if (sizes[d] != 1 && strides[d] != want[d]) return false;
+      if (sizes[d] != 1 && strides[d] != want[d]) return numel() == 0;
     return true;
   }
   bool is_contiguous() const {
@@ -99,6 +99,45 @@ inline Sizes contiguous_strides(Shape size) {
   Sizes stride(size.size());
   int64_t step = 1;
   for (int64_t d = int64_t(size.size()) - 1; d >= 0; step *= std::max<int64_t>(size[d--], 1)) stride[d] = step;
+  return stride;
+}
+
+// The strides of dense memory whose dimensions are ordered as in all of `strides`, of which the first that tells two
+// dimensions apart counts. It is how torch lays out what it computes element by element (TensorIterator, empty_like).
+inline Sizes dense_strides(Shape size, std::initializer_list<Shape> strides) {
+  const size_t n = size.size();
+  std::array<size_t, kMaxDims> order;  // of the dimensions, the innermost first
+  for (size_t i = 0; i < n; i++) order[i] = n - 1 - i;
+  auto compare = [&](size_t a, size_t b) {  // > 0: a is further out than b; 0: they are in order as they are
+    for (Shape s : strides) {
+      if (s[a] == 0 || s[b] == 0) continue;
+      if (s[a] != s[b]) return s[a] < s[b] ? -1 : 1;
+      if (size[a] > size[b]) return 1;
+    }
+    return 0;
+  };
+  for (size_t i = 1; i < n; i++)
+    for (size_t at = i, below = i; below-- > 0;) {
+      const int before = compare(order[below], order[at]);
+      if (before < 0) break;
+      if (before > 0) std::swap(order[below], order[at]), at = below;
+    }
+  Sizes stride(n);
+  int64_t step = 1;
+  for (size_t i = 0; i < n; step *= std::max<int64_t>(size[order[i++]], 1)) stride[order[i]] = step;
+  return stride;
+}
+
+// (B, H, L, width) in the memory order of a query's batch, heads and positions, the channels innermost, where torch's
+// fused kernel serves it. torch's other one gives contiguous memory.
+inline Sizes strides_like_query(const View& q, int64_t width) {
+  Sizes size(q.sizes);
+  size[3] = width;
+  if (width != q.size(3) || q.strides[3] != 1) return contiguous_strides(size);
+  size = dense_strides(q.sizes.slice(0, 3), {q.strides.slice(0, 3)});
+  Sizes stride(4);
+  for (int d = 0; d < 3; d++) stride[d] = size[d] * std::max<int64_t>(width, 1);
+  stride[3] = 1;
   return stride;
 }
 
