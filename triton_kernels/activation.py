@@ -19,9 +19,9 @@ and at a the value is 1 minus that at -a.
 import triton
 import triton.language as tl
 
-from pygpt.ops.activation import gelu_name
+from pygpt.reference import dense_strides, gelu_name
 
-from .common import LOG2E, Config, Configs, empty, launch, to_storage
+from .common import LOG2E, Config, Configs, empty, empty_strided, in_order, launch, to_storage
 
 U = tl.constexpr(1.59576912160573071176)
 U3 = tl.constexpr(1.59576912160573071176 * 0.044715)
@@ -126,10 +126,15 @@ _SHAPES = ((4096, 8), (2048, 4), (2048, 8), (1024, 4))
 FWD, BWD = (Configs("any", tuple(Config({"BLOCK": block}, warps) for block, warps in _SHAPES)) for _ in range(2))
 
 
-def _elementwise(kernel, configs, name, *inputs):
-    """kernel over the contiguous elements of inputs -> a tensor like the first."""
-    inputs = [t.contiguous() for t in inputs]
-    out = empty(inputs[0], *inputs[0].shape)
+def _elementwise(kernel, configs, name, *inputs, order=None):
+    """kernel over the elements of inputs -> a tensor of their shape, in the memory order of `order`, or of inputs."""
+    x = inputs[0]
+    if all(t.is_contiguous() for t in inputs):
+        out = empty(x, *x.shape)
+    else:
+        strides = dense_strides(x.shape, *(t.stride() for t in order or inputs))
+        out = empty_strided(x, x.shape, strides)
+        inputs = [in_order(t, strides) for t in inputs]
     n = out.numel()
     launch(kernel, lambda c: triton.cdiv(n, c["BLOCK"]), *inputs, out, n, configs=configs, NAME=name)
     return out
@@ -152,4 +157,4 @@ def relu_fwd(x):
 
 def relu_bwd(dy, y):
     """dy, y (...) -> dx (...)."""
-    return _elementwise(activation_bwd_kernel, BWD, "relu", dy, y)
+    return _elementwise(activation_bwd_kernel, BWD, "relu", dy, y, order=(y, dy))  # as torch's

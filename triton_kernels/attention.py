@@ -46,6 +46,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pygpt.reference import strides_like_query
+
 from .common import (
     LN2,
     LOG2E,
@@ -56,6 +58,7 @@ from .common import (
     bound,
     dot,
     empty,
+    empty_strided,
     fma,
     launch,
     target,
@@ -102,12 +105,18 @@ def _product(x, y, x_tile, y_tile, b, h, x_row, y_row, x_rows, y_rows, x_b, x_h,
 
 
 @triton.jit
-def _store_rows(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Into rows of a (B, T, H, WIDTH) tensor, seen as (B, H, T, WIDTH)."""
+def _store_rows(dst, x, row, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Into rows of WIDTH elements; dst points to the first row of a head."""
     r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
-    start = (head // heads).to(tl.int64) * rows * heads + head % heads
-    at = (start + r[:, None] * heads) * WIDTH + c[None, :]
-    tl.store(dst + at, to_storage(x, dst.dtype.element_ty), (r < rows)[:, None] & (c < WIDTH)[None, :])
+    at = dst + r[:, None] * stride + c[None, :]
+    tl.store(at, to_storage(x, dst.dtype.element_ty), (r < rows)[:, None] & (c < WIDTH)[None, :])
+
+
+@triton.jit
+def _store_gradient(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Into rows of a (B, T, H, WIDTH) tensor, seen as (B, H, T, WIDTH)."""
+    first = ((head // heads).to(tl.int64) * rows * heads + head % heads) * WIDTH
+    _store_rows(dst + first, x, row, rows, heads * WIDTH, WIDTH, ROWS, BLOCK)
 
 
 @triton.jit
@@ -172,7 +181,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_fwd_kernel(
-    out, lse, q, k, v, heads, H, L, S, scale, GROUP, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    out, lse, q, k, v, heads, H, L, S, scale, GROUP, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
     CAUSAL: tl.constexpr, SIGN: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_EV: tl.constexpr,
@@ -208,7 +217,8 @@ def attention_fwd_kernel(
     natural = m * scale + tl.log2(l) * LN2
     tl.store(lse + head.to(tl.int64) * L + i, tl.where(l == 0, float("-inf"), natural), i < L)
     acc = acc / tl.where(l == 0, 1.0, l)[:, None]
-    _store_rows(out, acc, head, row, L, H, EV, BLOCK_M, BLOCK_EV)
+    out += b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
+    _store_rows(out, acc, row, L, o_s, EV, BLOCK_M, BLOCK_EV)
 
 
 # ------------------------------------------------------------------------------- backward
@@ -322,9 +332,9 @@ def attention_dkdv_kernel(
             E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
     if dk is not None:
-        _store_rows(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
+        _store_gradient(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
     if dv is not None:
-        _store_rows(dv, dv_acc, head, col, S, H, EV, BLOCK_N, BLOCK_EV)
+        _store_gradient(dv, dv_acc, head, col, S, H, EV, BLOCK_N, BLOCK_EV)
 
 
 @triton.jit
@@ -388,7 +398,7 @@ def attention_dq_kernel(
             q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
             LIMIT > 0 and not masked, masked, CAUSAL, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
         )  # fmt: skip
-    _store_rows(dq, acc * scale, head, row, L, H, E, BLOCK_M, BLOCK_E)
+    _store_gradient(dq, acc * scale, head, row, L, H, E, BLOCK_M, BLOCK_E)
 
 
 # ------------------------------------------------------------------------------- configurations
@@ -449,6 +459,7 @@ def _table(shapes: dict) -> dict:
 
 FWD, DKDV, DQ = _table(FWD_SHAPES), _table(DKDV_SHAPES), _table(DQ_SHAPES)
 DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
+MAX_HEAD_DIM = 256
 WIDE = 256  # the bucket in which registers hold the sums of dk or of dv, but not of both
 
 
@@ -476,13 +487,14 @@ class _Call:
             "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
         }  # fmt: skip
 
-    def __call__(self, kernel, table, outputs, inputs, scale: float, per: str, rows: int, **constants):
-        """inputs: (tensor, its tile's rows, its tile's width); per: the constant that divides rows among programs."""
+    def __call__(self, kernel, table, outputs, inputs, scale: float, per: str, rows: int, strides=(), **constants):
+        """inputs: (tensor, its tile's rows, its tile's width); per: the constant that divides rows among programs.
+        strides: of outputs, where the kernel takes them."""
         tensors = [
             Tiled(t, (1, 1, tile, self.constants[f"BLOCK_{width}"])) if self.tma and tile else t
             for t, tile, width in inputs
         ]
-        strides = [s for t, tile, _ in inputs if tile for s in t.stride()[:3]]
+        strides = [*(s for t, tile, _ in inputs if tile for s in t.stride()[:3]), *strides]
         launch(
             kernel, lambda c: self.heads * triton.cdiv(rows, c[per]), *outputs, *tensors, *self.sizes, scale,
             self.group, *strides, configs=table[self.bucket], fuse=False, **self.constants, **constants,
@@ -494,19 +506,21 @@ def _heads_last(like, B, H, T, width):
 
 
 def attention_fwd(q, k, v, is_causal, scale):
-    """q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev) -> out (B, H, L, Ev) laid out (B, L, H, Ev), lse (B, H, L)."""
+    """q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev) -> out (B, H, L, Ev) laid out as q is, lse (B, H, L)."""
     call = _Call(q, k, v, is_causal)
     B, L, EV = q.shape[0], call.L, v.shape[3]
-    out, lse = _heads_last(q, B, call.H, L, EV), empty(q, B, call.H, L, dtype=torch.float32)
+    out = empty_strided(q, (B, call.H, L, EV), strides_like_query(q, EV))
+    lse = empty(q, B, call.H, L, dtype=torch.float32)
     inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
     zero = abs(scale) < 2.0**-126  # no normal float32
     sign = 0 if zero else -1 if scale < 0 else 1
-    call(attention_fwd_kernel, FWD, (out, lse), inputs, 1.0 if zero else abs(scale), "BLOCK_M", L, SIGN=sign)
+    scale = 1.0 if zero else abs(scale)
+    call(attention_fwd_kernel, FWD, (out, lse), inputs, scale, "BLOCK_M", L, out.stride()[:3], SIGN=sign)
     return out, lse
 
 
 def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
-    """-> dq, dk, dv, laid out as out is. dlse (B, H, L) may be None."""
+    """-> dq, dk, dv, laid out (B, T, H, E). dlse (B, H, L) may be None."""
     call = _Call(q, k, v, is_causal, dout)
     (dout,) = call.others
     B, H, L, S, EV = q.shape[0], call.H, call.L, call.S, v.shape[3]

@@ -275,6 +275,18 @@ def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
     return t.fill_(float("nan")) if POISON else t
 
 
+def empty_strided(like: torch.Tensor, shape, strides) -> torch.Tensor:
+    """The same in another memory order."""
+    t = like.new_empty_strided(shape, strides)
+    return t.fill_(float("nan")) if POISON else t
+
+
+def in_order(t: torch.Tensor, strides) -> torch.Tensor:
+    """t, or a copy of it, with these strides; those of dimensions with one element don't matter."""
+    same = all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
+    return t if same else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
 def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
     """An optional parameter of a kernel that takes no strides for it."""
     return None if t is None else t.contiguous()
