@@ -11,6 +11,7 @@ import threading
 import cases
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import functional, verify
@@ -90,6 +91,39 @@ def test_unusual_tensors_are_dispatched(name):
     torch.testing.assert_close(functional.relu(x), torch.relu(x))
 
 
+@pytest.mark.parametrize("kernels", [PLAIN, DISPATCHED], ids=["fast", "dispatched"])
+@pytest.mark.parametrize("op, dims", list(cases.variants(cases.TINY)), ids=cases.ids)
+def test_the_negative_bit_counts_on_every_argument(op, dims, kernels, generator):
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    for name, arguments in cases.kernel_calls(op, args, grads, DISPATCHED):
+        arguments = [tuple(a) if isinstance(a, list) else a for a in arguments]
+        want = as_list(getattr(kernels, name)(*arguments))
+        tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+        for some in [*([i] for i in tensors), tensors]:
+            signed = [torch._neg_view(-a) if i in some else a for i, a in enumerate(arguments)]
+            assert all(map(torch.equal, as_list(getattr(kernels, name)(*signed)), want)), (name, some)
+
+
+@pytest.mark.parametrize("op, dims", list(cases.variants(cases.TINY)), ids=cases.ids)
+def test_the_negative_bit_counts_in_public_functions(op, dims, generator):
+    """Forward and backward, where it is on every tensor and on the gradient that comes in."""
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    signed = [[torch._neg_view(-a) if isinstance(a, torch.Tensor) else a for a in given] for given in (args, grads)]
+    ours, want = (verify.directions(op, verify.SPECS[op].call, *given) for given in (signed, (args, grads)))
+    assert ours.keys() == want.keys()
+    for key in want:
+        assert torch.equal(ours[key], want[key]), key
+
+
+def test_a_tensor_without_memory_is_refused():
+    x, w = torch.randn(3, 4), torch.randn(4)
+    w.untyped_storage().resize_(0)
+    for kernels in (PLAIN, DISPATCHED):
+        for arguments in ((w, None, None, 0.1), (x, w, None, 0.1), (x, None, w, 0.1)):
+            with pytest.raises(RuntimeError, match="memory|allocated|storage"):
+                kernels.layer_norm_fwd(*arguments)
+
+
 class Log(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen = [*getattr(self, "seen", []), str(func)]
@@ -147,10 +181,37 @@ def test_kinds_of_calls():
     with torch.autograd.forward_ad.dual_level():
         assert call_key(0, x) is None
     torch.func.vmap(
-        lambda t: [t, call_key(0, t) is None or pytest.fail("a vmapped tensor"), call_key(0, x) is None or pytest.fail("vmap")][
-            0
-        ]
+        lambda t: [
+            t,
+            call_key(0, t) is None or pytest.fail("a vmapped tensor"),
+            call_key(0, x) is None or pytest.fail("vmap"),
+        ][0]
     )(x)
+
+
+def test_integers_have_no_part_in_the_key():
+    x, i = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)
+    key, second = call_key(0, x), 1 << 17
+    assert call_key(second, x, i) == call_key(second, x, i.int()) == call_key(1 << 16, i, x) == key
+    assert call_key(second | 0b10, x, None) == call_key(second, x, x) == key
+    for other in (None, i.short(), i.bool(), i.byte(), i.to("meta"), x.double()):
+        assert call_key(second, x, other) is None
+    assert call_key(0, x, i) is None and call_key(1 << 16, i) is None and call_key(0b1, None) is None
+
+
+class Seen(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions = [*getattr(self, "functions", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_every_call():
+    x = torch.randn(3, 4)
+    key = call_key(0, x)
+    with Seen() as seen:
+        assert call_key(0, x) is None and not hasattr(seen, "functions")
+        functional.relu(x)
+    assert "pygpt.relu_fwd.default" in seen.functions and call_key(0, x) == key
 
 
 def test_nothing_leaks():
