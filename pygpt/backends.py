@@ -28,28 +28,28 @@ from torch.autograd import forward_ad, profiler
 
 from . import dispatch
 from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
-from .ops.attention import MAX_HEAD_DIM
 from .ops.common import as_tuple
 
-
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
-_LIBRARIES = []  # torch forgets what was registered through a Library that nobody holds
-
-
-def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
-    """Defines torch.ops.<namespace>.<op>_fwd and _bwd of every op, and returns their overloads.
-
-    Schemas and shapes are those of the functions in pygpt/ops/. ``kernels`` serve every device that no library registers
-    others for. Gradients are the autograd Functions', FLOP counts the ops' own.
-    """
+@cache  # torch forgets what was registered through a Library that nobody holds
+def define_ops(namespace: str) -> torch.library.Library:
+    """torch.ops.<namespace>.<op>_fwd and _bwd of every op, with the schemas and shapes of the functions in pygpt/ops/."""
     library = torch.library.Library(namespace, "DEF")
-    _LIBRARIES.append(library)
     for name in KERNEL_NAMES:
         reference = getattr(REFERENCE, name)
         library.define(name + torch.library.infer_schema(reference, mutates_args=()))
-        library.impl(name, kernels[name], "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", reference, lib=library)
-    packets = getattr(torch.ops, namespace)
+    return library
+
+
+def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
+    """Defines the ops and returns their overloads. Gradients are the autograd Functions', FLOP counts the ops' own.
+
+    ``kernels`` serve every device that no library registers others for.
+    """
+    library, packets = define_ops(namespace), getattr(torch.ops, namespace)
+    for name in KERNEL_NAMES:
+        library.impl(name, kernels[name], "CompositeExplicitAutograd")
     registered = SimpleNamespace(**{name: getattr(packets, name).default for name in KERNEL_NAMES})
     for op in OPS.values():
         _register_gradients(library, op, registered)
@@ -125,40 +125,6 @@ def when_imported(name: str, action: Callable):
         action()
     else:
         sys.meta_path.insert(0, _WhenImported(name, action))
-
-
-def _register_gradients(namespace: str, op: Op, kernels, library):
-    """The autograd Function's formulas for <op>_fwd; none for <op>_bwd, whose derivative would be silently zero."""
-    arguments = len(inspect.signature(op.fwd).parameters)
-
-    def save(ctx, inputs, output):
-        results = as_tuple(output)
-        ctx.kernels = kernels
-        op.function.save(ctx, inputs, results)
-        ctx.mark_non_differentiable(*results[op.results :])
-
-    def gradients(ctx, *grads):
-        return op.function.gradients(ctx, ctx.needs_input_grad[:arguments], *grads[: op.results])
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{namespace}::{op.name}_bwd has no derivative: for a second one, take the first of {op.name}_fwd with "
-            "create_graph=True"
-        )
-
-    torch.library.register_autograd(f"{namespace}::{op.name}_fwd", gradients, setup_context=save, lib=library)
-    torch.library.register_autograd(f"{namespace}::{op.name}_bwd", refuse, lib=library)
-
-
-def below_autograd(overload) -> Callable:
-    """The op for callers that see to the gradients themselves; it leaves out 3 us of the dispatcher's autograd."""
-    op, guard = overload._op, torch._C._AutoDispatchBelowAutograd
-
-    def call(*args):
-        with guard():
-            return op(*args)
-
-    return call
 
 
 # ------------------------------------------------------------------------------- C++
@@ -257,22 +223,20 @@ def _fill():
     cpp, why_no_cpp = _cpp(ops)
     cuda, why_no_cuda = _cuda(ops)
     triton, why_no_triton, triton_devices = _triton()
-    ours = {"ops": tuple(OPS), "features": {"attention": ("return_lse",)}, "max_head_dim": MAX_HEAD_DIM}
+    ours = {"ops": tuple(OPS), "features": {"attention": ("return_lse",)}}
+    compiled = {**ours, "max_head_dim": sys.modules["pygpt._C"].max_head_dim if cpp else None}
+    interpreted = {**ours, "max_head_dim": triton.attention.MAX_HEAD_DIM if triton else None}
     for row in (
-        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **ours),
+        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **compiled),
         Backend(
-            "triton",
-            triton,
-            why_no_triton,
-            getattr(triton, "registered", None),
-            triton_devices,
-            dtypes=FLOATS[1:],
-            **ours,
+            "triton", triton, why_no_triton, getattr(triton, "registered", None), triton_devices, dtypes=FLOATS[1:],
+            **interpreted,
         ),
-        Backend("cuda", cuda, why_no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **ours),
+        Backend("cuda", cuda, why_no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **compiled),
         Backend("torch", REFERENCE),
-    ):
+    ):  # fmt: skip
         TABLE[row.name] = row
+    dispatch.plain_head_dim = min((row.max_head_dim for row in TABLE.values() if row.max_head_dim), default=sys.maxsize)
 
 
 _fill()

@@ -280,6 +280,7 @@ def no_key(*_):
 
 
 call_key = no_key  # backends.py puts csrc/bind/fastcall.h's in its place
+plain_head_dim = sys.maxsize  # the least max_head_dim in TABLE; backends.py reads it from the kernels
 
 
 def lookup(op: str, *tensors):

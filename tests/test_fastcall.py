@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pygpt import functional, verify
-from pygpt.backend import TABLE
-from pygpt.backend import kind as call_key
+from pygpt.dispatch import TABLE, call_key
 
 PLAIN, DISPATCHED = TABLE["cpp"].kernels, TABLE["cpp"].registered
 SHAPES = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]

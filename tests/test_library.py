@@ -8,7 +8,7 @@ import torch
 
 import pygpt  # noqa: F401  (registers the ops)
 from pygpt import _C, reference, verify
-from pygpt.backend import OPS
+from pygpt.dispatch import OPS
 
 NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
 TYPICAL = list(cases.variants(cases.TYPICAL))
@@ -59,7 +59,7 @@ WITHOUT_THE_EXTENSION = """
 import sys; sys.path.insert(0, "tests"); sys.modules["pygpt._C"] = None
 import cases, torch
 from pygpt import reference, verify
-from pygpt.backend import TABLE
+from pygpt.dispatch import TABLE
 assert TABLE["cpp"].missing and TABLE["cpp"].kernels is None
 generator = torch.Generator().manual_seed(0)
 for op, dims in cases.TINY.items():

@@ -19,7 +19,8 @@ and at a the value is 1 minus that at -a.
 import triton
 import triton.language as tl
 
-from pygpt.reference import dense_strides, gelu_name
+from pygpt.ops.activation import gelu_name
+from pygpt.ops.common import dense_strides
 
 from .common import LOG2E, Config, Configs, empty, empty_strided, in_order, launch, to_storage
 

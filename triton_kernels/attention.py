@@ -46,7 +46,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pygpt.reference import strides_like_query
+from pygpt.ops.attention import strides_like_query
 
 from .common import (
     LN2,

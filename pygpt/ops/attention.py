@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from ..dispatch import Call, Op, autocasting, call, lookup, register
 from .common import (
     Spec,
@@ -27,7 +28,6 @@ from .common import (
     wanted,
 )
 
-MAX_HEAD_DIM = 256  # of all our kernels
 _torchs = F.scaled_dot_product_attention  # as it is now: a user may put ours in its place
 
 
@@ -227,12 +227,12 @@ def scaled_dot_product_attention(
 
 
 def _plain(query, key, value) -> bool:
-    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), the head dimensions within the limit."""
+    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), the head dimensions within every kernel's limit."""
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     return (
         len(of_query) == len(of_key) == len(of_value) == 4
         and of_query[:2] == of_key[:2] == of_value[:2]
-        and of_query[3] == of_key[3] <= MAX_HEAD_DIM >= of_value[3]
+        and of_query[3] == of_key[3] <= dispatch.plain_head_dim >= of_value[3]
         and of_key[2] == of_value[2]
     )
 

@@ -55,10 +55,9 @@ def launches(call: Callable) -> list[tuple[str, int, int, int]]:
 
 @functools.cache
 def kernels(sanitizer: str | None = None) -> SimpleNamespace:
-    from pygpt.dispatch import OPS  # here, so that conformance.py runs where pygpt doesn't
+    from pygpt.dispatch import KERNEL_NAMES  # here, so that conformance.py runs where pygpt doesn't
 
     module = build.load(sanitizer)
     schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # a race shows under any of them
-    names = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
-    ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in names}
+    ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in KERNEL_NAMES}
     return SimpleNamespace(**{name: _under(schedules, module, name, op) for name, op in ops.items()})

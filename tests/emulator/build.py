@@ -152,7 +152,7 @@ def _machine() -> list[Path]:
 @functools.cache
 def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, arch: int = 900):
     """The kernels of csrc/cuda, or the named files of them, as torch.ops.pygpt_emulator.*; once per process."""
-    from pygpt.backend import define_ops  # which imports torch, to which the module is linked
+    from pygpt.backends import define_ops  # which imports torch, to which the module is linked
 
     _missing_preload(sanitizer)
     define_ops("pygpt_emulator")
