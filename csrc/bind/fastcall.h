@@ -19,61 +19,10 @@
 #include <utility>
 #include <vector>
 
+#include "dlpack.h"
 #include "table.h"
 
 namespace pygpt::bind::fast {
-
-// ---------------------------------------------------------------- DLPack, version 1
-struct DLDataType {
-  uint8_t code, bits;
-  uint16_t lanes;
-};
-struct DLTensor {
-  void* data;
-  struct { int32_t type, id; } device;
-  int32_t ndim;
-  DLDataType dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLManaged {
-  struct { uint32_t major, minor; } version;
-  void* context;
-  void (*deleter)(DLManaged*);
-  uint64_t flags;
-  DLTensor tensor;
-};
-struct Exchange {
-  struct { uint32_t major, minor; } version;
-  void* previous;
-  int (*allocate)(DLTensor* like, DLManaged** out, void* context, void (*set_error)(void*, const char*, const char*));
-  int (*export_)(void* object, DLManaged** out);
-  int (*to_object)(DLManaged*, void** object);  // takes the tensor
-  int (*view)(void* object, DLTensor* out);     // for as long as the object is left alone
-  int (*stream)(int32_t device_type, int32_t device, void** out);
-};
-constexpr int kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
-
-// Undefined where no op takes the dtype.
-inline ScalarType scalar_type(DLDataType t) {
-  if (t.lanes != 1) return ScalarType::Undefined;
-  switch (t.code << 8 | t.bits) {
-    case kFloat << 8 | 32: return ScalarType::Float;
-    case kBfloat << 8 | 16: return ScalarType::BFloat16;
-    case kFloat << 8 | 16: return ScalarType::Half;
-    case kFloat << 8 | 64: return ScalarType::Double;
-    case kInt << 8 | 64: return ScalarType::Long;
-    case kInt << 8 | 32: return ScalarType::Int;
-    default: return ScalarType::Undefined;
-  }
-}
-inline DLDataType dtype_of(ScalarType type) {
-  const bool integer = type == ScalarType::Long || type == ScalarType::Int;
-  const uint8_t code = type == ScalarType::BFloat16 ? kBfloat : integer ? kInt : kFloat;
-  return {code, uint8_t(8 * bytes_of(type)), 1};
-}
-constexpr bool is_integer(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
 
 // ---------------------------------------------------------------- questions to torch
 // Whether a function's result is true. A failure counts as true.
@@ -97,7 +46,8 @@ class Function {
       keywords_ = reinterpret_cast<WithKeywords>(reinterpret_cast<void*>(PyCFunction_GetFunction(object)));
   }
   PyObject* operator()() const {
-    return plain_ ? plain_(self_, nullptr) : keywords_ ? keywords_(self_, nullptr, 0, nullptr) : PyObject_CallNoArgs(object_);
+    if (plain_) return plain_(self_, nullptr);
+    return keywords_ ? keywords_(self_, nullptr, 0, nullptr) : PyObject_CallNoArgs(object_);
   }
   PyCFunction method() const { return plain_; }  // to be called with another self; null where that is impossible
 
@@ -122,7 +72,8 @@ class Mode {
  public:
   explicit Mode(PyObject* entry) : function_(entry) {
     PyObject* module;
-    if (PyTuple_Check(entry) && PyArg_ParseTuple(entry, "OUO", &module, &name_, &off_)) names_ = PyModule_GetDict(module);
+    if (PyTuple_Check(entry) && PyArg_ParseTuple(entry, "OUO", &module, &name_, &off_))
+      names_ = PyModule_GetDict(module);
   }
   bool on() const {
     if (!names_) return is_true(function_());

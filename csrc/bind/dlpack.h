@@ -1,0 +1,58 @@
+// DLPack, version 1, with torch's table of functions for it (dmlc.github.io/dlpack: DLPackExchangeAPI).
+#pragma once
+#include "view.h"
+
+namespace pygpt::bind::fast {
+
+struct DLDataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct DLTensor {
+  void* data;
+  struct { int32_t type, id; } device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLManaged {
+  struct { uint32_t major, minor; } version;
+  void* context;
+  void (*deleter)(DLManaged*);
+  uint64_t flags;
+  DLTensor tensor;
+};
+struct Exchange {
+  struct { uint32_t major, minor; } version;
+  void* previous;
+  int (*allocate)(DLTensor* like, DLManaged** out, void* context, void (*set_error)(void*, const char*, const char*));
+  int (*export_)(void* object, DLManaged** out);
+  int (*to_object)(DLManaged*, void** object);  // takes the tensor
+  int (*view)(void* object, DLTensor* out);     // for as long as the object is left alone
+  int (*stream)(int32_t device_type, int32_t device, void** out);
+};
+constexpr int kCpu = 1;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+
+// Undefined where no op takes the dtype.
+inline ScalarType scalar_type(DLDataType t) {
+  if (t.lanes != 1) return ScalarType::Undefined;
+  switch (t.code << 8 | t.bits) {
+    case kFloat << 8 | 32: return ScalarType::Float;
+    case kBfloat << 8 | 16: return ScalarType::BFloat16;
+    case kFloat << 8 | 16: return ScalarType::Half;
+    case kFloat << 8 | 64: return ScalarType::Double;
+    case kInt << 8 | 64: return ScalarType::Long;
+    case kInt << 8 | 32: return ScalarType::Int;
+    default: return ScalarType::Undefined;
+  }
+}
+inline DLDataType dtype_of(ScalarType type) {
+  const bool integer = type == ScalarType::Long || type == ScalarType::Int;
+  const uint8_t code = type == ScalarType::BFloat16 ? kBfloat : integer ? kInt : kFloat;
+  return {code, uint8_t(8 * bytes_of(type)), 1};
+}
+constexpr bool is_integer(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
+
+}  // namespace pygpt::bind::fast
