@@ -60,4 +60,11 @@ Results<1> relu_bwd(Call& call, View dy, View y) {
   return activation_bwd<kernel>(call, dy, y, Activation::relu, common_strides(y, dy));  // torch's order of the two
 }
 
+// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+#define PYGPT_ACTIVATION_OPS(X, device) \
+  X(gelu_fwd, device::activation_fwd, 1) \
+  X(gelu_bwd, device::activation_bwd, 1) \
+  X(relu_fwd, device::activation_fwd, 1) \
+  X(relu_bwd, device::activation_bwd, 1)
+
 }  // namespace pygpt::bind

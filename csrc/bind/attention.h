@@ -56,4 +56,9 @@ Results<3> attention_bwd(Call& call, View dout, Maybe dlse, View q, View k, View
   return {dq, dk, dv};
 }
 
+// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+#define PYGPT_ATTENTION_OPS(X, device) \
+  X(attention_fwd, device::attention_fwd, 1) \
+  X(attention_bwd, device::attention_bwd, 3)
+
 }  // namespace pygpt::bind

@@ -107,4 +107,11 @@ Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight
   return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
 }
 
+// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+#define PYGPT_MLP_OPS(X, device) \
+  X(linear_fwd, device::linear_fwd, 1) \
+  X(linear_bwd, device::linear_bwd, 3) \
+  X(mlp_fwd, device::mlp_fwd, 1) \
+  X(mlp_bwd, device::mlp_bwd, 5)
+
 }  // namespace pygpt::bind
