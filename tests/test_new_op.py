@@ -61,3 +61,13 @@ print("covered")
 def test_a_toy_op_from_one_file(run_python):
     done = run_python(TOY, PYGPT_BACKEND="")
     assert done.stdout.endswith("covered\n"), done.stdout + done.stderr[-3000:]
+
+
+def test_every_package_is_installed():
+    """A folder that pyproject.toml leaves out is there in a checkout, and missing from the wheel."""
+    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    folders = {
+        f"pygpt.{'.'.join(f.parent.relative_to(ROOT / 'pygpt').parts)}"
+        for f in (ROOT / "pygpt").glob("*/**/__init__.py")
+    }
+    assert folders and folders <= set(re.findall(r'"([\w.]+)"', listed))
