@@ -150,6 +150,8 @@ def dispatches_for_itself(kind: type) -> bool:
     if kind.__module__.startswith("torch._subclasses"):
         return False
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if kind.__module__ == "torch.distributed.tensor":
+            from .integrations import dtensor  # noqa: F401 (registers rules, and DTensor in SHARDED)
         return kind not in SHARDED
     own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     return own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
@@ -323,7 +325,7 @@ def _serve(op: Op, row: Backend, prepared: Call, tensors):
 
 def _run_kernels(op: Op, row: Backend, args, tensors):
     """The op's results by kernels; traced, by ops that bring their gradients along."""
-    if is_compiling() or _is_tracing():
+    if is_compiling() or _get_tracing_state() is not None or any(type(t) in SHARDED for t in tensors):
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
     elif _needs_gradient(tensors):
         return op.function.apply(row.kernels, *args)

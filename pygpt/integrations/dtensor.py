@@ -1,0 +1,109 @@
+"""Sharding rules: how the ops run on the local shards of DTensors (torch.distributed.tensor).
+
+A rule tells, for one dimension of a device mesh, with which placements of the arguments each rank's own call gives its
+part of the results, and how those are placed then. DTensor combines the rules over the dimensions of the mesh, takes the
+combination that moves the least data, and redistributes what is not placed like that. Full replication is always a rule.
+
+`dispatch` imports this module when the first DTensor arrives. That registers the rules for the ops of every backend.
+Torch keeps what this takes in private modules; where they have moved, nothing is registered, and PyTorch's own functions
+serve DTensors.
+"""
+
+from functools import partial
+
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ..dispatch import SHARDED, TABLE
+from ..ops.activation import SAVES_INPUT
+
+# R: replicated. P: a partial sum. A number: sharded in this dimension. last: in the last dimension of the first argument.
+# rows: in one of the other dimensions of that. any: in one of all. Each dimension is a rule of its own.
+RULES = {
+    "gelu_fwd": ["any -> any"],  # x -> y
+    "gelu_bwd": ["any any -> any"],  # dy, x -> dx
+    "relu_fwd": ["any -> any"],  # x -> y
+    "relu_bwd": ["any any -> any"],  # dy, y -> dx
+    "layer_norm_fwd": ["rows R R -> rows rows rows"],  # x, weight, bias -> y, mean, rstd
+    "layer_norm_bwd": ["rows rows R rows rows -> rows P P"],  # dy, x, weight, mean, rstd -> dx, dw, db
+    "add_layer_norm_fwd": ["rows rows R R -> rows rows rows rows"],  # x, residual, weight, bias -> y, s, mean, rstd
+    "add_layer_norm_bwd": ["rows rows rows R rows rows -> rows P P"],  # dy, ds, s, weight, mean, rstd -> dx, dw, db
+    "rms_norm_fwd": ["rows R -> rows rows"],  # x, weight -> y, rstd
+    "rms_norm_bwd": ["rows rows R rows -> rows P"],  # dy, x, weight, rstd -> dx, dw
+    "linear_fwd": [  # x, weight, bias -> y
+        "rows R R -> rows",
+        "R 0 0 -> last",
+        "last 1 P -> P",  # every rank adds its part of the bias, so that all of them add it once
+    ],
+    "linear_bwd": [  # dy, x, weight -> dx, dw, db
+        "rows rows R -> rows P P",
+        "last R 0 -> P 0 0",
+        "R last 1 -> last 1 R",
+    ],
+    "mlp_fwd": [  # x, fc_weight, fc_bias, proj_weight, proj_bias -> y, hidden, pre
+        "rows R R R R -> rows rows rows",
+        "R 0 0 1 P -> P last last",
+    ],
+    "mlp_bwd": [  # dy, x, fc_weight, proj_weight, hidden, pre -> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+        "rows rows R R rows rows -> rows P P P P",
+        "R R 0 1 last last -> P 0 0 1 R",
+    ],
+    "attention_fwd": [  # q, k, v -> out, lse
+        "0 0 0 -> 0 0",  # by batch
+        "1 1 1 -> 1 1",  # by heads
+    ],
+    "attention_bwd": [  # dout, dlse, q, k, v, out, lse -> dq, dk, dv
+        "0 0 0 0 0 0 0 -> 0 0 0",
+        "1 1 1 1 1 1 1 -> 1 1 1",
+    ],
+}
+
+
+def placements(name: str, args, results: int) -> list[tuple[list, list]]:
+    """The rules for a call of torch.ops.pygpt.<name>: (placements of its results, of the tensors among ``args``).
+
+    args: its arguments, each tensor as anything with a shape.
+    """
+    tensors = [a for a in args if hasattr(a, "shape")]
+    ndim = len(args[0].shape)
+    strided = [p for p in getattr(args[0], "placements", ()) if hasattr(p, "split_factor")]  # as views leave them
+    every = [*map(Shard, range(ndim)), *strided]
+    choices = {"any": every, "rows": [p for p in every if p.dim < ndim - 1]}
+    fixed = {"R": Replicate(), "P": Partial(), "0": Shard(0), "1": Shard(1), "last": Shard(ndim - 1)}
+    found = [([Replicate()] * results, [Replicate()] * len(tensors))]
+    for rule in RULES.get(name, ()):
+        of_args, of_results = (side.split() for side in rule.split("->"))
+        words = [word for word, a in zip(of_args, args) if a is not None]
+        words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
+        of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
+        for choice in choices.get(of_args[0], [None]):
+            meaning = {**fixed, of_args[0]: choice} if choice else fixed
+            found.append(([meaning[word] for word in of_results], [meaning[word] for word in words]))
+    return found
+
+
+def _made(name: str, args, results: int) -> list[bool]:
+    """Which of the results are computed; the others are empty, of shape (0,)."""
+    if isinstance(args[-1], list):  # the needs of <op>_bwd
+        return args[-1]
+    return [True, True, args[-1] in SAVES_INPUT] if name == "mlp_fwd" else [True] * results
+
+
+try:
+    from torch.distributed.tensor._op_schema import OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy, register_op_strategy
+except ImportError:
+    pass
+else:
+
+    def _strategy(name, schema):
+        args = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema.args_schema]
+        results = len(schema.op._schema.returns)
+        rules = [[*of_results, *of_args] for of_results, of_args in placements(name, args, results)]
+        return expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, rules, input_index=results)
+
+    # register_sharding, the public way, would take calls for equal that differ in arguments other than tensors.
+    _by_all_arguments = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)
+    for _row in TABLE.values():
+        for _name, _overload in vars(_row.registered).items() if _row.registered else ():
+            register_op_strategy(_overload, _by_all_arguments)(partial(_strategy, _name))
+    SHARDED.add(DTensor)
