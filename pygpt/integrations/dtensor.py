@@ -1,12 +1,12 @@
 """Sharding rules: how the ops run on the local shards of DTensors (torch.distributed.tensor).
 
 A rule tells, for one dimension of a device mesh, with which placements of the arguments each rank's own call gives its
-part of the results, and how those are placed then. DTensor combines the rules over the dimensions of the mesh, takes the
-combination that moves the least data, and redistributes what is not placed like that. Full replication is always a rule.
+part of the results, and how those are placed then. DTensor combines the rules over the mesh's dimensions, takes the
+combination that moves the least data, and redistributes what is placed otherwise. Full replication is always a rule.
 
 `dispatch` imports this module when the first DTensor arrives. That registers the rules for the ops of every backend.
-Torch keeps what this takes in private modules; where they have moved, nothing is registered, and PyTorch's own functions
-serve DTensors.
+Torch keeps what this takes in private modules; where they have moved, nothing is registered, and PyTorch's own
+functions serve DTensors.
 """
 
 from functools import partial
@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..dispatch import SHARDED, TABLE
 from ..ops.activation import SAVES_INPUT
 
-# R: replicated. P: a partial sum. A number: sharded in this dimension. last: in the last dimension of the first argument.
-# rows: in one of the other dimensions of that. any: in one of all. Each dimension is a rule of its own.
+# R: replicated. P: a partial sum. A number: sharded in this dimension. last: in the last one of the first argument.
+# rows: in another one of that. any: in any of that. Each such dimension is a rule of its own.
 RULES = {
     "gelu_fwd": ["any -> any"],  # x -> y
     "gelu_bwd": ["any any -> any"],  # dy, x -> dx

@@ -1,0 +1,449 @@
+"""DTensors: every sharding rule gives what the whole op gives, and is what runs: no rank sends anything to another.
+
+Rules are checked one by one without processes; calls of the public functions on a mesh that only pretends to have other
+ranks (placements and collectives), on one of a single rank, and with two gloo processes (values and gradients).
+"""
+
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_ecosystem import in_processes  # noqa: F401 (a fixture)
+
+import pygpt
+import pygpt.functional as F
+from pygpt import dispatch
+from pygpt.dispatch import OPS
+
+GPU_SHARE = {"triton": 1}
+F64 = torch.float64
+NAMES = [f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")]
+
+
+def rules():
+    """The module; importing it imports torch.distributed.tensor."""
+    return importlib.import_module("pygpt.integrations.dtensor")
+
+
+# ------------------------------------------------------------------------------- the rules, one by one
+DIMS = {
+    "linear": {"M": (3, 5), "K": 7, "N": 9, "bias": 1},
+    "mlp": {"M": (3, 5), "C": 7, "H": 11, "O": 4, "bias": 1, "activation": "gelu"},
+    "attention": {"B": 3, "H": 5, "L": 6, "S": 7, "E": 8, "Ev": 4, "causal": 1},
+    "layer_norm": {"M": (3, 5), "N": 7, "affine": 1, "mean": 0.0},
+    "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
+}
+DIMS |= {"rms_norm": DIMS["layer_norm"], "add_layer_norm": DIMS["layer_norm"], "relu": DIMS["gelu"]}
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=F64)
+
+
+def call(name, args):
+    results = getattr(torch.ops.pygpt, name)(*args)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def arguments(name):
+    """Arguments of torch.ops.pygpt.<name>; those of a backward op come from a forward one, by their names."""
+    op, direction = OPS[name[:-4]], name[-3:]
+    args = op.specs[op.name].draw(draw, DIMS[op.name])
+    if direction == "fwd":
+        return args
+    values = dict(zip(inspect.signature(op.fwd).parameters, args, strict=True))
+    schemas = [getattr(torch.ops.pygpt, f"{op.name}_{d}").default._schema.returns for d in ("fwd", "bwd")]
+    values |= zip([r.name or "y" for r in schemas[0]], call(f"{op.name}_fwd", args), strict=True)
+    values["needs"] = [True] * len(schemas[1])
+    return [
+        values[p] if p in values else torch.randn_like(values[p.removeprefix("d")])
+        for p in inspect.signature(op.bwd).parameters
+    ]
+
+
+def split(t, placement, ranks):
+    """What each rank has of it. The parts of a partial sum are as different as can be."""
+    if placement.is_shard():
+        return t.tensor_split(ranks, placement.dim)
+    if placement.is_replicate():
+        return [t] * ranks
+    weights = draw(ranks)
+    return [t * w for w in weights / weights.sum()]
+
+
+def merged(parts, placement):
+    if placement.is_shard():
+        return torch.cat(parts, placement.dim)
+    if placement.is_replicate():
+        for part in parts:
+            torch.testing.assert_close(part, parts[0])
+        return parts[0]
+    return sum(parts)
+
+
+def check_rule(name, args, of_results, of_args, ranks):
+    """AssertionError or an op's refusal unless the ranks' own calls make up the whole one."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    others = [a for a in args if not isinstance(a, torch.Tensor)]  # they stand after the tensors
+    local = [split(t, p, ranks) for t, p in zip(tensors, of_args, strict=True)]
+    results = [call(name, [*on_rank, *others]) for on_rank in zip(*local, strict=True)]
+    for whole, placement, *parts in zip(call(name, args), of_results, *results, strict=True):
+        torch.testing.assert_close(merged(parts, placement), whole)
+
+
+def placements(name, args):
+    return rules().placements(name, args, len(getattr(torch.ops.pygpt, name).default._schema.returns))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_rule_gives_the_whole(name):
+    args = arguments(name)
+    found = placements(name, args)
+    dims = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}}.get(name[:-4], {0, 1})  # at least these can be sharded in the first
+    assert dims <= {of_args[0].dim for _, of_args in found if of_args[0].is_shard()}
+    for (of_results, of_args), ranks in product(found, (2, 3)):
+        check_rule(name, args, of_results, of_args, ranks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_rule_is_noticed(name, monkeypatch):
+    """Every rule, with any one of its placements replaced by any other, fails the check above."""
+    args, tried = arguments(name), 0
+    for rule in rules().RULES[name]:
+        monkeypatch.setitem(rules().RULES, name, [rule])
+        right, (first, *words) = placements(name, args), rule.split()
+        for i, other in product(range(len(words)), ("R", "P", "0", "1", "last")):
+            if words[i] == "->":
+                continue
+            monkeypatch.setitem(rules().RULES, name, [" ".join([first, *words[:i], other, *words[i + 1 :]])])
+            if (wrong := placements(name, args)) == right:
+                continue
+            tried += 1
+            with pytest.raises((AssertionError, RuntimeError, IndexError)):
+                for of_results, of_args in wrong:
+                    check_rule(name, args, of_results, of_args, 2)
+    assert tried >= 3 * len(rules().RULES[name])
+
+
+# ------------------------------------------------------------------------------- what calls do with them
+def placed(word):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return {"R": Replicate(), "P": Partial()}[word] if word in ("R", "P") else Shard(word)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A public function's call, and how its tensors, its results and its gradients are placed."""
+
+    function: object
+    shapes: tuple
+    tensors: tuple
+    results: tuple
+    grads: tuple
+
+
+def groups():
+    """Cases of one call each; the first is by batch."""
+    x, of_x = (4, 5, 8), (8,)
+
+    def group(function, shapes, *of_cases):
+        return [Case(function, shapes, *of_case) for of_case in of_cases]
+
+    yield group(
+        F.linear,
+        (x, (10, 8), (10,)),
+        ((0, "R", "R"), (0,), (0, "P", "P")),
+        ((1, "R", "R"), (1,), (1, "P", "P")),
+        (("R", 0, 0), (2,), ("P", 0, 0)),
+        ((2, 1, "R"), ("P",), (2, 1, "R")),
+        (("R", "R", "R"), ("R",), ("R", "R", "R")),
+    )
+    without_bias = ((0, "R"), (0,), (0, "P")), (("R", 0), (2,), ("P", 0)), ((2, 1), ("P",), (2, 1))
+    yield group(F.linear, (x, (10, 8)), *without_bias)
+    for activation in ("gelu", "gelu_tanh", "relu", "relu2"):
+        yield group(
+            partial(F.mlp, activation=activation),
+            (x, (12, 8), (12,), (6, 12), (6,)),
+            ((0, *"RRRR"), (0,), (0, *"PPPP")),
+            ((1, *"RRRR"), (1,), (1, *"PPPP")),
+            (("R", 0, 0, 1, "R"), ("P",), ("P", 0, 0, 1, "R")),
+        )
+
+    def layer_norm(x, *parameters):
+        return F.layer_norm(x, (8,), *parameters)
+
+    def layer_norm_of_two(x, *parameters):
+        return F.layer_norm(x, (4, 2), *parameters)
+
+    def rms_norm(x, *parameters):
+        return F.rms_norm(x, (8,), *parameters)
+
+    def add_layer_norm(x, residual, *parameters):
+        return F.add_layer_norm(x, residual, (8,), *parameters)
+
+    for function, shapes, n in (
+        (layer_norm, (x, of_x, of_x), 1),
+        (layer_norm, (x,), 1),
+        (layer_norm_of_two, ((4, 5, 4, 2), (4, 2)), 1),
+        (rms_norm, (x, of_x), 1),
+        (rms_norm, (x,), 1),
+        (add_layer_norm, (x, x, of_x, of_x), 2),
+        (add_layer_norm, (x, x), 2),
+    ):
+        p = len(shapes) - n  # parameters
+        yield group(function, shapes, *(((d,) * n + ("R",) * p, (d,) * n, (d,) * n + ("P",) * p) for d in (0, 1)))
+    for function in (F.gelu, partial(F.gelu, approximate="tanh"), F.relu):
+        yield group(function, (x,), *(((d,),) * 3 for d in (0, 1, 2)))
+    for causal, lse in product((False, True), repeat=2):
+        attention = partial(F.scaled_dot_product_attention, is_causal=causal, return_lse=lse)
+        shapes = (4, 3, 5, 8), (4, 3, 6, 8), (4, 3, 6, 4)
+        yield group(attention, shapes, *(((d,) * 3, (d,) * (1 + lse), (d,) * 3) for d in (0, 1)))
+
+
+CASES = [(group[0], case) for group in groups() for case in group]
+
+
+def check_call(mesh, by_batch, case, values):
+    """Placements of a call and of its gradients, for which no rank sends anything: by batch on all dimensions of the mesh
+    but the last, and there the case's own.
+
+    values: whether to ask all ranks for the whole tensors, and compare those with the same call without a mesh.
+    """
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    sides = [by_batch] * (mesh.ndim - 1) + [case]
+    tensors, results, grads = (
+        [list(map(placed, words)) for words in zip(*(getattr(side, of) for side in sides), strict=True)]
+        for of in ("tensors", "results", "grads")
+    )
+    random = torch.Generator().manual_seed(0)  # the same on every rank
+    whole = [torch.randn(shape, dtype=F64, generator=random).requires_grad_() for shape in case.shapes]
+    want = several(case.function(*whole))
+    upstream = [torch.randn(y.shape, dtype=F64, generator=random) for y in want]
+    sharded = [distribute_tensor(t.detach(), mesh, p).requires_grad_() for t, p in zip(whole, tensors, strict=True)]
+    of_upstream = [[Replicate() if p.is_partial() else p for p in of_result] for of_result in results]
+    upstream_sharded = [distribute_tensor(g, mesh, p) for g, p in zip(upstream, of_upstream, strict=True)]
+    with CommDebugMode() as sent:
+        got = several(case.function(*sharded))
+        torch.autograd.backward(got, upstream_sharded)
+    assert sent.get_total_counts() == 0, sent.get_comm_counts()
+    assert [list(y.placements) for y in got] == results
+    assert [list(t.grad.placements) for t in sharded] == grads
+    assert [y.shape for y in got] == [y.shape for y in want]
+    assert [t.grad.shape for t in sharded] == [t.shape for t in whole]
+    if values:
+        torch.autograd.backward(want, upstream)
+        torch.testing.assert_close([y.full_tensor() for y in got], want)
+        torch.testing.assert_close([t.grad.full_tensor() for t in sharded], [t.grad for t in whole])
+
+
+def several(results):
+    return list(results) if isinstance(results, tuple) else [results]
+
+
+@pytest.fixture
+def mesh(request):
+    """A mesh on which this process is rank 0, and the others only pretend."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shape = getattr(request, "param", (1,))
+    dist.init_process_group("fake", rank=0, world_size=torch.Size(shape).numel(), store=FakeStore())
+    yield init_device_mesh("cpu", shape)
+    dist.destroy_process_group()
+
+
+def on_shards(mesh):
+    return pytest.mark.parametrize("mesh", mesh, indirect=True, ids=str)
+
+
+@on_shards([(1,), (3,), (2, 2)])
+def test_calls_run_on_shards(mesh):
+    for by_batch, case in CASES:
+        check_call(mesh, by_batch, case, values=mesh.size() == 1)
+
+
+def _calls(rank, world):
+    """Odd sizes too: the ranks' shards differ, and one may be empty."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    for shape in ((world,), (1, world), (world, 1)):
+        mesh = init_device_mesh("cpu", shape)
+        for by_batch, case in CASES:
+            check_call(mesh, by_batch, case, values=True)
+
+
+def _a_wrong_rule(rank, world):
+    """A bias that every rank adds, and a weight whose gradient is not summed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    mesh = init_device_mesh("cpu", (world,))
+    by_batch, *_, row, _ = [case for _, case in CASES if case.function is F.linear and len(case.shapes) == 3]
+    check_call(mesh, row, row, values=True)
+    for name, right, wrong, case in (
+        ("linear_fwd", "last 1 P -> P", "last 1 R -> P", row),
+        ("linear_bwd", "rows rows R -> rows P P", "rows rows R -> rows R R", replace(by_batch, grads=(0, "R", "R"))),
+    ):
+        i = rules().RULES[name].index(right)
+        rules().RULES[name][i] = wrong
+        _clear_sharding_prop_cache()
+        with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+            check_call(mesh, case, case, values=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [_calls, _a_wrong_rule])
+def test_values_on_two_ranks(function, in_processes):  # noqa: F811
+    in_processes(2, function)
+
+
+# ------------------------------------------------------------------------------- around the rules
+def shards(mesh, *shapes_and_words, dtype=F64):
+    from torch.distributed.tensor import distribute_tensor
+
+    return [
+        distribute_tensor(torch.randn(shape, dtype=dtype), mesh, [placed(w) for w in words]).requires_grad_()
+        for shape, *words in shapes_and_words
+    ]
+
+
+def tensor_parallel_mlp(mesh, dtype=F64):
+    return shards(mesh, ((4, 6, 8), "R"), ((12, 8), 0), ((12,), 0), ((8, 12), 1), ((8,), "R"), dtype=dtype)
+
+
+@on_shards([(2,)])
+def test_a_call_keeps_no_rule_of_another(mesh):
+    """Which gradients are wanted, and whether the hidden layer is kept twice, changes from call to call."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    want = [[placed(w)] for w in ("P", 0, 0, 1, "R")]
+    for needs in ([1, 0, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]):
+        for activation in ("relu", "gelu"):
+            tensors = [t.requires_grad_(bool(need)) for t, need in zip(tensor_parallel_mlp(mesh), needs, strict=True)]
+            with CommDebugMode() as sent:
+                y = F.mlp(*tensors, activation)
+                y.backward(torch.ones_like(y))
+            assert sent.get_total_counts() == 0
+            for t, need, p in zip(tensors, needs, want, strict=True):
+                assert (t.grad.shape == t.shape and list(t.grad.placements) == p) if need else t.grad is None
+
+
+@on_shards([(2, 2)])
+def test_shards_of_a_view(mesh):
+    """Rows that are sharded in two dimensions, then flattened, stay where they are."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    x, weight = shards(mesh, ((4, 6, 8), 0, 1), ((10, 8), "R", "R"))
+    flat = x.reshape(24, 8)
+    assert hasattr(flat.placements[1], "split_factor")
+    with CommDebugMode() as sent:
+        y = F.gelu(F.linear(F.rms_norm(flat, (8,)), weight))
+        y.backward(torch.ones_like(y))
+    assert sent.get_total_counts() == 0
+    assert y.placements == flat.placements and x.grad.placements == x.placements
+
+
+@on_shards([(2,)])
+def test_what_is_placed_otherwise_is_redistributed(mesh):
+    """As by torch's own functions. Here the last dimension is sharded, of which a norm needs all."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    x, weight = shards(mesh, ((4, 6, 8), 2), ((8,), 0))
+    with CommDebugMode() as sent:
+        y = F.layer_norm(x, (8,), weight)
+    assert sent.get_total_counts() > 0
+    assert y.shape == x.shape and not y.placements[0].is_shard(2)
+
+
+def test_what_has_no_kernel_is_pytorchs(mesh):
+    q, kv, x, mask = shards(mesh, ((2, 4, 5, 8), "R"), ((2, 2, 5, 8), "R"), ((2, 8), "R"), ((5, 5), "R"))
+    choice = pygpt.explain("scaled_dot_product_attention", q, kv, kv, enable_gqa=True)
+    assert choice.backend == "torch" and choice.rejected["cpp"] == ["enable_gqa not served"]
+    choice = pygpt.explain("scaled_dot_product_attention", q, q, q, attn_mask=mask)
+    assert choice.backend == "torch" and choice.rejected["cpp"] == ["attn_mask not served"]
+    assert pygpt.explain("gelu", x).backend == "cpp"
+
+
+def test_where_torch_has_moved(mesh, monkeypatch):
+    """Without the modules that registering takes, PyTorch's functions serve DTensors."""
+    from torch.distributed.tensor._ops import utils
+
+    (x,) = shards(mesh, ((2, 8), "R"))
+    module = rules()
+    monkeypatch.delattr(sys.modules[module.__package__], "dtensor")  # as if it had not been imported
+    monkeypatch.delitem(sys.modules, module.__name__)
+    monkeypatch.setattr(dispatch, "SHARDED", set())
+    monkeypatch.delattr(utils, "register_op_strategy")
+    choice = pygpt.explain("gelu", x)
+    assert choice.backend == "torch" and choice.rejected["cpp"] == ["a tensor subclass, DTensor"]
+    assert torch.equal(F.gelu(x).full_tensor(), torch.nn.functional.gelu(x.full_tensor()))
+
+
+def test_each_backend(mesh, compiled):
+    """The rules hold for the ops of every backend; here they run alone."""
+    sharded = tensor_parallel_mlp(mesh, torch.float32)
+    whole = [t.full_tensor().detach().requires_grad_() for t in sharded]
+    with pygpt.backend(compiled):
+        got, want = F.mlp(*sharded, "gelu"), F.mlp(*whole, "gelu")
+        got.sum().backward()
+        want.sum().backward()
+    assert torch.equal(got.full_tensor(), want)
+    for t, w in zip(sharded, whole, strict=True):
+        assert torch.equal(t.grad.full_tensor(), w.grad)
+
+
+@on_shards([(2,)])
+def test_compiled(mesh):
+    """One graph, in which the ops stand as they do for plain tensors."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def record(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "pygpt" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        lambda *args: F.mlp(*args, "gelu"), fullgraph=True, backend=aot_autograd(fw_compiler=record)
+    )
+    tensors = tensor_parallel_mlp(mesh)
+    y = compiled(*tensors)
+    y.sum().backward()
+    assert seen == ["pygpt.mlp_fwd.default", "pygpt.mlp_bwd.default"]
+    assert [*y.placements, *(t.grad.placements[0] for t in tensors)] == [placed(w) for w in ("P", "P", 0, 0, 1, "R")]
+
+
+def test_second_derivatives(mesh):
+    def penalty(x, weight, bias):
+        (gradient,) = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    sharded = shards(mesh, ((4, 8), 0), ((10, 8), "R"), ((10,), "R"))
+    whole = [t.full_tensor().detach().requires_grad_() for t in sharded]
+    got, want = penalty(*sharded), penalty(*whole)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close([t.grad.full_tensor() for t in sharded], [t.grad for t in whole])
+
+
+def test_autocast(mesh):
+    sharded = tensor_parallel_mlp(mesh, torch.float32)
+    whole = [t.full_tensor().detach().requires_grad_() for t in sharded]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = F.mlp(*sharded, "gelu"), F.mlp(*whole, "gelu")
+    assert got.dtype == torch.bfloat16 and torch.equal(got.full_tensor(), want)
+
+
+def test_importing_pygpt_imports_no_dtensor(run_python):
+    source = "import sys, pygpt; print('torch.distributed.tensor' in sys.modules, 'pygpt.integrations' in sys.modules)"
+    assert run_python(source).stdout.split() == ["False", "False"]
