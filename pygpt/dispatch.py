@@ -325,7 +325,7 @@ def _serve(op: Op, row: Backend, prepared: Call, tensors):
 
 def _run_kernels(op: Op, row: Backend, args, tensors):
     """The op's results by kernels; traced, by ops that bring their gradients along."""
-    if is_compiling() or _get_tracing_state() is not None or any(type(t) in SHARDED for t in tensors):
+    if is_compiling() or _is_tracing() or any(type(t) in SHARDED for t in tensors):
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
     elif _needs_gradient(tensors):
         return op.function.apply(row.kernels, *args)

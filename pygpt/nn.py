@@ -73,7 +73,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is `functional.linear` with its weight and bias, and nothing else.
 
     Only then may a module that fuses its layers read their parameters and leave out their calls. False for adapters,
-    parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass such as DTensor.
+    parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass that dispatches
+    for itself (DTensor does not count: it has rules for the fused op).
     """
     if not _is_plain(module, Linear, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
         return False

@@ -23,7 +23,6 @@ from pygpt.dispatch import OPS
 
 GPU_SHARE = {"triton": 1}
 F64 = torch.float64
-NAMES = [f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")]
 
 
 def rules():
@@ -40,6 +39,11 @@ DIMS = {
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
 }
 DIMS |= {"rms_norm": DIMS["layer_norm"], "add_layer_norm": DIMS["layer_norm"], "relu": DIMS["gelu"]}
+NAMES = [f"{op}_{direction}" for op in DIMS for direction in ("fwd", "bwd")]  # an op without rules is replicated
+
+
+def test_every_rule_is_tested():
+    assert set(rules().RULES) == set(NAMES)
 
 
 def draw(*shape):
