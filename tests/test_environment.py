@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pygpt
+from pygpt.dispatch import TABLE
 from pygpt.info import gather
 
 ROOT = Path(pygpt.__file__).parents[1]
@@ -55,3 +56,23 @@ def test_a_program_gets_the_exception():
 def test_a_right_instruction_set():
     found = run("-m", "pygpt", "info", PYGPT_CPU_CAPABILITY="baseline")
     assert (found.returncode, found.stderr) == (0, "") and "baseline (available" in found.stdout
+
+
+MISSING = [name for name, row in TABLE.items() if row.missing]
+
+
+@pytest.mark.parametrize(
+    "name, why", [("nonsense", "unknown backend"), *((name, "not available") for name in MISSING[:1])]
+)
+def test_a_wrong_backend(name, why, script):
+    """Refused at import, not at the first op."""
+    for command in (["-m", "pygpt", "info"], [script, "info"]):
+        found = run(*command, PYGPT_BACKEND=name)
+        assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.stderr
+        assert found.stderr.startswith("pygpt: error: PYGPT_BACKEND: ") and why in found.stderr
+    found = run("-c", "import pygpt; print('imported')", PYGPT_BACKEND=name)
+    assert (
+        found.returncode == 1
+        and found.stdout == ""
+        and f"PYGPT_BACKEND: pygpt: {why}" in found.stderr.replace(f"backend {name!r} is ", "")
+    )
