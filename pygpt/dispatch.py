@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +25,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_function_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -388,28 +395,63 @@ def autocast(op: Op, prepared: Call) -> Call:
     return prepared._replace(args=tuple(_cast(a, dtype) if isinstance(a, Tensor) else a for a in prepared.args))
 
 
-_CASTS = WeakTensorKeyDictionary()  # leaf -> {dtype: (version, address, weak reference to the cast)}
+class _Region(threading.local):
+    """The autocast region that this thread is in."""
+
+    def __init__(self):
+        self.casts = lambda: None  # a weak reference to what `_casts` returns
+
+
+_region = _Region()
+
+
+def _casts(device: torch.device) -> WeakTensorKeyDictionary:
+    """The casts of this region: leaf -> {dtype: (the leaf's state, a weak reference to its cast)}.
+
+    A change through ``.data`` leaves no trace, so no cast may outlive its region, as torch's own do not. Only torch's
+    cache is told when a region ends. So it owns this dictionary, by way of the cast of an empty leaf.
+    """
+    casts = _region.casts()
+    if casts is None:
+        casts = WeakTensorKeyDictionary()
+        leaf = torch.empty(0, 0, dtype=torch.float32, device=device, requires_grad=True)
+        empty = leaf.detach()
+        node_of_cast = torch.addmm(leaf, empty, empty).grad_fn.next_functions[0][0]
+        node_of_cast.metadata["pygpt"] = casts
+        _region.casts = weakref.ref(casts)
+    return casts
+
+
+def _shares_cast(t: Tensor) -> bool:
+    """Whether torch's own autocast would keep a cast of ``t``, and nothing records or transforms this call."""
+    if is_compiling() or t.dtype != torch.float32 or t.layout != torch.strided:
+        return False
+    if not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()) or t._is_view() or t.is_inference():
+        return False
+    if _len_torch_dispatch_stack() or _is_tracing() or _are_functorch_transforms_active():
+        return False
+    return torch.is_autocast_cache_enabled()
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in another dtype. The cast of a leaf is shared by all its uses while a graph holds it, and no longer."""
+    """``t`` in another dtype. A leaf's uses in an autocast region share one cast while a graph holds it."""
     if not t.is_floating_point() or t.dtype == dtype:
         return t
-    if is_compiling() or not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()) or t.is_meta:
+    if not _shares_cast(t):
         return t.to(dtype)
-    now = t._version, t.data_ptr()
-    casts = _CASTS.setdefault(t, {})
-    *then, reference = casts.get(dtype, (None, None, lambda: None))
-    if tuple(then) == now and (shared := reference()) is not None:
+    casts = _casts(t.device).setdefault(t, {})
+    now = t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()
+    then, reference = casts.get(dtype, (None, None))
+    if then == now and (shared := reference()) is not None:
         return shared
     cast = t.to(dtype)
-    casts[dtype] = *now, TensorWeakRef(cast)
+    casts[dtype] = now, TensorWeakRef(cast)
     return cast
 
 
 # ------------------------------------------------------------------------------- PYGPT_LOG=fallback
 LOG_FALLBACK = "fallback" in os.environ.get("PYGPT_LOG", "").split(",")
-_LOGGED: set[str] = set()
+_LOGGED: dict[str, object] = {}  # line -> who printed it
 
 
 def _log_fallback(choice: Choice):
@@ -419,6 +461,6 @@ def _log_fallback(choice: Choice):
     line = f"pygpt: PyTorch serves {choice.op}; " + "; ".join(
         f"{name}: {', '.join(why)}" for name, why in choice.rejected.items()
     )
-    if line not in _LOGGED:
-        _LOGGED.add(line)
+    me = object()
+    if _LOGGED.setdefault(line, me) is me:  # atomic: of several threads, one prints
         print(line, file=sys.stderr, flush=True)
