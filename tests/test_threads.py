@@ -1,13 +1,19 @@
-"""Bitwise the same result: run to run, for any number of threads, and from several threads at once."""
+"""Bitwise the same result: run to run, for any number of threads, from several threads at once, in workers after a fork.
 
+And what a thread keeps for itself goes when it ends.
+"""
+
+import resource
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import pygpt
-from pygpt import verify
+from pygpt import functional, verify
 
 LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of anything
     "attention": {"B": 2, "H": 3, "L": 333, "S": 270, "E": 40, "Ev": 72, "causal": 1},
@@ -65,3 +71,156 @@ def test_called_from_several_threads_at_once(inner, compiled, generator):
     with ThreadPoolExecutor(4) as pool:
         for found, want, item in zip(pool.map(run, work * 20), serial * 20, work * 20, strict=True):
             assert_equal(found, want, item[0])
+
+
+def test_threads_with_numbers_of_threads_of_their_own(compiled, generator):
+    work = [(op, *verify.draw(op, dims, torch.float32, generator)) for op, dims in EVERY]
+
+    def run(count):
+        torch.set_num_threads(count)
+        with pygpt.backend(compiled):
+            return [verify.directions(op, verify.SPECS[op].call, args, grads) for op, args, grads in work]
+
+    want = run(1)
+    with ThreadPoolExecutor(3) as pool:
+        for count, results in zip((2, 1, 3) * 2, pool.map(run, (2, 1, 3) * 2), strict=True):
+            for found, expected, (op, *_) in zip(results, want, work, strict=True):
+                assert_equal(found, expected, f"of {op} with {count} threads")
+
+
+# ------------------------------------------------------------------------------- backends and torch.compile
+def differ(a, b):
+    return any(not torch.equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
+
+
+def compile_once():
+    """Compiles all eight ops, forward and backward, anew."""
+    x, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, 8)
+
+    def eight(x):
+        x = functional.mlp(functional.linear(x, w), w, None, w, None)
+        x, residual = functional.add_layer_norm(functional.relu(x), functional.gelu(x), (8,))
+        x = functional.rms_norm(functional.layer_norm(x, (8,)) + residual, (8,))
+        return functional.scaled_dot_product_attention(x, x, x, is_causal=True).sum()
+
+    torch._dynamo.reset()
+    (found,) = torch.autograd.grad(torch.compile(eight, backend="aot_eager", fullgraph=True)(x), x)
+    torch.testing.assert_close(found, *torch.autograd.grad(eight(x), x))
+
+
+def test_backends_by_thread_while_another_thread_compiles(generator):
+    work = [(op, *verify.draw(op, dims, torch.float32, generator)) for op, dims in cases.variants(cases.TYPICAL)]
+
+    def run(name):
+        torch.set_num_threads(1)  # torch's own results may depend on it
+        with pygpt.backend(name):
+            return [verify.directions(op, verify.SPECS[op].call, args, grads) for op, args, grads in work]
+
+    want = {name: run(name) for name in ("cpp", "torch")}
+    assert differ(want["cpp"], want["torch"]), "so that a mix-up shows"
+    with ThreadPoolExecutor(5) as pool:
+        compiling = pool.submit(lambda: [compile_once() for _ in range(2)])
+        rounds = 0
+        while rounds < 2 or not compiling.done():
+            for name, found in zip(("cpp", "torch") * 2, pool.map(run, ("cpp", "torch") * 2), strict=True):
+                assert not differ(found, want[name])
+            rounds += 1
+        compiling.result()
+
+
+@pytest.mark.parametrize("op, dims", [*cases.variants(cases.TYPICAL)], ids=cases.ids)
+def test_backward_in_another_thread_is_by_the_forwards_backend(op, dims, generator):
+    args, grads = verify.draw(op, dims, torch.float32, generator)
+    args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a for a in args if isinstance(a, torch.Tensor)]
+
+    def forward(name):
+        torch.set_num_threads(1)
+        with pygpt.backend(name):
+            return verify.as_tuple(verify.SPECS[op].call(*args))
+
+    def backward(outputs):
+        return torch.autograd.grad(outputs, leaves, grads)
+
+    with ThreadPoolExecutor(1) as pool:
+        for name, other in (("cpp", "torch"), ("torch", "cpp")):
+            outputs = pool.submit(forward, name).result()
+            with pygpt.backend(other):
+                found = backward(outputs)
+            assert all(map(torch.equal, found, backward(forward(name))))
+
+
+# ------------------------------------------------------------------------------- processes
+class EveryOp(Dataset):
+    """Item i: every direction of an op, of inputs that depend on i alone."""
+
+    def __len__(self):
+        return len(EVERY)
+
+    def __getitem__(self, i):
+        op, dims = EVERY[i]
+        args, grads = verify.draw(op, dims, torch.float32, torch.Generator().manual_seed(i))
+        return {key: t.detach() for key, t in verify.directions(op, verify.SPECS[op].call, args, grads).items()}
+
+
+def load_in_workers(start_method):
+    torch.set_num_threads(2)
+    data = EveryOp()
+    want = list(data)  # from here on this process has OpenMP's threads, which a fork does not copy
+    workers = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=start_method, timeout=120)
+    for i, found in enumerate(workers):
+        assert_equal(found, want[i], f"of {EVERY[i]} in a worker")
+    assert not differ([data[0]], [want[0]])
+    print("all equal")
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_data_loader_workers_after_first_use(start_method, run_python):
+    """torch sets one thread in a worker. With more, its own functions hang after a fork too, for OpenMP's sake."""
+    done = run_python(f"import test_threads; test_threads.load_in_workers({start_method!r})")
+    assert done.stdout == "all equal\n", done.stderr
+
+
+# ------------------------------------------------------------------------------- scratch memory
+def use_scratch():
+    """Makes this thread, and those that work for it, keep megabytes."""
+    torch.set_num_threads(2)
+    q = torch.randn(1, 2, 700, 64, requires_grad=True)
+    functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    functional.linear(torch.randn(300, 1024), torch.randn(1024, 1024))
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def end_threads(at_once, one_by_one):
+    """Prints by how much memory grows: by threads that are there at once, and by so many more that follow each other."""
+    ready, go = threading.Barrier(at_once + 1), threading.Event()
+
+    def stay():
+        use_scratch()
+        ready.wait(300)
+        go.wait(300)
+
+    use_scratch()
+    before = peak_memory()
+    threads = [threading.Thread(target=stay) for _ in range(at_once)]
+    for t in threads:
+        t.start()
+    ready.wait(300)
+    go.set()
+    for t in threads:
+        t.join()
+    kept = peak_memory() - before
+    for _ in range(one_by_one):
+        t = threading.Thread(target=use_scratch)
+        t.start()
+        t.join()
+    print(kept, peak_memory() - before - kept)
+
+
+def test_a_thread_that_ends_gives_its_scratch_memory_back(run_python):
+    done = run_python("import test_threads; test_threads.end_threads(20, 200)")
+    kept, grown = map(int, done.stdout.split())
+    assert 0 <= grown < kept, (kept, grown)
