@@ -30,6 +30,7 @@ from . import dispatch
 from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
 from .ops.common import as_tuple
 
+
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
 @cache  # torch forgets what was registered through a Library that nobody holds
 def define_ops(namespace: str) -> torch.library.Library:
@@ -99,7 +100,7 @@ def _register_flops(packets):
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, once, and acts as soon as it is loaded."""
+    """Finds one module as Python does, and acts once it is loaded, which whoever merely asks for its spec does not do."""
 
     def __init__(self, name: str, action: Callable):
         self.name, self.action = name, action
@@ -108,12 +109,19 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None:
+            return None
         load = spec.loader.exec_module
 
         def load_and_act(module):
             load(module)
-            self.action()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
 
         spec.loader.exec_module = load_and_act
         return spec

@@ -58,6 +58,8 @@ assert counted() == 2 * (2 * 3 * 4 * 5), counted()
 ORDERS = {
     "after": "import torch, pygpt\n" + COUNTED,
     "before": "import torch, torch.utils.flop_counter, pygpt\n" + COUNTED,
+    "asked for, then after": "import torch, pygpt, importlib.util\n"
+    "assert importlib.util.find_spec('torch.utils.flop_counter')\n" + COUNTED,
     "with torch.compile": "import torch, pygpt\nimport torch._dynamo\n" + COUNTED,
 }
 
