@@ -192,6 +192,15 @@ def test_leading_dimensions_as_in_torch(shapes, is_causal, backend):
     torch.testing.assert_close(torch.autograd.grad(out, inputs, g), torch.autograd.grad(want, inputs, g))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_lse_gives_value_no_gradient(create_graph, backend):
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    with pygpt.backend(backend):
+        _, lse = sdpa(q, k, v, return_lse=True)
+    grads = torch.autograd.grad(lse.sum(), (q, k, v), create_graph=create_graph, allow_unused=True)
+    assert [g is None for g in grads] == [False, False, True]
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 def test_lse_keeps_float32(dtype, backend, generator):
     q, k, v = (torch.randn(2, 3, n, 16, generator=generator).to(dtype) for n in (20, 30, 30))

@@ -169,7 +169,8 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if create_graph():
             return composite_gradients(_with_lse, (q, k, v, ctx.is_causal, ctx.scale), needs, (dout, dlse))
-        dout = torch.zeros_like(out) if dout is None else dout
+        if dout is None:  # lse does not depend on v
+            dout, needs = torch.zeros_like(out), (*needs[:2], False, *needs[3:])
         saved = q, k, v, out, lse, ctx.is_causal, ctx.scale
         return *only(needs[:3], backward_kernels(ctx).attention_bwd(dout, dlse, *saved, needs[:3])), None, None
 
