@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
+    _is_torch_function_mode_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
-    _len_torch_function_stack,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -305,7 +305,7 @@ def lookup(op: str, *tensors):
 def call(name: str, *args, **kwargs):
     """Serves any call of an op, given its public arguments."""
     op = OPS[name]
-    if not is_compiling() and (_len_torch_function_stack() or any(map(_is_proxy, args))):
+    if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
     prepared = autocast(op, op.prepare(*args, **kwargs))
     tensors = _tensors(prepared.args)

@@ -9,6 +9,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import pygpt
 from pygpt import functional, reference, verify
@@ -271,6 +272,15 @@ TORCHS = {
     "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
     "relu": F.relu,
 }
+
+
+def test_modes_of_torch_functions_can_be_disabled(compiled):
+    class Forbid(TorchFunctionMode):
+        def __torch_function__(self, *_):
+            raise AssertionError("called")
+
+    with Forbid(), torch._C.DisableTorchFunction():
+        assert functional.relu(X).shape == X.shape
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=cases.ids)
