@@ -101,6 +101,11 @@ def irregular():
     yield "layer_norm: no dimension left", functional.layer_norm, (x[0], (4,), w[0])
     yield "layer_norm: a dtype of its own for the parameters", functional.layer_norm, (x.bfloat16(), (4,), w[0], w[1])
     yield "rms_norm: transposed", functional.rms_norm, (x.t().contiguous().t(), (4,), w[0])
+    yield "rms_norm: channels last", functional.rms_norm, (image, (5,), b)
+    yield "rms_norm: channels last, two dimensions", functional.rms_norm, (image, (4, 5))
+    video = torch.randn(2, 3, 4, 2, 5).contiguous(memory_format=torch.channels_last_3d)
+    yield "rms_norm: channels last in three dimensions", functional.rms_norm, (video, (5,), b)
+    yield "rms_norm: four dimensions in another order", functional.rms_norm, (image.permute(3, 2, 0, 1), (3,))
 
 
 IRREGULAR = list(irregular())

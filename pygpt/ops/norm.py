@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..dispatch import Call, Op, call, lookup, register
 from .common import (
@@ -255,11 +256,12 @@ def add_layer_norm(
 def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
 
-    input (..., *normalized_shape), weight normalized_shape or None -> input's shape.
+    input (..., *normalized_shape), weight normalized_shape or None -> input's shape; channels_last where the input is.
     eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
     """
     serve = lookup("rms_norm", input, weight)
-    if serve is None or not _one_dimension(input, normalized_shape, weight):
+    channels_last = input.dim() > 3 and not input.is_contiguous()  # or may be
+    if serve is None or channels_last or not _one_dimension(input, normalized_shape, weight):
         return call("rms_norm", input, normalized_shape, weight, eps)
     return serve(input, weight, _eps(input) if eps is None else eps)
 
@@ -347,7 +349,12 @@ def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
     x, w = _flat(len(shape), input, weight)
     plain = (input, weight) if len(shape) == 1 else None
     args = x, w, _eps(input) if eps is None else eps
-    return Call(args, finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
+
+    def finish(y):
+        y = y.view(input.shape)
+        return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
+
+    return Call(args, finish=finish, torch=torchs, plain=plain)
 
 
 # ------------------------------------------------------------------------------- verify
