@@ -266,7 +266,8 @@ BAD = [
     ((tensor(1, 3, 3, 4), Q, Q), {}, ValueError, "query has 3 heads, key 2, value 2; they do not broadcast$"),
     ((Q, tensor(1, 3, 3, 4), tensor(1, 3, 3, 4)), {"enable_gqa": True}, ValueError, "2 query heads.*3 key heads"),
     ((Q, Q, tensor(1, 3, 3, 4)), {}, ValueError, "query has 2 heads, key 2, value 3; they do not broadcast$"),
-    ((Q, Q, tensor(1, 1, 3, 4)), {"enable_gqa": True}, ValueError, "key has 2 heads, value 1"),
+    ((Q, Q, tensor(1, 3, 3, 4)), {"enable_gqa": True}, ValueError, "key has 2 heads, value 3"),
+    ((Q, Q, tensor(1, 1, 3, 4)), {"enable_gqa": True, "softcap": 1.0}, ValueError, "key has 2 heads, value 1"),
     (
         (tensor(2, 2, 3, 4), tensor(3, 2, 3, 4), tensor(3, 2, 3, 4)),
         {},

@@ -96,6 +96,8 @@ def irregular():
     yield "attention: one head of key and value", sdpa, (q, k, k)
     yield "attention: one head of value", sdpa, (q, torch.randn(2, 4, 5, 8), k)
     yield "attention: one head of query", sdpa, (k, torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8))
+    grouped = partial(sdpa, enable_gqa=True)
+    yield "attention: fewer heads of key than of value", grouped, (q, torch.randn(2, 2, 5, 8), torch.randn(2, 4, 5, 8))
     yield "attention: one batch of keys", sdpa, (q, *torch.randn(2, 1, 4, 5, 8))
     yield "attention: five dimensions", sdpa, (q[None], *torch.randn(2, 3, 1, 4, 5, 8))
     yield "layer_norm: no dimension left", functional.layer_norm, (x[0], (4,), w[0])

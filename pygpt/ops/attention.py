@@ -277,6 +277,12 @@ def _prepare(
     elif attn_mask is not None and is_causal:
         torchs = None  # it refuses both together
 
+    Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
+    if enable_gqa and Hk != Hv:
+        error = ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
+        if torchs is None:
+            raise error
+        return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
     B, Hq = q.shape[:2]
     if attn_mask is not None:
@@ -321,8 +327,6 @@ def _four_dimensional(query, key, value, enable_gqa):
     q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
     Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
     if enable_gqa:
-        if Hk != Hv:
-            raise ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
         if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
             raise ValueError(f"{_OP}: {Hq} query heads are no multiple of {Hk} key heads")
     elif not Hq == Hk == Hv:
