@@ -35,7 +35,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -395,6 +394,20 @@ def autocast(op: Op, prepared: Call) -> Call:
     return prepared._replace(args=tuple(_cast(a, dtype) if isinstance(a, Tensor) else a for a in prepared.args))
 
 
+class _Casts(dict):
+    """(id of a leaf, dtype) -> (the leaf's state, a weak reference to its cast). A cast that lives holds its leaf."""
+
+    def put(self, key, state, cast: Tensor):
+        casts = weakref.ref(self)
+
+        def forget(reference):
+            kept = casts()
+            if kept is not None and kept.get(key, (None, None))[1] is reference:
+                del kept[key]
+
+        self[key] = state, weakref.ref(cast, forget)
+
+
 class _Region(threading.local):
     """The autocast region that this thread is in."""
 
@@ -405,15 +418,15 @@ class _Region(threading.local):
 _region = _Region()
 
 
-def _casts(device: torch.device) -> WeakTensorKeyDictionary:
-    """The casts of this region: leaf -> {dtype: (the leaf's state, a weak reference to its cast)}.
+def _casts(device: torch.device) -> _Casts:
+    """The casts of this region.
 
     A change through ``.data`` leaves no trace, so no cast may outlive its region, as torch's own do not. Only torch's
     cache is told when a region ends. So it owns this dictionary, by way of the cast of an empty leaf.
     """
     casts = _region.casts()
     if casts is None:
-        casts = WeakTensorKeyDictionary()
+        casts = _Casts()
         leaf = torch.empty(0, 0, dtype=torch.float32, device=device, requires_grad=True)
         empty = leaf.detach()
         node_of_cast = torch.addmm(leaf, empty, empty).grad_fn.next_functions[0][0]
@@ -435,17 +448,18 @@ def _shares_cast(t: Tensor) -> bool:
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` in another dtype. A leaf's uses in an autocast region share one cast while a graph holds it."""
-    if not t.is_floating_point() or t.dtype == dtype:
+    if not t.is_floating_point() or t.dtype in (dtype, torch.float64):  # autocast leaves float64 alone
         return t
     if not _shares_cast(t):
         return t.to(dtype)
-    casts = _casts(t.device).setdefault(t, {})
+    casts, key = _casts(t.device), (id(t), dtype)
     now = t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()
-    then, reference = casts.get(dtype, (None, None))
+    then, reference = casts.get(key, (None, None))
     if then == now and (shared := reference()) is not None:
+        shared._fix_weakref()  # Python's reference alone does not keep what C++ shares
         return shared
     cast = t.to(dtype)
-    casts[dtype] = now, TensorWeakRef(cast)
+    casts.put(key, now, cast)
     return cast
 
 

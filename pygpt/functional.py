@@ -4,7 +4,8 @@ Every function checks its arguments, brings them to the op's canonical shape, an
 the call (see `pygpt.explain`). What torch's function of the same name takes and no kernel does, PyTorch serves. All accept
 float64, float32, bfloat16 and float16, any strides, empty tensors, autocast and torch.compile, and differentiate any
 number of times. Sums and row statistics are float32 (float64 for float64). Bad arguments raise ValueError or TypeError
-before anything is computed. The functions themselves are in pygpt/ops/.
+before anything is computed. A result on a CPU may have memory that `resize_` cannot enlarge, as torch.from_dlpack's.
+The functions themselves are in pygpt/ops/.
 """
 
 from .ops.activation import gelu, relu

@@ -55,13 +55,19 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
+_FORWARDS = {kind: kind.forward for kind in (Linear, nn.Linear, nn.Dropout)}
+
+
 def _is_plain(module: nn.Module, *classes: type) -> bool:
     """Whether calling the module runs the forward of one of these classes, and nothing else.
 
-    Subclasses are not plain, nor is a module with a hook (global hooks count) or with a `forward` of its own.
+    Subclasses are not plain, nor is a module with a hook (global hooks count) or with a `forward` of its own, compiled
+    by itself, or of a class whose `forward` somebody has replaced.
     """
     return (
         type(module) in classes
+        and type(module).forward is _FORWARDS[type(module)]
+        and module._compiled_call_impl is None
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks or _has_any_global_hook())
         and module.forward is not None  # only read, so that torch.compile guards it; it does not guard the next line

@@ -310,6 +310,16 @@ def test_autocast_of_mixed_arguments(backend):
         assert functional.scaled_dot_product_attention(q, q.bfloat16(), q).dtype == torch.bfloat16
 
 
+def test_autocast_of_tensors_without_memory(recwarn):
+    """A FakeTensor has no address by which a shared cast of it could be known again."""
+    with torch._subclasses.FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        x, weight = torch.empty(2, 8, requires_grad=True), torch.empty(3, 8, requires_grad=True)
+        y = functional.linear(x, weight) + functional.linear(x, weight)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16 and weight.grad.shape == (3, 8)
+    assert not [w for w in recwarn if "data pointer" in str(w.message)]
+
+
 @pytest.mark.parametrize(
     "features", [{"window": (3, 0)}, {"alibi_slopes": torch.tensor([0.3, 0.7])}, {"softcap": 2.0}, {}], ids=cases.ids
 )

@@ -346,6 +346,16 @@ def test_torch_linears_are_fused_and_weights_of_a_subclass_are_not(fused):
     assert fused(m) == 0
 
 
+def test_a_class_whose_forward_is_replaced_is_not_fused(fused, monkeypatch):
+    m = of_kind("MLP")
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", torch.nn.Linear.forward)
+        assert fused(m) == 0
+    assert fused(m) == 1
+    m.c_fc.compile(backend="eager")
+    assert fused(m) == 0
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layer_by_layer_is_the_fused_op(activation, dtype):

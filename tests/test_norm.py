@@ -151,6 +151,8 @@ BAD = [
     (layer_norm, (X, 4, zeros(5)), ValueError, r"weight must have shape \(4,\).*\(5,\)"),
     (layer_norm, (X, 4, None, zeros(1, 4)), ValueError, r"bias must have shape \(4,\).*\(1, 4\)"),
     (layer_norm, (X, 4, 1.0), TypeError, "weight must be a Tensor.*float"),
+    (layer_norm, (X, 4, None, None, None), TypeError, "eps must be a number, got NoneType"),
+    (rms_norm, (X, 4, None, "1e-5"), TypeError, "eps must be a number, got str"),
     (layer_norm, (X, 4, zeros(4).to("meta")), ValueError, "weight is on meta"),
     (add_layer_norm, (X, None, 4), TypeError, "residual must be a Tensor.*NoneType"),
     (add_layer_norm, (X, zeros(4), 4), ValueError, r"residual must have shape \(2, 4\).*\(4,\)"),

@@ -9,6 +9,7 @@ weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and r
 
 import math
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +226,7 @@ def layer_norm(
     input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
     """
     serve = lookup("layer_norm", input, weight, bias)
-    if serve is None or not _one_dimension(input, normalized_shape, weight, bias):
+    if serve is None or not _one_dimension(input, normalized_shape, eps, weight, bias):
         return call("layer_norm", input, normalized_shape, weight, bias, eps)
     return serve(input, weight, bias, eps)
 
@@ -247,7 +248,7 @@ def add_layer_norm(
     if (
         serve is None
         or input.shape != residual.shape
-        or not _one_dimension(input, normalized_shape, weight, bias)
+        or not _one_dimension(input, normalized_shape, eps, weight, bias)
     ):  # fmt: skip
         return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
     return serve(input, residual, weight, bias, eps)
@@ -260,10 +261,12 @@ def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps:
     eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
     """
     serve = lookup("rms_norm", input, weight)
-    channels_last = input.dim() > 3 and not input.is_contiguous()  # or may be
-    if serve is None or channels_last or not _one_dimension(input, normalized_shape, weight):
+    if serve is None or input.dim() > 3 and not input.is_contiguous():  # which channels_last may be
         return call("rms_norm", input, normalized_shape, weight, eps)
-    return serve(input, weight, _eps(input) if eps is None else eps)
+    number = _eps(input) if eps is None else eps
+    if not _one_dimension(input, normalized_shape, number, weight):
+        return call("rms_norm", input, normalized_shape, weight, eps)
+    return serve(input, weight, number)
 
 
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
@@ -273,12 +276,13 @@ def _eps(input) -> float:
     return _EPS64 if input.dtype == torch.float64 else _EPS32
 
 
-def _one_dimension(input, normalized_shape, weight, bias=None) -> bool:
-    """Whether normalized_shape is input's last dimension alone, and the parameters have it."""
+def _one_dimension(input, normalized_shape, eps, weight, bias=None) -> bool:
+    """Whether normalized_shape is input's last dimension alone, the parameters have it, and eps is a float."""
     of_input = input.shape
     last = of_input[-1:]
     return (
         last == _as_tuple(normalized_shape)
+        and isinstance(eps, float)
         and len(of_input) > 0
         and (weight is None or weight.shape == last)
         and (bias is None or bias.shape == last)
@@ -289,8 +293,10 @@ def _as_tuple(normalized_shape) -> tuple:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
-def _check(op, input, normalized_shape, weight, bias=None) -> tuple:
+def _check(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
     """normalized_shape as a tuple, after checking input and parameters against it."""
+    if not isinstance(eps, Real):
+        raise TypeError(f"pygpt.{op}: eps must be a number, got {type(eps).__name__}")
     shape = _as_tuple(normalized_shape)
     n = len(shape)
     if n < 1:
@@ -318,10 +324,10 @@ def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-
     torchs = partial(_torchs_layer_norm, input, _as_tuple(normalized_shape), weight, bias, eps)
     if error := check_tensors("layer_norm", (input, weight, bias)):
         return Call((input, weight, bias, eps), torch=torchs, error=error)
-    shape = _check("layer_norm", input, normalized_shape, weight, bias)
+    shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
     x, w, b = _flat(len(shape), input, weight, bias)
     plain = (input, weight, bias) if len(shape) == 1 else None
-    return Call((x, w, b, eps), finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
+    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
 
 
 def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
@@ -330,7 +336,7 @@ def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias
     if input.shape != residual.shape:
         want, got = tuple(input.shape), tuple(residual.shape)
         raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
-    shape = _check("add_layer_norm", input, normalized_shape, weight, bias)
+    shape = _check("add_layer_norm", input, normalized_shape, eps, weight, bias)
     plain = (input, residual, weight, bias) if len(shape) == 1 and input.dtype == residual.dtype else None
     common = torch.promote_types(input.dtype, residual.dtype)  # as x + residual; autocast mixes them in every block
     x, r, w, b = _flat(len(shape), input.to(common), residual.to(common), weight, bias)
@@ -338,23 +344,24 @@ def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias
     def finish(results):
         return tuple(t.view(input.shape) for t in results)
 
-    return Call((x, r, w, b, eps), finish=finish, plain=plain)
+    return Call((x, r, w, b, float(eps)), finish=finish, plain=plain)
 
 
 def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
     torchs = partial(_torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
     if error := check_tensors("rms_norm", (input, weight)):
         return Call((input, weight, eps), torch=torchs, error=error)
-    shape = _check("rms_norm", input, normalized_shape, weight)
+    if eps is None:
+        eps = _eps(input)
+    shape = _check("rms_norm", input, normalized_shape, eps, weight)
     x, w = _flat(len(shape), input, weight)
     plain = (input, weight) if len(shape) == 1 else None
-    args = x, w, _eps(input) if eps is None else eps
 
     def finish(y):
         y = y.view(input.shape)
         return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
 
-    return Call(args, finish=finish, torch=torchs, plain=plain)
+    return Call((x, w, float(eps)), finish=finish, torch=torchs, plain=plain)
 
 
 # ------------------------------------------------------------------------------- verify
