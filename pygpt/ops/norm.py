@@ -226,9 +226,12 @@ def layer_norm(
     input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
     """
     serve = lookup("layer_norm", input, weight, bias)
-    if serve is None or not _one_dimension(input, normalized_shape, eps, weight, bias):
+    n = 0 if serve is None else _dims(input, normalized_shape, eps, weight, bias)
+    if n == 1:
+        return serve(input, weight, bias, eps)
+    if n == 0:
         return call("layer_norm", input, normalized_shape, weight, bias, eps)
-    return serve(input, weight, bias, eps)
+    return serve(*_flat(n, input, weight, bias), eps).view(input.shape)
 
 
 def add_layer_norm(
@@ -245,13 +248,13 @@ def add_layer_norm(
     the rest as in `layer_norm`.
     """
     serve = lookup("add_layer_norm", input, residual, weight, bias)
-    if (
-        serve is None
-        or input.shape != residual.shape
-        or not _one_dimension(input, normalized_shape, eps, weight, bias)
-    ):  # fmt: skip
+    n = 0 if serve is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
+    if n == 1:
+        return serve(input, residual, weight, bias, eps)
+    if n == 0:
         return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
-    return serve(input, residual, weight, bias, eps)
+    y, s = serve(*_flat(n, input, residual, weight, bias), eps)
+    return y.view(input.shape), s.view(input.shape)
 
 
 def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -264,9 +267,12 @@ def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps:
     if serve is None or input.dim() > 3 and not input.is_contiguous():  # which channels_last may be
         return call("rms_norm", input, normalized_shape, weight, eps)
     number = _eps(input) if eps is None else eps
-    if not _one_dimension(input, normalized_shape, number, weight):
+    n = _dims(input, normalized_shape, number, weight)
+    if n == 1:
+        return serve(input, weight, number)
+    if n == 0:
         return call("rms_norm", input, normalized_shape, weight, eps)
-    return serve(input, weight, number)
+    return serve(*_flat(n, input, weight), number).view(input.shape)
 
 
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
@@ -276,17 +282,18 @@ def _eps(input) -> float:
     return _EPS64 if input.dtype == torch.float64 else _EPS32
 
 
-def _one_dimension(input, normalized_shape, eps, weight, bias=None) -> bool:
-    """Whether normalized_shape is input's last dimension alone, the parameters have it, and eps is a float."""
-    of_input = input.shape
-    last = of_input[-1:]
-    return (
-        last == _as_tuple(normalized_shape)
+def _dims(input, normalized_shape, eps, weight, bias=None) -> int:
+    """How many last dimensions of input normalized_shape is, if the parameters have it too and eps is a float; else 0."""
+    shape = _as_tuple(normalized_shape)
+    n = len(shape)
+    fits = (
+        n > 0
+        and input.shape[-n:] == shape
+        and (weight is None or weight.shape == shape)
+        and (bias is None or bias.shape == shape)
         and isinstance(eps, float)
-        and len(of_input) > 0
-        and (weight is None or weight.shape == last)
-        and (bias is None or bias.shape == last)
     )
+    return n if fits else 0
 
 
 def _as_tuple(normalized_shape) -> tuple:
@@ -326,8 +333,7 @@ def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-
         return Call((input, weight, bias, eps), torch=torchs, error=error)
     shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
     x, w, b = _flat(len(shape), input, weight, bias)
-    plain = (input, weight, bias) if len(shape) == 1 else None
-    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, plain=plain)
+    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, plain=(input, weight, bias))
 
 
 def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
@@ -337,7 +343,7 @@ def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias
         want, got = tuple(input.shape), tuple(residual.shape)
         raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
     shape = _check("add_layer_norm", input, normalized_shape, eps, weight, bias)
-    plain = (input, residual, weight, bias) if len(shape) == 1 and input.dtype == residual.dtype else None
+    plain = (input, residual, weight, bias) if input.dtype == residual.dtype else None
     common = torch.promote_types(input.dtype, residual.dtype)  # as x + residual; autocast mixes them in every block
     x, r, w, b = _flat(len(shape), input.to(common), residual.to(common), weight, bias)
 
@@ -355,13 +361,12 @@ def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
         eps = _eps(input)
     shape = _check("rms_norm", input, normalized_shape, eps, weight)
     x, w = _flat(len(shape), input, weight)
-    plain = (input, weight) if len(shape) == 1 else None
 
     def finish(y):
         y = y.view(input.shape)
         return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
 
-    return Call((x, w, float(eps)), finish=finish, torch=torchs, plain=plain)
+    return Call((x, w, float(eps)), finish=finish, torch=torchs, plain=(input, weight))
 
 
 # ------------------------------------------------------------------------------- verify
