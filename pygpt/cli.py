@@ -41,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command -> exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:  # whoever started us closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until we end)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the stream's encoding lacks becomes "?"
     try:

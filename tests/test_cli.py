@@ -412,6 +412,15 @@ def test_a_full_standard_output(unbuffered, checkpoint):
         assert (found.returncode, found.stderr) == (2, line)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_a_closed_standard_output(checkpoint):
+    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])}
+    for arguments in ["info"], ["generate", str(checkpoint), "--max-new-tokens=5"]:
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "pygpt", *arguments]
+        found = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        assert (found.returncode, found.stderr) == (0, "")
+
+
 WITHOUT = """
 import sys, warnings
 sys.modules[sys.argv[1]] = None  # importing it is a ModuleNotFoundError
