@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -46,11 +46,12 @@ def define_ops(namespace: str) -> torch.library.Library:
 def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
     """Defines the ops and returns their overloads. Gradients are the autograd Functions', FLOP counts the ops' own.
 
-    ``kernels`` serve every device that no library registers others for.
+    ``kernels`` serve every device that no library registers others for; an op may have none.
     """
     library, packets = define_ops(namespace), getattr(torch.ops, namespace)
     for name in KERNEL_NAMES:
-        library.impl(name, kernels[name], "CompositeExplicitAutograd")
+        if name in kernels:
+            library.impl(name, kernels[name], "CompositeExplicitAutograd")
     registered = SimpleNamespace(**{name: getattr(packets, name).default for name in KERNEL_NAMES})
     for op in OPS.values():
         _register_gradients(library, op, registered)
@@ -231,16 +232,24 @@ def _fill():
     cpp, why_no_cpp = _cpp(ops)
     cuda, why_no_cuda = _cuda(ops)
     triton, why_no_triton, triton_devices = _triton()
-    ours = {"ops": tuple(OPS), "features": {"attention": ("return_lse",)}}
-    compiled = {**ours, "max_head_dim": sys.modules["pygpt._C"].max_head_dim if cpp else None}
-    interpreted = {**ours, "max_head_dim": triton.attention.MAX_HEAD_DIM if triton else None}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+    def limits(serves: Callable | None, max_head_dim) -> dict:
+        """The ops for which there are kernels; all where the backend itself is missing, which is reason enough."""
+        names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
+        return {"ops": names, "features": {"attention": ("return_lse",)}, "max_head_dim": max_head_dim}
+
+    head_dim = sys.modules["pygpt._C"].max_head_dim if cpp else None
+    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim)
+    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
+    of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (
-        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **compiled),
+        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **of_cpp),
         Backend(
             "triton", triton, why_no_triton, getattr(triton, "registered", None), triton_devices, dtypes=FLOATS[1:],
-            **interpreted,
+            **of_triton,
         ),
-        Backend("cuda", cuda, why_no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **compiled),
+        Backend("cuda", cuda, why_no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **of_cuda),
         Backend("torch", REFERENCE),
     ):  # fmt: skip
         TABLE[row.name] = row

@@ -55,6 +55,15 @@ def call(name, args):
     return results if isinstance(results, tuple) else (results,)
 
 
+SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
+    "attention": ("out", "lse"),
+    "mlp": ("y", "hidden", "pre"),
+    "layer_norm": ("y", "mean", "rstd"),
+    "add_layer_norm": ("y", "s", "mean", "rstd"),
+    "rms_norm": ("y", "rstd"),
+}
+
+
 def arguments(name):
     """Arguments of torch.ops.pygpt.<name>; those of a backward op come from a forward one, by their names."""
     op, direction = OPS[name[:-4]], name[-3:]
@@ -62,9 +71,8 @@ def arguments(name):
     if direction == "fwd":
         return args
     values = dict(zip(inspect.signature(op.fwd).parameters, args, strict=True))
-    schemas = [getattr(torch.ops.pygpt, f"{op.name}_{d}").default._schema.returns for d in ("fwd", "bwd")]
-    values |= zip([r.name or "y" for r in schemas[0]], call(f"{op.name}_fwd", args), strict=True)
-    values["needs"] = [True] * len(schemas[1])
+    values |= zip(SAVED.get(op.name, ("y",)), call(f"{op.name}_fwd", args), strict=True)
+    values["needs"] = [True] * len(getattr(torch.ops.pygpt, f"{op.name}_bwd").default._schema.returns)
     return [
         values[p] if p in values else torch.randn_like(values[p.removeprefix("d")])
         for p in inspect.signature(op.bwd).parameters

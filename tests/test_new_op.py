@@ -63,6 +63,35 @@ def test_a_toy_op_from_one_file(run_python):
     assert done.stdout.endswith("covered\n"), done.stdout + done.stderr[-3000:]
 
 
+WITHOUT_KERNELS = """
+import pygpt.ops, sys, toy_op  # as if the op's file stood in pygpt/ops/: registered before the libraries are loaded
+import torch, pygpt
+from pygpt.dispatch import TABLE
+x = torch.randn(3, requires_grad=True)
+assert pygpt.explain("silu", x).rejected["cpp"] == ["silu is not among its ops"]
+assert all("silu" not in row.ops for row in TABLE.values() if row.ops is not None and not row.missing)
+assert torch.equal(torch.ops.pygpt.silu_fwd(x), toy_op.silu_fwd(x)) and "relu" in TABLE["cpp"].ops
+print("known")
+"""
+
+
+def test_a_new_op_has_no_kernels_yet(run_python):
+    """Neither C++ nor Triton claims an op for which it has none."""
+    source = WITHOUT_KERNELS.replace("import pygpt.ops, sys, toy_op", EARLY)
+    done = run_python(source, TRITON_INTERPRET="1")
+    assert done.stdout == "known\n", done.stdout + done.stderr[-3000:]
+
+
+EARLY = """
+import importlib, sys, types
+package = types.ModuleType("pygpt")  # imported without running pygpt/__init__.py
+package.__path__ = [next(p + "/pygpt" for p in sys.path if p and __import__("os").path.isdir(p + "/pygpt/ops"))]
+sys.modules["pygpt"] = package
+import pygpt.ops, toy_op
+del sys.modules["pygpt"]
+"""
+
+
 def test_every_package_is_installed():
     """A folder that pyproject.toml leaves out is there in a checkout, and missing from the wheel."""
     listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]

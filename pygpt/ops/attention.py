@@ -337,13 +337,14 @@ def _four_dimensional(query, key, value, enable_gqa):
         (heads,) = heads
         q, k, v = (t.expand(*t.shape[:-3], heads, *t.shape[-2:]) for t in (q, k, v))
     shapes = [t.shape[:-3] for t in (q, k, v)]
+    if len(shapes[0]) == 1 and shapes[0] == shapes[1] == shapes[2]:
+        return q, k, v, shapes[0]
     try:
         leading = torch.broadcast_shapes(*shapes)
     except RuntimeError:
         shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
         raise ValueError(f"{_OP}: the leading dimensions of {shapes} do not broadcast") from None
-    if not all(shape == leading and len(shape) == 1 for shape in shapes):
-        q, k, v = (t.expand(*leading, *t.shape[-3:]).reshape(math.prod(leading), *t.shape[-3:]) for t in (q, k, v))
+    q, k, v = (t.expand(*leading, *t.shape[-3:]).reshape(math.prod(leading), *t.shape[-3:]) for t in (q, k, v))
     return q, k, v, leading
 
 

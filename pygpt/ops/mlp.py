@@ -189,14 +189,12 @@ def mlp(
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
     serve = lookup("mlp", *args)
-    if serve is None or _misfit_mlp(*args, activation):
+    if serve is None or activation not in ACTIVATIONS or _misfit_mlp(*args):
         return call("mlp", *args, activation)
     return serve(*args, activation)
 
 
-def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> str:
-    if activation not in ACTIVATIONS:
-        return f"pygpt.mlp: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
+def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias) -> str:
     if misfit := _misfit("mlp", input, fc_weight, fc_bias, ("input", "fc_weight", "fc_bias")):
         return misfit
     of_proj, hidden = proj_weight.shape, fc_weight.shape[0]
@@ -211,9 +209,11 @@ def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -
 
 def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu") -> Call:
     tensors = input, fc_weight, fc_bias, proj_weight, proj_bias
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"pygpt.mlp: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     if error := check_tensors("mlp", tensors, one_dtype=True):
-        raise error
-    if misfit := _misfit_mlp(*tensors, activation):
+        return Call((*tensors, activation), error=error)
+    if misfit := _misfit_mlp(*tensors):
         raise ValueError(misfit)
     return Call((*tensors, activation), plain=tensors)
 

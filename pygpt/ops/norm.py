@@ -338,7 +338,7 @@ def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-
 
 def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
     if error := check_tensors("add_layer_norm", (input, residual, weight, bias)):
-        raise error
+        return Call((input, residual, weight, bias, eps), error=error)
     if input.shape != residual.shape:
         want, got = tuple(input.shape), tuple(residual.shape)
         raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
