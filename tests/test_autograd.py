@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pygpt
 from pygpt import functional, verify
-from pygpt.dispatch import OPS
+from pygpt.dispatch import OPS, TABLE
 
 TINY = list(cases.variants(cases.TINY))
 TYPICAL = list(cases.variants(cases.TYPICAL))
@@ -199,3 +199,34 @@ with pygpt.backend(sys.argv[1]):
 def test_500_calls_do_not_grow(compiled, run_python):
     done = run_python(LEAK, compiled)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+FROZEN = {  # what of the rows of a frozen op is kept, in features
+    "linear": (lambda x, w, b: functional.linear(x, w, b), 0),
+    "mlp": (lambda x, w, b: functional.mlp(x, w, b, w.t().contiguous(), None, "gelu"), 8 + 12),  # x, pre
+    "mlp, relu": (lambda x, w, b: functional.mlp(x, w, b, w.t().contiguous(), None, "relu"), 8 + 12),  # x, hidden
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_weights_keep_few_activations(name, create_graph, compiled):
+    """What is read for the gradient of a weight alone is not kept where that is frozen, and may be written to."""
+    function, features = FROZEN[name]
+    dtype = torch.float64 if torch.float64 in TABLE[compiled].dtypes else torch.float32
+    x, w, b = torch.randn(3, 5, 8, dtype=dtype), torch.randn(12, 8, dtype=dtype), torch.randn(12, dtype=dtype)
+    x.requires_grad_()
+    saved = []
+    with pygpt.backend(compiled), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = x * 1
+        out = function(y, w, b)
+    kept = {t.data_ptr(): t.numel() for t in saved if t.shape[:-1] == x.shape[:-1]}
+    assert sum(kept.values()) == 3 * 5 * features
+    if y.data_ptr() not in kept:
+        with torch.no_grad():
+            y.add_(1)
+    dy = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, x, dy, create_graph=create_graph)
+    with pygpt.backend("torch"):
+        (want,) = torch.autograd.grad(function(x, w, b), x, dy)
+    torch.testing.assert_close(got, want)

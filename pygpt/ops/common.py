@@ -101,6 +101,11 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     return tuple(next(found) if need else None for need in needs)
 
 
+def unread(like: Tensor, *shape) -> Tensor:
+    """What stands for an argument of <op>_bwd that was not saved, as no gradient that is wanted depends on it: one row."""
+    return like.new_zeros(shape[-1]).expand(shape).requires_grad_(create_graph())
+
+
 def only(needs, grads) -> tuple:
     """None in the place of gradients that aren't needed."""
     return grads if all(needs) else tuple(g if need else None for need, g in zip(needs, grads, strict=True))

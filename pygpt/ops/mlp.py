@@ -1,6 +1,6 @@
 """linear and mlp: y = x W^T + b, and two of them around an activation.
 
-linear: x (..., K), weight (N, K), bias (N,) or None -> y (..., N). Backward needs x and weight.
+linear: x (..., K), weight (N, K), bias (N,) or None -> y (..., N). Backward needs weight, and x if weight is trained.
 mlp: x (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> y (..., O). Bias and activation run
 in the first GEMM's epilogue, the activation's gradient in that of the backward GEMM. Backward keeps the hidden layer after
 the activation and, but for relu, also before it: relu's derivative can be told from its output.
@@ -24,6 +24,7 @@ from .common import (
     lead,
     only,
     rows,
+    unread,
     wanted,
 )
 
@@ -58,7 +59,9 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def save(ctx, args, results=()):
-        ctx.save_for_backward(*args)
+        x, weight, bias = args
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)  # x is read for dW alone
+        ctx.leading = x.shape[:-1]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -70,6 +73,7 @@ class Linear(torch.autograd.Function):
         if dy is None:
             return (None,) * 3
         x, weight, bias = ctx.saved_tensors
+        x = unread(dy, *ctx.leading, weight.shape[1]) if x is None else x
         if create_graph():
             return composite_gradients(linear_composite, (x, weight, bias), needs, (dy,))
         return only(needs, backward_kernels(ctx).linear_bwd(dy, x, weight, needs))
@@ -154,6 +158,8 @@ class MLP(torch.autograd.Function):
     def save(ctx, args, results):
         *tensors, ctx.activation = args
         _, hidden, pre = results
+        if not tensors[3].requires_grad and ctx.activation in SAVES_INPUT:
+            hidden = None  # it is read for dproj_weight alone
         ctx.save_for_backward(*tensors, hidden, pre)
         ctx.set_materialize_grads(False)
 
@@ -166,6 +172,7 @@ class MLP(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         x, fc_weight, fc_bias, proj_weight, proj_bias, hidden, pre = ctx.saved_tensors
+        hidden = unread(dy, *pre.shape) if hidden is None else hidden
         if create_graph():
             args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
             return composite_gradients(mlp_composite, args, needs, (dy,))
