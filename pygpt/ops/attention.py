@@ -249,59 +249,32 @@ def _prepare(
     torchs = partial(_torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if error := check_tensors("attention", (query, key, value), one_dtype=True):
         return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() < 2:
-            raise ValueError(f"{_OP}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
+    _check_shapes(query, key, value)
     L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
-    if key.shape[-1] != E:
-        raise ValueError(f"{_OP}: key has head dimension {key.shape[-1]}, query {E}; they must be equal")
-    if value.shape[-2] != S:
-        raise ValueError(f"{_OP}: value has {value.shape[-2]} positions, key {S}; they must be equal")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
-    if not softcap >= 0.0:
-        raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
-    if window is not None or alibi_slopes is not None or softcap or return_lse:
-        torchs = None  # it has none of these
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
-    features = {}  # those in use
-    if _is_causal_bias(attn_mask):
-        if is_causal:
-            raise ValueError(f"{_OP}: is_causal and a CausalBias attn_mask are both set")
-        if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
-            raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
-        is_causal = attn_mask.variant.name != "LOWER_RIGHT"
-        attn_mask = torchs = None
-        if not is_causal:
-            features["lower_right"] = True
-    elif attn_mask is not None and is_causal:
-        torchs = None  # it refuses both together
-
+    if _is_causal_bias(attn_mask) or attn_mask is not None and is_causal or window is not None:
+        torchs = None  # ours are wider than PyTorch's function here
+    if alibi_slopes is not None or softcap or return_lse:
+        torchs = None
     Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
     if enable_gqa and Hk != Hv:
         error = ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
         if torchs is None:
             raise error
         return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
+
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
-    B, Hq = q.shape[:2]
-    if attn_mask is not None:
-        _check_optional("attn_mask", attn_mask, query, or_boolean=True)
-        features["attn_mask"] = _broadcast_mask(attn_mask, leading, (B, Hq, L, S))
+    Hq = q.shape[1]
+    attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
+    features = _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
+    if lower_right:
+        features["lower_right"] = True
     if dropout_p > 0.0:
         features["dropout_p"] = dropout_p
     if Hq != k.shape[1]:
         features["enable_gqa"] = enable_gqa
-    if window is not None and _check_window(window):
-        features["window"] = window
-    if alibi_slopes is not None:
-        _check_optional("alibi_slopes", alibi_slopes, query)
-        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
-            shape = tuple(alibi_slopes.shape)
-            raise ValueError(f"{_OP}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
-        features["alibi_slopes"] = alibi_slopes
-    if softcap > 0.0:
-        features["softcap"] = softcap
     if return_lse:
         features["return_lse"] = True
 
@@ -314,6 +287,51 @@ def _prepare(
 
     plain = (query, key, value) if not features and _plain(query, key, value) else None
     return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, plain=plain)
+
+
+def _check_shapes(query, key, value):
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2:
+            raise ValueError(f"{_OP}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
+    E, S = query.shape[-1], key.shape[-2]
+    if key.shape[-1] != E:
+        raise ValueError(f"{_OP}: key has head dimension {key.shape[-1]}, query {E}; they must be equal")
+    if value.shape[-2] != S:
+        raise ValueError(f"{_OP}: value has {value.shape[-2]} positions, key {S}; they must be equal")
+
+
+def _without_causal_bias(attn_mask, is_causal, L, S) -> tuple:
+    """attn_mask, is_causal, lower_right: a CausalBias as the flag that it stands for."""
+    if not _is_causal_bias(attn_mask):
+        return attn_mask, is_causal, False
+    if is_causal:
+        raise ValueError(f"{_OP}: is_causal and a CausalBias attn_mask are both set")
+    if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
+        raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
+    lower_right = attn_mask.variant.name == "LOWER_RIGHT"
+    return None, not lower_right, lower_right
+
+
+def _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap) -> dict:
+    """What is done to the scores beside scaling, of what the caller asks for; q (B, Hq, L, E)."""
+    B, Hq, L = q.shape[:3]
+    features = {}
+    if attn_mask is not None:
+        _check_optional("attn_mask", attn_mask, q, or_boolean=True)
+        features["attn_mask"] = _broadcast_mask(attn_mask, leading, (B, Hq, L, S))
+    if window is not None and _check_window(window):
+        features["window"] = window
+    if alibi_slopes is not None:
+        _check_optional("alibi_slopes", alibi_slopes, q)
+        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
+            shape = tuple(alibi_slopes.shape)
+            raise ValueError(f"{_OP}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
+        features["alibi_slopes"] = alibi_slopes
+    if not softcap >= 0.0:
+        raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
+    if softcap > 0.0:
+        features["softcap"] = softcap
+    return features
 
 
 def _is_causal_bias(attn_mask) -> bool:
