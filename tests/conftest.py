@@ -9,6 +9,7 @@ n-th case of a test (all of them in `make test-all`). With a GPU, they run on it
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's products are small; threads make them slower
+
+# What nohup or a shell's "&" had ignored, the processes that tests start would ignore too, were it not handled here.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,cuda,torch").split(",")
 ON_GPU = ("triton", "cuda")
