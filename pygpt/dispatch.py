@@ -164,7 +164,19 @@ def dispatches_for_itself(kind: type) -> bool:
 
 
 SHARDED: set[type] = set()  # subclasses whose own rules cover our ops: DTensor, once `integrations.dtensor` is loaded
-TABLE: dict[str, Backend] = {}  # in the order in which they are asked; backends.py fills it
+
+
+class _Table(dict):
+    """name -> Backend, in the order in which they are asked. A new row makes an end of what was resolved with the old."""
+
+    def __setitem__(self, name, row):
+        super().__setitem__(name, row)
+        for resolved in _RESOLVED.values():
+            resolved.clear()
+
+
+_RESOLVED: dict = {}  # by the chosen backend: how plain calls are served, by op and key
+TABLE: dict[str, Backend] = _Table()  # backends.py fills it
 
 
 @dataclass(frozen=True)
@@ -181,9 +193,6 @@ class Choice:
 
 
 # ------------------------------------------------------------------------------- an explicit choice
-_RESOLVED: dict = {}  # by the chosen backend: how plain calls are served, by op and key
-
-
 class _PerThread(threading.local):
     """Attributes are set on the instance, in each thread: torch.compile guards those, but not a class's own."""
 
