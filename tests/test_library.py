@@ -8,9 +8,8 @@ import torch
 
 import pygpt  # noqa: F401  (registers the ops)
 from pygpt import _C, reference, verify
-from pygpt.dispatch import OPS
+from pygpt.dispatch import KERNEL_NAMES as NAMES
 
-NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
 TYPICAL = list(cases.variants(cases.TYPICAL))
 SAMPLES = TYPICAL + [
     (op, {**cases.TINY[op], **dims})

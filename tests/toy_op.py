@@ -5,7 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygpt.dispatch import Call, Op, call, lookup, register
-from pygpt.ops.common import Spec, acc, backward_kernels, check_tensors, composite_gradients, create_graph, lead
+from pygpt.ops.common import (
+    Function,
+    Spec,
+    acc,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    create_graph,
+    lead,
+)
 
 
 def silu_composite(x):
@@ -21,7 +30,7 @@ def silu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     return (acc(dy) * s * (1 + acc(x) * (1 - s))).to(x.dtype)
 
 
-class SiLU(torch.autograd.Function):
+class SiLU(Function):
     """(kernels, x) -> y."""
 
     @staticmethod
@@ -34,10 +43,6 @@ class SiLU(torch.autograd.Function):
     def save(ctx, args, results=()):
         ctx.save_for_backward(*args)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, *SiLU.gradients(ctx, ctx.needs_input_grad[1:], dy)
 
     @staticmethod
     def gradients(ctx, needs, dy):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dispatch import Call, Op, call, lookup, register
 from .common import (
+    Function,
     Spec,
     acc,
     backward_kernels,
@@ -95,7 +96,7 @@ def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- autograd
-class GELU(torch.autograd.Function):
+class GELU(Function):
     """(kernels, x, approximate) -> y."""
 
     @staticmethod
@@ -111,10 +112,6 @@ class GELU(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dy):
-        return None, *GELU.gradients(ctx, ctx.needs_input_grad[1:], dy)
-
-    @staticmethod
     def gradients(ctx, needs, dy):
         if dy is None:
             return None, None
@@ -124,7 +121,7 @@ class GELU(torch.autograd.Function):
         return backward_kernels(ctx).gelu_bwd(dy, x, ctx.approximate), None
 
 
-class ReLU(torch.autograd.Function):
+class ReLU(Function):
     """(kernels, x) -> y."""
 
     @staticmethod
@@ -138,10 +135,6 @@ class ReLU(torch.autograd.Function):
     def save(ctx, args, results):
         ctx.save_for_backward(*results)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, *ReLU.gradients(ctx, ctx.needs_input_grad[1:], dy)
 
     @staticmethod
     def gradients(ctx, needs, dy):

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Call, Op, autocasting, call, lookup, register
 from .common import (
+    Function,
     Spec,
     acc,
     backward_kernels,
@@ -142,7 +143,7 @@ def _with_lse(q, k, v, is_causal, scale):
     return attention_composite(q, k, v, is_causal, scale, return_lse=True)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """(kernels, q, k, v, is_causal, scale) -> out, lse."""
 
     @staticmethod
@@ -157,10 +158,6 @@ class Attention(torch.autograd.Function):
         q, k, v, ctx.is_causal, ctx.scale = args
         ctx.save_for_backward(q, k, v, *results)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        return None, *Attention.gradients(ctx, ctx.needs_input_grad[1:], dout, dlse)
 
     @staticmethod
     def gradients(ctx, needs, dout, dlse):

@@ -80,6 +80,23 @@ def create_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+class Function(torch.autograd.Function):
+    """An op over any namespace of kernels. A subclass has three static methods; the last two serve the registered op too.
+
+    forward(ctx, kernels, *args) -> what the public function returns, by kernels.<op>_fwd
+    save(ctx, args, results): keeps of <op>_fwd's arguments and results what `gradients` reads
+    gradients(ctx, needs, *grads) -> one for each of ``args``, None where it isn't needed
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+        def backward(ctx, *grads):
+            return None, *cls.gradients(ctx, ctx.needs_input_grad[1:], *grads)
+
+        cls.backward = staticmethod(backward)
+
+
 def backward_kernels(ctx):
     """Those of the forward pass; while backward is traced (compiled autograd), ops of the dispatcher, which can be."""
     return getattr(ctx.kernels, "registered", ctx.kernels) if torch.compiler.is_compiling() else ctx.kernels

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dispatch import Call, Op, call, lookup, register
 from .activation import ACTIVATIONS, SAVES_INPUT
 from .common import (
+    Function,
     Spec,
     acc,
     backward_kernels,
@@ -48,7 +49,7 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tupl
     return wanted(needs, ((dy2 @ acc(weight)).view(x.shape), dy2.mT @ x2, dy2.sum(0)), x)
 
 
-class Linear(torch.autograd.Function):
+class Linear(Function):
     """(kernels, x, weight, bias) -> y."""
 
     @staticmethod
@@ -63,10 +64,6 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)  # x is read for dW alone
         ctx.leading = x.shape[:-1]
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, *Linear.gradients(ctx, ctx.needs_input_grad[1:], dy)
 
     @staticmethod
     def gradients(ctx, needs, dy):
@@ -87,14 +84,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensors) it serves itself.
     """
     serve = lookup("linear", input, weight, bias)
-    if serve is None or _misfit("linear", input, weight, bias):
+    if serve is None or _misfit("linear", input.shape, weight, bias):
         return call("linear", input, weight, bias)
     return serve(input, weight, bias)
 
 
-def _misfit(op, input, weight, bias, names=("input", "weight", "bias")) -> str:
-    """What is wrong with the shapes of x, W and b, if anything is."""
-    of_input, of_weight = input.shape, weight.shape
+def _misfit(op, of_input, weight, bias, names=("input", "weight", "bias")) -> str:
+    """What is wrong with the shapes of x, W and b, if anything is. of_input is x's own."""
+    of_weight = weight.shape
     if len(of_weight) != 2:
         return f"pygpt.{op}: {names[1]} must be a matrix, got shape {tuple(of_weight)}"
     if not of_input:
@@ -109,7 +106,7 @@ def _misfit(op, input, weight, bias, names=("input", "weight", "bias")) -> str:
 
 def _prepare_linear(input, weight, bias=None) -> Call:
     error = check_tensors("linear", (input, weight, bias), one_dtype=True)
-    if error is None and (misfit := _misfit("linear", input, weight, bias)):
+    if error is None and (misfit := _misfit("linear", input.shape, weight, bias)):
         error = ValueError(misfit)
     args = input, weight, bias
     return Call(args, torch=partial(_torchs, *args), error=error, plain=args if error is None else None)
@@ -144,7 +141,7 @@ def mlp_bwd(
     return wanted(needs, grads, x)
 
 
-class MLP(torch.autograd.Function):
+class MLP(Function):
     """(kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> y."""
 
     @staticmethod
@@ -162,10 +159,6 @@ class MLP(torch.autograd.Function):
             hidden = None  # it is read for dproj_weight alone
         ctx.save_for_backward(*tensors, hidden, pre)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, *MLP.gradients(ctx, ctx.needs_input_grad[1:], dy)
 
     @staticmethod
     def gradients(ctx, needs, dy):
@@ -202,16 +195,10 @@ def mlp(
 
 
 def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias) -> str:
-    if misfit := _misfit("mlp", input, fc_weight, fc_bias, ("input", "fc_weight", "fc_bias")):
-        return misfit
-    of_proj, hidden = proj_weight.shape, fc_weight.shape[0]
-    if len(of_proj) != 2:
-        return f"pygpt.mlp: proj_weight must be a matrix, got shape {tuple(of_proj)}"
-    if of_proj[1] != hidden:
-        return f"pygpt.mlp: the hidden layer has {hidden} features, proj_weight {tuple(of_proj)} wants {of_proj[1]}"
-    if proj_bias is not None and proj_bias.shape != of_proj[:1]:
-        return f"pygpt.mlp: proj_bias must have shape ({of_proj[0]},), got {tuple(proj_bias.shape)}"
-    return ""
+    of_hidden = fc_weight.shape[:1]
+    return _misfit("mlp", input.shape, fc_weight, fc_bias, ("input", "fc_weight", "fc_bias")) or _misfit(
+        "mlp", of_hidden, proj_weight, proj_bias, ("the hidden layer", "proj_weight", "proj_bias")
+    )
 
 
 def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu") -> Call:

@@ -18,6 +18,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..dispatch import Call, Op, call, lookup, register
 from .common import (
+    Function,
     Spec,
     acc,
     backward_kernels,
@@ -113,7 +114,7 @@ def rms_norm_bwd(
 
 
 # ------------------------------------------------------------------------------- autograd
-class LayerNorm(torch.autograd.Function):
+class LayerNorm(Function):
     """(kernels, x, weight, bias, eps) -> y."""
 
     @staticmethod
@@ -131,10 +132,6 @@ class LayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dy):
-        return None, *LayerNorm.gradients(ctx, ctx.needs_input_grad[1:], dy)
-
-    @staticmethod
     def gradients(ctx, needs, dy):
         if dy is None:
             return (None,) * 4
@@ -149,7 +146,7 @@ def _norm_and_sum(s, weight, bias, eps):
     return layer_norm_composite(s, weight, bias, eps), s
 
 
-class AddLayerNorm(torch.autograd.Function):
+class AddLayerNorm(Function):
     """(kernels, x, residual, weight, bias, eps) -> layer_norm(x + residual), x + residual."""
 
     @staticmethod
@@ -165,10 +162,6 @@ class AddLayerNorm(torch.autograd.Function):
         _, s, mean, rstd = results
         ctx.save_for_backward(s, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy, ds):
-        return None, *AddLayerNorm.gradients(ctx, ctx.needs_input_grad[1:], dy, ds)
 
     @staticmethod
     def gradients(ctx, needs, dy, ds):
@@ -187,7 +180,7 @@ class AddLayerNorm(torch.autograd.Function):
         return *only((need_x, need_residual), (dx, dx)), dw, db, None
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNorm(Function):
     """(kernels, x, weight, eps) -> y."""
 
     @staticmethod
@@ -202,10 +195,6 @@ class RMSNorm(torch.autograd.Function):
         x, weight, ctx.eps = args
         ctx.save_for_backward(x, weight, results[1])
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return None, *RMSNorm.gradients(ctx, ctx.needs_input_grad[1:], dy)
 
     @staticmethod
     def gradients(ctx, needs, dy):
