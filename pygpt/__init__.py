@@ -19,5 +19,5 @@ except (RuntimeError, ValueError) as e:  # the command line says in one line wha
     print(f"pygpt: error: {str(e).removeprefix('pygpt: ')}", file=sys.stderr)
     sys.exit(2)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["GPT", "Choice", "GPTConfig", "backend", "explain", "functional", "nn"]
