@@ -9,6 +9,9 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
                                else 80 and 90. 90a is for 9.0 alone, 100f for the family of 10.0. GPUs newer than
                                the newest without such a letter run the PTX of that one
   MAX_JOBS                     compilers at a time; by default one per core
+
+Object files stay in build/objects. A source is compiled again when it, a header of its library or this file is newer than
+its object file, or when the compiler or its flags have changed.
 """
 
 import os
@@ -18,6 +21,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +30,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CPU = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if p.stem != "dispatch")  # once per instruction set
+OBJECTS = ROOT / "build" / "objects"
 ISAS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -86,16 +91,16 @@ def jobs() -> int:
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME, of PATH, or where the toolkit is usually installed."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes]
-    return next(filter(None, [*places, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+    of_homes = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes]
+    return next(filter(None, [*of_homes, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
 
 
 def cuda_compiler() -> str | None:
-    wish = os.environ.get("PYGPT_BUILD_CUDA", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"pygpt: PYGPT_BUILD_CUDA must be 0 or 1, got {wish!r}")
-    nvcc = None if wish == "0" else find_nvcc()
-    if wish == "1" and nvcc is None:
+    requested = os.environ.get("PYGPT_BUILD_CUDA", "")
+    if requested not in ("", "0", "1"):
+        sys.exit(f"pygpt: PYGPT_BUILD_CUDA must be 0 or 1, got {requested!r}")
+    nvcc = None if requested == "0" else find_nvcc()
+    if requested == "1" and nvcc is None:
         sys.exit("pygpt: PYGPT_BUILD_CUDA=1, but nvcc is neither in CUDA_HOME/bin, PATH nor /usr/local/cuda/bin")
     return nvcc
 
@@ -112,13 +117,13 @@ def known_archs(nvcc: str) -> list[int]:
 
 
 def archs_here(known: list[int]) -> list[str]:
-    """Those of the GPUs of this machine, as nvidia-smi tells them. A Hopper gets all of its instructions: 90a."""
+    """The archs of this machine's GPUs according to nvidia-smi. Hopper is built as 90a, which has all its instructions."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False)
-    there = re.findall(r"^(\d+)\.(\d)$", found.stdout, re.MULTILINE) if found.returncode == 0 else []
-    archs = [major + minor for major, minor in there if int(major + minor) in known]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    listed = re.findall(r"^(\d+)\.(\d)$", result.stdout, re.MULTILINE) if result.returncode == 0 else []
+    archs = [major + minor for major, minor in listed if int(major + minor) in known]
     return ["90a" if arch == "90" else arch for arch in archs]
 
 
@@ -166,66 +171,77 @@ class BuildKernels(build_ext):
             )
             sys.exit(f"pygpt: building {ext.name} failed: {e}\n  {advice}")
 
-    def compile_host(self, source, folder, flags, depends):
-        return self.compiler.compile(
-            [source], str(Path(self.build_temp) / folder), include_dirs=self.include, extra_postargs=FLAGS + flags,
-            depends=depends,
-        )  # fmt: skip
+    def objects(self, ext, jobs) -> list[str]:
+        """The object files of the jobs (source, name of a folder, compiler, flags); compiles what is out of date."""
+        newest = max(Path(name).stat().st_mtime for name in [*ext.depends, "setup.py"])
+        return list(self.pool.map(lambda job: self.object_file(newest, *job), jobs))
+
+    def object_file(self, newest: float, source: str, folder: str, compiler: Callable, flags: list[str]) -> str:
+        """compiler: a method (source, folder for its object file, flags) -> that file."""
+        chosen = *map(os.environ.get, ("CC", "CFLAGS", "CXX", "CXXFLAGS", "NVCC_CCBIN")), find_nvcc()
+        command = repr((*chosen, self.include, self.compiler.include_dirs, flags))
+        folder = OBJECTS / f"{folder}-{zlib.crc32(command.encode()):08x}"
+        result = folder / Path(source).with_suffix(".o")
+        if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
+            partial = compiler(source, folder / "partial", flags)  # an interrupted compiler leaves no whole object file
+            result.parent.mkdir(parents=True, exist_ok=True)
+            Path(partial).replace(result)
+        return str(result)
+
+    def host_compiler(self, source: str, folder: Path, flags: list[str]) -> str:
+        return self.compiler.compile([source], str(folder), include_dirs=self.include, extra_postargs=flags)[0]
+
+    def device_compiler(self, source: str, folder: Path, flags: list[str]) -> Path:
+        result = folder / Path(source).with_suffix(".o")
+        result.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([NVCC, *flags, "-c", source, "-o", result], check=True)
+        return result
 
     def build_cpu(self, ext):
-        jobs = [("csrc/bind/bind_cpu.cpp", "binding", [STABLE]), ("csrc/cpu/dispatch.cpp", "dispatch", [])]
-        jobs += [
-            (f"csrc/cpu/{op}.cpp", isa, [f"-DPYGPT_ISA={isa}", *flags]) for isa, flags in ISAS.items() for op in CPU
+        jobs = [
+            ("csrc/bind/bind_cpu.cpp", "binding", self.host_compiler, [*FLAGS, STABLE]),
+            (DISPATCH, "dispatch", self.host_compiler, FLAGS),
         ]
-        found = self.pool.map(lambda job: self.compile_host(*job, ext.depends), jobs)
-        ext.extra_objects = [o for objects in found for o in objects]
+        for isa, flags in ISAS.items():
+            flags = [*FLAGS, f"-DPYGPT_ISA={isa}", *flags]
+            jobs += [(source, isa, self.host_compiler, flags) for source in CPU_KERNELS]
+        ext.extra_objects = ext.depends = self.objects(ext, jobs)
         ext.library_dirs += self.library
         ext.sources = []
         super().build_extension(ext)
 
     def build_cuda(self, ext):
-        nvcc, code = NVCC, cuda_code(CUDA_ARCHS)
-        objects = Path(self.build_temp) / f"cuda-{'-'.join(CUDA_ARCHS)}"
-        objects.mkdir(parents=True, exist_ok=True)
+        code = cuda_code(CUDA_ARCHS)
         targets = [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in code]
-        newest = max(Path(name).stat().st_mtime for name in [*ext.depends, "setup.py"])
-
-        def compile_kernels(source):
-            result = objects / f"{Path(source).stem}.o"
-            if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
-                partial = result.with_suffix(".partial.o")  # an interrupted compiler leaves nothing that looks whole
-                subprocess.run([nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", partial], check=True)
-                partial.replace(result)
-            return str(result)
-
-        flags = [STABLE, f'-DPYGPT_CUDA_CODE="{" ".join(code)}"']
-        binding = self.pool.submit(self.compile_host, "csrc/bind/bind_cuda.cpp", objects.name, flags, ext.depends)
-        kernels = list(self.pool.map(compile_kernels, sorted(s for s in ext.sources if s.endswith(".cu"))))
+        host_flags = [*FLAGS, STABLE, f'-DPYGPT_CUDA_CODE="{" ".join(code)}"']
+        device_flags = [*CUDA_FLAGS, *targets]
+        jobs = [("csrc/bind/bind_cuda.cpp", "binding", self.host_compiler, host_flags)]
+        jobs += [
+            (source, "cuda", self.device_compiler, device_flags) for source in ext.sources if source.endswith(".cu")
+        ]
+        objects = self.objects(ext, jobs)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [
-            *(f"-L{path}" for path in self.library),
-            "-Xlinker=--no-as-needed",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-lc10",
-        ]
         partial = target.with_suffix(".partial")
-        link = [nvcc, "-shared", "-cudart=static", "-o", partial, *binding.result(), *kernels, *libraries]
-        subprocess.run(link, check=True)
+        paths = [f"-L{path}" for path in self.library]
+        libraries = ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        subprocess.run([NVCC, "-shared", "-cudart=static", "-o", partial, *objects, *paths, *libraries], check=True)
         partial.replace(target)
 
 
-def sources(pattern):
-    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
+
+DISPATCH = "csrc/cpu/dispatch.cpp"
+CPU_KERNELS = [name for name in sources("csrc/cpu/**/*.cpp") if name != DISPATCH]  # compiled once per instruction set
 
 if __name__ == "__main__":  # a test imports what is above
     extensions = [
         Extension(
             "pygpt._C",
             sources=["csrc/bind/bind_cpu.cpp"],
-            depends=sources("csrc/*.h") + sources("csrc/bind/*.h") + sources("csrc/cpu/*.h"),
+            depends=sources("csrc/*.h", "csrc/bind/**/*.h", "csrc/cpu/**/*.h"),
             libraries=["torch", "torch_cpu", "c10"],
             py_limited_api=True,
             language="c++",
@@ -237,8 +253,8 @@ if __name__ == "__main__":  # a test imports what is above
         extensions.append(
             Extension(
                 "pygpt._cuda",
-                sources=["csrc/bind/bind_cuda.cpp", *sources("csrc/cuda/*.cu")],
-                depends=sources("csrc/*.h") + sources("csrc/bind/*.h") + sources("csrc/cuda/*.cuh"),
+                sources=["csrc/bind/bind_cuda.cpp", *sources("csrc/cuda/**/*.cu")],
+                depends=sources("csrc/*.h", "csrc/bind/**/*.h", "csrc/cuda/**/*.cuh"),
                 py_limited_api=True,
             )
         )
