@@ -1,9 +1,9 @@
 """The PEP 517 backend: setuptools, building with the torch of the environment that pygpt is installed into.
 
-pip builds in an isolated environment, which hides that torch; listed as a requirement of the build, torch would be
-fetched a second time, and it is gigabytes large. This backend looks for it where the interpreter that runs the build has
-its packages, which under pip is the interpreter that pygpt is installed for. Front ends that isolate the build in a
-virtual environment of its own (uv, `python -m build`) hide torch completely, and the build ends at once with advice.
+pip builds in an isolated environment, which hides that torch. Were torch a requirement of the build, pip would fetch it a
+second time, and it is gigabytes large. This backend looks for torch among the packages of the interpreter that runs the
+build, which under pip is the interpreter that pygpt is installed for. Front ends that isolate the build in a virtual
+environment of its own (uv, `python -m build`) hide torch completely, and the build ends at once with advice.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def get_requires_for_build_sdist(config_settings=None) -> list[str]:
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
     if importlib.util.find_spec("torch") is None:
         sys.exit(
-            "pygpt: the build needs torch >= 2.10 and cannot see any. It does not fetch torch, which is gigabytes large.\n"
+            "pygpt: the build needs torch >= 2.10 and cannot see any. It does not fetch torch (gigabytes).\n"
             "Either torch is not installed, or the build is isolated from the environment that has it. Type instead:\n"
             f"  pip install torch 'setuptools>={OLDEST_SETUPTOOLS}'\n"
             "  pip install --no-build-isolation .        (or: uv pip install, python -m build --no-isolation)"

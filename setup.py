@@ -10,8 +10,8 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
                                the newest without such a letter run the PTX of that one
   MAX_JOBS                     compilers at a time; by default one per core
 
-Object files stay in build/objects. A source is compiled again when it, a header of its library or this file is newer than
-its object file, or when the compiler or its flags have changed.
+Object files stay in build/objects. A source is compiled again when it, a header of its library or this file is newer
+than its object file, or when the compiler or its flags have changed.
 """
 
 import os
@@ -117,7 +117,7 @@ def known_archs(nvcc: str) -> list[int]:
 
 
 def archs_here(known: list[int]) -> list[str]:
-    """The archs of this machine's GPUs according to nvidia-smi. Hopper is built as 90a, which has all its instructions."""
+    """The archs of this machine's GPUs, from nvidia-smi. Hopper is built as 90a, which has all its instructions."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
