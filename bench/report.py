@@ -14,7 +14,7 @@ import torch
 
 import pygpt
 from pygpt.files import atomic
-from pygpt.report import table as aligned
+from pygpt.progress import table as aligned
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
 RESULTS = Path(__file__).parent / "results"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pygpt.report import Progress
+from pygpt.progress import Progress
 
 from . import candidates, harness, report, results
 from .candidates import Row

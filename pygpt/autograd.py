@@ -1,8 +1,8 @@
-"""The ops' torch.autograd.Functions, blind to the backend; each is written in its op's file in pygpt/ops/.
+"""The torch.autograd.Functions of the ops, independent of the backend. Each one is written in its op's file.
 
-``Function.apply(kernels, *args)``: ``kernels`` is any namespace holding ``<op>_fwd`` and ``<op>_bwd`` with the signatures
-of `pygpt.reference`; ``args`` are the op's canonical arguments. Under ``create_graph=True`` a backward pass differentiates
-the op's ordinary PyTorch expression instead, so that gradients of any order are right; the kernels serve the first.
+``Function.apply(kernels, *args)``: ``kernels`` is any namespace with ``<op>_fwd`` and ``<op>_bwd`` that have the
+signatures of `pygpt.reference`, and ``args`` are the op's canonical arguments. Under ``create_graph=True`` the backward
+pass differentiates the op's ordinary PyTorch expression, so that gradients of any order are right.
 """
 
 from . import ops  # noqa: F401 (registers them)

@@ -1,8 +1,8 @@
-"""What there is to pick from: the ops are defined, the compiled libraries and Triton loaded, `dispatch.TABLE` filled.
+"""Defines the ops in torch's dispatcher, loads the compiled libraries and Triton, and fills `dispatch.TABLE`.
 
-Each backend's kernels come as two namespaces of <op>_fwd and <op>_bwd. ``kernels`` are what eager calls run; ``registered``
-are the same as ops of torch's dispatcher, which torch.compile, torch.export and torch.jit.trace put into their graphs. Those
-have gradients of their own, by the same formulas as the eager autograd Functions.
+Each backend has its kernels in two namespaces of <op>_fwd and <op>_bwd. Eager calls run ``kernels``. ``registered``
+holds the same kernels as ops of torch's dispatcher, which torch.compile, torch.export and torch.jit.trace record in
+their graphs. The registered ops have gradients of their own, by the same formulas as the eager autograd Functions.
 """
 
 import importlib
@@ -32,9 +32,9 @@ from .ops.common import as_tuple
 
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
-@cache  # torch forgets what was registered through a Library that nobody holds
+@cache  # torch drops the registrations of a Library when the Library is freed
 def define_ops(namespace: str) -> torch.library.Library:
-    """torch.ops.<namespace>.<op>_fwd and _bwd of every op, with the schemas and shapes of the functions in pygpt/ops/."""
+    """Defines torch.ops.<namespace>.<op>_fwd and _bwd of every op. pygpt/ops/ gives their schemas and fake kernels."""
     library = torch.library.Library(namespace, "DEF")
     for name in KERNEL_NAMES:
         reference = getattr(REFERENCE, name)
@@ -44,9 +44,9 @@ def define_ops(namespace: str) -> torch.library.Library:
 
 
 def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
-    """Defines the ops and returns their overloads. Gradients are the autograd Functions', FLOP counts the ops' own.
+    """Defines the ops with their gradients and FLOP counts, and returns their overloads.
 
-    ``kernels`` serve every device that no library registers others for; an op may have none.
+    ``kernels``: for every device for which no library registers other ones. An op may be missing there.
     """
     library, packets = define_ops(namespace), getattr(torch.ops, namespace)
     for name in KERNEL_NAMES:
@@ -60,7 +60,7 @@ def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNames
 
 
 def _register_gradients(library, op: Op, kernels):
-    """The autograd Function's formulas for <op>_fwd; none for <op>_bwd, whose derivative would be silently zero."""
+    """<op>_fwd gets the autograd Function's gradients. <op>_bwd raises, as its derivative would silently be zero."""
     fwd, bwd = f"{library.ns}::{op.name}_fwd", f"{library.ns}::{op.name}_bwd"
     arguments = len(inspect.signature(op.fwd).parameters)
 
@@ -81,7 +81,7 @@ def _register_gradients(library, op: Op, kernels):
 
 
 def below_autograd(overload) -> Callable:
-    """The op for callers that see to the gradients themselves; it leaves out 3 us of the dispatcher's autograd."""
+    """The op for callers that compute gradients themselves. It skips the dispatcher's autograd key (3 us)."""
     op, guard = overload._op, torch._C._AutoDispatchBelowAutograd
 
     def call(*args):
@@ -96,12 +96,12 @@ def _register_flops(packets):
     from torch.utils.flop_counter import register_flop_formula
 
     for op in OPS.values():
-        for direction, formula in zip(("fwd", "bwd"), op.flops or ()):
+        for direction, formula in zip(("fwd", "bwd"), op.flops, strict=True) if op.flops else ():
             register_flop_formula(getattr(packets, f"{op.name}_{direction}"))(formula)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and acts once it is loaded, which whoever merely asks for its spec does not do."""
+    """Finds one module as Python does, and acts once it is loaded. Asking for its spec does not load it."""
 
     def __init__(self, name: str, action: Callable):
         self.name, self.action = name, action
@@ -129,7 +129,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def when_imported(name: str, action: Callable):
-    """Acts now if the module is loaded, otherwise when somebody loads it: for modules too dear to load for that alone."""
+    """Acts now if the module is loaded, otherwise once it is: for modules that take too long to load for that alone."""
     if name in sys.modules:
         action()
     else:
@@ -138,7 +138,7 @@ def when_imported(name: str, action: Callable):
 
 # ------------------------------------------------------------------------------- C++
 def _cpp(ops) -> tuple[SimpleNamespace | None, str]:
-    """The ops once the C++ kernels are registered, and why they are not. Sets `dispatch.call_key`."""
+    """The C++ kernels, or None and why they are missing. Sets `dispatch.call_key`."""
     try:
         importlib.import_module("pygpt._C")
     except ImportError as e:
@@ -148,10 +148,10 @@ def _cpp(ops) -> tuple[SimpleNamespace | None, str]:
 
 
 def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
-    """The same ops for plain calls on CPU tensors, without torch's dispatcher (csrc/bind/fastcall.h).
+    """The same ops for fast calls on CPU tensors, without torch's dispatcher (csrc/bind/fastcall.h).
 
-    They hand every other call on to ``below``. Where torch has no DLPack exchange table there are none, and no call has
-    a key.
+    They pass every other call on to ``below``. Without torch's DLPack exchange table there are none, and no call is
+    fast.
     """
     from . import _C
 
@@ -165,7 +165,11 @@ def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
         _is_tracing,
         (forward_ad, "_current_level", -1),
     )
-    running = _len_torch_dispatch_stack, _is_tracing, (profiler, "_is_profiler_enabled", False)  # that see each op
+    running = (
+        _len_torch_dispatch_stack,
+        _is_tracing,
+        (profiler, "_is_profiler_enabled", False),
+    )  # modes that see each op
     classes, is_neg = (torch._C.TensorBase, torch.Tensor, torch.nn.Parameter), torch.empty(0).is_neg
     functions = _C.connect(table, classes, is_neg, torch.is_grad_enabled, resolving, running, below)
     if functions:
@@ -175,7 +179,7 @@ def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
 
 # ------------------------------------------------------------------------------- CUDA
 def _cuda(ops) -> tuple[SimpleNamespace | None, str]:
-    """The same ops once the CUDA kernels are registered too. Loads their library only where CUDA works."""
+    """The CUDA kernels, or None and why they are missing. Loads their library only where CUDA works."""
     if not torch.cuda.is_available():
         built = importlib.util.find_spec("pygpt._cuda") is not None
         return None, "torch finds no GPU here" + ("" if built else "; nor were the CUDA kernels built")
@@ -188,27 +192,27 @@ def _cuda(ops) -> tuple[SimpleNamespace | None, str]:
 
 @cache
 def cuda_objection(device: torch.device) -> str:
-    """Why the CUDA kernels can't run on this GPU. Asked at the first call there: it initialises CUDA."""
+    """Why the CUDA kernels can't run on this GPU. Initialises CUDA, so it is called only when a call uses the GPU."""
     if device.type != "cuda":
         return ""
     from . import _cuda
 
     driver, runtime = (version // 1000 for version in _cuda.versions())
-    if driver < runtime:  # within a major version any driver will do
+    if driver < runtime:  # any driver of the same major version will do
         return f"the CUDA kernels were built with CUDA {runtime}, this machine's driver is of CUDA {driver}"
     return _code_objection(_cuda.code(), *torch.cuda.get_device_capability(device))
 
 
 def _code_objection(built: str, major: int, minor: int) -> str:
-    """Why none of the code that was built, such as "sm_80 sm_90a compute_80", runs on a GPU of this capability."""
-    here = 10 * major + minor
-    for kind, number, letter in re.findall(r"(sm|compute)_(\d+)([af]?)", built):
+    """Why none of the code in the library, such as "sm_80 sm_90a compute_80", runs on a GPU of this capability."""
+    capability = 10 * major + minor
+    for code, number, letter in re.findall(r"(sm|compute)_(\d+)([af]?)", built):
         arch = int(number)
-        same_family = arch // 10 == major or kind == "compute"  # PTX is for all that come later
-        if arch == here or (letter != "a" and same_family and arch < here):
+        same_family = arch // 10 == major or code == "compute"  # every later GPU can compile PTX
+        if arch == capability or (letter != "a" and same_family and arch < capability):
             return ""
-    hint = "; set PYGPT_CUDA_ARCHS" if here >= 80 else ""
-    return f"the CUDA kernels were built for {built.replace(' ', ', ')}, this GPU is sm_{here}{hint}"
+    hint = "; set PYGPT_CUDA_ARCHS" if capability >= 80 else ""
+    return f"the CUDA kernels were built for {built.replace(' ', ', ')}, this GPU is sm_{capability}{hint}"
 
 
 # ------------------------------------------------------------------------------- Triton
@@ -218,8 +222,8 @@ def _triton() -> tuple[object, str, tuple]:
     if importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed; pip install 'triton>=3.6'", devices
     if devices == ("cuda",) and not torch.cuda.is_available():
-        why = "torch finds no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
-        return None, why, devices
+        reason = "torch finds no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly"
+        return None, reason, devices
     try:
         return importlib.import_module("pygpt.triton_kernels"), "", devices
     except ImportError as e:
@@ -229,13 +233,13 @@ def _triton() -> tuple[object, str, tuple]:
 # ------------------------------------------------------------------------------- the table
 def _fill():
     ops = register_ops("pygpt", vars(REFERENCE))
-    cpp, why_no_cpp = _cpp(ops)
-    cuda, why_no_cuda = _cuda(ops)
-    triton, why_no_triton, triton_devices = _triton()
+    cpp, no_cpp = _cpp(ops)
+    cuda, no_cuda = _cuda(ops)
+    triton, no_triton, triton_devices = _triton()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
     def limits(serves: Callable | None, max_head_dim) -> dict:
-        """The ops for which there are kernels; all where the backend itself is missing, which is reason enough."""
+        """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
         return {"ops": names, "features": {"attention": ("return_lse",)}, "max_head_dim": max_head_dim}
 
@@ -244,16 +248,16 @@ def _fill():
     of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
     of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (
-        Backend("cpp", cpp, why_no_cpp, ops, ("cpu",), **of_cpp),
+        Backend("cpp", cpp, no_cpp, ops, ("cpu",), **of_cpp),
         Backend(
-            "triton", triton, why_no_triton, getattr(triton, "registered", None), triton_devices, dtypes=FLOATS[1:],
+            "triton", triton, no_triton, getattr(triton, "registered", None), triton_devices, dtypes=FLOATS[1:],
             **of_triton,
         ),
-        Backend("cuda", cuda, why_no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **of_cuda),
+        Backend("cuda", cuda, no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **of_cuda),
         Backend("torch", REFERENCE),
     ):  # fmt: skip
         TABLE[row.name] = row
-    dispatch.plain_head_dim = min((row.max_head_dim for row in TABLE.values() if row.max_head_dim), default=sys.maxsize)
+    dispatch.fast_head_dim = min((row.max_head_dim for row in TABLE.values() if row.max_head_dim), default=sys.maxsize)
 
 
 _fill()

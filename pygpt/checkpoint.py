@@ -1,4 +1,4 @@
-"""One safetensors file holds a whole run: tensors (the model's under their own names) and JSON metadata."""
+"""A checkpoint is one safetensors file: the tensors of a run, the model's under their own names, and JSON metadata."""
 
 import ctypes
 import json
@@ -31,19 +31,19 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict) -> int:
 
 
 def _bytes(t: Tensor):
-    """The memory of a contiguous tensor, where it lies; without NumPy, which may be missing."""
+    """The memory of a contiguous tensor, not copied. NumPy is not needed."""
     return (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
 
 
 def need_numpy():
-    """ModuleNotFoundError now, not when a run is to be saved: safetensors writes by way of NumPy."""
+    """Raises ModuleNotFoundError before a run starts rather than when it is saved: safetensors writes through NumPy."""
     import numpy  # noqa: F401
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
-    """OSError if it cannot be written; the old file is then untouched."""
+    """OSError if the file cannot be written. The old file is then untouched."""
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    metadata = json.loads(json.dumps({"format": FORMAT, **metadata}))  # as it will be read
+    metadata = json.loads(json.dumps({"format": FORMAT, **metadata}))  # as `load` will read it
     header = json.dumps({"checksum": _checksum(tensors, metadata), **metadata})
     with atomic(path) as temporary:
         try:
@@ -53,7 +53,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """-> tensors, metadata. UsageError if there is no such file, or it is damaged or of another kind."""
+    """-> tensors, metadata. UsageError if the file does not exist, is damaged or is no checkpoint."""
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}")
     try:
@@ -66,13 +66,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UsageError(f"{path} is a safetensors file, but no pygpt checkpoint")
     try:
         metadata = json.loads(header)
-        checksum, found = metadata.pop("checksum"), metadata["format"]
+        checksum, version = metadata.pop("checksum"), metadata["format"]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UsageError(f"{path} is damaged: its header cannot be read") from None
-    if found != FORMAT:
-        raise UsageError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
+    if version != FORMAT:
+        raise UsageError(f"{path} has checkpoint format {version}; this version reads {FORMAT}")
     if checksum != _checksum(tensors, metadata):
         raise UsageError(f"{path} is damaged: its contents do not match their checksum")
-    if wrong := [key for key, kind in METADATA.items() if key not in metadata or not isinstance(metadata[key], kind)]:
+    if wrong := [key for key, types in METADATA.items() if not isinstance(metadata.get(key, ...), types)]:
         raise UsageError(f"{path} is damaged: its {', '.join(wrong)} cannot be read")
     return tensors, metadata

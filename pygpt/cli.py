@@ -1,7 +1,8 @@
 """The command line: `pygpt COMMAND` or `python -m pygpt COMMAND`.
 
-A command is a module with add_arguments(parser) and run(args) -> exit code or None, imported only when asked for.
-Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130, SIGTERM in a training run 143, SIGHUP 129.
+A command is a module with add_arguments(parser) and run(args) -> exit code or None, imported only when it is used.
+Bad input prints one line on stderr and exits with code 2. Ctrl-C exits with 130, and in a training run SIGTERM exits
+with 143 and SIGHUP with 129.
 """
 
 import argparse
@@ -30,7 +31,8 @@ COMMANDS = {
     "bench": "every op's speed and memory beside PyTorch and other libraries",
 }
 
-OUTPUT_FAILS = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # errors about a file name that file
+# Errors of writing to standard output. The same errors about a file have a file name.
+OUTPUT_FAILS = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,23 +43,23 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command -> exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if sys.stdout is None:  # whoever started us closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until we end)
+    if sys.stdout is None:  # the parent process closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the stream's encoding lacks becomes "?"
+        sys.stdout.reconfigure(errors="replace")  # prints "?" for characters outside the encoding
     try:
         try:
-            code = _run(argv) or 0
+            code = _run_command(argv) or 0
         except SystemExit as e:  # argparse's --help and --version
             code = e.code or 0
-        sys.stdout.flush()  # inside the try: a full disk shows here
+        sys.stdout.flush()  # raises here, inside the try, when the disk is full
         return code
     except OSError as e:
         if e.filename is not None or e.errno not in OUTPUT_FAILS:
             return _end(f"error: {e}", 2)
-        with suppress(OSError):  # what is still to be printed is dropped
+        with suppress(OSError):  # drops what the interpreter still flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if e.errno == errno.EPIPE:  # the reader of our output left
+        if e.errno == errno.EPIPE:  # the reader of our output has closed the pipe
             return 1
         return _end(f"error: cannot write to standard output: {e.strerror}", 2)
     except (UsageError, Unavailable) as e:
@@ -78,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         return _end("interrupted" if number == signal.SIGINT else f"stopped by {name}", 128 + number)
 
 
-def _end(why: str, code: int) -> int:
-    with suppress(OSError):  # where standard error is closed, too
-        print(f"pygpt: {' '.join(why.split())}", file=sys.stderr)
+def _end(message: str, code: int) -> int:
+    with suppress(OSError):  # standard error may be closed, too
+        print(f"pygpt: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -89,7 +91,7 @@ def _is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or any(words in str(e) for words in known)
 
 
-def _run(argv: list[str]):
+def _run_command(argv: list[str]):
     from . import __version__
 
     name = next((a for a in argv if not a.startswith("-")), None)
@@ -112,7 +114,7 @@ def _run(argv: list[str]):
 def _module(command: str):
     if command != "bench":
         return importlib.import_module(f".{command}", __package__)
-    checkout = Path(__file__).resolve().parents[1]  # where bench/ stands beside the package
+    checkout = Path(__file__).resolve().parents[1]  # in a checkout, bench/ is beside the package
     if (checkout / "bench" / "command.py").is_file():
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))

@@ -1,4 +1,4 @@
-"""Text as tokens: corpora, tokenizers, and batches that are a pure function of the seed and the step."""
+"""Corpora, tokenizers, and batches that are a pure function of the seed and the step."""
 
 import codecs
 import hashlib
@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-STDLIB_BYTES = 12_000_000  # the default corpus is cut here, so that it differs little between Python versions
+STDLIB_BYTES = 12_000_000  # the default corpus ends here, so that it differs little between Python versions
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class UsageError(ValueError):
-    """Bad input from the user; the command line prints it as one line and exits with code 2."""
+    """Bad input from the user. The command line prints the message in one line and exits with code 2."""
 
 
 def check_number(flag: str, value: float, low=None, below=2**63):
-    """UsageError unless ``value`` is finite, at least ``low``, and if it is an integer less than ``below``."""
+    """UsageError unless ``value`` is finite, at least ``low`` and, for an integer, less than ``below``."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag} must be a finite number, got {value}")
     if low is not None and value < low:
@@ -31,10 +31,10 @@ def check_number(flag: str, value: float, low=None, below=2**63):
 
 
 def check_memory(what: str, needed: int):
-    """UsageError where this machine has less memory. Some systems promise any amount, and kill who uses it."""
+    """UsageError where this machine has less memory. Linux would grant the allocation and kill the process later."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, which promises no more than there is
+    except (AttributeError, ValueError, OSError):  # on Windows the allocation itself fails
         return
     if needed > total:
         raise UsageError(f"out of memory: {what} take {needed:,} bytes, this machine has {total:,}")
@@ -88,7 +88,7 @@ def _text(data: bytes) -> str:
 def read_text(path: str | None) -> bytes:
     """The bytes of a file, of all text files under a folder (sorted by path), or by default the standard library's.
 
-    A byte order mark is no text. Files of a folder that hold zero bytes are skipped, and stderr says which.
+    Byte order marks are removed. Files of a folder that hold zero bytes are skipped and named on stderr.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -118,21 +118,21 @@ def read_text(path: str | None) -> bytes:
 
 
 def _skips(root: Path, content: bytes) -> bool:
-    """A file that was named is taken as it is."""
+    """Whether a file of the folder ``root`` holds no text. A file that the user named is never skipped."""
     return root.is_dir() and b"\0" in content
 
 
 def _files(root: Path, skip=frozenset()) -> list[Path]:
-    found = []
+    paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [d for d in folders if d not in skip and not d.startswith(".")]
-        found += [Path(folder, f) for f in files if not f.startswith(".")]
-    return sorted((f for f in found if f.is_file()), key=lambda f: f.relative_to(root).as_posix())
+        paths += [Path(folder, f) for f in files if not f.startswith(".")]
+    return sorted((path for path in paths if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 
 
 @dataclass
 class Corpus:
-    """train and val: 1-D tokens, the first 90 % of the text and the rest. digest identifies the text."""
+    """A text as 1-D tensors of tokens, the first 90 % in ``train``. ``digest`` identifies the text."""
 
     tokenizer: Bytes | Chars
     train: Tensor
@@ -155,7 +155,7 @@ class Corpus:
         return cls(tokenizer, train, val, hashlib.sha256(data).hexdigest())
 
     def batch(self, split: str, batch_size: int, block_size: int, *key) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) int64 at random offsets; the same for the same split and key (seed, step, ...)."""
+        """Inputs and targets (B, T) int64 at random offsets, drawn from the split and the key (seed, step, ...)."""
         tokens = self.train if split == "train" else self.val
         generator = torch.Generator().manual_seed(seed_of(split, *key))
         starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)

@@ -1,6 +1,6 @@
-"""`pygpt demo`: the reference GPT trained on the same batches from the same start by PyTorch and by pygpt's kernels.
+"""`pygpt demo`: trains the reference GPT with PyTorch's kernels and with pygpt's, on the same batches from one start.
 
-The two take turns, step by step, so that whatever else the machine does slows both alike.
+The two take turns, step by step, so that other load on the machine slows both alike.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from .data import Corpus, UsageError, check_number
 from .dispatch import TABLE
 from .files import locked, must_be_folder
 from .generate import continuation
-from .report import Progress, clock, plot_losses
+from .progress import Progress, clock, plot_losses
 from .train import PRESETS, Settings, Trainer
 
 BACKENDS = "torch", "cpp"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace):
 
 
 def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
-    """Trains both, and shows and saves what came of it."""
+    """Trains both, prints the comparison and a sample of text, and saves the checkpoint and the plot."""
     settings, corpus, named = trainers["cpp"].settings, trainers["cpp"].corpus, trainers["cpp"].named
     print(
         f"{settings.n_layer} layers x {settings.n_embd}, {sum(p.numel() for p in named.values()):,} parameters, "
@@ -88,7 +88,7 @@ def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
 
 
 def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
-    """Steps the trainers in turn, as often as the clock allows -> losses and seconds per step, by backend."""
+    """Steps the trainers in turn for --seconds or --steps -> losses and seconds per step, by backend."""
     losses, seconds = ({name: [] for name in trainers} for _ in range(2))
     start = time.perf_counter()
 
@@ -127,7 +127,8 @@ def _table(losses: dict, seconds: dict, validation: dict, tokens_per_step: int):
     ratio = median(seconds["torch"]) / median(seconds["cpp"])
     early = min(100, len(gaps))
     print(
-        f"largest difference of the two loss curves: {max(gaps[:early]):.1e} in the first {early} steps, {max(gaps):.1e} in all"
+        f"largest difference of the two loss curves: {max(gaps[:early]):.1e} in the first {early} steps, "
+        f"{max(gaps):.1e} in all"
     )
     print("  (training amplifies the last bit's rounding, in any two runs that do not add in the same order)")
     print(f'speed of "cpp" relative to "torch": {ratio:.2f}x (medians of {len(losses["cpp"])} steps each)')

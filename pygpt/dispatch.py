@@ -1,14 +1,17 @@
-"""The one way from a public function to a kernel.
+"""The only way from a public function to a kernel.
 
-An `Op` is registered by its file in pygpt/ops/, a `Backend` by backends.py. A public function of `pygpt.functional` asks
-`lookup` how plain calls like its own are served, and runs what it gets. Every other call goes through `call`:
+Each file in pygpt/ops/ registers an `Op`, and backends.py registers each `Backend`. Every call takes these steps in
+`call`:
 
     prepare    the op checks the public arguments and brings them to the canonical arguments of its kernels (a `Call`)
-    autocast   casts them as torch casts those of its own function
-    pick       takes the first backend of TABLE that has no objection; an explicit choice must have none
-    _serve     runs it: the backend's kernels under the op's autograd Function, or PyTorch's own function
+    autocast   casts the tensors as torch casts those of its own function
+    pick       takes the first backend of TABLE that has no objection; an explicitly chosen one must have none
+    _run       runs the backend's kernels under the op's autograd Function, or PyTorch's own function
 
-`explain` stops after the third step and reports every objection.
+The result of `pick` depends only on the dtype, the device and whether gradients are needed when a call is fast: its
+tensors are strided and of torch's own classes, and no mode is active. `call` stores the bound kernel of a fast call in
+the dispatch cache, and the public functions of `pygpt.functional` ask `lookup` for it first. `explain` stops after
+`pick` and reports every objection.
 """
 
 import inspect
@@ -40,39 +43,39 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Unavailable(RuntimeError):
-    """An explicitly chosen backend is not there, or cannot serve a call."""
+    """An explicitly chosen backend is not available, or cannot serve a call."""
 
 
 # ------------------------------------------------------------------------------- ops
 class Call(NamedTuple):
-    """A call of an op, in the canonical form that its kernels take."""
+    """A call of an op in the canonical form that its kernels take."""
 
     args: tuple  # of <op>_fwd
-    features: Mapping = {}  # the optional parts in use, which not every backend serves
-    finish: Callable = lambda results: results  # from the op's results to what the public function returns
-    torch: Callable | None = None  # PyTorch's own function on the public arguments; None where it has none
-    error: Exception | None = None  # why kernels don't take it; raised where PyTorch does not either
-    plain: tuple | None = None  # the tensors, where the call is served like every one with their dtype and device
+    features: Mapping = {}  # the optional features in use, which not every backend serves
+    finish: Callable = lambda results: results  # the op's results -> the result of the public function
+    torch: Callable | None = None  # runs PyTorch's own function on the public arguments, where there is one
+    error: Exception | None = None  # why no kernel takes the call; raised if PyTorch rejects it, too
+    fast: tuple | None = None  # the tensors of a call that the dispatch cache may serve
 
 
 @dataclass(frozen=True)
 class Op:
-    """Everything about one op; what pygpt/ops/ registers. Functions named <op> take the canonical arguments."""
+    """Everything about one op. Functions named <op> take the canonical arguments."""
 
     name: str
-    public: Callable  # of `pygpt.functional`; its annotations say which arguments are tensors, and which may be None
+    public: Callable  # in `pygpt.functional`; its annotations say which arguments are tensors, and which may be None
     prepare: Callable  # public arguments -> Call
     composite: Callable  # <op>: PyTorch's ordinary expression, differentiable any number of times
-    fwd: Callable  # <op>_fwd, the explicit forward: what is returned and what backward reads
+    fwd: Callable  # <op>_fwd, the explicit forward -> the results and what backward reads
     bwd: Callable  # <op>_bwd, the explicit backward
     function: type  # the torch.autograd.Function over kernels <op>_fwd and <op>_bwd
     specs: Mapping  # name -> `pygpt.verify.Spec`: how verify draws and judges it
-    results: int = 1  # how many results of <op>_fwd the caller gets; the rest is for backward
+    results: int = 1  # how many results of <op>_fwd the caller gets; the others are for backward
     flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd, as torch.utils.flop_counter takes them
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
 
-    tensors: tuple = field(init=False)  # (public name, whether it may be None) of those that <op>_fwd takes
+    tensors: tuple = field(init=False)  # (public name, whether it may be None) of each tensor argument of <op>_fwd
 
     def __post_init__(self):
         of_public, of_fwd = (
@@ -84,10 +87,10 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-SPECS: dict = {}  # of all ops, by their own names
-REFERENCE = SimpleNamespace()  # <op>, <op>_fwd and <op>_bwd of every op in plain PyTorch; a namespace of kernels
+SPECS: dict = {}  # name -> `pygpt.verify.Spec`, of all ops
+REFERENCE = SimpleNamespace()  # the kernels of backend "torch": <op>, <op>_fwd and <op>_bwd in ordinary PyTorch
 KERNEL_NAMES: list[str] = []  # <op>_fwd and <op>_bwd of every op
-_ALLOWED: dict[str, int] = {}  # op -> bit i: its i-th tensor may be None, as `call_key` wants it
+_OPTIONAL: dict[str, int] = {}  # op -> bit i is set if its i-th tensor may be None, for `call_key`
 
 
 def register(op: Op) -> Op:
@@ -95,7 +98,7 @@ def register(op: Op) -> Op:
     SPECS.update(op.specs)
     KERNEL_NAMES.extend((f"{op.name}_fwd", f"{op.name}_bwd"))
     vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
-    _ALLOWED[op.name] = sum(optional << i for i, (_, optional) in enumerate(op.tensors))
+    _OPTIONAL[op.name] = sum(optional << i for i, (_, optional) in enumerate(op.tensors))
     return op
 
 
@@ -103,85 +106,85 @@ def register(op: Op) -> Op:
 @dataclass(frozen=True)
 class Backend:
     name: str
-    kernels: object  # the namespace of <op>_fwd and <op>_bwd, or None where it is missing
-    missing: str = ""  # why it is missing
-    registered: object = None  # the same as ops of torch's dispatcher with their own autograd: what is traced
-    devices: tuple = ()  # device types served; empty means any
-    device_objection: Callable = lambda device: ""  # why not this one
+    kernels: object  # the namespace of <op>_fwd and <op>_bwd, or None where the backend is missing
+    missing: str = ""  # why the backend is missing
+    registered: object = None  # the kernels as ops of torch's dispatcher with their own autograd, for tracing
+    devices: tuple = ()  # the device types served; empty means any
+    device_objection: Callable = lambda device: ""  # why the backend cannot run on this device
     dtypes: tuple = FLOATS
-    ops: tuple | None = None  # None: all
-    features: Mapping = field(default_factory=dict)  # op -> the optional features served
+    ops: tuple | None = None  # None means all
+    features: Mapping = field(default_factory=dict)  # op -> the optional features that are served
     max_head_dim: int | None = None
 
     def objections(self, op: str, tensors, features) -> list[str]:
-        """Why this backend cannot serve the call; empty if it can."""
+        """Why this backend cannot serve the call. Empty if it can."""
         if self.missing:
             return [self.missing]
         if self.kernels is REFERENCE:
             return []
-        why = []
+        reasons = []
         if self.ops is not None and op not in self.ops:
-            why.append(f"{op} is not among its ops")
+            reasons.append(f"{op} is not among its ops")
         lead = tensors[0]
         if self.devices and lead.device.type not in self.devices:
-            why.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
+            reasons.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
         if lead.dtype not in self.dtypes:
-            why.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
+            reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
         if any(t.dtype != lead.dtype for t in tensors if t.is_floating_point()):
-            why.append("tensors of different dtypes")
+            reasons.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
-            why.append("tensors that are not strided")
+            reasons.append("tensors that are not strided")
         if own := next((type(t).__name__ for t in tensors if dispatches_for_itself(type(t))), ""):
-            why.append(f"a tensor subclass, {own}")
+            reasons.append(f"a tensor subclass, {own}")
         if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
-            why.append(f"{', '.join(extra)} not served")
+            reasons.append(f"{', '.join(extra)} not served")
         if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
-            why.append(f"head dimension above {self.max_head_dim}")
+            reasons.append(f"head dimension above {self.max_head_dim}")
         if _are_functorch_transforms_active():
-            why.append("a torch.func transform (vmap, grad, jvp) is active")
+            reasons.append("a torch.func transform (vmap, grad, jvp) is active")
         elif not is_compiling() and forward_ad._current_level >= 0:
-            why.append("forward-mode differentiation is active")
-        if not is_compiling() and not why and (objection := self.device_objection(lead.device)):
-            why.append(objection)
-        return why
+            reasons.append("forward-mode differentiation is active")
+        if not is_compiling() and not reasons and (objection := self.device_objection(lead.device)):
+            reasons.append(objection)
+        return reasons
 
 
-def dispatches_for_itself(kind: type) -> bool:
+def dispatches_for_itself(tensor_class: type) -> bool:
     """Whether a class of tensors has a __torch_dispatch__ or __torch_function__ of its own.
 
-    Those of torch's own tracing (FakeTensor, FunctionalTensor) don't count: they stand for plain tensors.
+    The classes of torch's own tracing (FakeTensor, FunctionalTensor) don't count, because they stand for torch.Tensor.
     """
-    if kind is Tensor or kind is torch.nn.Parameter or not issubclass(kind, Tensor):
+    if tensor_class in (Tensor, torch.nn.Parameter) or not issubclass(tensor_class, Tensor):
         return False
-    if kind.__module__.startswith("torch._subclasses"):
+    if tensor_class.__module__.startswith("torch._subclasses"):
         return False
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        if kind.__module__ == "torch.distributed.tensor":
-            from .integrations import dtensor  # noqa: F401 (registers rules, and DTensor in SHARDED)
-        return kind not in SHARDED
-    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    if tensor_class.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if tensor_class.__module__ == "torch.distributed.tensor":
+            from .integrations import dtensor  # noqa: F401 (registers the rules, and DTensor in SHARDED)
+        return tensor_class not in SHARDED
+    own = getattr(tensor_class.__torch_function__, "__func__", tensor_class.__torch_function__)
     return own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
 
 
-SHARDED: set[type] = set()  # subclasses whose own rules cover our ops: DTensor, once `integrations.dtensor` is loaded
+SHARDED: set[type] = set()  # subclasses with rules for our ops: DTensor, once `integrations.dtensor` is loaded
 
 
 class _Table(dict):
-    """name -> Backend, in the order in which they are asked. A new row makes an end of what was resolved with the old."""
+    """name -> Backend, in order of preference. A new row empties the dispatch cache, which may hold old kernels."""
 
     def __setitem__(self, name, row):
         super().__setitem__(name, row)
-        for resolved in _RESOLVED.values():
-            resolved.clear()
+        for cache in DISPATCH_CACHES.values():
+            cache.clear()
 
 
-_RESOLVED: dict = {}  # by the chosen backend: how plain calls are served, by op and key
+DISPATCH_CACHES: dict = {}  # explicitly chosen backend or None -> {(op, call_key): the bound kernel of fast calls}
 TABLE: dict[str, Backend] = _Table()  # backends.py fills it
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer of `explain`: the backend that serves the call and why each earlier one does not."""
+    """The answer of `explain`: the backend that serves the call, and why each one before it does not."""
 
     op: str
     backend: str | None
@@ -189,23 +192,23 @@ class Choice:
 
     def __str__(self):
         lines = [f"{self.op}: {self.backend or 'no backend'}"]
-        return "\n".join(lines + [f"  not {name}: {'; '.join(why)}" for name, why in self.rejected.items()])
+        return "\n".join(lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()])
 
 
 # ------------------------------------------------------------------------------- an explicit choice
 class _PerThread(threading.local):
-    """Attributes are set on the instance, in each thread: torch.compile guards those, but not a class's own."""
+    """The attributes are set on the instance in each thread, because torch.compile does not guard those of a class."""
 
     def __init__(self):
         self.chosen = None  # by `backend(name)`
-        self.resolved = _RESOLVED.setdefault(None, {})
+        self.cache = DISPATCH_CACHES.setdefault(None, {})
 
 
 state = _PerThread()
 
 
 def named(name: str) -> Backend:
-    """The row of TABLE. ValueError if unknown, RuntimeError if it is not available here."""
+    """The row of TABLE. ValueError if the name is unknown, RuntimeError if the backend is not available here."""
     row = TABLE.get(name)
     if row is None:
         raise ValueError(f"pygpt: unknown backend {name!r}; known: {', '.join(TABLE)}")
@@ -216,21 +219,21 @@ def named(name: str) -> Backend:
 
 @contextmanager
 def backend(name: str):
-    """``with pygpt.backend("torch"): ...`` serves every op inside by that backend.
+    """``with pygpt.backend("torch"): ...`` serves every op inside with that backend.
 
-    name: "cpp", "cuda", "triton" or "torch". ValueError if unknown, RuntimeError if it is not
-    available here. Holds for the current thread; a backward pass uses the backend of its
-    forward. The environment variable PYGPT_BACKEND does the same for a whole process.
-    What torch.utils.checkpoint computes again, it computes when and where backward runs: give it
-    ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))`` and use_reentrant=False.
+    name: "cpp", "cuda", "triton" or "torch". ValueError if the name is unknown, RuntimeError if the backend is not
+    available here. The choice holds for the current thread, and a backward pass uses the backend of its forward pass.
+    The environment variable PYGPT_BACKEND chooses for a whole process. torch.utils.checkpoint computes the forward pass
+    again in backward, outside this context: pass it ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))``
+    and use_reentrant=False.
     """
     named(name)
-    previous = state.chosen, state.resolved
-    state.chosen, state.resolved = name, _RESOLVED.setdefault(name, {})
+    previous = state.chosen, state.cache
+    state.chosen, state.cache = name, DISPATCH_CACHES.setdefault(name, {})
     try:
         yield
     finally:
-        state.chosen, state.resolved = previous
+        state.chosen, state.cache = previous
 
 
 FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
@@ -239,7 +242,7 @@ FROM_ENVIRONMENT = os.environ.get("PYGPT_BACKEND") or None
 def chosen() -> str | None:
     """The explicitly chosen backend, or None where the table decides. Raises as `backend` does."""
     if state.chosen is not None or FROM_ENVIRONMENT is None:
-        return state.chosen  # `backend` has looked it up
+        return state.chosen  # `backend` has checked the name
     try:
         return named(FROM_ENVIRONMENT).name
     except (ValueError, Unavailable) as e:
@@ -248,25 +251,25 @@ def chosen() -> str | None:
 
 # ------------------------------------------------------------------------------- resolving a call
 def choose(op: str, tensors, features=(), error: Exception | None = None) -> Choice:
-    """Walks the table; ``tensors`` are the call's tensor arguments, ``features`` the optional ones in use."""
+    """What `explain` returns. ``tensors``: the call's tensor arguments, ``features``: the optional features in use."""
     name, rejected = chosen(), {}
     for row in TABLE.values():
         if name not in (None, row.name):
             rejected[row.name] = [f"backend {name!r} was asked for"]
-        elif why := _objections(row, op, tensors, features, error):
-            rejected[row.name] = why
+        elif reasons := _objections(row, op, tensors, features, error):
+            rejected[row.name] = reasons
         else:
             return Choice(op, row.name, rejected)
     return Choice(op, None, rejected)
 
 
 def pick(op: str, tensors, features=(), error: Exception | None = None) -> Backend:
-    """What serves the call. RuntimeError if an explicitly chosen backend cannot."""
+    """The backend that serves the call. RuntimeError if an explicitly chosen one cannot."""
     name = chosen()
     for row in TABLE.values() if name is None else (TABLE[name],):
-        if not (why := _objections(row, op, tensors, features, error)):
+        if not (reasons := _objections(row, op, tensors, features, error)):
             return row
-    raise error or Unavailable(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(why)}")
+    raise error or Unavailable(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
 
 
 def _objections(row: Backend, op: str, tensors, features, error) -> list[str]:
@@ -284,34 +287,34 @@ def explain(op, *args, **kwargs) -> Choice:
     >>> print(pygpt.explain("layer_norm", x, (768,)))
     """
     known = {**{o.public.__name__: o for o in OPS.values()}, **OPS}
-    named_so = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)
-    if named_so is None:
+    known_op = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)
+    if known_op is None:
         raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(known)}")
-    prepared = autocast(named_so, named_so.prepare(*args, **kwargs))
-    return choose(named_so.name, _tensors(prepared.args), prepared.features, prepared.error)
+    prepared = autocast(known_op, known_op.prepare(*args, **kwargs))
+    return choose(known_op.name, _tensors(prepared.args), prepared.features, prepared.error)
 
 
 # ------------------------------------------------------------------------------- serving a call
 def no_key(*_):
-    """`call_key` where the compiled library is missing: no call is plain."""
+    """`call_key` where the compiled library is missing: no call is fast."""
 
 
-call_key = no_key  # backends.py puts csrc/bind/fastcall.h's in its place
-plain_head_dim = sys.maxsize  # the least max_head_dim in TABLE; backends.py reads it from the kernels
+call_key = no_key  # backends.py replaces it by csrc/bind/fastcall.h's
+fast_head_dim = sys.maxsize  # the least max_head_dim in TABLE, which backends.py reads from the kernels
 
 
 def lookup(op: str, *tensors):
-    """What serves plain calls like this one, a function of the canonical arguments; None before the first of them.
+    """The bound kernel of fast calls like this one, a function of the canonical arguments.
 
-    A plain call has strided tensors of torch's own classes, of one dtype and device, and is outside every mode.
+    None if this call is not fast (`call_key` is None) or if no call like it has been resolved before.
     """
     if is_compiling():
         return None
-    return state.resolved.get((op, call_key(_ALLOWED[op], *tensors)))
+    return state.cache.get((op, call_key(_OPTIONAL[op], *tensors)))
 
 
 def call(name: str, *args, **kwargs):
-    """Serves any call of an op, given its public arguments."""
+    """Serves any call of an op from its public arguments, and stores the bound kernel of a fast one."""
     op = OPS[name]
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
@@ -320,12 +323,12 @@ def call(name: str, *args, **kwargs):
     row = pick(name, tensors, prepared.features, prepared.error)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
         _log_fallback(choose(name, tensors, prepared.features, prepared.error))
-    if prepared.plain and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.plain)) is not None:
-        state.resolved[name, key] = bind(op, row, _needs_gradient(tensors))
-    return _serve(op, row, prepared, tensors)
+    if prepared.fast and not is_compiling() and (key := call_key(_OPTIONAL[name], *prepared.fast)) is not None:
+        state.cache[name, key] = bind(op, row, _needs_gradient(tensors))
+    return _run(op, row, prepared, tensors)
 
 
-def _serve(op: Op, row: Backend, prepared: Call, tensors):
+def _run(op: Op, row: Backend, prepared: Call, tensors):
     if row.kernels is not REFERENCE:
         return prepared.finish(_run_kernels(op, row, prepared.args, tensors))
     try:
@@ -339,7 +342,7 @@ def _serve(op: Op, row: Backend, prepared: Call, tensors):
 
 
 def _run_kernels(op: Op, row: Backend, args, tensors):
-    """The op's results by kernels; traced, by ops that bring their gradients along."""
+    """The op's results by kernels. A traced call runs the registered ops, which have gradients of their own."""
     if is_compiling() or _is_tracing() or any(type(t) in SHARDED for t in tensors):
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
     elif _needs_gradient(tensors):
@@ -354,9 +357,9 @@ def _first(results: tuple, n: int):
 
 
 def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
-    """What serves a plain call: a function of the canonical arguments.
+    """The bound kernel of fast calls: a function of the canonical arguments.
 
-    With gradients, it leaves out Function.apply's walk over its arguments (2 us), which torch.func needs.
+    With gradients, it calls the C++ apply directly. Function.apply checks the arguments for torch.func first (2 us).
     """
     if row.kernels is REFERENCE:
         return op.composite
@@ -378,13 +381,13 @@ def _needs_gradient(tensors) -> bool:
 
 
 def _is_proxy(a) -> bool:
-    """Whether ``a`` is no tensor, but stands for one in torch functions, as torch.fx's Proxy does."""
+    """Whether ``a`` is no tensor but stands for one in torch functions, as torch.fx's Proxy does."""
     return not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")
 
 
 # ------------------------------------------------------------------------------- autocast
 def autocasting(device: str) -> bool:
-    """Whether autocast is on for this type of device; some, as "meta", know none."""
+    """Whether autocast is on for this type of device. Some types, such as "meta", have no autocast."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -404,7 +407,7 @@ def autocast(op: Op, prepared: Call) -> Call:
 
 
 class _Casts(dict):
-    """(id of a leaf, dtype) -> (the leaf's state, a weak reference to its cast). A cast that lives holds its leaf."""
+    """(id of a leaf, dtype) -> (the leaf's state, a weak reference to its cast). A cast keeps its leaf alive."""
 
     def put(self, key, state, cast: Tensor):
         casts = weakref.ref(self)
@@ -421,17 +424,17 @@ class _Region(threading.local):
     """The autocast region that this thread is in."""
 
     def __init__(self):
-        self.casts = lambda: None  # a weak reference to what `_casts` returns
+        self.casts = lambda: None  # a weak reference to the result of `_casts`
 
 
 _region = _Region()
 
 
 def _casts(device: torch.device) -> _Casts:
-    """The casts of this region.
+    """The casts of this autocast region.
 
-    A change through ``.data`` leaves no trace, so no cast may outlive its region, as torch's own do not. Only torch's
-    cache is told when a region ends. So it owns this dictionary, by way of the cast of an empty leaf.
+    A change of a leaf through ``.data`` cannot be noticed, so no cast may outlive its region, as in torch's own cache.
+    Only that cache is cleared when a region ends. So it owns this dictionary, through the cast of an empty leaf.
     """
     casts = _region.casts()
     if casts is None:
@@ -445,7 +448,7 @@ def _casts(device: torch.device) -> _Casts:
 
 
 def _shares_cast(t: Tensor) -> bool:
-    """Whether torch's own autocast would keep a cast of ``t``, and nothing records or transforms this call."""
+    """Whether torch's own autocast would cache a cast of ``t``, and nothing records or transforms this call."""
     if is_compiling() or t.dtype != torch.float32 or t.layout != torch.strided:
         return False
     if not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()) or t._is_view() or t.is_inference():
@@ -456,34 +459,34 @@ def _shares_cast(t: Tensor) -> bool:
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in another dtype. A leaf's uses in an autocast region share one cast while a graph holds it."""
+    """``t`` in another dtype. All uses of a leaf in an autocast region share one cast while a graph holds it."""
     if not t.is_floating_point() or t.dtype in (dtype, torch.float64):  # autocast leaves float64 alone
         return t
     if not _shares_cast(t):
         return t.to(dtype)
     casts, key = _casts(t.device), (id(t), dtype)
-    now = t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()
-    then, reference = casts.get(key, (None, None))
-    if then == now and (shared := reference()) is not None:
-        shared._fix_weakref()  # Python's reference alone does not keep what C++ shares
+    leaf_state = t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()
+    cached_state, reference = casts.get(key, (None, None))
+    if cached_state == leaf_state and (shared := reference()) is not None:
+        shared._fix_weakref()  # a weak reference can outlive the Python object that C++ still shares
         return shared
     cast = t.to(dtype)
-    casts.put(key, now, cast)
+    casts.put(key, leaf_state, cast)
     return cast
 
 
 # ------------------------------------------------------------------------------- PYGPT_LOG=fallback
 LOG_FALLBACK = "fallback" in os.environ.get("PYGPT_LOG", "").split(",")
-_LOGGED: dict[str, object] = {}  # line -> who printed it
+_LOGGED: dict[str, object] = {}  # line -> the call that printed it
 
 
 def _log_fallback(choice: Choice):
-    """Prints once why a call goes to PyTorch, where nobody asked for that."""
+    """Prints once why the default goes to PyTorch for a call."""
     if chosen() is not None:
         return
     line = f"pygpt: PyTorch serves {choice.op}; " + "; ".join(
-        f"{name}: {', '.join(why)}" for name, why in choice.rejected.items()
+        f"{name}: {', '.join(reasons)}" for name, reasons in choice.rejected.items()
     )
-    me = object()
-    if _LOGGED.setdefault(line, me) is me:  # atomic: of several threads, one prints
+    this_call = object()
+    if _LOGGED.setdefault(line, this_call) is this_call:  # setdefault is atomic: one of several threads prints
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How every file of this package is written: whole or not at all; and how a run keeps others out of its folder."""
+"""Atomic writes of files, and the lock that gives a run's folder one writer."""
 
 import math
 import os
@@ -12,19 +12,19 @@ from .data import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder do not notice each other there
+except ImportError:  # on Windows, two runs in one folder do not notice each other
     fcntl = None
 
 LOCK, TEMPORARY = ".pygpt-lock", ".pygpt-tmp-"
-ABANDONED = 3600.0  # seconds: a temporary file that nobody wrote to for so long belongs to a process that died
+ABANDONED = 3600.0  # seconds without a write after which a temporary file counts as left by a dead process
 
 
 @contextmanager
 def atomic(path: Path):
     """Yields a path to write; on success it is synced to disk and moved to ``path``. OSError names ``path``.
 
-    It lies in a temporary folder of its own beside ``path``: no two writers share a file, and what a killed one leaves,
-    safetensors' own temporary file included, is found and removed later.
+    The yielded path is in a new temporary folder beside ``path``, so that no two writers share a file. What a killed
+    writer leaves, safetensors' own temporary file included, is removed later.
     """
     try:
         _remove_leftovers(path.parent, time.time() - ABANDONED)
@@ -33,11 +33,11 @@ def atomic(path: Path):
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # safetensors makes it readable by its owner only
+            temporary.chmod(mode)  # safetensors makes the file readable by its owner only
             with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
             os.replace(temporary, path)
-        if os.name == "posix":  # the rename itself is durable once its folder is
+        if os.name == "posix":  # the rename is durable once the folder is synced
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -48,21 +48,21 @@ def atomic(path: Path):
 
 
 def naming(path: Path, e: OSError) -> OSError:
-    """The same error, of the file that was asked for."""
+    """The same error with the file name that the caller used."""
     return e if e.errno is None else OSError(e.errno, e.strerror, str(path))
 
 
 def must_be_folder(path: Path):
-    """UsageError where a file is in the way of ``path``."""
+    """UsageError where ``path`` is a file."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder")
 
 
 @contextmanager
 def locked(folder: Path):
-    """Makes ``folder`` and holds it for this process; UsageError while another one holds it.
+    """Creates ``folder`` and locks it for this process. UsageError while another process holds the lock.
 
-    The kernel frees the lock of a process that died. Whoever holds it removes what killed runs left half written.
+    The kernel frees the lock of a process that died. The holder removes what killed runs left half written.
     """
     must_be_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def locked(folder: Path):
 
 
 def _acquired(file, folder: Path) -> bool:
-    """False where the system, or the file system, knows no locks."""
+    """False where the system or the file system has no locks. UsageError where another process holds it."""
     if fcntl is None:
         return False
     try:

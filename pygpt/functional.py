@@ -1,11 +1,11 @@
 """The public ops. Names, argument order, meaning and errors follow torch.nn.functional.
 
-Every function checks its arguments, brings them to the op's canonical shape, and hands them to the backend that serves
-the call (see `pygpt.explain`). What torch's function of the same name takes and no kernel does, PyTorch serves. All accept
-float64, float32, bfloat16 and float16, any strides, empty tensors, autocast and torch.compile, and differentiate any
-number of times. Sums and row statistics are float32 (float64 for float64). Bad arguments raise ValueError or TypeError
-before anything is computed. A result on a CPU may have memory that `resize_` cannot enlarge, as torch.from_dlpack's.
-The functions themselves are in pygpt/ops/.
+Every function checks its arguments, brings them to the op's canonical shape and passes them to the backend that serves
+the call (see `pygpt.explain`). A call that torch's function of the same name accepts and no kernel serves goes to
+PyTorch. All functions accept float64, float32, bfloat16 and float16, any strides, empty tensors, autocast and
+torch.compile, and can be differentiated any number of times. Sums and row statistics are float32 (float64 for float64).
+Bad arguments raise ValueError or TypeError before anything is computed. As with torch.from_dlpack, `resize_` may not be
+able to enlarge a result on the CPU. The functions are defined in pygpt/ops/.
 """
 
 from .ops.activation import gelu, relu

@@ -1,4 +1,4 @@
-"""`pygpt generate`: text from a checkpoint, printed as it is drawn."""
+"""`pygpt generate`: prints text that continues a prompt, token by token as it is drawn."""
 
 import argparse
 import codecs
@@ -18,11 +18,11 @@ from .train import open_checkpoint
 def continuation(
     model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_k, seed: int
 ) -> Iterator[str]:
-    """``prompt``, then what follows, a piece per token (an empty one inside a multi-byte character)."""
+    """Yields ``prompt``, then one piece of text per token. Inside a multi-byte character the piece is empty."""
     idx = tokenizer.encode(prompt.encode()).long()[None]
     generator = torch.Generator().manual_seed(seed)
     tokens = model.stream(idx, max_new_tokens, temperature, top_k, generator)
-    first = next(tokens)  # what fails does so before anything is shown
+    first = next(tokens)  # errors come before anything is printed
     yield prompt
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in chain((first,), tokens):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__
-from .dispatch import OPS, TABLE, chosen
+from .dispatch import OPS, TABLE, Backend, chosen
 
 
 def gather() -> dict:
@@ -29,7 +29,7 @@ def gather() -> dict:
         "cpu_capability": _C.cpu_capability() if built else None,
         "cpu_capabilities": list(_C.cpu_capabilities()) if built else [],
         "chosen_backend": chosen(),
-        "ops": {op: {name: _why_not(row, op) for name, row in TABLE.items()} for op in OPS},
+        "ops": {op: {name: _objection(row, op) for name, row in TABLE.items()} for op in OPS},
     }
 
 
@@ -40,8 +40,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _why_not(row, op: str) -> str | None:
-    """None where the backend serves float32 tensors of the op on its devices."""
+def _objection(row: Backend, op: str) -> str | None:
+    """Why the backend does not serve the op on its devices, or None where it does."""
     if row.missing:
         return row.missing
     return None if row.ops is None or op in row.ops else f"{op} is not among its ops"
@@ -52,23 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    found = gather()
+    facts = gather()
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(facts, indent=2))
         return
-    ops = found.pop("ops")
-    capabilities = ", ".join(found.pop("cpu_capabilities")) or "none"
+    ops = facts.pop("ops")
+    capabilities = ", ".join(facts.pop("cpu_capabilities")) or "none"
     for name in ("extension", "cuda_extension"):
-        found[name] = found[name] or "not built"
-    found["triton"] = found["triton"] or "not installed"
-    found["cpu_capability"] = f"{found['cpu_capability'] or '-'} (available: {capabilities})"
-    found["chosen_backend"] = found["chosen_backend"] or "none: each call goes to the first that serves it"
-    for name, value in found.items():
+        facts[name] = facts[name] or "not built"
+    facts["triton"] = facts["triton"] or "not installed"
+    facts["cpu_capability"] = f"{facts['cpu_capability'] or '-'} (available: {capabilities})"
+    facts["chosen_backend"] = facts["chosen_backend"] or "none: each call goes to the first that serves it"
+    for name, value in facts.items():
         print(f"{name.replace('_', ' '):16}{value}")
     print("\n" + "op".ljust(16) + "".join(name.ljust(8) for name in TABLE))
     for op, answers in ops.items():
-        print(op.ljust(16) + "".join(("-" if why else "yes").ljust(8) for why in answers.values()))
-    reasons = {f"{name}: {why}" for answers in ops.values() for name, why in answers.items() if why}
+        print(op.ljust(16) + "".join(("-" if reason else "yes").ljust(8) for reason in answers.values()))
+    reasons = {f"{name}: {reason}" for answers in ops.values() for name, reason in answers.items() if reason}
     for reason in sorted(reasons):
         print(f"- {reason}")
     print("pygpt.explain(op, *args) says it for one call.")

@@ -1,6 +1,6 @@
-"""The reference GPT: GPT-2's architecture with nanoGPT's parameter names, every layer on `pygpt.functional`.
+"""The reference GPT: GPT-2 (Radford et al. 2019) with the parameter names of github.com/karpathy/nanoGPT.
 
-Radford et al. 2019; https://github.com/karpathy/nanoGPT. B sequences of T tokens pass as (B, T, C), C = n_embd.
+Every layer runs on `pygpt.functional`. B sequences of T tokens pass as (B, T, C), C = n_embd.
 """
 
 import json
@@ -40,8 +40,8 @@ class GPTConfig:
 class Block(nn.Module):
     """x + attn(ln_1(x)), then the same with ln_2 and mlp.
 
-    The residual stream travels as the pair (x, delta), its value x + delta: each addition happens inside the norm
-    that follows it.
+    The residual stream is passed as the pair (x, delta), and its value is x + delta. Each addition happens inside the
+    norm that follows it.
     """
 
     def __init__(self, config: GPTConfig, **factory):
@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout, **factory)
 
     def forward(self, x: Tensor, delta: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """x, delta (B, T, C) -> the same pair after the block; delta is None before the first."""
+        """x, delta (B, T, C) -> the pair after the block. delta is None before the first block."""
         h, x = (self.ln_1(x), x) if delta is None else self.ln_1(x, delta)
         h, x = self.ln_2(x, self.attn(h, cache))
         return x, self.mlp(h)
@@ -62,9 +62,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """idx (B, T) -> logits, loss; see `forward`. ValueError for shapes that do not fit the configuration.
 
-    The token embedding is the weight of lm_head, one parameter under two names. It stays one when the model is moved,
-    copied, pickled, emptied (`to_empty`) or loaded, also with assign=True and from a state dict that has one of the
-    names only.
+    The token embedding is the weight of lm_head, one parameter under two names. It stays one parameter when the model
+    is moved, copied, pickled, emptied (`to_empty`) or loaded, also with assign=True and from a state dict with only one
+    of the names.
     """
 
     def __init__(self, config: GPTConfig, device=None, dtype=None):
@@ -87,13 +87,13 @@ class GPT(nn.Module):
         self._draw()
 
     def reset_parameters(self):
-        """Draws every parameter anew, as a new GPT would; after `to_empty`, say, of one built on the meta device.
+        """Draws every parameter anew, for example after `to_empty` of a model built on the meta device.
 
-        Weights are Normal(0, 0.02), those that feed the residual stream scaled by 1/sqrt(its 2 n_layer additions),
-        biases zero, norms one. With the same seed come the bits of a new GPT on that device.
+        Weights are Normal(0, 0.02), and those that feed the residual stream are divided by sqrt(2 n_layer), the number
+        of its additions. Biases are zero, norms one. The same seed gives the bits of a new GPT on that device.
         """
         for module in self.modules():
-            if module._parameters:  # a layer; modules made of layers would draw theirs twice
+            if module._parameters:  # modules made of layers would draw the parameters of their layers twice
                 module.reset_parameters()
         self._draw()
 
@@ -110,7 +110,7 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
     def _apply(self, fn, recurse=True):
-        """What `to`, `to_empty` and their like call. A parameter with several names stays one."""
+        """`to`, `to_empty` and similar methods call this. A parameter with several names stays one."""
         before = [(module, name, p) for module in self.modules() for name, p in module._parameters.items()]
         super()._apply(fn, recurse)
         after = {}
@@ -123,9 +123,9 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """idx (B, T) token ids, T <= block_size -> logits, loss.
 
-        With targets (B, T): logits (B, T, V) and their mean cross-entropy; negative targets are ignored. Without:
-        the last position's logits (B, 1, V) and None. With caches (`new_caches`): idx holds the positions that follow
-        the cached ones.
+        With targets (B, T): logits (B, T, V) and their mean cross-entropy. Negative targets are ignored. Without
+        targets: the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds the positions that
+        follow the cached ones.
         """
         start = caches[0].length if caches else 0
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size - start:
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if caches and caches[0].length < self.config.block_size:
                 logits, _ = self(idx[:, -1:], caches=caches)
-            else:  # the start, or past block_size, where every position moves: encode the last block again
+            else:  # at the start, or past block_size, where every position moves and the last block is encoded again
                 caches = self.new_caches()
                 logits, _ = self(idx[:, -self.config.block_size :], caches=caches)
             token = _sample(logits[:, -1], temperature, top_k, generator)
@@ -172,14 +172,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call `eval` first, as for any model.
 
-        temperature 0 takes the likeliest token; top_k draws among the k likeliest. Attention sees the last block_size
-        tokens. generator: a torch.Generator on the model's device, by default torch's own.
+        temperature 0 takes the likeliest token, and top_k draws among the k likeliest. Attention sees the last
+        block_size tokens. generator: a torch.Generator on the model's device, by default torch's own.
         """
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
 
     @classmethod
     def from_hf(cls, model_or_folder, dropout: float = 0.0) -> "GPT":
-        """GPT-2 weights from transformers, copied; nothing is downloaded and transformers itself is not needed.
+        """A GPT with a copy of transformers' GPT-2 weights. Nothing is downloaded, and transformers is not needed.
 
         model_or_folder: a live GPT2LMHeadModel or GPT2Model, or a folder with config.json and *.safetensors.
         ValueError where this GPT could not compute the same function.
@@ -187,9 +187,9 @@ class GPT(nn.Module):
         folder = isinstance(model_or_folder, str | Path)
         source = _read_hf_folder(Path(model_or_folder)) if folder else model_or_folder
         weights = {name.removeprefix("transformer."): w for name, w in source.state_dict().items()}
-        if (kind := getattr(source.config, "model_type", "gpt2")) != "gpt2" or "wte.weight" not in weights:
+        if (model_type := getattr(source.config, "model_type", "gpt2")) != "gpt2" or "wte.weight" not in weights:
             raise ValueError(
-                f"pygpt.GPT.from_hf: only GPT-2 is understood; model_type is {kind!r}, "
+                f"pygpt.GPT.from_hf: only GPT-2 is understood; model_type is {model_type!r}, "
                 f"wte.weight is {'there' if 'wte.weight' in weights else 'missing'}"
             )
         wte = weights["wte.weight"]
@@ -213,13 +213,13 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    least = torch.finfo(logits.dtype).tiny  # below it, 0 / temperature may be NaN: a GPU multiplies by 1 / temperature
+    least = torch.finfo(logits.dtype).tiny  # a GPU multiplies by 1 / temperature, which must not overflow
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)  # at most 0: no overflow to +inf
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 def _accept_nanogpt_variants(module, state_dict, prefix, *_):
-    """Renames what torch.compile prefixed and drops the causal masks that attention without SDPA kept as buffers."""
+    """Removes torch.compile's prefix from names, and the causal masks that nanoGPT without SDPA keeps as buffers."""
     for key in list(state_dict):
         name = key.removeprefix(prefix).removeprefix("_orig_mod.")
         value = state_dict.pop(key)
@@ -228,17 +228,17 @@ def _accept_nanogpt_variants(module, state_dict, prefix, *_):
 
 
 def _load_shared_once(module, state_dict, prefix, local_metadata, *_):
-    """Gives every name of a shared parameter the same value: the last that is there, as if all were copied in turn.
+    """Gives every name of a shared parameter the same value: the last one, as if all were copied in turn.
 
-    As a Parameter, which `assign` takes as it is.
+    The value becomes a Parameter, which `assign` uses itself.
     """
     names = {}
     for name, p in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
         names.setdefault(p, []).append(name)
     for shared in names.values():
-        found = [state_dict[name] for name in shared if name in state_dict]
-        if len(shared) > 1 and found:
-            last = found[-1]
+        values = [state_dict[name] for name in shared if name in state_dict]
+        if len(shared) > 1 and values:
+            last = values[-1]
             if isinstance(last, Tensor) and not isinstance(last, nn.Parameter):
                 last = nn.Parameter(last, requires_grad=False)
             state_dict.update(dict.fromkeys(shared, last))
@@ -277,7 +277,7 @@ def _config_from_hf(hf, weights: dict, dropout: float) -> GPTConfig:
         "no cross-attention": not getattr(hf, "add_cross_attention", False),
         "lm_head tied to wte": head is None or torch.equal(head, weights["wte.weight"]),
     }
-    if missing := [what for what, there in wanted.items() if not there]:
+    if missing := [what for what, holds in wanted.items() if not holds]:
         raise ValueError(f"pygpt.GPT.from_hf: this GPT needs {', '.join(missing)}")
     return GPTConfig(
         hf.vocab_size, hf.n_positions, hf.n_layer, hf.n_head, hf.n_embd, dropout, activation=_HF_ACTIVATIONS[activation]

@@ -1,4 +1,4 @@
-"""Modules over `pygpt.functional`: torch's norms and Linear with another forward, and the halves of a GPT block.
+"""Modules on `pygpt.functional`: torch's norms and Linear with another forward, and the two halves of a GPT block.
 
 State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and nanoGPT (MLP, CausalSelfAttention).
 Under torch.jit.script the norms and Linear compute with PyTorch's kernels.
@@ -15,7 +15,7 @@ from . import functional, reference
 from .dispatch import dispatches_for_itself
 
 
-@fx.wrap  # symbolic_trace records the call as it is: to a tracer, a residual that is left out is no None
+@fx.wrap  # symbolic_trace records the call itself: while tracing, an omitted residual is a Proxy and not None
 def _layer_norm(input: Tensor, residual: Tensor | None, *affine):
     if residual is None:
         return functional.layer_norm(input, *affine)
@@ -23,10 +23,10 @@ def _layer_norm(input: Tensor, residual: Tensor | None, *affine):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm; called with a residual it also adds, in the same pass over memory (but not when scripted)."""
+    """torch.nn.LayerNorm. Called with a residual, it adds in the same pass over memory (but not when scripted)."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None):
-        """input (..., *normalized_shape) -> the norm of it; with a residual of that shape -> (norm of the sum, sum)."""
+        """input (..., *normalized_shape) -> its norm. With a residual of that shape -> (norm of the sum, sum)."""
         if torch.jit.is_scripting():
             assert residual is None, "a scripted pygpt.nn.LayerNorm takes no residual"
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -45,8 +45,8 @@ class RMSNorm(nn.RMSNorm):
 class Linear(nn.Linear):
     """torch.nn.Linear; input (..., in_features) -> (..., out_features).
 
-    Tools that look for torch.nn.Linear by its exact type, such as torch.ao.quantization.quantize_dynamic, pass it over
-    in silence. Let them have ``module.__class__ = torch.nn.Linear`` first, for every such module.
+    Tools that look for torch.nn.Linear by its exact type, such as torch.ao.quantization.quantize_dynamic, silently
+    ignore this class. Set ``module.__class__ = torch.nn.Linear`` for every such module first.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
-_FORWARDS = {kind: kind.forward for kind in (Linear, nn.Linear, nn.Dropout)}
+_FORWARDS = {module_class: module_class.forward for module_class in (Linear, nn.Linear, nn.Dropout)}
 
 
-def _is_plain(module: nn.Module, *classes: type) -> bool:
+def _is_unmodified(module: nn.Module, *classes: type) -> bool:
     """Whether calling the module runs the forward of one of these classes, and nothing else.
 
-    Subclasses are not plain, nor is a module with a hook (global hooks count) or with a `forward` of its own, compiled
-    by itself, or of a class whose `forward` somebody has replaced.
+    False for subclasses, for a module with a hook (global hooks count), with a `forward` of its own or with a compiled
+    call, and for a class whose `forward` was replaced.
     """
     return (
         type(module) in classes
@@ -70,27 +70,27 @@ def _is_plain(module: nn.Module, *classes: type) -> bool:
         and module._compiled_call_impl is None
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks or _has_any_global_hook())
-        and module.forward is not None  # only read, so that torch.compile guards it; it does not guard the next line
+        and module.forward is not None  # always true, but torch.compile guards what this reads, and not the next line
         and "forward" not in module.__dict__
     )
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _is_unmodified_linear(module: nn.Module) -> bool:
     """Whether calling the module is `functional.linear` with its weight and bias, and nothing else.
 
-    Only then may a module that fuses its layers read their parameters and leave out their calls. False for adapters,
+    Only then may a module that fuses its layers read their parameters instead of calling them. False for adapters,
     parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass that dispatches
-    for itself (DTensor does not count: it has rules for the fused op).
+    for itself. DTensor does not count, because it has rules for the fused op.
     """
-    if not _is_plain(module, Linear, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
+    if not _is_unmodified(module, Linear, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
         return False
     weight, bias = module.weight, module.bias
     return not dispatches_for_itself(type(weight)) and (bias is None or not dispatches_for_itself(type(bias)))
 
 
 def _dropout(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), without the call where it would be nn.Dropout's in evaluation."""
-    return x if not module.training and _is_plain(module, nn.Dropout) else module(x)
+    """module(x), without the call where it is an unmodified nn.Dropout in evaluation."""
+    return x if not module.training and _is_unmodified(module, nn.Dropout) else module(x)
 
 
 _ACTIVATIONS = {
@@ -102,11 +102,11 @@ _ACTIVATIONS = {
 
 
 class MLP(nn.Module):
-    """c_proj(act(c_fc(x))); x (..., embed_dim) -> (..., embed_dim), hidden_dim defaults to 4 * embed_dim.
+    """c_proj(act(c_fc(x))): x (..., embed_dim) -> (..., embed_dim). hidden_dim defaults to 4 * embed_dim.
 
-    activation: "gelu" (exact), "gelu_tanh", "relu" or "relu2"; ValueError for others.
-    One fused op computes it while c_fc and c_proj are exactly torch.nn.Linear or pygpt.nn.Linear with plain parameters
-    and no hook. Otherwise (adapters, pruning, parametrizations, tensor parallelism, ...) each layer is called.
+    activation: "gelu" (exact), "gelu_tanh", "relu" or "relu2". ValueError for others. One fused op computes it while
+    c_fc and c_proj are exactly torch.nn.Linear or pygpt.nn.Linear with ordinary parameters and no hook. Otherwise
+    (adapters, pruning, parametrizations, tensor parallelism, ...) each layer is called.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
-        if _is_plain_linear(fc) and _is_plain_linear(proj):
+        if _is_unmodified_linear(fc) and _is_unmodified_linear(proj):
             y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
         else:
             y = proj(_ACTIVATIONS[self.activation](fc(x)))
@@ -154,7 +154,7 @@ class KVCache:
         self.heads = None
 
     def append(self, heads: Tensor) -> Tensor:
-        """The key heads and then the value heads of the next T positions, (B, 2 Hkv, T, D) -> all so far."""
+        """heads (B, 2 Hkv, T, D): the next T positions of key heads, then value heads -> those of all positions."""
         B, H, T, D = heads.shape
         end = self.length + T
         if end > self.capacity:
@@ -167,19 +167,19 @@ class KVCache:
 
 
 def _lower_right(T: int, S: int, device):
-    """The causal mask of queries that stand at the last T of S positions."""
-    if torch.compiler.is_compiling():  # which makes no CausalBias
+    """The causal mask of queries at the last T of S positions."""
+    if torch.compiler.is_compiling():  # torch.compile cannot create a CausalBias
         return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    from torch.nn.attention.bias import causal_lower_right  # here, because it imports torch._dynamo
+    from torch.nn.attention.bias import causal_lower_right  # imported here, because it imports torch._dynamo
 
     return causal_lower_right(T, S)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
+    """Multi-head causal self-attention: x (B, T, embed_dim) -> (B, T, embed_dim).
 
-    c_attn projects to queries, keys and values side by side; the heads are views of its output, nothing is copied.
-    num_kv_heads < num_heads shares each key/value head among num_heads / num_kv_heads queries (GQA).
+    c_attn projects to queries, keys and values side by side. The heads are views of its output.
+    num_kv_heads < num_heads shares each key/value head among num_heads / num_kv_heads query heads (GQA).
     dropout acts on the attention weights and on the output.
     """
 
@@ -226,7 +226,7 @@ class CausalSelfAttention(nn.Module):
         S, attn_mask, is_causal = k.shape[2], None, False
         if 1 < T < S:
             attn_mask = _lower_right(T, S, x.device)
-        elif T > 1:  # and T == S, which would be no bool where torch.compile leaves the shapes open
+        elif T > 1:  # here T == S, but that expression is no bool where torch.compile makes the shapes symbolic
             is_causal = True
         y = functional.scaled_dot_product_attention(
             q, k, v,

@@ -5,4 +5,4 @@ from .dispatch import REFERENCE
 from .ops.activation import ACTIVATIONS, SAVES_INPUT
 
 globals().update(vars(REFERENCE))
-__all__ = ["ACTIVATIONS", "SAVES_INPUT", *vars(REFERENCE)]  # noqa: PLE0604 (strings)
+__all__ = ["ACTIVATIONS", "SAVES_INPUT", *vars(REFERENCE)]  # noqa: PLE0604 (the names are strings)

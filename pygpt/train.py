@@ -1,7 +1,7 @@
 """`pygpt train`: the training loop, bit-exactly resumable.
 
-Batches and dropout are pure functions of the seed and the step, so a checkpoint (weights, AdamW state, step, gradient
-scaler) is all there is to continue from. A run's folder holds checkpoint.safetensors, log.jsonl and loss.png.
+Batches and dropout are pure functions of the seed and the step, so a run continues from its checkpoint alone: weights,
+AdamW state, step and gradient scaler. A run's folder holds checkpoint.safetensors, log.jsonl and loss.png.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from .data import Corpus, UsageError, check_memory, check_number, seed_of, token
 from .dispatch import TABLE, backend, chosen, explain
 from .files import atomic, locked, must_be_folder, naming
 from .model import GPT, GPTConfig
-from .report import Progress, plot_losses
+from .progress import Progress, plot_losses
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 master weights
 
 
 def option(default, help: str, type=None, low=None, choices=None, adjustable=False, below=2**63):
-    """One setting and its command line flag. low, below: the values allowed; adjustable: may change on --resume."""
+    """One setting and its command line flag. low, below: the allowed range. adjustable: may change on --resume."""
     metadata = {
         "help": help,
         "type": type or default.__class__,
@@ -45,7 +45,7 @@ def option(default, help: str, type=None, low=None, choices=None, adjustable=Fal
 
 @dataclass
 class Settings:
-    """What a run computes; the defaults are the preset "demo". UsageError on a value out of range."""
+    """The settings of a run. The defaults are the preset "demo". UsageError on a value out of range."""
 
     data: str | None = option(None, "text file or folder; default: Python's standard library", str, adjustable=True)
     tokens: str = option("byte", "what a token is", choices=("byte", "char"))
@@ -111,12 +111,12 @@ class Settings:
 
 PRESETS = {
     "demo": {},
-    "shakespeare-char-cpu": {  # nanoGPT's README, "I only have a macbook", over its config/train_shakespeare_char.py
+    "shakespeare-char-cpu": {  # from nanoGPT's README, "I only have a macbook"
         "tokens": "char", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "activation": "gelu",
         "steps": 2000, "batch_size": 12, "learning_rate": 1e-3, "min_lr": 1e-4, "warmup": 100,
         "eval_interval": 250, "eval_iters": 20,
     },
-    "gpt2": {  # nanoGPT's config/train_gpt2.py: the 124M model, half a million tokens per step
+    "gpt2": {  # from nanoGPT's config/train_gpt2.py: the 124M model, half a million tokens per step
         "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "activation": "gelu",
         "steps": 600_000, "batch_size": 4, "grad_accum": 120, "learning_rate": 6e-4, "min_lr": 6e-5, "warmup": 2000,
         "beta2": 0.95, "eval_interval": 1000, "eval_iters": 200, "checkpoint_interval": 10,
@@ -125,19 +125,19 @@ PRESETS = {
 
 
 def _compiled(model):
-    """torch.compile(model); UsageError where torch.compile does not work, for want of a C++ compiler for example."""
+    """torch.compile(model). UsageError where torch.compile does not work, for example without a C++ compiler."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
-    except Exception as e:  # noqa: BLE001 - of many kinds, none of them public
+    except Exception as e:  # noqa: BLE001 - the exceptions are of many types, none of them public
         raise UsageError(f"--compile: torch.compile does not work here: {str(e).splitlines()[0]}") from None
     return torch.compile(model)
 
 
 class Trainer:
-    """One model with its optimiser, batches and step count; the backend is ``settings.backend``."""
+    """One model with its optimiser, batches and step count. ``settings.backend`` is its backend."""
 
     def __init__(self, settings: Settings, corpus: Corpus):
-        """UsageError if the model is impossible or an explicit backend cannot train it."""
+        """UsageError if no such model exists or an explicit backend cannot train it."""
         s = self.settings = settings
         self.corpus, self.done = corpus, 0
         size = s.vocab_size or corpus.tokenizer.size
@@ -164,13 +164,13 @@ class Trainer:
     def _check_backend(self):
         name, c = self.settings.backend or chosen(), self.model.config
         q = next(self.model.parameters()).new_empty(1, c.n_head, 1, c.n_embd // c.n_head)
-        why = [TABLE[name].missing] if name and TABLE[name].missing else None
-        if not why:
+        reasons = [TABLE[name].missing] if name and TABLE[name].missing else None
+        if not reasons:
             with self._context():
                 choice = explain("scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True)
-            why = choice.rejected[name] if choice.backend is None else None
-        if why:
-            raise UsageError(f"backend {name!r} cannot train this model: {'; '.join(why)}")
+            reasons = choice.rejected[name] if choice.backend is None else None
+        if reasons:
+            raise UsageError(f"backend {name!r} cannot train this model: {'; '.join(reasons)}")
 
     @contextmanager
     def _context(self):
@@ -246,19 +246,19 @@ class Trainer:
         self.done = metadata["step"]
 
     def _check_fit(self, path: Path, tensors: dict[str, Tensor], metadata: dict):
-        """UsageError unless every entry of the checkpoint is one of this run's, and none is missing."""
+        """UsageError unless the checkpoint has exactly the entries of this run."""
         done, scaler, expected = metadata["step"], metadata["scaler"], dict(self.named)
         if done < 0 or scaler.keys() != self.scaler.state_dict().keys():
             raise UsageError(f"{path} does not fit this run: its step is {done}, its gradient scaler {scaler}")
-        if done:  # AdamW, being fused, has a state even after steps that the scaler skipped
+        if done:  # fused AdamW has a state even after steps that the scaler skipped
             for name, p in self.named.items():
                 expected |= {f"adamw.exp_avg.{name}": p, f"adamw.exp_avg_sq.{name}": p}
                 expected[f"adamw.step.{name}"] = torch.zeros((), dtype=torch.float32)
         for name in sorted(expected.keys() | tensors.keys()):
-            there = (entries.get(name) for entries in (expected, tensors))
-            wanted, found = ("nothing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in there)
-            if found != wanted:
-                raise UsageError(f"{path} does not fit the model: {name} must be {wanted}, found {found}")
+            both = expected.get(name), tensors.get(name)
+            wanted, got = ("nothing" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in both)
+            if got != wanted:
+                raise UsageError(f"{path} does not fit the model: {name} must be {wanted}, found {got}")
 
 
 def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict, model: GPT | None = None) -> GPT:
@@ -274,7 +274,7 @@ def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict, model: GP
 
 
 def open_checkpoint(path: Path):
-    """-> model in eval mode, tokenizer, metadata; path: a checkpoint or a run's folder."""
+    """-> model in eval mode, tokenizer, metadata. path: a checkpoint, or the folder of a run."""
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     tensors, metadata = checkpoint.load(path)
     model = load_model(path, tensors, metadata).eval()
@@ -283,9 +283,9 @@ def open_checkpoint(path: Path):
 
 # ------------------------------------------------------------------------------- a run in a folder
 class Log:
-    """log.jsonl: one JSON object per step or evaluation. Opening it keeps the entries up to step ``done``.
+    """log.jsonl: one JSON object per step or evaluation. Opening a log keeps the entries up to step ``done``.
 
-    UsageError if it holds anything else, but for a last line that was cut short when the process died.
+    UsageError if the file holds anything else. A last line that was cut short when the process died is dropped.
     """
 
     def __init__(self, path: Path, done: int):
@@ -311,10 +311,10 @@ class Log:
 
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, float]:
-    with suppress(ValueError, RecursionError):  # not UTF-8, not JSON, nested too deeply
+    with suppress(ValueError, RecursionError):  # the line is not UTF-8, not JSON or nested too deeply
         entry = json.loads(line.decode("utf-8"))
-        numbers = isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
-        if numbers and isinstance(entry.get("step"), int):
+        is_entry = isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
+        if is_entry and isinstance(entry.get("step"), int):
             return entry
     raise UsageError(f"{path} is no log of a training run: line {number} is no step of one; move the file away")
 
@@ -328,18 +328,18 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _until_a_signal():
-    """Yields the list of the signals that came: Ctrl-C, SIGTERM, SIGHUP. A second one acts at once.
+    """Yields a list to which Ctrl-C, SIGTERM and SIGHUP are added. A second signal acts at once.
 
-    What is ignored (SIGHUP under nohup) stays ignored.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
-    came, previous = [], {}
+    received, previous = [], {}
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(signum, _):
-        came.append(signum)
+        received.append(signum)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: what is printed from now on goes nowhere
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone, and prints to it would fail
             for fd in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
@@ -349,14 +349,14 @@ def _until_a_signal():
             if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 previous[number] = signal.signal(number, note)
     try:
-        yield came
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def fit(trainer: Trainer, out: Path):
-    """Trains on to ``settings.steps``, logging and saving under ``out``; Stopped comes after saving."""
+    """Trains up to ``settings.steps``, logging and saving under ``out``. A signal raises Stopped after saving."""
     s, path = trainer.settings, out / "checkpoint.safetensors"
     every = s.checkpoint_interval or s.eval_interval
     log = Log(out / "log.jsonl", trainer.done)
@@ -396,7 +396,7 @@ def fit(trainer: Trainer, out: Path):
                 last = trainer.done >= s.steps or bool(signals)
                 if trainer.done % every == 0 or last:
                     trainer.save(path)
-        except OSError:  # the reader of our output left, or the terminal did and its SIGHUP is about to be noted
+        except OSError:  # the reader of our output, or the terminal whose SIGHUP is about to arrive, has gone
             trainer.save(path)
             if signals:
                 raise Stopped(signals[0]) from None
@@ -423,28 +423,28 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--force", action="store_true", help="replace the run in --out")
     for f in dataclasses.fields(Settings):
-        kind, default = f.metadata["type"], "" if f.default is None else f" (demo: {f.default})"
+        value_type, default = f.metadata["type"], "" if f.default is None else f" (demo: {f.default})"
         help = f.metadata["help"] + default
-        if kind is bool:
+        if value_type is bool:
             parser.add_argument(flag(f), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
             choices = f.metadata["choices"]
-            parser.add_argument(flag(f), type=kind, choices=choices, default=argparse.SUPPRESS, help=help)
+            parser.add_argument(flag(f), type=value_type, choices=choices, default=argparse.SUPPRESS, help=help)
 
 
 def run(args: argparse.Namespace):
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
     path, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
     must_be_folder(args.out)
     checkpoint.need_numpy()
     if args.resume:
-        settings = _resumed_settings(path, given)
+        settings = _resumed_settings(path, flags)
         for name in ("preset", "force"):
             if getattr(args, name):
                 raise UsageError(f"--resume continues a run with its own settings; --{name} is for a new one")
     else:
         _refuse_to_replace(args, path, log)
-        settings = Settings(**{**PRESETS[args.preset or "demo"], **given})
+        settings = Settings(**{**PRESETS[args.preset or "demo"], **flags})
     if settings.threads:
         torch.set_num_threads(settings.threads)
     corpus = Corpus.load(settings.data, settings.tokens, settings.block_size)
@@ -458,25 +458,26 @@ def run(args: argparse.Namespace):
         if args.resume:
             trainer.load(path)
         else:
-            _refuse_to_replace(args, path, log)  # another run may have come first
+            _refuse_to_replace(args, path, log)  # another run may have written meanwhile
             log.unlink(missing_ok=True)
             trainer.save(path)
         fit(trainer, args.out)
 
 
 def _refuse_to_replace(args: argparse.Namespace, *files: Path):
-    if not args.force and (there := [f for f in files if f.exists()]):
-        raise UsageError(f"{there[0]} exists; pass --resume to continue that run, or --force to replace it")
+    if not args.force and (existing := [f for f in files if f.exists()]):
+        raise UsageError(f"{existing[0]} exists; pass --resume to continue that run, or --force to replace it")
 
 
-def _resumed_settings(path: Path, given: dict) -> Settings:
+def _resumed_settings(path: Path, flags: dict) -> Settings:
     _, metadata = checkpoint.load(path)
     try:
         saved = Settings(**metadata["settings"])
     except TypeError as e:
         raise UsageError(f"{path} does not fit this version of pygpt: {e}") from None
     for f in dataclasses.fields(Settings):
-        was = getattr(saved, f.name)
-        if f.name in given and not f.metadata["adjustable"] and given[f.name] != was:
-            raise UsageError(f"{path} was trained with {flag(f)} {was}; it cannot continue with {given[f.name]}")
-    return dataclasses.replace(saved, **given)
+        saved_value = getattr(saved, f.name)
+        if not f.metadata["adjustable"] and flags.get(f.name, saved_value) != saved_value:
+            new_value = flags[f.name]
+            raise UsageError(f"{path} was trained with {flag(f)} {saved_value}; it cannot continue with {new_value}")
+    return dataclasses.replace(saved, **flags)

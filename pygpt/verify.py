@@ -1,23 +1,23 @@
-"""The exactness rule, in one place: `pygpt verify` and the tests both live on it.
+"""The exactness rule, which `pygpt verify` and the tests share.
 
-Inputs and upstream gradients are drawn at random and rounded to the dtype d. From the same rounded
-values three results are made: x64, the reference in float64 (`reference.<op>_fwd`/`_bwd`); PyTorch's
-own in d (the ordinary expression `reference.<op>` and autograd); ours in d (`pygpt.functional`). Then
+Inputs and upstream gradients are drawn at random and rounded to the dtype d. Three results are computed from the same
+rounded values: x64, the reference in float64 (`reference.<op>_fwd`/`_bwd`); PyTorch's own in d (the ordinary expression
+`reference.<op>` and autograd); ours in d (`pygpt.functional`). Then
 
     error(x) = max |x - x64| / scale        scale = max(|x64|, |cancelled|) over the whole result
     ours passes  iff  error(ours) <= 2 error(PyTorch) + ULPS eps(accumulator) + eps(d) / 2
 
-The allowance is a few roundings while accumulating (in float32, or float64 for float64) and one of the
-result; it matters where PyTorch happens to be exact.
+The allowance is a few roundings while accumulating (in float32, or float64 for float64) and one rounding of the result.
+It matters where PyTorch happens to be exact.
 
-``cancelled`` is the largest of the terms that cancel in a softmax's or a norm's input gradient: where
-they cancel to nothing (one key, rows of width 1) rounding is all that is left of the result. Small
-results are drawn several times, so that neither side is judged by one lucky element; for the same
-reason a direction fails only after MOST draws, the errors and the scale being the largest over all.
+``cancelled`` is the largest of the terms that cancel in the input gradient of a softmax or a norm. Where they cancel
+completely (one key, rows of width 1), the result consists of rounding errors alone. Small results are drawn several
+times, so that one lucky element decides for neither side. For the same reason a direction fails only after MOST draws,
+by the largest errors and the largest scale of all draws.
 
-For float64 there is no wider reference: x64 has rounding errors of its own, and PyTorch's may be the
-very same ones. Its yardstick is PyTorch's error in float32, where it can be measured, times
-eps(float64) / eps(float32), if that is larger.
+For float64 there is no wider reference: x64 has rounding errors of its own, and PyTorch's may be the same ones.
+PyTorch's error is therefore taken as its error in float32, which can be measured, times eps(float64) / eps(float32), if
+that is larger.
 """
 
 import json
@@ -35,13 +35,13 @@ from torch import Tensor
 from . import functional  # noqa: F401 (registers the ops)
 from .data import UsageError, check_memory, check_number
 from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
-from .dispatch import backend as chosen
+from .dispatch import backend as use_backend
 from .ops.common import as_tuple, lead
-from .report import table
+from .progress import table
 
 ULPS = 4.0
 REDRAWN = 8
-ELEMENTS, DRAWS, MOST = 512, 24, 96  # passes on so many elements or draws; fails after so many
+ELEMENTS, DRAWS, MOST = 512, 24, 96  # elements or draws after which an op may pass, and draws after which it fails
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 
@@ -68,7 +68,7 @@ class Row:
 
 # ------------------------------------------------------------------------------- measuring
 def complete(op: str, dims: dict) -> dict:
-    """``dims`` with the op's defaults filled in; UsageError on a key the op does not have."""
+    """``dims`` with the op's defaults filled in. UsageError for a key that the op does not have."""
     known = SPECS[op].dims
     if unknown := [key for key in dims if key not in known]:
         raise UsageError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
@@ -83,7 +83,8 @@ def describe(op: str, dims: dict) -> str:
 def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t, device="cpu"):
     """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``.
 
-    The numbers are those of the CPU ``generator`` on any device, drawn anew (a few times) where they are not settled.
+    The CPU ``generator`` draws the values for any device. They are drawn anew, a few times, until the op's Spec is
+    settled.
     """
 
     def random(*shape):
@@ -110,10 +111,10 @@ def directions(op: str, function: Callable, args, grads) -> dict[str, Tensor]:
     """Every output of ``function(*args)`` that has a gradient in ``grads``, and every gradient, by name."""
     spec = SPECS[op]
     args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
-    given = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if a is not None}
+    differentiated = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if a is not None}
     outs = as_tuple(function(*args))[: len(grads)]
-    found = torch.autograd.grad(outs, list(given.values()), grads)
-    return dict(zip((*spec.outputs, *given), (*(o.detach() for o in outs), *found), strict=True))
+    gradients = torch.autograd.grad(outs, list(differentiated.values()), grads)
+    return dict(zip((*spec.outputs, *differentiated), (*(o.detach() for o in outs), *gradients), strict=True))
 
 
 def in_float64(op: str, args, grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -138,9 +139,9 @@ def allowance(dtype: torch.dtype) -> float:
 
 
 def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | None = None, **how) -> list[Row]:
-    """One Row per direction of ``op``; ``backend`` None lets the table decide. ``how``: see `draw`."""
+    """One Row for each direction of ``op``. backend: None for the default. how: see `draw`."""
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
-    worst: dict[str, list[float]] = {}  # over the draws: our error, PyTorch's, the scale
+    worst: dict[str, list[float]] = {}  # direction -> the largest of all draws: our error, PyTorch's error, the scale
     for n in range(1, MOST + 1):
         args, grads = draw(op, dims, dtype, generator, **how)
         x64, terms = in_float64(op, args, grads)
@@ -148,9 +149,9 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
         if dtype == torch.float64:
             few = [[a.float() if isinstance(a, Tensor) else a for a in group] for group in (args, grads)]
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
-        with chosen(backend) if backend else nullcontext():
+        with use_backend(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            served = choose(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).backend
+            used = choose(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).backend
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:
@@ -158,12 +159,12 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             their = _deviation(theirs[key], r)
             if narrow:
                 their = max(their, _deviation(narrow[0][key], narrow[1][key]) * EPS[torch.float64] / EPS[torch.float32])
-            now = _deviation(ours[key], r), their, max(_largest(r), _largest(terms.get(key, r)))
+            errors = _deviation(ours[key], r), their, max(_largest(r), _largest(terms.get(key, r)))
             worst[key] = [
-                a if math.isnan(a) else max(a, b) for a, b in zip(now, worst.get(key, (0.0,) * 3), strict=True)
+                a if math.isnan(a) else max(a, b) for a, b in zip(errors, worst.get(key, (0.0,) * 3), strict=True)
             ]
         rows = [
-            Row(op, shape, name, served, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
+            Row(op, shape, name, used, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
         ]
         enough = n >= DRAWS or all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values())
@@ -174,7 +175,7 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
 
 # ------------------------------------------------------------------------------- command line
 def _value(op: str, key: str, text: str):
-    """One value of --shape, read as what its default is."""
+    """One value of --shape, parsed by the type of its default."""
     default, choices = SPECS[op].dims[key], (SPECS[op].choices or {}).get(key)
     try:
         if isinstance(default, float):
@@ -182,7 +183,7 @@ def _value(op: str, key: str, text: str):
         if choices:
             return choices[choices.index(text)]
         sizes = [int(n) for n in text.split("x")]
-        if min(sizes) < 0 or max(sizes) >= 2**63 or len(sizes) > 1 and key != "M":
+        if min(sizes) < 0 or max(sizes) >= 2**63 or (len(sizes) > 1 and key != "M"):
             raise ValueError
         return sizes[0] if len(sizes) == 1 else tuple(sizes)
     except ValueError:
@@ -190,7 +191,7 @@ def _value(op: str, key: str, text: str):
 
 
 def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
-    """``--shape`` for each op it is for: those in ``ops`` that know all its keys, or if ``named`` all of them."""
+    """The dims of ``--shape`` for each of ``ops`` that has all its keys. named: all of them must."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise UsageError(f"verify: --shape wants KEY=VALUE,..., got {bad[0]!r}")
@@ -214,7 +215,7 @@ def _names(text: str | None, known, what: str) -> list[str]:
 
 
 def _check_memory(op: str, dims: dict):
-    """UsageError where the inputs alone are more than this machine can hold."""
+    """UsageError where the inputs alone exceed this machine's memory."""
     args = SPECS[op].draw(lambda *shape: torch.empty(shape, dtype=torch.float64, device="meta"), complete(op, dims))
     check_memory(f"{op}'s inputs in float64", sum(a.nbytes for a in args if isinstance(a, Tensor)))
 
@@ -252,7 +253,7 @@ def run(args) -> int:
                 rows += measure(op, dims, DTYPES[dtype], generator, args.backend, device=args.device)
     failed = sum(not row.passed for row in rows)
     if args.json:
-        json.dump({"seed": seed, "passed": not failed, "rows": [_plain(row) for row in rows]}, sys.stdout, indent=1)
+        json.dump({"seed": seed, "passed": not failed, "rows": [_json_row(row) for row in rows]}, sys.stdout, indent=1)
         print()
     else:
         _print(rows)
@@ -263,11 +264,10 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
-def _plain(row: Row) -> dict:
+def _json_row(row: Row) -> dict:
+    """The row as JSON holds it, which has no infinities: they become None."""
     values = {**asdict(row), "ratio": row.ratio, "passed": row.passed}
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }  # JSON has no inf
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _print(rows):

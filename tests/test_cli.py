@@ -286,7 +286,7 @@ def test_a_wrong_name_in_the_environment(command, monkeypatch, capsys):
 def test_backend_that_cannot_serve_the_model(checkpoint, compiled, capsys, monkeypatch):
     """Said before anything is printed."""
     monkeypatch.setitem(TABLE, compiled, dataclasses.replace(TABLE[compiled], max_head_dim=1))
-    monkeypatch.setattr(importlib.import_module("pygpt.dispatch"), "_RESOLVED", {})
+    monkeypatch.setattr(importlib.import_module("pygpt.dispatch"), "DISPATCH_CACHES", {})
     assert "head dimension above 1" in refused(capsys, "generate", str(checkpoint), f"--backend={compiled}")
 
 

@@ -50,8 +50,8 @@ def printed(capsys, monkeypatch):
     """The lines that were printed since the last time, with logging on."""
     monkeypatch.setattr(dispatch, "LOG_FALLBACK", True)
     monkeypatch.setattr(dispatch, "_LOGGED", {})
-    for resolved in dispatch._RESOLVED.values():
-        resolved.clear()
+    for cache in dispatch.DISPATCH_CACHES.values():
+        cache.clear()
 
     def lines():
         out, err = capsys.readouterr()
@@ -141,7 +141,7 @@ def test_plain_calls_are_printed_before_they_are_remembered(printed, monkeypatch
             assert line.startswith(f"pygpt: PyTorch serves {op};") and f"{op} is not among its ops" in line
             assert dispatch.lookup(op, x) is dispatch.OPS[op].composite
     finally:
-        dispatch.state.resolved.clear()
+        dispatch.state.cache.clear()
 
 
 def test_backward_prints_nothing_more(printed):

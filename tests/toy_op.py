@@ -56,13 +56,13 @@ class SiLU(Function):
 
 def silu(input: Tensor) -> Tensor:
     """x sigmoid(x) (Elfwing et al. 2017)."""
-    serve = lookup("silu", input)
-    return call("silu", input) if serve is None else serve(input)
+    kernel = lookup("silu", input)
+    return call("silu", input) if kernel is None else kernel(input)
 
 
 def _prepare(input) -> Call:
     error = check_tensors("silu", (input,))
-    return Call((input,), error=error, plain=(input,) if error is None else None)
+    return Call((input,), error=error, fast=(input,) if error is None else None)
 
 
 register(

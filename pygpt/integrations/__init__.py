@@ -1,1 +1,1 @@
-"""What other parts of torch must know about our ops, loaded when somebody uses them together."""
+"""What other parts of torch must know about our ops. Each module is imported when both are used together."""

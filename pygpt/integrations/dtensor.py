@@ -1,11 +1,12 @@
 """Sharding rules: how the ops run on the local shards of DTensors (torch.distributed.tensor).
 
-A rule tells, for one dimension of a device mesh, with which placements of the arguments each rank's own call gives its
-part of the results, and how those are placed then. DTensor combines the rules over the mesh's dimensions, takes the
-combination that moves the least data, and redistributes what is placed otherwise. Full replication is always a rule.
+For one dimension of a device mesh, a rule gives placements of the arguments with which the call on each rank computes
+that rank's part of the results, and the placements of those results. DTensor combines the rules over the mesh's
+dimensions, takes the combination that moves the least data, and redistributes arguments that are placed otherwise. Full
+replication is always a rule.
 
-`dispatch` imports this module when the first DTensor arrives. That registers the rules for the ops of every backend.
-Torch keeps what this takes in private modules; where they have moved, nothing is registered, and PyTorch's own
+`dispatch` imports this module when the first DTensor arrives, which registers the rules for the ops of every backend.
+The functions that register them are private to torch. In a torch without them nothing is registered, and PyTorch's own
 functions serve DTensors.
 """
 
@@ -16,8 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..dispatch import SHARDED, TABLE
 from ..ops.activation import SAVES_INPUT
 
-# R: replicated. P: a partial sum. A number: sharded in this dimension. last: in the last one of the first argument.
-# rows: in another one of that. any: in any of that. Each such dimension is a rule of its own.
+# R: replicated. P: a partial sum. A digit: sharded in this dimension. last: sharded in the last dimension of the first
+# argument. rows: sharded in one of its other dimensions. any: in any of its dimensions. Each dimension is its own rule.
 RULES = {
     "gelu_fwd": ["any -> any"],  # x -> y
     "gelu_bwd": ["any any -> any"],  # dy, x -> dx
@@ -32,7 +33,7 @@ RULES = {
     "linear_fwd": [  # x, weight, bias -> y
         "rows R R -> rows",
         "R 0 0 -> last",
-        "last 1 P -> P",  # every rank adds its part of the bias, so that all of them add it once
+        "last 1 P -> P",  # each rank adds its partial bias, and the partial biases sum to the whole one
     ],
     "linear_bwd": [  # dy, x, weight -> dx, dw, db
         "rows rows R -> rows P P",
@@ -61,28 +62,30 @@ RULES = {
 def placements(name: str, args, results: int) -> list[tuple[list, list]]:
     """The rules for a call of torch.ops.pygpt.<name>: (placements of its results, of the tensors among ``args``).
 
-    args: its arguments, each tensor as anything with a shape.
+    args: the call's arguments. Anything with a shape stands for a tensor.
     """
     tensors = [a for a in args if hasattr(a, "shape")]
     ndim = len(args[0].shape)
-    strided = [p for p in getattr(args[0], "placements", ()) if hasattr(p, "split_factor")]  # as views leave them
+    strided = [
+        p for p in getattr(args[0], "placements", ()) if hasattr(p, "split_factor")
+    ]  # which views of sharded tensors have
     every = [*map(Shard, range(ndim)), *strided]
     choices = {"any": every, "rows": [p for p in every if p.dim < ndim - 1]}
     fixed = {"R": Replicate(), "P": Partial(), "0": Shard(0), "1": Shard(1), "last": Shard(ndim - 1)}
-    found = [([Replicate()] * results, [Replicate()] * len(tensors))]
+    rules = [([Replicate()] * results, [Replicate()] * len(tensors))]
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
-        words = [word for word, a in zip(of_args, args) if a is not None]
+        words = [word for word, a in zip(of_args, args, strict=False) if a is not None]
         words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
         of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
         for choice in choices.get(of_args[0], [None]):
             meaning = {**fixed, of_args[0]: choice} if choice else fixed
-            found.append(([meaning[word] for word in of_results], [meaning[word] for word in words]))
-    return found
+            rules.append(([meaning[word] for word in of_results], [meaning[word] for word in words]))
+    return rules
 
 
 def _made(name: str, args, results: int) -> list[bool]:
-    """Which of the results are computed; the others are empty, of shape (0,)."""
+    """Which results are computed. The others have shape (0,)."""
     if isinstance(args[-1], list):  # the needs of <op>_bwd
         return args[-1]
     return [True, True, args[-1] in SAVES_INPUT] if name == "mlp_fwd" else [True] * results
@@ -101,7 +104,7 @@ else:
         rules = [[*of_results, *of_args] for of_results, of_args in placements(name, args, results)]
         return expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, rules, input_index=results)
 
-    # register_sharding, the public way, would take calls for equal that differ in arguments other than tensors.
+    # The public function register_sharding caches a rule by the tensors alone, whatever the other arguments are.
     _by_all_arguments = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)
     for _row in TABLE.values():
         for _name, _overload in vars(_row.registered).items() if _row.registered else ():

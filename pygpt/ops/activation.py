@@ -1,7 +1,7 @@
-"""gelu and relu, element by element, and the activations of mlp.
+"""gelu and relu, which work element by element, and the activations of mlp.
 
-gelu: y = x Phi(x), Phi the distribution function of the standard normal, or its tanh approximation (Hendrycks and Gimpel
-2016). Backward keeps x. relu: y = max(x, 0). Backward keeps y: dx = dy where y > 0.
+gelu: y = x Phi(x), Phi the distribution function of the standard normal, or its tanh approximation (Hendrycks and
+Gimpel 2016). Backward keeps x. relu: y = max(x, 0). Backward keeps y: dx = dy where y > 0.
 """
 
 import math
@@ -25,7 +25,7 @@ from .common import (
     lead,
 )
 
-_torchs_gelu, _torchs_relu = F.gelu, F.relu  # as they are now: a user may put ours in their place
+_torchs_gelu, _torchs_relu = F.gelu, F.relu  # bound now, because a user may replace them by ours later
 
 # ------------------------------------------------------------------------------- the mathematics
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -61,7 +61,7 @@ ACTIVATIONS = {
         lambda dy, x: torch.where(x <= 0, 0.0, 2.0 * x * dy),
     ),
 }
-SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu finds its derivative from its output
+SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu's derivative follows from its output
 
 
 def gelu_name(approximate):
@@ -91,7 +91,7 @@ def relu_fwd(x: Tensor) -> Tensor:
 
 
 def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
-    """dy, but 0 where y <= 0. (PyTorch's own op, because it is differentiable in y as well.)"""
+    """dy, but 0 where y <= 0. PyTorch's own op is used because it is differentiable in y as well."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
@@ -148,12 +148,12 @@ class ReLU(Function):
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); approximate="tanh" as in GPT-2.
 
-    input of any shape; the result lies in memory as torch's does, in the order of input's strides.
+    input of any shape. The result has the strides of torch's result, in the order of input's.
     """
-    serve = lookup("gelu", input)
-    if serve is None or approximate not in ("none", "tanh"):
+    kernel = lookup("gelu", input)
+    if kernel is None or approximate not in ("none", "tanh"):
         return call("gelu", input, approximate)
-    return serve(input, approximate)
+    return kernel(input, approximate)
 
 
 def _prepare_gelu(input, approximate="none") -> Call:
@@ -161,20 +161,20 @@ def _prepare_gelu(input, approximate="none") -> Call:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"pygpt.gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
     args, torchs = (input, approximate), partial(_torchs_gelu, input, approximate=approximate)
-    return Call(args, torch=torchs, error=error, plain=(input,) if error is None else None)
+    return Call(args, torch=torchs, error=error, fast=(input,) if error is None else None)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """max(x, 0). input of any shape; inplace: the result replaces it (PyTorch's own op does that)."""
-    serve = None if inplace else lookup("relu", input)
-    return call("relu", input, inplace) if serve is None else serve(input)
+    """max(x, 0). input of any shape. inplace: the result replaces the input; PyTorch's own op serves that."""
+    kernel = None if inplace else lookup("relu", input)
+    return call("relu", input, inplace) if kernel is None else kernel(input)
 
 
 def _prepare_relu(input, inplace=False) -> Call:
     error = check_tensors("relu", (input,))
-    plain = (input,) if error is None and not inplace else None
+    fast = (input,) if error is None and not inplace else None
     features = {"inplace": True} if inplace else {}
-    return Call((input,), features, torch=partial(_torchs_relu, input, inplace), error=error, plain=plain)
+    return Call((input,), features, torch=partial(_torchs_relu, input, inplace), error=error, fast=fast)
 
 
 # ------------------------------------------------------------------------------- verify

@@ -1,7 +1,7 @@
 """Attention: out = softmax(scale q k^T) v, and lse, the log of each row's sum of exponentials.
 
-q (B, Hq, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L). Backward keeps out and lse and
-computes p = exp(scale q k^T - lse) again (FlashAttention-2; Dao 2023): nothing of size L x S stays in memory.
+q (B, Hq, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L). Backward keeps out and lse
+and recomputes p = exp(scale q k^T - lse) (FlashAttention-2; Dao 2023), so that nothing of size L x S stays in memory.
 """
 
 import math
@@ -29,7 +29,7 @@ from .common import (
     wanted,
 )
 
-_torchs = F.scaled_dot_product_attention  # as it is now: a user may put ours in its place
+_torchs = F.scaled_dot_product_attention  # bound now, because a user may replace it by ours later
 
 
 # ------------------------------------------------------------------------------- the mathematics
@@ -38,8 +38,8 @@ def attention_composite(
     alibi_slopes=None, softcap=0.0, lower_right=False, return_lse=False,
 ):  # fmt: skip
     """softmax(scale * q k^T + bias) v over (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)."""
-    plain = window is None and alibi_slopes is None and softcap == 0.0 and not lower_right
-    if plain and not return_lse and not (is_causal and attn_mask is not None):
+    torch_has_it = window is None and alibi_slopes is None and softcap == 0.0 and not lower_right
+    if torch_has_it and not return_lse and not (is_causal and attn_mask is not None):
         return _torchs(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     features = attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right
     with torch.autocast(q.device.type, enabled=False) if autocasting(q.device.type) else nullcontext():
@@ -71,7 +71,7 @@ def _explicit_attention(q, k, v, is_causal, scale, attn_mask, dropout_p, window,
 
 
 def _distance(L: int, S: int, device, lower_right: bool) -> Tensor:
-    """(L, S): how far key j lies to the right of query i's own position on the key axis."""
+    """(L, S): the distance of key j to the right of query i's position on the key axis."""
     shift = S - L if lower_right else 0
     return torch.arange(S, device=device) - (torch.arange(L, device=device)[:, None] + shift)
 
@@ -84,7 +84,7 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor):
 
 
 def _softmax(s: Tensor):
-    """Row softmax and log-sum-exp; a fully masked row gives zeros and -inf, never NaN."""
+    """Row softmax and log-sum-exp. A fully masked row gives zeros and -inf, never NaN."""
     m = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
     m = m.masked_fill(m == -math.inf, 0.0)
     e = torch.exp(s - m)
@@ -103,15 +103,17 @@ def scores(q, k, is_causal, scale):
 
 
 def strides_like_query(q: Tensor, width: int) -> tuple[int, ...]:
-    """(B, H, L, width) in the memory order of q's batch, heads and positions, the channels innermost, where torch's fused
-    kernel serves it; torch's other one gives contiguous memory."""
+    """Strides of (B, H, L, width) in the memory order of q's batch, heads and positions, the channels innermost.
+
+    torch's fused kernel gives these strides. Where it does not serve the call, torch's result is contiguous, as here.
+    """
     if width != q.shape[3] or q.stride(3) != 1:
         return torch.empty(*q.shape[:3], width, device="meta").stride()
     return *(stride * max(width, 1) for stride in dense_strides(q.shape[:3], q.stride()[:3])), 1
 
 
 def _heads_last(t: Tensor) -> Tensor:
-    """The same values laid out (B, L, H, E) in memory, so that merging heads costs nothing."""
+    """A copy laid out (B, L, H, E) in memory, so that merging the heads needs no copy."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -125,8 +127,8 @@ def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     is_causal: bool, scale: float, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """p = exp(s - lse); dv = p^T dout; ds = p (dout v^T - rowsum(dout out) + dlse);
-    dq = scale ds k; dk = scale ds^T q. Nothing but lse is kept of the L x S matrices."""
+    """p = exp(s - lse); dv = p^T dout; ds = p (dout v^T - rowsum(dout out) + dlse); dq = scale ds k;
+    dk = scale ds^T q."""
     s = scores(q, k, is_causal, scale)
     p = torch.exp(s - lse[..., None].masked_fill(lse[..., None] == -math.inf, 0.0))
     do = acc(dout)
@@ -190,11 +192,11 @@ def scaled_dot_product_attention(
 ):
     """softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
 
-    FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory. (Calls with attn_mask, dropout_p, enable_gqa,
-    window, alibi_slopes or softcap have no kernel yet: PyTorch computes them, some by way of that matrix.)
+    The kernels never hold the (L, S) matrix in memory (FlashAttention-2; Dao 2023). Calls with attn_mask, dropout_p,
+    enable_gqa, window, alibi_slopes or softcap have no kernel yet: PyTorch computes them, some with that matrix.
 
     query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev) -> (..., Hq, L, Ev). The leading dimensions
-    broadcast, and so does a single head of key and value. The output is laid out in memory as query is.
+    broadcast, and so does a single head of key and value. The output has the memory layout of query.
     attn_mask: boolean (True = may attend) or floating, broadcastable to (..., Hq, L, S); or
         torch.nn.attention.bias.causal_lower_right(L, S).
     is_causal: query i attends to keys j <= i (aligned top-left, as in torch)::
@@ -212,25 +214,25 @@ def scaled_dot_product_attention(
         (float32; float64 for float64), differentiable.
     A fully masked row gives output 0, lse -inf and zero gradients.
     """
-    serve = lookup("attention", query, key, value)
+    kernel = lookup("attention", query, key, value)
     features = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
-    if serve is None or features or softcap or return_lse or not _plain(query, key, value):
+    if kernel is None or features or softcap or return_lse or not _is_fast(query, key, value):
         return call(
             "attention", query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, alibi_slopes=alibi_slopes, softcap=softcap, return_lse=return_lse,
         )  # fmt: skip
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
-    results = serve(query, key, value, bool(is_causal), scale)
+    results = kernel(query, key, value, bool(is_causal), scale)
     return results[0] if isinstance(results, tuple) else results
 
 
-def _plain(query, key, value) -> bool:
-    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), the head dimensions within every kernel's limit."""
+def _is_fast(query, key, value) -> bool:
+    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), and every kernel has these head dimensions."""
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     return (
         len(of_query) == len(of_key) == len(of_value) == 4
         and of_query[:2] == of_key[:2] == of_value[:2]
-        and of_query[3] == of_key[3] <= dispatch.plain_head_dim >= of_value[3]
+        and of_query[3] == of_key[3] <= dispatch.fast_head_dim >= of_value[3]
         and of_key[2] == of_value[2]
     )
 
@@ -249,8 +251,8 @@ def _prepare(
     _check_shapes(query, key, value)
     L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
-    if _is_causal_bias(attn_mask) or attn_mask is not None and is_causal or window is not None:
-        torchs = None  # ours are wider than PyTorch's function here
+    if _is_causal_bias(attn_mask) or (attn_mask is not None and is_causal) or window is not None:
+        torchs = None  # PyTorch's function does not take these
     if alibi_slopes is not None or softcap or return_lse:
         torchs = None
     Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
@@ -282,8 +284,8 @@ def _prepare(
         out = out if out.dim() == len(heads) + 2 else out.reshape(*heads, L, Ev)
         return (out, lse.reshape(*heads, L)) if return_lse else out
 
-    plain = (query, key, value) if not features and _plain(query, key, value) else None
-    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, plain=plain)
+    fast = (query, key, value) if not features and _is_fast(query, key, value) else None
+    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, fast=fast)
 
 
 def _check_shapes(query, key, value):
@@ -298,7 +300,7 @@ def _check_shapes(query, key, value):
 
 
 def _without_causal_bias(attn_mask, is_causal, L, S) -> tuple:
-    """attn_mask, is_causal, lower_right: a CausalBias as the flag that it stands for."""
+    """-> attn_mask, is_causal, lower_right, where a CausalBias has become one of the flags."""
     if not _is_causal_bias(attn_mask):
         return attn_mask, is_causal, False
     if is_causal:
@@ -310,7 +312,7 @@ def _without_causal_bias(attn_mask, is_causal, L, S) -> tuple:
 
 
 def _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap) -> dict:
-    """What is done to the scores beside scaling, of what the caller asks for; q (B, Hq, L, E)."""
+    """The features in use that change the scores, by name. q (B, Hq, L, E)."""
     B, Hq, L = q.shape[:3]
     features = {}
     if attn_mask is not None:
@@ -332,13 +334,13 @@ def _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap) -> di
 
 
 def _is_causal_bias(attn_mask) -> bool:
-    """Whether it is torch.nn.attention.bias.CausalBias: whoever has one has imported that module (a second's work)."""
+    """Whether it is a torch.nn.attention.bias.CausalBias. Importing that module takes a second, so this does not."""
     bias = sys.modules.get("torch.nn.attention.bias")
     return bias is not None and isinstance(attn_mask, bias.CausalBias)
 
 
 def _four_dimensional(query, key, value, enable_gqa):
-    """Views (B, H, T, E) of the three, their leading dimensions broadcast; and those dimensions before the heads."""
+    """Views (B, H, T, E) of the three with broadcast leading dimensions, and those dimensions without the heads."""
     q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
     Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
     if enable_gqa:
@@ -364,7 +366,7 @@ def _four_dimensional(query, key, value, enable_gqa):
 
 
 def _check_optional(name, t, query, or_boolean=False):
-    """A floating tensor, or a boolean one where that may be, on the query's device."""
+    """Raises unless ``t`` is a floating tensor on the query's device, or with or_boolean a boolean one."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(t).__name__}")
     if not t.is_floating_point() and not (or_boolean and t.dtype == torch.bool):
@@ -374,7 +376,7 @@ def _check_optional(name, t, query, or_boolean=False):
 
 
 def _broadcast_mask(attn_mask, leading, shape):
-    """attn_mask broadcast to (B, Hq, L, S), as a view where strides allow."""
+    """attn_mask broadcast to (B, Hq, L, S), as a view where the strides allow it."""
     full = (*leading, *shape[1:])
     try:
         return attn_mask.expand(full).reshape(shape)
@@ -383,7 +385,7 @@ def _broadcast_mask(attn_mask, leading, shape):
 
 
 def _check_window(window) -> bool:
-    """Whether it limits anything."""
+    """Whether the window limits anything. ValueError where it is no window."""
     try:
         left, right = window
         valid = min(left, right) >= -1
@@ -413,7 +415,7 @@ def _draw(random, d):
 
 
 def _cancelled(args, grads):
-    """ds without the softmax's correction: what rowsum(dout out) is taken off."""
+    """dq and dk without rowsum(dout out), the softmax's correction, which cancels most of them."""
     q, k, v, is_causal, scale = args
     out, lse = attention_fwd(*args)
     terms = attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, (True, True, False))

@@ -1,4 +1,4 @@
-"""What the files of this folder share: accumulation, the checks of tensors, and the autograd Functions' habits."""
+"""What the ops share: accumulation, checks of tensors, and the base of the autograd Functions."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def acc_dtype(t: Tensor) -> torch.dtype:
 
 
 def acc(t):
-    """In the dtype that sums and statistics have."""
+    """``t`` in the dtype of sums and statistics. None stays None."""
     return None if t is None else t.to(acc_dtype(t))
 
 
@@ -25,33 +25,33 @@ def rows(t: Tensor) -> Tensor:
 
 
 def wanted(needs, grads, like: Tensor):
-    """Casts the wanted gradients to ``like.dtype``; an unwanted one is returned empty."""
+    """Casts the wanted gradients to ``like.dtype``. An unwanted one is returned empty."""
     return tuple(
         g.to(like.dtype).contiguous() if need else like.new_empty(0) for need, g in zip(needs, grads, strict=True)
     )
 
 
 def dense_strides(shape, *strides) -> tuple[int, ...]:
-    """Those that torch gives an elementwise result of tensors of this shape and these strides: dense, in their order."""
+    """The strides of torch's elementwise result of inputs with these strides: dense, in the same order."""
     tensors = [torch.empty_strided(shape, each, device="meta") for each in strides]
     return torch.add(tensors[0], tensors[-1]).stride()
 
 
 def laid_out(t: Tensor, strides, dtype: torch.dtype) -> Tensor:
-    """The same values in another dtype, with these strides."""
+    """A copy of ``t`` in another dtype, with these strides."""
     return t.new_empty_strided(t.shape, strides, dtype=dtype).copy_(t)
 
 
 def as_tuple(result) -> tuple:
-    """What an op returns, one tensor or several, as several."""
+    """The results of an op as a tuple, also where there is only one."""
     return result if isinstance(result, tuple) else (result,)
 
 
 # ------------------------------------------------------------------------------- checks
 def check_tensors(op: str, tensors, one_dtype: bool = False) -> TypeError | None:
-    """The error that the tensors deserve unless PyTorch serves them. Raises for what is no tensor or elsewhere.
+    """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
-    tensors: in the order of the public function's own. one_dtype: of them all, outside autocast.
+    tensors: in the order of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
     """
     public = f"pygpt.{dispatch.OPS[op].public.__name__}"
     pairs = zip(dispatch.OPS[op].tensors, tensors, strict=True)
@@ -81,11 +81,13 @@ def create_graph() -> bool:
 
 
 class Function(torch.autograd.Function):
-    """An op over any namespace of kernels. A subclass has three static methods; the last two serve the registered op too.
+    """The autograd Function of an op, for any namespace of kernels. A subclass has three static methods:
 
-    forward(ctx, kernels, *args) -> what the public function returns, by kernels.<op>_fwd
-    save(ctx, args, results): keeps of <op>_fwd's arguments and results what `gradients` reads
-    gradients(ctx, needs, *grads) -> one for each of ``args``, None where it isn't needed
+    forward(ctx, kernels, *args) -> the results of the public function, computed by kernels.<op>_fwd
+    save(ctx, args, results): saves the arguments and results of <op>_fwd that `gradients` reads
+    gradients(ctx, needs, *grads) -> a gradient for each of ``args``, None where it isn't needed
+
+    The registered ops use `save` and `gradients`, too.
     """
 
     def __init_subclass__(cls, **kwargs):
@@ -98,54 +100,55 @@ class Function(torch.autograd.Function):
 
 
 def backward_kernels(ctx):
-    """Those of the forward pass; while backward is traced (compiled autograd), ops of the dispatcher, which can be."""
+    """The kernels of the forward pass, or the registered ops while compiled autograd traces the backward pass."""
     return getattr(ctx.kernels, "registered", ctx.kernels) if torch.compiler.is_compiling() else ctx.kernels
 
 
 def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     """Differentiable gradients of ``composite(*args)`` by PyTorch's own autograd, None where one isn't needed.
 
-    With respect to views of the arguments: one tensor may be several of them, or what another was computed from.
+    They are taken with respect to views of the arguments, because one tensor may be passed as several arguments, or may
+    have been computed from another argument.
     """
     with torch.enable_grad():
         args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
         outputs = as_tuple(composite(*args))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     sources = [a for a, need in zip(args, needs, strict=True) if need]
-    found = iter(
+    gradients = iter(
         torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
-    return tuple(next(found) if need else None for need in needs)
+    return tuple(next(gradients) if need else None for need in needs)
 
 
 def unread(like: Tensor, *shape) -> Tensor:
-    """What stands for an argument of <op>_bwd that was not saved, as no gradient that is wanted depends on it: one row."""
+    """A stand-in for an argument of <op>_bwd that was not saved, as no wanted gradient reads it. One row, expanded."""
     return like.new_zeros(shape[-1]).expand(shape).requires_grad_(create_graph())
 
 
 def only(needs, grads) -> tuple:
-    """None in the place of gradients that aren't needed."""
+    """The gradients, with None in the place of those that aren't needed."""
     return grads if all(needs) else tuple(g if need else None for need, g in zip(needs, grads, strict=True))
 
 
 # ------------------------------------------------------------------------------- for pygpt.verify
 @dataclass(frozen=True)
 class Spec:
-    """How to draw, call and judge one op. ``inputs`` name the tensors at the front of its canonical arguments."""
+    """How `pygpt.verify` draws, calls and judges one op. ``inputs``: the names of its leading canonical arguments."""
 
     op: str
     inputs: tuple[str, ...]
-    dims: dict  # the keys of --shape and their defaults; a default may name another key
+    dims: dict  # the keys of --shape and their defaults; a default may be the name of another key
     draw: Callable  # (random, dims) -> canonical arguments, in float64
     call: Callable  # the public function on canonical arguments
-    shapes: tuple = ({},)  # what `pygpt verify` runs without --shape
+    shapes: tuple = ({},)  # the dims that `pygpt verify` runs without --shape
     outputs: tuple[str, ...] = ("fwd",)
     cancelled: Callable = lambda args, grads: {}  # in float64 -> {direction: the terms that cancel in it}
     yardstick: Callable | None = None  # PyTorch's own expression, where it is not the op's composite
-    settled: Callable = lambda args: True  # whether the arguments leave nothing to be decided by rounding
-    choices: dict | None = None  # key of dims -> its values, where they are names
+    settled: Callable = lambda args: True  # whether no result is decided by rounding, as at the kink of relu
+    choices: dict | None = None  # key of dims -> its allowed values, where those are names
 
 
 def lead(m) -> tuple:
-    """The leading dimensions that M stands for, one number or several."""
+    """The leading dimensions that M gives as one integer or several."""
     return tuple(m) if isinstance(m, (tuple, list)) else (m,)

@@ -1,9 +1,9 @@
-"""linear and mlp: y = x W^T + b, and two of them around an activation.
+"""linear, y = x W^T + b, and mlp, two linear layers around an activation.
 
 linear: x (..., K), weight (N, K), bias (N,) or None -> y (..., N). Backward needs weight, and x if weight is trained.
-mlp: x (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> y (..., O). Bias and activation run
-in the first GEMM's epilogue, the activation's gradient in that of the backward GEMM. Backward keeps the hidden layer after
-the activation and, but for relu, also before it: relu's derivative can be told from its output.
+mlp: x (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> y (..., O). Bias and activation
+run in the first GEMM's epilogue, and the activation's gradient runs in the backward GEMM's epilogue. Backward keeps the
+hidden layer after the activation. Except for relu, whose derivative follows from its output, it also keeps it before.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ from .common import (
     wanted,
 )
 
-_torchs = F.linear  # as it is now: a user may put ours in its place
+_torchs = F.linear  # bound now, because a user may replace it by ours later
 
 
 # ------------------------------------------------------------------------------- linear: the mathematics
@@ -44,7 +44,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy W; dW = dy^T x; db = the sum of dy's rows."""
+    """dx = dy W, dW = dy^T x, db = the sum of dy's rows."""
     dy2, x2 = acc(rows(dy)), acc(rows(x))
     return wanted(needs, ((dy2 @ acc(weight)).view(x.shape), dy2.mT @ x2, dy2.sum(0)), x)
 
@@ -61,7 +61,7 @@ class Linear(Function):
     @staticmethod
     def save(ctx, args, results=()):
         x, weight, bias = args
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)  # x is read for dW alone
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)  # only dW reads x
         ctx.leading = x.shape[:-1]
         ctx.set_materialize_grads(False)
 
@@ -80,17 +80,17 @@ class Linear(Function):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N).
 
-    What torch.nn.functional.linear takes beyond that (a vector as weight, a bias that broadcasts, integer and complex
-    tensors) it serves itself.
+    torch.nn.functional.linear serves what it takes beyond that: a vector as weight, a bias that broadcasts, integer and
+    complex tensors.
     """
-    serve = lookup("linear", input, weight, bias)
-    if serve is None or _misfit("linear", input.shape, weight, bias):
+    kernel = lookup("linear", input, weight, bias)
+    if kernel is None or _misfit("linear", input.shape, weight, bias):
         return call("linear", input, weight, bias)
-    return serve(input, weight, bias)
+    return kernel(input, weight, bias)
 
 
 def _misfit(op, of_input, weight, bias, names=("input", "weight", "bias")) -> str:
-    """What is wrong with the shapes of x, W and b, if anything is. of_input is x's own."""
+    """What is wrong with the shapes of x, W and b, or an empty string. of_input: the shape of x."""
     of_weight = weight.shape
     if len(of_weight) != 2:
         return f"pygpt.{op}: {names[1]} must be a matrix, got shape {tuple(of_weight)}"
@@ -109,7 +109,7 @@ def _prepare_linear(input, weight, bias=None) -> Call:
     if error is None and (misfit := _misfit("linear", input.shape, weight, bias)):
         error = ValueError(misfit)
     args = input, weight, bias
-    return Call(args, torch=partial(_torchs, *args), error=error, plain=args if error is None else None)
+    return Call(args, torch=partial(_torchs, *args), error=error, fast=args if error is None else None)
 
 
 # ------------------------------------------------------------------------------- mlp: the mathematics
@@ -156,7 +156,7 @@ class MLP(Function):
         *tensors, ctx.activation = args
         _, hidden, pre = results
         if not tensors[3].requires_grad and ctx.activation in SAVES_INPUT:
-            hidden = None  # it is read for dproj_weight alone
+            hidden = None  # only dproj_weight reads it
         ctx.save_for_backward(*tensors, hidden, pre)
         ctx.set_materialize_grads(False)
 
@@ -188,10 +188,10 @@ def mlp(
     activation: "gelu" (exact), "gelu_tanh", "relu", or "relu2" (relu squared; So et al. 2021).
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
-    serve = lookup("mlp", *args)
-    if serve is None or activation not in ACTIVATIONS or _misfit_mlp(*args):
+    kernel = lookup("mlp", *args)
+    if kernel is None or activation not in ACTIVATIONS or _misfit_mlp(*args):
         return call("mlp", *args, activation)
-    return serve(*args, activation)
+    return kernel(*args, activation)
 
 
 def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias) -> str:
@@ -209,12 +209,12 @@ def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="
         return Call((*tensors, activation), error=error)
     if misfit := _misfit_mlp(*tensors):
         raise ValueError(misfit)
-    return Call((*tensors, activation), plain=tensors)
+    return Call((*tensors, activation), fast=tensors)
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
 def _linear_flops(x, weight, bias=None, *, out_shape=None):
-    """As torch counts mm and addmm: a multiplication and an addition for each product."""
+    """Counts a multiplication and an addition for each product, as torch does for mm and addmm."""
     return 2 * torch.Size(x).numel() * weight[0]
 
 
@@ -248,7 +248,7 @@ def _draw_mlp(random, d):
 
 
 def _off_the_kink(args):
-    """No hidden unit of a relu is so close to 0 that rounding decides whether it is on, and all of its gradient."""
+    """Whether no hidden unit of relu is so close to 0 that rounding decides whether it has a gradient."""
     x, weight, bias, *_, activation = args
     if activation != "relu" or not x.numel():
         return True

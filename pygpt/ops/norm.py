@@ -1,10 +1,10 @@
 """layer_norm, add_layer_norm and rms_norm over the last dimension of x (..., N).
 
-    layer_norm: xhat = (x - mean) rstd, rstd = 1 / sqrt(var + eps), y = xhat weight + bias       (Ba et al. 2016)
-    rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat weight                 (Zhang and Sennrich 2019)
+    layer_norm: xhat = (x - mean) rstd, rstd = 1 / sqrt(var + eps), y = xhat weight + bias    (Ba et al. 2016)
+    rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat weight              (Zhang and Sennrich 2019)
     add_layer_norm: s = x + residual and layer_norm(s), in one pass over memory
 
-weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), from which it makes xhat again.
+weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), and recomputes xhat.
 """
 
 import math
@@ -31,7 +31,7 @@ from .common import (
     wanted,
 )
 
-_torchs_layer_norm, _torchs_rms_norm = F.layer_norm, F.rms_norm  # as they are now: a user may put ours in their place
+_torchs_layer_norm, _torchs_rms_norm = F.layer_norm, F.rms_norm  # bound now: a user may replace them by ours later
 
 
 # ------------------------------------------------------------------------------- the mathematics
@@ -54,7 +54,7 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 def _norm_bwd(dy, xhat, weight, rstd, centre):
-    """dx of a norm, given xhat: rstd (g - mean(g) - xhat mean(g xhat)), g = dy weight."""
+    """dx of a norm from xhat: rstd (g - mean(g) - xhat mean(g xhat)), g = dy weight."""
     g = acc(dy) if weight is None else acc(dy) * acc(weight)
     dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
     return (dx - g.mean(-1, keepdim=True) if centre else dx) * rstd[..., None]
@@ -87,7 +87,7 @@ def add_layer_norm_fwd(
 def add_layer_norm_bwd(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> the gradient of x and of residual (they are equal), dweight, dbias. ds may be None."""
+    """-> the gradient of x and of residual, dweight, dbias. ds: the gradient from the sum's other consumer, or None."""
     xhat = (acc(s) - mean[..., None]) * rstd[..., None]
     dya = acc(dy)
     dx = _norm_bwd(dy, xhat, weight, rstd, True)
@@ -167,7 +167,7 @@ class AddLayerNorm(Function):
     def gradients(ctx, needs, dy, ds):
         need_x, need_residual, *need_parameters, _ = needs
         of_sum = need_x or need_residual, *need_parameters
-        if dy is None:  # only the sum was used, or nothing
+        if dy is None:  # only the sum was used, or neither result
             dx, dw, db = ds, None, None
         else:
             s, weight, bias, mean, rstd = ctx.saved_tensors
@@ -214,13 +214,13 @@ def layer_norm(
 
     input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
     """
-    serve = lookup("layer_norm", input, weight, bias)
-    n = 0 if serve is None else _dims(input, normalized_shape, eps, weight, bias)
+    kernel = lookup("layer_norm", input, weight, bias)
+    n = 0 if kernel is None else _dims(input, normalized_shape, eps, weight, bias)
     if n == 1:
-        return serve(input, weight, bias, eps)
+        return kernel(input, weight, bias, eps)
     if n == 0:
         return call("layer_norm", input, normalized_shape, weight, bias, eps)
-    return serve(*_flat(n, input, weight, bias), eps).view(input.shape)
+    return kernel(*_flat(n, input, weight, bias), eps).view(input.shape)
 
 
 def add_layer_norm(
@@ -233,35 +233,35 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """-> (layer_norm(input + residual), input + residual) in one pass over memory.
 
-    input, residual (..., *normalized_shape), of equal shape, their dtypes promoted as by addition;
-    the rest as in `layer_norm`.
+    input, residual (..., *normalized_shape), of equal shape. Their dtypes are promoted as by addition. The other
+    arguments are those of `layer_norm`.
     """
-    serve = lookup("add_layer_norm", input, residual, weight, bias)
-    n = 0 if serve is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
+    kernel = lookup("add_layer_norm", input, residual, weight, bias)
+    n = 0 if kernel is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
     if n == 1:
-        return serve(input, residual, weight, bias, eps)
+        return kernel(input, residual, weight, bias, eps)
     if n == 0:
         return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
-    y, s = serve(*_flat(n, input, residual, weight, bias), eps)
+    y, s = kernel(*_flat(n, input, residual, weight, bias), eps)
     return y.view(input.shape), s.view(input.shape)
 
 
 def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
 
-    input (..., *normalized_shape), weight normalized_shape or None -> input's shape; channels_last where the input is.
-    eps: default as torch's: the machine epsilon of the dtype, of float32 for the 16-bit ones.
+    input (..., *normalized_shape), weight normalized_shape or None -> input's shape, channels_last where the input is.
+    eps: by default, as in torch, the machine epsilon of the dtype, and that of float32 for the 16-bit types.
     """
-    serve = lookup("rms_norm", input, weight)
-    if serve is None or input.dim() > 3 and not input.is_contiguous():  # which channels_last may be
+    kernel = lookup("rms_norm", input, weight)
+    if kernel is None or (input.dim() > 3 and not input.is_contiguous()):  # the input may be channels_last
         return call("rms_norm", input, normalized_shape, weight, eps)
-    number = _eps(input) if eps is None else eps
-    n = _dims(input, normalized_shape, number, weight)
+    epsilon = _eps(input) if eps is None else eps
+    n = _dims(input, normalized_shape, epsilon, weight)
     if n == 1:
-        return serve(input, weight, number)
+        return kernel(input, weight, epsilon)
     if n == 0:
         return call("rms_norm", input, normalized_shape, weight, eps)
-    return serve(*_flat(n, input, weight), number).view(input.shape)
+    return kernel(*_flat(n, input, weight), epsilon).view(input.shape)
 
 
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
@@ -272,7 +272,7 @@ def _eps(input) -> float:
 
 
 def _dims(input, normalized_shape, eps, weight, bias=None) -> int:
-    """How many last dimensions of input normalized_shape is, if the parameters have it too and eps is a float; else 0."""
+    """The length of normalized_shape if it fits input and the parameters and eps is a float, else 0."""
     shape = _as_tuple(normalized_shape)
     n = len(shape)
     fits = (
@@ -322,7 +322,7 @@ def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-
         return Call((input, weight, bias, eps), torch=torchs, error=error)
     shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
     x, w, b = _flat(len(shape), input, weight, bias)
-    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, plain=(input, weight, bias))
+    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, fast=(input, weight, bias))
 
 
 def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
@@ -332,14 +332,16 @@ def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias
         want, got = tuple(input.shape), tuple(residual.shape)
         raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
     shape = _check("add_layer_norm", input, normalized_shape, eps, weight, bias)
-    plain = (input, residual, weight, bias) if input.dtype == residual.dtype else None
-    common = torch.promote_types(input.dtype, residual.dtype)  # as x + residual; autocast mixes them in every block
+    fast = (input, residual, weight, bias) if input.dtype == residual.dtype else None
+    common = torch.promote_types(
+        input.dtype, residual.dtype
+    )  # as in x + residual; autocast mixes dtypes in every block
     x, r, w, b = _flat(len(shape), input.to(common), residual.to(common), weight, bias)
 
     def finish(results):
         return tuple(t.view(input.shape) for t in results)
 
-    return Call((x, r, w, b, float(eps)), finish=finish, plain=plain)
+    return Call((x, r, w, b, float(eps)), finish=finish, fast=fast)
 
 
 def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
@@ -355,7 +357,7 @@ def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
         y = y.view(input.shape)
         return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
 
-    return Call((x, w, float(eps)), finish=finish, torch=torchs, plain=(input, weight))
+    return Call((x, w, float(eps)), finish=finish, torch=torchs, fast=(input, weight))
 
 
 # ------------------------------------------------------------------------------- verify
@@ -369,7 +371,7 @@ def _draw(params, inputs=1, eps=1e-5):
 
 
 def _cancelled(names, centre):
-    """The gradient a norm's input would have, were the statistics constants."""
+    """The gradient that the norm's input would have if the statistics were constants."""
 
     def terms(args, grads):
         x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])

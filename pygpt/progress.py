@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar (or plain lines), tables, and a plot of its losses."""
+"""What a run prints and draws: a progress bar or lines of progress, tables, and a plot of the losses."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .files import atomic
 
-PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+LINE_SECONDS = 5.0  # between two lines of progress where standard output is no terminal
 
 
 def clock(seconds: float) -> str:
@@ -19,16 +19,16 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Steps done, a status and the time left: a live bar on a terminal, plain lines elsewhere.
+    """Shows the steps done, a status and the time left: a live bar on a terminal, lines elsewhere.
 
     >>> with Progress("training", total=100) as progress:
     ...     progress.update(1, "loss 5.5")
     """
 
     def __init__(self, label: str, total: int, done: int = 0, steady: bool = False):
-        """steady: the bar is drawn when it is updated, and no thread redraws it beside what is being timed."""
+        """steady: the bar is redrawn only by `update`, so that no thread of its own disturbs what is being timed."""
         self.label, self.total, self.first, self.start = label, total, done, time.monotonic()
-        self.last_line, self.bar, self.steady = -PLAIN_EVERY, None, steady
+        self.last_line, self.bar, self.steady = -LINE_SECONDS, None, steady
         if sys.stdout.isatty() and importlib.util.find_spec("rich"):
             from rich import progress as rich
 
@@ -50,7 +50,7 @@ class Progress:
             self.bar.update(self.task, completed=done, status=status, refresh=self.steady)
             return
         elapsed = time.monotonic() - self.start
-        if elapsed - self.last_line >= PLAIN_EVERY or done == self.total:
+        if elapsed - self.last_line >= LINE_SECONDS or done == self.total:
             self.last_line = elapsed
             left = elapsed / max(done - self.first, 1) * (self.total - done)
             self.print(f"{self.label}  {done}/{self.total}  {status}  {clock(left)} left")
@@ -66,7 +66,7 @@ COLOURS = {"green": "32", "red": "31", "bold red": "1;31"}
 
 
 def table(columns: dict[str, str], rows) -> str:
-    """Lines with aligned cells. columns: name -> "<" or ">"; a cell is a text, or (text, colour) for a terminal."""
+    """A table with aligned cells. columns: name -> "<" or ">". A cell is a text, or (text, colour on a terminal)."""
     rows = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
     widths = [max(map(len, (name, *(row[i][0] for row in rows)))) for i, name in enumerate(columns)]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -81,14 +81,14 @@ def table(columns: dict[str, str], rows) -> str:
 
 
 def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) -> bool:
-    """Writes a PNG of label -> (steps, losses); False, and no file, where matplotlib cannot be imported.
+    """Writes a PNG of label -> (steps, losses). False, and no file, where matplotlib cannot be imported.
 
     A curve with many points is drawn faint, with its running mean on top.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:  # it, or NumPy
+    except ImportError:  # of matplotlib or of NumPy
         return False
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
