@@ -1,9 +1,9 @@
 """The PEP 517 backend: setuptools, building with the torch of the environment that pygpt is installed into.
 
-pip builds in an isolated environment, which hides that torch. Were torch a requirement of the build, pip would fetch it a
-second time, and it is gigabytes large. This backend looks for torch among the packages of the interpreter that runs the
-build, which under pip is the interpreter that pygpt is installed for. Front ends that isolate the build in a virtual
-environment of its own (uv, `python -m build`) hide torch completely, and the build ends at once with advice.
+pip builds in an isolated environment, which hides that torch. Were torch a requirement of the build, pip would fetch it
+a second time, and it is gigabytes large. This backend looks for torch among the packages of the interpreter that runs
+the build, which under pip is the interpreter that pygpt is installed for. Front ends that isolate the build in a
+virtual environment of its own (uv, `python -m build`) hide torch completely, and the build ends at once with advice.
 """
 
 import importlib.util
