@@ -5,8 +5,16 @@ signatures of `pygpt.reference`, and ``args`` are the op's canonical arguments. 
 pass differentiates the op's ordinary PyTorch expression, so that gradients of any order are right.
 """
 
+from typing import TYPE_CHECKING
+
 from . import ops  # noqa: F401 (registers them)
 from .dispatch import OPS
+from .ops.common import Function
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Function]: ...
+
 
 globals().update({op.function.__name__: op.function for op in OPS.values()})
 __all__ = [op.function.__name__ for op in OPS.values()]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch._C import (
@@ -116,7 +117,8 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             sys.meta_path.insert(0, self)
         if spec is None:
             return None
-        load = spec.loader.exec_module
+        loader: Any = spec.loader
+        load = loader.exec_module
 
         def load_and_act(module):
             load(module)
@@ -124,7 +126,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
                 self.action()
 
-        spec.loader.exec_module = load_and_act
+        loader.exec_module = load_and_act
         return spec
 
 
@@ -153,8 +155,7 @@ def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
     They pass every other call on to ``below``. Without torch's DLPack exchange table there are none, and no call is
     fast.
     """
-    from . import _C
-
+    _C = importlib.import_module("pygpt._C")
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return {}
@@ -195,8 +196,7 @@ def cuda_objection(device: torch.device) -> str:
     """Why the CUDA kernels can't run on this GPU. Initialises CUDA, so it is called only when a call uses the GPU."""
     if device.type != "cuda":
         return ""
-    from . import _cuda
-
+    _cuda = importlib.import_module("pygpt._cuda")
     driver, runtime = (version // 1000 for version in _cuda.versions())
     if driver < runtime:  # any driver of the same major version will do
         return f"the CUDA kernels were built with CUDA {runtime}, this machine's driver is of CUDA {driver}"
@@ -216,7 +216,7 @@ def _code_objection(built: str, major: int, minor: int) -> str:
 
 
 # ------------------------------------------------------------------------------- Triton
-def _triton() -> tuple[object, str, tuple]:
+def _triton() -> tuple[Any, str, tuple]:
     """The Triton kernels, why they are missing, and the devices they serve. Imports Triton only where it can run."""
     devices = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
     if importlib.util.find_spec("triton") is None:
@@ -238,7 +238,7 @@ def _fill():
     triton, no_triton, triton_devices = _triton()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
-    def limits(serves: Callable | None, max_head_dim) -> dict:
+    def limits(serves: Any, max_head_dim: int | None) -> dict:
         """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
         return {"ops": names, "features": {"attention": ("return_lse",)}, "max_head_dim": max_head_dim}

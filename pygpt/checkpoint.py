@@ -4,6 +4,7 @@ import ctypes
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from .data import UsageError
 from .files import atomic
 
 FORMAT = 1
-METADATA = {
+METADATA: dict[str, Any] = {
     "step": int,
     "settings": dict,
     "config": dict,
@@ -23,24 +24,24 @@ METADATA = {
 }
 
 
-def _checksum(tensors: dict[str, Tensor], metadata: dict) -> int:
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> int:
     total = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         total = zlib.crc32(_bytes(tensors[name]), zlib.crc32(name.encode(), total))
     return total
 
 
-def _bytes(t: Tensor):
+def _bytes(t: Tensor) -> Any:
     """The memory of a contiguous tensor, not copied. NumPy is not needed."""
     return (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
 
 
-def need_numpy():
+def need_numpy() -> None:
     """Raises ModuleNotFoundError before a run starts rather than when it is saved: safetensors writes through NumPy."""
     import numpy  # noqa: F401
 
 
-def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """OSError if the file cannot be written. The old file is then untouched."""
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     metadata = json.loads(json.dumps({"format": FORMAT, **metadata}))  # as `load` will read it
@@ -52,7 +53,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict):
             raise OSError(f"cannot write {path}: {e}") from e
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """-> tensors, metadata. UsageError if the file does not exist, is damaged or is no checkpoint."""
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}")

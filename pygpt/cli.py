@@ -16,6 +16,8 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +38,7 @@ OUTPUT_FAILS = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # prints "?" for characters outside the encoding
     try:
         try:
-            code = _run_command(argv) or 0
+            code: Any = _run_command(argv) or 0
         except SystemExit as e:  # argparse's --help and --version
             code = e.code or 0
         sys.stdout.flush()  # raises here, inside the try, when the disk is full
@@ -91,7 +93,7 @@ def _is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or any(words in str(e) for words in known)
 
 
-def _run_command(argv: list[str]):
+def _run_command(argv: list[str]) -> int | None:
     from . import __version__
 
     name = next((a for a in argv if not a.startswith("-")), None)
@@ -111,7 +113,7 @@ def _run_command(argv: list[str]):
     return _module(args.command).run(args)
 
 
-def _module(command: str):
+def _module(command: str) -> ModuleType:
     if command != "bench":
         return importlib.import_module(f".{command}", __package__)
     checkout = Path(__file__).resolve().parents[1]  # in a checkout, bench/ is beside the package

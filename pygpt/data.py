@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import sysconfig
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class UsageError(ValueError):
     """Bad input from the user. The command line prints the message in one line and exits with code 2."""
 
 
-def check_number(flag: str, value: float, low=None, below=2**63):
+def check_number(flag: str, value: float, low: float | None = None, below: float = 2**63) -> None:
     """UsageError unless ``value`` is finite, at least ``low`` and, for an integer, less than ``below``."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{flag} must be a finite number, got {value}")
@@ -30,7 +31,7 @@ def check_number(flag: str, value: float, low=None, below=2**63):
         raise UsageError(f"{flag} must be less than {below}, got {value}")
 
 
-def check_memory(what: str, needed: int):
+def check_memory(what: str, needed: int) -> None:
     """UsageError where this machine has less memory. Linux would grant the allocation and kill the process later."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -48,7 +49,7 @@ class Bytes:
     def encode(self, data: bytes) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
-    def decode(self, tokens) -> bytes:
+    def decode(self, tokens: Iterable[int]) -> bytes:
         """Tokens past the vocabulary (a model may have more rows) become '?'."""
         return bytes(t if t < 256 else 0x3F for t in tokens)
 
@@ -68,12 +69,12 @@ class Chars:
         except KeyError as e:
             raise UsageError(f"the character {e.args[0]!r} is not in the model's vocabulary") from None
 
-    def decode(self, tokens) -> bytes:
+    def decode(self, tokens: Iterable[int]) -> bytes:
         return "".join(self.vocabulary[t] if t < self.size else "?" for t in tokens).encode()
 
 
-def tokenizer(name: str, vocabulary: str | None):
-    return Bytes() if name == Bytes.name else Chars(vocabulary)
+def tokenizer(vocabulary: str | None) -> Bytes | Chars:
+    return Bytes() if vocabulary is None else Chars(vocabulary)
 
 
 def _text(data: bytes) -> str:
@@ -122,7 +123,7 @@ def _skips(root: Path, content: bytes) -> bool:
     return root.is_dir() and b"\0" in content
 
 
-def _files(root: Path, skip=frozenset()) -> list[Path]:
+def _files(root: Path, skip: Collection[str] = ()) -> list[Path]:
     paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [d for d in folders if d not in skip and not d.startswith(".")]
@@ -154,7 +155,7 @@ class Corpus:
             )
         return cls(tokenizer, train, val, hashlib.sha256(data).hexdigest())
 
-    def batch(self, split: str, batch_size: int, block_size: int, *key) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, batch_size: int, block_size: int, *key: object) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) int64 at random offsets, drawn from the split and the key (seed, step, ...)."""
         tokens = self.train if split == "train" else self.val
         generator = torch.Generator().manual_seed(seed_of(split, *key))
@@ -163,6 +164,6 @@ class Corpus:
         return window[:, :-1], window[:, 1:]
 
 
-def seed_of(*key) -> int:
+def seed_of(*key: object) -> int:
     """A 63-bit seed from any key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

@@ -20,11 +20,12 @@ from .progress import Progress, clock, plot_losses
 from .train import PRESETS, Settings, Trainer
 
 BACKENDS = "torch", "cpp"
+ByBackend = dict[str, list[float]]
 CALIBRATION = 10  # first steps of each; they tell how many fit into --seconds
 PROMPT = "def "
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="text file or folder; default: Python's standard library")
     parser.add_argument("--seconds", type=float, default=120, help="time for training both (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="train this many steps instead")
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     for name in BACKENDS:
         if TABLE[name].missing:
             raise UsageError(
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace):
         _compare(trainers, args)
 
 
-def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
+def _compare(trainers: dict[str, Trainer], args: argparse.Namespace) -> None:
     """Trains both, prints the comparison and a sample of text, and saves the checkpoint and the plot."""
     settings, corpus, named = trainers["cpp"].settings, trainers["cpp"].corpus, trainers["cpp"].named
     print(
@@ -87,12 +88,13 @@ def _compare(trainers: dict[str, Trainer], args: argparse.Namespace):
     print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed, or NumPy")
 
 
-def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
+def _race(trainers: dict[str, Trainer], args: argparse.Namespace) -> tuple[ByBackend, ByBackend]:
     """Steps the trainers in turn for --seconds or --steps -> losses and seconds per step, by backend."""
-    losses, seconds = ({name: [] for name in trainers} for _ in range(2))
+    losses: ByBackend = {name: [] for name in trainers}
+    seconds: ByBackend = {name: [] for name in trainers}
     start = time.perf_counter()
 
-    def both():
+    def both() -> None:
         for name in reversed(trainers) if len(losses["cpp"]) % 2 else trainers:
             began = time.perf_counter()
             losses[name].append(trainers[name].step())
@@ -117,7 +119,7 @@ def _race(trainers: dict[str, Trainer], args) -> tuple[dict, dict]:
     return losses, seconds
 
 
-def _table(losses: dict, seconds: dict, validation: dict, tokens_per_step: int):
+def _table(losses: ByBackend, seconds: ByBackend, validation: dict[str, float], tokens_per_step: int) -> None:
     print(f"{'backend':10}{'train loss':>12}{'val loss':>10}{'ms/step':>10}{'tokens/s':>11}")
     for name in BACKENDS:
         step = median(seconds[name])

@@ -19,12 +19,12 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Op:
     composite: Callable  # <op>: PyTorch's ordinary expression, differentiable any number of times
     fwd: Callable  # <op>_fwd, the explicit forward -> the results and what backward reads
     bwd: Callable  # <op>_bwd, the explicit backward
-    function: type  # the torch.autograd.Function over kernels <op>_fwd and <op>_bwd
+    function: Any  # the torch.autograd.Function over kernels <op>_fwd and <op>_bwd
     specs: Mapping  # name -> `pygpt.verify.Spec`: how verify draws and judges it
     results: int = 1  # how many results of <op>_fwd the caller gets; the others are for backward
     flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd, as torch.utils.flop_counter takes them
@@ -77,7 +77,7 @@ class Op:
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of each tensor argument of <op>_fwd
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         of_public, of_fwd = (
             [p for p in inspect.signature(f).parameters.values() if p.annotation in (Tensor, Tensor | None)]
             for f in (self.public, self.fwd)
@@ -106,9 +106,9 @@ def register(op: Op) -> Op:
 @dataclass(frozen=True)
 class Backend:
     name: str
-    kernels: object  # the namespace of <op>_fwd and <op>_bwd, or None where the backend is missing
+    kernels: Any  # the namespace of <op>_fwd and <op>_bwd, or None where the backend is missing
     missing: str = ""  # why the backend is missing
-    registered: object = None  # the kernels as ops of torch's dispatcher with their own autograd, for tracing
+    registered: Any = None  # the kernels as ops of torch's dispatcher with their own autograd, for tracing
     devices: tuple = ()  # the device types served; empty means any
     device_objection: Callable = lambda device: ""  # why the backend cannot run on this device
     dtypes: tuple = FLOATS
@@ -116,7 +116,7 @@ class Backend:
     features: Mapping = field(default_factory=dict)  # op -> the optional features that are served
     max_head_dim: int | None = None
 
-    def objections(self, op: str, tensors, features) -> list[str]:
+    def objections(self, op: str, tensors: Sequence[Tensor], features: Collection[str]) -> list[str]:
         """Why this backend cannot serve the call. Empty if it can."""
         if self.missing:
             return [self.missing]
@@ -149,6 +149,9 @@ class Backend:
         return reasons
 
 
+_TORCHS_OWN_FUNCTIONS = Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+
+
 def dispatches_for_itself(tensor_class: type) -> bool:
     """Whether a class of tensors has a __torch_dispatch__ or __torch_function__ of its own.
 
@@ -163,16 +166,16 @@ def dispatches_for_itself(tensor_class: type) -> bool:
             from .integrations import dtensor  # noqa: F401 (registers the rules, and DTensor in SHARDED)
         return tensor_class not in SHARDED
     own = getattr(tensor_class.__torch_function__, "__func__", tensor_class.__torch_function__)
-    return own not in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    return own not in _TORCHS_OWN_FUNCTIONS
 
 
 SHARDED: set[type] = set()  # subclasses with rules for our ops: DTensor, once `integrations.dtensor` is loaded
 
 
-class _Table(dict):
+class _Table(dict[str, Backend]):
     """name -> Backend, in order of preference. A new row empties the dispatch cache, which may hold old kernels."""
 
-    def __setitem__(self, name, row):
+    def __setitem__(self, name: str, row: Backend) -> None:
         super().__setitem__(name, row)
         for cache in DISPATCH_CACHES.values():
             cache.clear()
@@ -190,7 +193,7 @@ class Choice:
     backend: str | None
     rejected: dict[str, list[str]]
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend'}"]
         return "\n".join(lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()])
 
@@ -199,8 +202,8 @@ class Choice:
 class _PerThread(threading.local):
     """The attributes are set on the instance in each thread, because torch.compile does not guard those of a class."""
 
-    def __init__(self):
-        self.chosen = None  # by `backend(name)`
+    def __init__(self) -> None:
+        self.chosen: str | None = None  # by `backend(name)`
         self.cache = DISPATCH_CACHES.setdefault(None, {})
 
 
@@ -218,7 +221,7 @@ def named(name: str) -> Backend:
 
 
 @contextmanager
-def backend(name: str):
+def backend(name: str) -> Iterator[None]:
     """``with pygpt.backend("torch"): ...`` serves every op inside with that backend.
 
     name: "cpp", "cuda", "triton" or "torch". ValueError if the name is unknown, RuntimeError if the backend is not
@@ -250,7 +253,9 @@ def chosen() -> str | None:
 
 
 # ------------------------------------------------------------------------------- resolving a call
-def choose(op: str, tensors, features=(), error: Exception | None = None) -> Choice:
+def choose(
+    op: str, tensors: Sequence[Tensor], features: Collection[str] = (), error: Exception | None = None
+) -> Choice:
     """What `explain` returns. ``tensors``: the call's tensor arguments, ``features``: the optional features in use."""
     name, rejected = chosen(), {}
     for row in TABLE.values():
@@ -263,7 +268,7 @@ def choose(op: str, tensors, features=(), error: Exception | None = None) -> Cho
     return Choice(op, None, rejected)
 
 
-def pick(op: str, tensors, features=(), error: Exception | None = None) -> Backend:
+def pick(op: str, tensors: Sequence[Tensor], features: Collection[str] = (), error: Exception | None = None) -> Backend:
     """The backend that serves the call. RuntimeError if an explicitly chosen one cannot."""
     name = chosen()
     for row in TABLE.values() if name is None else (TABLE[name],):
@@ -272,13 +277,15 @@ def pick(op: str, tensors, features=(), error: Exception | None = None) -> Backe
     raise error or Unavailable(f"pygpt.{op}: backend {name!r} cannot serve this call: {'; '.join(reasons)}")
 
 
-def _objections(row: Backend, op: str, tensors, features, error) -> list[str]:
+def _objections(
+    row: Backend, op: str, tensors: Sequence[Tensor], features: Collection[str], error: Exception | None
+) -> list[str]:
     if error is not None and not row.missing and row.kernels is not REFERENCE:
         return [str(error)]
     return row.objections(op, tensors, features)
 
 
-def explain(op, *args, **kwargs) -> Choice:
+def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
     """Which backend would serve ``op(*args, **kwargs)``, and why each one before it would not.
 
     op: a function of `pygpt.functional`, its name, or the op's name in `pygpt info`. Returns a `pygpt.Choice` with
@@ -295,15 +302,15 @@ def explain(op, *args, **kwargs) -> Choice:
 
 
 # ------------------------------------------------------------------------------- serving a call
-def no_key(*_):
+def no_key(*_: Any) -> None:
     """`call_key` where the compiled library is missing: no call is fast."""
 
 
-call_key = no_key  # backends.py replaces it by csrc/bind/fastcall.h's
+call_key: Callable[..., Any] = no_key  # backends.py replaces it by csrc/bind/fastcall.h's
 fast_head_dim = sys.maxsize  # the least max_head_dim in TABLE, which backends.py reads from the kernels
 
 
-def lookup(op: str, *tensors):
+def lookup(op: str, *tensors: Tensor | None) -> Any:
     """The bound kernel of fast calls like this one, a function of the canonical arguments.
 
     None if this call is not fast (`call_key` is None) or if no call like it has been resolved before.
@@ -313,7 +320,7 @@ def lookup(op: str, *tensors):
     return state.cache.get((op, call_key(_OPTIONAL[op], *tensors)))
 
 
-def call(name: str, *args, **kwargs):
+def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Serves any call of an op from its public arguments, and stores the bound kernel of a fast one."""
     op = OPS[name]
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
@@ -328,7 +335,7 @@ def call(name: str, *args, **kwargs):
     return _run(op, row, prepared, tensors)
 
 
-def _run(op: Op, row: Backend, prepared: Call, tensors):
+def _run(op: Op, row: Backend, prepared: Call, tensors: list[Tensor]) -> Any:
     if row.kernels is not REFERENCE:
         return prepared.finish(_run_kernels(op, row, prepared.args, tensors))
     try:
@@ -341,7 +348,7 @@ def _run(op: Op, row: Backend, prepared: Call, tensors):
         raise prepared.error from e
 
 
-def _run_kernels(op: Op, row: Backend, args, tensors):
+def _run_kernels(op: Op, row: Backend, args: tuple, tensors: list[Tensor]) -> Any:
     """The op's results by kernels. A traced call runs the registered ops, which have gradients of their own."""
     if is_compiling() or _is_tracing() or any(type(t) in SHARDED for t in tensors):
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
@@ -352,7 +359,7 @@ def _run_kernels(op: Op, row: Backend, args, tensors):
     return results if isinstance(results, Tensor) or len(results) == op.results else _first(results, op.results)
 
 
-def _first(results: tuple, n: int):
+def _first(results: tuple, n: int) -> Any:
     return results[0] if n == 1 else results[:n]
 
 
@@ -372,15 +379,15 @@ def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
     return lambda *args: results if isinstance(results := fwd(*args), Tensor) else _first(results, op.results)
 
 
-def _tensors(args) -> list[Tensor]:
+def _tensors(args: tuple) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
 
 
-def _needs_gradient(tensors) -> bool:
+def _needs_gradient(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _is_proxy(a) -> bool:
+def _is_proxy(a: object) -> bool:
     """Whether ``a`` is no tensor but stands for one in torch functions, as torch.fx's Proxy does."""
     return not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")
 
@@ -409,10 +416,10 @@ def autocast(op: Op, prepared: Call) -> Call:
 class _Casts(dict):
     """(id of a leaf, dtype) -> (the leaf's state, a weak reference to its cast). A cast keeps its leaf alive."""
 
-    def put(self, key, state, cast: Tensor):
+    def put(self, key: tuple, state: tuple, cast: Tensor) -> None:
         casts = weakref.ref(self)
 
-        def forget(reference):
+        def forget(reference: weakref.ref) -> None:
             kept = casts()
             if kept is not None and kept.get(key, (None, None))[1] is reference:
                 del kept[key]
@@ -423,8 +430,8 @@ class _Casts(dict):
 class _Region(threading.local):
     """The autocast region that this thread is in."""
 
-    def __init__(self):
-        self.casts = lambda: None  # a weak reference to the result of `_casts`
+    def __init__(self) -> None:
+        self.casts: Callable[[], _Casts | None] = lambda: None  # a weak reference to the result of `_casts`
 
 
 _region = _Region()
@@ -441,8 +448,8 @@ def _casts(device: torch.device) -> _Casts:
         casts = _Casts()
         leaf = torch.empty(0, 0, dtype=torch.float32, device=device, requires_grad=True)
         empty = leaf.detach()
-        node_of_cast = torch.addmm(leaf, empty, empty).grad_fn.next_functions[0][0]
-        node_of_cast.metadata["pygpt"] = casts
+        node: Any = torch.addmm(leaf, empty, empty).grad_fn
+        node.next_functions[0][0].metadata["pygpt"] = casts  # the node of the cast
         _region.casts = weakref.ref(casts)
     return casts
 
@@ -480,7 +487,7 @@ LOG_FALLBACK = "fallback" in os.environ.get("PYGPT_LOG", "").split(",")
 _LOGGED: dict[str, object] = {}  # line -> the call that printed it
 
 
-def _log_fallback(choice: Choice):
+def _log_fallback(choice: Choice) -> None:
     """Prints once why the default goes to PyTorch for a call."""
     if chosen() is not None:
         return

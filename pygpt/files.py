@@ -5,22 +5,24 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .data import UsageError
 
 try:
     import fcntl
 except ImportError:  # on Windows, two runs in one folder do not notice each other
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK, TEMPORARY = ".pygpt-lock", ".pygpt-tmp-"
 ABANDONED = 3600.0  # seconds without a write after which a temporary file counts as left by a dead process
 
 
 @contextmanager
-def atomic(path: Path):
+def atomic(path: Path) -> Iterator[Path]:
     """Yields a path to write; on success it is synced to disk and moved to ``path``. OSError names ``path``.
 
     The yielded path is in a new temporary folder beside ``path``, so that no two writers share a file. What a killed
@@ -38,11 +40,11 @@ def atomic(path: Path):
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         if os.name == "posix":  # the rename is durable once the folder is synced
-            folder = os.open(path.parent, os.O_RDONLY)
+            parent = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)
+                os.fsync(parent)
             finally:
-                os.close(folder)
+                os.close(parent)
     except OSError as e:
         raise naming(path, e) from e
 
@@ -52,14 +54,14 @@ def naming(path: Path, e: OSError) -> OSError:
     return e if e.errno is None else OSError(e.errno, e.strerror, str(path))
 
 
-def must_be_folder(path: Path):
+def must_be_folder(path: Path) -> None:
     """UsageError where ``path`` is a file."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a folder")
 
 
 @contextmanager
-def locked(folder: Path):
+def locked(folder: Path) -> Iterator[None]:
     """Creates ``folder`` and locks it for this process. UsageError while another process holds the lock.
 
     The kernel frees the lock of a process that died. The holder removes what killed runs left half written.
@@ -72,7 +74,7 @@ def locked(folder: Path):
         yield
 
 
-def _acquired(file, folder: Path) -> bool:
+def _acquired(file: IO[str], folder: Path) -> bool:
     """False where the system or the file system has no locks. UsageError where another process holds it."""
     if fcntl is None:
         return False
@@ -85,7 +87,7 @@ def _acquired(file, folder: Path) -> bool:
     return True
 
 
-def _remove_leftovers(folder: Path, before: float):
+def _remove_leftovers(folder: Path, before: float) -> None:
     """Removes the temporary folders of `atomic` that were last written to before this time."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,13 +11,20 @@ from pathlib import Path
 
 import torch
 
-from .data import UsageError, check_number
+from .data import Bytes, Chars, UsageError, check_number
 from .dispatch import TABLE, backend
+from .model import GPT
 from .train import open_checkpoint
 
 
 def continuation(
-    model, tokenizer, prompt: str, max_new_tokens: int, temperature: float, top_k, seed: int
+    model: GPT,
+    tokenizer: Bytes | Chars,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
 ) -> Iterator[str]:
     """Yields ``prompt``, then one piece of text per token. Inside a multi-byte character the piece is empty."""
     idx = tokenizer.encode(prompt.encode()).long()[None]
@@ -30,7 +38,7 @@ def continuation(
     yield decoder.decode(b"", final=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
     parser.add_argument("--max-new-tokens", type=int, default=500)
@@ -42,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--backend", choices=TABLE, help="default: the first that serves a call")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     for name, low, below in (
         ("max_new_tokens", 1, 2**63),
-        ("temperature", 0, None),
+        ("temperature", 0, math.inf),
         ("top_k", 1, 2**63),
         ("seed", 0, 2**64),
     ):

@@ -1,10 +1,12 @@
 """`pygpt info`: versions, what was built, and which backend serves which op."""
 
 import argparse
+import importlib
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -12,11 +14,9 @@ from . import __version__
 from .dispatch import OPS, TABLE, Backend, chosen
 
 
-def gather() -> dict:
+def gather() -> dict[str, Any]:
     extension, cuda = find_spec("pygpt._C"), find_spec("pygpt._cuda")
-    built = not TABLE["cpp"].missing
-    if built:
-        from . import _C
+    _C = None if TABLE["cpp"].missing else importlib.import_module("pygpt._C")
     return {
         "pygpt": __version__,
         "torch": torch.__version__,
@@ -26,8 +26,8 @@ def gather() -> dict:
         "threads": torch.get_num_threads(),
         "extension": extension.origin if extension else None,
         "cuda_extension": cuda.origin if cuda else None,
-        "cpu_capability": _C.cpu_capability() if built else None,
-        "cpu_capabilities": list(_C.cpu_capabilities()) if built else [],
+        "cpu_capability": _C.cpu_capability() if _C else None,
+        "cpu_capabilities": list(_C.cpu_capabilities()) if _C else [],
         "chosen_backend": chosen(),
         "ops": {op: {name: _objection(row, op) for name, row in TABLE.items()} for op in OPS},
     }
@@ -47,11 +47,11 @@ def _objection(row: Backend, op: str) -> str | None:
     return None if row.ops is None or op in row.ops else f"{op} is not among its ops"
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     facts = gather()
     if args.json:
         print(json.dumps(facts, indent=2))

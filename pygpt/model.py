@@ -5,9 +5,11 @@ Every layer runs on `pygpt.functional`. B sequences of T tokens pass as (B, T, C
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ class GPTConfig:
     bias: bool = True  # in every Linear and LayerNorm
     activation: str = "gelu_tanh"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pygpt.GPTConfig: {name} must be positive, got {getattr(self, name)}")
@@ -44,7 +46,7 @@ class Block(nn.Module):
     norm that follows it.
     """
 
-    def __init__(self, config: GPTConfig, **factory):
+    def __init__(self, config: GPTConfig, **factory: Any) -> None:
         super().__init__()
         C, bias, dropout = config.n_embd, config.bias, config.dropout
         self.ln_1 = LayerNorm(C, bias=bias, **factory)
@@ -67,11 +69,13 @@ class GPT(nn.Module):
     of the names.
     """
 
-    def __init__(self, config: GPTConfig, device=None, dtype=None):
+    def __init__(
+        self, config: GPTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.transformer = nn.ModuleDict(
+        self.transformer: Any = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd, **factory),
                 "wpe": nn.Embedding(config.block_size, config.n_embd, **factory),
@@ -81,12 +85,12 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, **factory)
-        self.transformer.wte.weight = self.lm_head.weight
+        self.transformer.wte.weight = self.lm_head.weight  # type: ignore[union-attr]
         self.register_load_state_dict_pre_hook(_accept_nanogpt_variants)
         self.register_load_state_dict_pre_hook(_load_shared_once)
         self._draw()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draws every parameter anew, for example after `to_empty` of a model built on the meta device.
 
         Weights are Normal(0, 0.02), and those that feed the residual stream are divided by sqrt(2 n_layer), the number
@@ -94,11 +98,11 @@ class GPT(nn.Module):
         """
         for module in self.modules():
             if module._parameters:  # modules made of layers would draw the parameters of their layers twice
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
         self._draw()
 
     @torch.no_grad()
-    def _draw(self):
+    def _draw(self) -> None:
         """The weights and biases in which GPT-2 differs from torch.nn's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -109,11 +113,11 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> "GPT":
         """`to`, `to_empty` and similar methods call this. A parameter with several names stays one."""
         before = [(module, name, p) for module in self.modules() for name, p in module._parameters.items()]
         super()._apply(fn, recurse)
-        after = {}
+        after: dict[nn.Parameter | None, nn.Parameter | None] = {}
         for module, name, p in before:
             module._parameters[name] = after.setdefault(p, module._parameters[name])
         return self
@@ -139,7 +143,7 @@ class GPT(nn.Module):
         for i, block in enumerate(t.h):
             x, delta = block(x, delta, caches[i] if caches else None)
         if targets is None:
-            x, delta = x[:, -1:], delta[:, -1:]
+            x, delta = x[:, -1:], delta[:, -1:]  # type: ignore[index]
         x, _ = t.ln_f(x, delta)
         logits = self.lm_head(x)
         if targets is None:
@@ -152,7 +156,14 @@ class GPT(nn.Module):
         return [KVCache(self.config.block_size) for _ in self.transformer.h]
 
     @torch.no_grad()
-    def stream(self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None):
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
         """`generate`, yielding each new token (B, 1) as it is drawn."""
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"pygpt.GPT: temperature must be >= 0 and top_k >= 1, got {temperature} and {top_k}")
@@ -168,7 +179,12 @@ class GPT(nn.Module):
             yield token
 
     def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature=1.0, top_k: int | None = None, generator=None
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call `eval` first, as for any model.
 
@@ -178,7 +194,7 @@ class GPT(nn.Module):
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
 
     @classmethod
-    def from_hf(cls, model_or_folder, dropout: float = 0.0) -> "GPT":
+    def from_hf(cls, model_or_folder: Any, dropout: float = 0.0) -> "GPT":
         """A GPT with a copy of transformers' GPT-2 weights. Nothing is downloaded, and transformers is not needed.
 
         model_or_folder: a live GPT2LMHeadModel or GPT2Model, or a folder with config.json and *.safetensors.
@@ -205,7 +221,7 @@ class GPT(nn.Module):
         return model
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """logits (B, V) -> one token each, (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -218,7 +234,7 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-def _accept_nanogpt_variants(module, state_dict, prefix, *_):
+def _accept_nanogpt_variants(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Removes torch.compile's prefix from names, and the causal masks that nanoGPT without SDPA keeps as buffers."""
     for key in list(state_dict):
         name = key.removeprefix(prefix).removeprefix("_orig_mod.")
@@ -227,12 +243,12 @@ def _accept_nanogpt_variants(module, state_dict, prefix, *_):
             state_dict[prefix + name] = value
 
 
-def _load_shared_once(module, state_dict, prefix, local_metadata, *_):
+def _load_shared_once(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Gives every name of a shared parameter the same value: the last one, as if all were copied in turn.
 
     The value becomes a Parameter, which `assign` uses itself.
     """
-    names = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, p in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
         names.setdefault(p, []).append(name)
     for shared in names.values():
@@ -255,7 +271,7 @@ _HF_ACTIVATIONS = {
 }
 
 
-def _read_hf_folder(folder: Path):
+def _read_hf_folder(folder: Path) -> SimpleNamespace:
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))
@@ -266,7 +282,7 @@ def _read_hf_folder(folder: Path):
     return SimpleNamespace(config=SimpleNamespace(**config), state_dict=lambda: weights)
 
 
-def _config_from_hf(hf, weights: dict, dropout: float) -> GPTConfig:
+def _config_from_hf(hf: Any, weights: dict[str, Tensor], dropout: float) -> GPTConfig:
     head, activation = weights.get("lm_head.weight"), getattr(hf, "activation_function", "gelu_new")
     wanted = {
         "n_inner = 4 n_embd": getattr(hf, "n_inner", None) in (None, 4 * hf.n_embd),

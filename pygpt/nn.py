@@ -4,7 +4,9 @@ State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear) and n
 Under torch.jit.script the norms and Linear compute with PyTorch's kernels.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from .dispatch import dispatches_for_itself
 
 
 @fx.wrap  # symbolic_trace records the call itself: while tracing, an omitted residual is a Proxy and not None
-def _layer_norm(input: Tensor, residual: Tensor | None, *affine):
+def _layer_norm(input: Tensor, residual: Tensor | None, *affine: Any) -> Tensor | tuple[Tensor, Tensor]:
     if residual is None:
         return functional.layer_norm(input, *affine)
     return functional.add_layer_norm(input, residual, *affine)
@@ -25,7 +27,13 @@ def _layer_norm(input: Tensor, residual: Tensor | None, *affine):
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm. Called with a residual, it adds in the same pass over memory (but not when scripted)."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None):
+    @overload
+    def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, input: Tensor, residual: Tensor | None = None):  # type: ignore[no-untyped-def]
         """input (..., *normalized_shape) -> its norm. With a residual of that shape -> (norm of the sum, sum)."""
         if torch.jit.is_scripting():
             assert residual is None, "a scripted pygpt.nn.LayerNorm takes no residual"
@@ -55,7 +63,9 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
-_FORWARDS = {module_class: module_class.forward for module_class in (Linear, nn.Linear, nn.Dropout)}
+_FORWARDS: dict[type, Callable] = {
+    module_class: module_class.forward for module_class in (Linear, nn.Linear, nn.Dropout)
+}
 
 
 def _is_unmodified(module: nn.Module, *classes: type) -> bool:
@@ -93,7 +103,7 @@ def _dropout(module: nn.Module, x: Tensor) -> Tensor:
     return x if not module.training and _is_unmodified(module, nn.Dropout) else module(x)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
@@ -113,12 +123,12 @@ class MLP(nn.Module):
         self,
         embed_dim: int,
         hidden_dim: int | None = None,
-        activation="gelu_tanh",
-        bias=True,
-        dropout=0.0,
-        device=None,
-        dtype=None,
-    ):
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if activation not in reference.ACTIVATIONS:
             known = ", ".join(reference.ACTIVATIONS)
@@ -129,7 +139,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(hidden_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draws c_fc and c_proj anew, as torch.nn.Linear does."""
         self.c_fc.reset_parameters()
         self.c_proj.reset_parameters()
@@ -142,16 +152,16 @@ class MLP(nn.Module):
             y = proj(_ACTIVATIONS[self.activation](fc(x)))
         return _dropout(self.dropout, y)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
 
 
 class KVCache:
     """Keys and values of one attention layer's past, preallocated for ``capacity`` positions at the first append."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
-        self.heads = None
+        self.heads: Tensor | None = None
 
     def append(self, heads: Tensor) -> Tensor:
         """heads (B, 2 Hkv, T, D): the next T positions of key heads, then value heads -> those of all positions."""
@@ -166,7 +176,7 @@ class KVCache:
         return self.heads.narrow(2, 0, end)
 
 
-def _lower_right(T: int, S: int, device):
+def _lower_right(T: int, S: int, device: torch.device) -> Tensor:
     """The causal mask of queries at the last T of S positions."""
     if torch.compiler.is_compiling():  # torch.compile cannot create a CausalBias
         return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
@@ -188,11 +198,11 @@ class CausalSelfAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         num_kv_heads: int | None = None,
-        bias=True,
-        dropout=0.0,
-        device=None,
-        dtype=None,
-    ):
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or embed_dim % num_heads:
@@ -208,7 +218,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draws c_attn and c_proj anew, as torch.nn.Linear does."""
         self.c_attn.reset_parameters()
         self.c_proj.reset_parameters()
@@ -237,5 +247,5 @@ class CausalSelfAttention(nn.Module):
         )  # fmt: skip
         return _dropout(self.dropout, self.c_proj(y.transpose(1, 2).flatten(2)))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"

@@ -4,8 +4,10 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from .files import atomic
 
@@ -28,7 +30,8 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0, steady: bool = False):
         """steady: the bar is redrawn only by `update`, so that no thread of its own disturbs what is being timed."""
         self.label, self.total, self.first, self.start = label, total, done, time.monotonic()
-        self.last_line, self.bar, self.steady = -LINE_SECONDS, None, steady
+        self.last_line, self.steady = -LINE_SECONDS, steady
+        self.bar: Any = None  # a rich.progress.Progress on a terminal
         if sys.stdout.isatty() and importlib.util.find_spec("rich"):
             from rich import progress as rich
 
@@ -36,16 +39,16 @@ class Progress:
             self.bar = rich.Progress(*columns, rich.TimeRemainingColumn(compact=True), "left", auto_refresh=not steady)
             self.task = self.bar.add_task(label, total=total, completed=done, status="")
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         if self.bar:
             self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 
-    def update(self, done: int, status: str):
+    def update(self, done: int, status: str) -> None:
         if self.bar:
             self.bar.update(self.task, completed=done, status=status, refresh=self.steady)
             return
@@ -55,7 +58,7 @@ class Progress:
             left = elapsed / max(done - self.first, 1) * (self.total - done)
             self.print(f"{self.label}  {done}/{self.total}  {status}  {clock(left)} left")
 
-    def print(self, line: str):
+    def print(self, line: str) -> None:
         if self.bar:
             self.bar.console.print(line, highlight=False, markup=False)
         else:
@@ -65,22 +68,22 @@ class Progress:
 COLOURS = {"green": "32", "red": "31", "bold red": "1;31"}
 
 
-def table(columns: dict[str, str], rows) -> str:
+def table(columns: dict[str, str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> str:
     """A table with aligned cells. columns: name -> "<" or ">". A cell is a text, or (text, colour on a terminal)."""
-    rows = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
-    widths = [max(map(len, (name, *(row[i][0] for row in rows)))) for i, name in enumerate(columns)]
+    lines = [[cell if isinstance(cell, tuple) else (cell, "") for cell in row] for row in rows]
+    widths = [max(map(len, (name, *(row[i][0] for row in lines)))) for i, name in enumerate(columns)]
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    def line(cells):
+    def line(cells: list[tuple[str, str]]) -> str:
         shown = [f"{text:{side}{w}}" for (text, _), side, w in zip(cells, columns.values(), widths, strict=True)]
         if coloured:
             shown = [f"\33[{COLOURS[c]}m{s}\33[0m" if c else s for s, (_, c) in zip(shown, cells, strict=True)]
         return "  ".join(shown).rstrip()
 
-    return "\n".join(map(line, [[(name, "") for name in columns], *rows]))
+    return "\n".join(map(line, [[(name, "") for name in columns], *lines]))
 
 
-def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) -> bool:
+def plot_losses(path: Path, title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bool:
     """Writes a PNG of label -> (steps, losses). False, and no file, where matplotlib cannot be imported.
 
     A curve with many points is drawn faint, with its running mean on top.
@@ -110,7 +113,7 @@ def plot_losses(path: Path, title: str, curves: dict[str, tuple[list, list]]) ->
     return True
 
 
-def _running_mean(values: list, reach: int) -> list:
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     """The mean over up to ``reach`` values on each side."""
     sums = list(accumulate(values, initial=0.0))
     spans = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))

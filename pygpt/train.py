@@ -12,16 +12,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checkpoint, reference
-from .data import Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
+from .data import Bytes, Chars, Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
 from .dispatch import TABLE, backend, chosen, explain
 from .files import atomic, locked, must_be_folder, naming
 from .model import GPT, GPTConfig
@@ -30,7 +32,15 @@ from .progress import Progress, plot_losses
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 master weights
 
 
-def option(default, help: str, type=None, low=None, choices=None, adjustable=False, below=2**63):
+def option(
+    default: Any,
+    help: str,
+    type: type | None = None,
+    low: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    adjustable: bool = False,
+    below: int = 2**63,
+) -> Any:
     """One setting and its command line flag. low, below: the allowed range. adjustable: may change on --resume."""
     metadata = {
         "help": help,
@@ -83,7 +93,7 @@ class Settings:
     compile: bool = option(False, "torch.compile the model", adjustable=True)
     threads: int | None = option(None, "CPU threads; default: PyTorch's", int, 1, adjustable=True, below=2**31)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, low, choices = getattr(self, f.name), f.metadata["low"], f.metadata["choices"]
             if value is None:
@@ -101,7 +111,7 @@ class Settings:
         """The learning rate: linear warm-up, then cosine decay to min_lr."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / (self.warmup + 1)
-        progress = min(1.0, (step - self.warmup) / max(1, self.decay_steps - self.warmup))
+        progress = min(1.0, (step - self.warmup) / max(1, (self.decay_steps or self.steps) - self.warmup))
         return self.min_lr + (self.learning_rate - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     @property
@@ -109,7 +119,7 @@ class Settings:
         return self.batch_size * self.block_size * self.grad_accum
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "shakespeare-char-cpu": {  # from nanoGPT's README, "I only have a macbook"
         "tokens": "char", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "activation": "gelu",
@@ -124,7 +134,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def _compiled(model):
+def _compiled(model: GPT) -> Callable[..., Any]:
     """torch.compile(model). UsageError where torch.compile does not work, for example without a C++ compiler."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2))
@@ -161,19 +171,19 @@ class Trainer:
         self.scaler = torch.amp.GradScaler("cpu", enabled=s.dtype == "float16")
         self.forward = _compiled(self.model) if s.compile else self.model
 
-    def _check_backend(self):
+    def _check_backend(self) -> None:
         name, c = self.settings.backend or chosen(), self.model.config
         q = next(self.model.parameters()).new_empty(1, c.n_head, 1, c.n_embd // c.n_head)
         reasons = [TABLE[name].missing] if name and TABLE[name].missing else None
         if not reasons:
             with self._context():
                 choice = explain("scaled_dot_product_attention", q, q, q, dropout_p=c.dropout, is_causal=True)
-            reasons = choice.rejected[name] if choice.backend is None else None
+            reasons = choice.rejected[name] if name and choice.backend is None else None
         if reasons:
             raise UsageError(f"backend {name!r} cannot train this model: {'; '.join(reasons)}")
 
     @contextmanager
-    def _context(self):
+    def _context(self) -> Iterator[None]:
         name, dtype = self.settings.backend, AUTOCAST.get(self.settings.dtype)
         with backend(name) if name else nullcontext(), torch.autocast("cpu", dtype) if dtype else nullcontext():
             yield
@@ -215,8 +225,8 @@ class Trainer:
                 for split in ("train", "val")
             }
 
-    def save(self, path: Path):
-        tensors = dict(self.named)
+    def save(self, path: Path) -> None:
+        tensors: dict[str, Tensor] = dict(self.named)
         for name, p in self.named.items():
             for key, state in self.optimizer.state[p].items():
                 tensors[f"adamw.{key}.{name}"] = state
@@ -231,7 +241,7 @@ class Trainer:
         checkpoint.save(path, tensors, metadata)
 
     @torch.no_grad()
-    def load(self, path: Path):
+    def load(self, path: Path) -> None:
         """Continues the run saved at ``path``. UsageError if it is not this model on this text."""
         tensors, metadata = checkpoint.load(path)
         if metadata["corpus"] != self.corpus.digest:
@@ -245,9 +255,10 @@ class Trainer:
         self.scaler.load_state_dict(metadata["scaler"])
         self.done = metadata["step"]
 
-    def _check_fit(self, path: Path, tensors: dict[str, Tensor], metadata: dict):
+    def _check_fit(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """UsageError unless the checkpoint has exactly the entries of this run."""
-        done, scaler, expected = metadata["step"], metadata["scaler"], dict(self.named)
+        done, scaler = metadata["step"], metadata["scaler"]
+        expected: dict[str, Tensor] = dict(self.named)
         if done < 0 or scaler.keys() != self.scaler.state_dict().keys():
             raise UsageError(f"{path} does not fit this run: its step is {done}, its gradient scaler {scaler}")
         if done:  # fused AdamW has a state even after steps that the scaler skipped
@@ -261,7 +272,7 @@ class Trainer:
                 raise UsageError(f"{path} does not fit the model: {name} must be {wanted}, found {got}")
 
 
-def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict, model: GPT | None = None) -> GPT:
+def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], model: GPT | None = None) -> GPT:
     """Fills ``model``, by default a new one of the checkpoint's configuration. UsageError if they do not fit."""
     weights = {name: t for name, t in tensors.items() if not name.startswith("adamw.")}
     try:
@@ -273,12 +284,12 @@ def load_model(path: Path, tensors: dict[str, Tensor], metadata: dict, model: GP
     return model
 
 
-def open_checkpoint(path: Path):
+def open_checkpoint(path: Path) -> tuple[GPT, Bytes | Chars, dict[str, Any]]:
     """-> model in eval mode, tokenizer, metadata. path: a checkpoint, or the folder of a run."""
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     tensors, metadata = checkpoint.load(path)
     model = load_model(path, tensors, metadata).eval()
-    return model, tokenizer("byte" if metadata["vocabulary"] is None else "char", metadata["vocabulary"]), metadata
+    return model, tokenizer(metadata["vocabulary"]), metadata
 
 
 # ------------------------------------------------------------------------------- a run in a folder
@@ -297,7 +308,7 @@ class Log:
             temporary.write_text("".join(json.dumps(e) + "\n" for e in self.entries), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed with the process, flushed per line)
 
-    def write(self, **entry):
+    def write(self, **entry: float) -> None:
         self.entries.append(entry)
         try:
             self.file.write(json.dumps(entry) + "\n")
@@ -305,7 +316,7 @@ class Log:
         except OSError as e:
             raise naming(self.path, e) from e
 
-    def curve(self, key: str) -> tuple[list, list]:
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
         points = [(e["step"], e[key]) for e in self.entries if key in e]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -327,15 +338,16 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def _until_a_signal():
+def _until_a_signal() -> Iterator[list[int]]:
     """Yields a list to which Ctrl-C, SIGTERM and SIGHUP are added. A second signal acts at once.
 
     A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
-    received, previous = [], {}
+    received: list[int] = []
+    previous: dict[int, Any] = {}
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    def note(signum, _):
+    def note(signum: int, _: object) -> None:
         received.append(signum)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -355,7 +367,7 @@ def _until_a_signal():
             signal.signal(number, handler)
 
 
-def fit(trainer: Trainer, out: Path):
+def fit(trainer: Trainer, out: Path) -> None:
     """Trains up to ``settings.steps``, logging and saving under ``out``. A signal raises Stopped after saving."""
     s, path = trainer.settings, out / "checkpoint.safetensors"
     every = s.checkpoint_interval or s.eval_interval
@@ -368,10 +380,10 @@ def fit(trainer: Trainer, out: Path):
     )
     if trainer.done >= s.steps:
         print(f"the run is finished: it is at step {trainer.done} of {s.steps}; a larger --steps trains on", flush=True)
-    durations = []
+    durations: list[float] = []
     with Progress("training", s.steps, trainer.done) as progress, _until_a_signal() as signals:
 
-        def evaluate():
+        def evaluate() -> None:
             losses = trainer.evaluate()
             log.write(step=trainer.done, **losses)
             progress.print(
@@ -415,7 +427,7 @@ def flag(f: dataclasses.Field) -> str:
     return "--" + f.name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: demo); flags override them")
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="folder of the run (default: %(default)s)")
     parser.add_argument(
@@ -432,7 +444,7 @@ def add_arguments(parser: argparse.ArgumentParser):
             parser.add_argument(flag(f), type=value_type, choices=choices, default=argparse.SUPPRESS, help=help)
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if hasattr(args, f.name)}
     path, log = args.out / "checkpoint.safetensors", args.out / "log.jsonl"
     must_be_folder(args.out)
@@ -464,12 +476,12 @@ def run(args: argparse.Namespace):
         fit(trainer, args.out)
 
 
-def _refuse_to_replace(args: argparse.Namespace, *files: Path):
+def _refuse_to_replace(args: argparse.Namespace, *files: Path) -> None:
     if not args.force and (existing := [f for f in files if f.exists()]):
         raise UsageError(f"{existing[0]} exists; pass --resume to continue that run, or --force to replace it")
 
 
-def _resumed_settings(path: Path, flags: dict) -> Settings:
+def _resumed_settings(path: Path, flags: dict[str, Any]) -> Settings:
     _, metadata = checkpoint.load(path)
     try:
         saved = Settings(**metadata["settings"])

@@ -20,25 +20,28 @@ PyTorch's error is therefore taken as its error in float32, which can be measure
 that is larger.
 """
 
+import argparse
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import functional  # noqa: F401 (registers the ops)
 from .data import UsageError, check_memory, check_number
-from .dispatch import OPS, REFERENCE, SPECS, TABLE, choose
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, pick
 from .dispatch import backend as use_backend
 from .ops.common import as_tuple, lead
 from .progress import table
 
+Dims = dict[str, Any]  # the sizes of an op by the keys of --shape
 ULPS = 4.0
 REDRAWN = 8
 ELEMENTS, DRAWS, MOST = 512, 24, 96  # elements or draws after which an op may pass, and draws after which it fails
@@ -67,7 +70,7 @@ class Row:
 
 
 # ------------------------------------------------------------------------------- measuring
-def complete(op: str, dims: dict) -> dict:
+def complete(op: str, dims: Dims) -> Dims:
     """``dims`` with the op's defaults filled in. UsageError for a key that the op does not have."""
     known = SPECS[op].dims
     if unknown := [key for key in dims if key not in known]:
@@ -76,21 +79,28 @@ def complete(op: str, dims: dict) -> dict:
     return {key: full[value] if isinstance(value, str) and value in full else value for key, value in full.items()}
 
 
-def describe(op: str, dims: dict) -> str:
+def describe(op: str, dims: Dims) -> str:
     return ",".join(f"{key}={'x'.join(map(str, lead(value)))}" for key, value in complete(op, dims).items())
 
 
-def draw(op: str, dims: dict, dtype: torch.dtype, generator, view: Callable = lambda t: t, device="cpu"):
+def draw(
+    op: str,
+    dims: Dims,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+    view: Callable[[Tensor], Tensor] = lambda t: t,
+    device: str = "cpu",
+) -> tuple[tuple, tuple[Tensor, ...]]:
     """Canonical arguments and upstream gradients for ``op``, rounded to ``dtype`` and passed through ``view``.
 
     The CPU ``generator`` draws the values for any device. They are drawn anew, a few times, until the op's Spec is
     settled.
     """
 
-    def random(*shape):
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    def rounded(a, dtype=dtype):
+    def rounded(a: Any, dtype: torch.dtype = dtype) -> Any:
         return view(a.to(device, dtype)) if isinstance(a, Tensor) else a
 
     for _ in range(REDRAWN):
@@ -107,7 +117,7 @@ def eager(op: str) -> Callable:
     return SPECS[op].yardstick or OPS[SPECS[op].op].composite
 
 
-def directions(op: str, function: Callable, args, grads) -> dict[str, Tensor]:
+def directions(op: str, function: Callable, args: Sequence, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     """Every output of ``function(*args)`` that has a gradient in ``grads``, and every gradient, by name."""
     spec = SPECS[op]
     args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
@@ -117,7 +127,7 @@ def directions(op: str, function: Callable, args, grads) -> dict[str, Tensor]:
     return dict(zip((*spec.outputs, *differentiated), (*(o.detach() for o in outs), *gradients), strict=True))
 
 
-def in_float64(op: str, args, grads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def in_float64(op: str, args: Sequence, grads: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's results from the rounded inputs, and the terms that cancel in them."""
     args = [a.double() if isinstance(a, Tensor) else a for a in args]
     grads = [g.double() for g in grads]
@@ -138,7 +148,9 @@ def allowance(dtype: torch.dtype) -> float:
     return ULPS * EPS[torch.float64 if dtype == torch.float64 else torch.float32] + EPS[dtype] / 2
 
 
-def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | None = None, **how) -> list[Row]:
+def measure(
+    op: str, dims: Dims, dtype: torch.dtype, generator: torch.Generator | None, backend: str | None = None, **how: Any
+) -> list[Row]:
     """One Row for each direction of ``op``. backend: None for the default. how: see `draw`."""
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
     worst: dict[str, list[float]] = {}  # direction -> the largest of all draws: our error, PyTorch's error, the scale
@@ -151,7 +163,7 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with use_backend(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            used = choose(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).backend
+            used = pick(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).name
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:
@@ -174,7 +186,7 @@ def measure(op: str, dims: dict, dtype: torch.dtype, generator, backend: str | N
 
 
 # ------------------------------------------------------------------------------- command line
-def _value(op: str, key: str, text: str):
+def _value(op: str, key: str, text: str) -> Any:
     """One value of --shape, parsed by the type of its default."""
     default, choices = SPECS[op].dims[key], (SPECS[op].choices or {}).get(key)
     try:
@@ -190,7 +202,7 @@ def _value(op: str, key: str, text: str):
         raise UsageError(f"verify: --shape: {key}={text!r} is not valid") from None
 
 
-def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
+def parse_shape(text: str, ops: Sequence[str], named: bool) -> dict[str, Dims]:
     """The dims of ``--shape`` for each of ``ops`` that has all its keys. named: all of them must."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if bad := [key for key, equals, _ in pairs if not equals]:
@@ -207,20 +219,20 @@ def parse_shape(text: str, ops, named: bool) -> dict[str, dict]:
     return shapes
 
 
-def _names(text: str | None, known, what: str) -> list[str]:
+def _names(text: str | None, known: Collection[str], what: str) -> list[str]:
     names = text.split(",") if text else list(known)
     if unknown := [n for n in names if n not in known]:
         raise UsageError(f"verify: unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     return names
 
 
-def _check_memory(op: str, dims: dict):
+def _check_memory(op: str, dims: Dims) -> None:
     """UsageError where the inputs alone exceed this machine's memory."""
     args = SPECS[op].draw(lambda *shape: torch.empty(shape, dtype=torch.float64, device="meta"), complete(op, dims))
     check_memory(f"{op}'s inputs in float64", sum(a.nbytes for a in args if isinstance(a, Tensor)))
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=TABLE, help="default: what serves each op here")
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
@@ -232,7 +244,7 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every row passes, else 1. UsageError on bad arguments."""
     ops = _names(args.ops, SPECS, "op")
     dtypes = _names(args.dtypes, DTYPES, "dtype")
@@ -264,13 +276,13 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
-def _json_row(row: Row) -> dict:
+def _json_row(row: Row) -> dict[str, Any]:
     """The row as JSON holds it, which has no infinities: they become None."""
     values = {**asdict(row), "ratio": row.ratio, "passed": row.passed}
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def _print(rows):
+def _print(rows: list[Row]) -> None:
     columns = dict.fromkeys(("dtype", "direction", "backend"), "<") | dict.fromkeys(
         ("our error", "PyTorch's", "ratio", ""), ">"
     )

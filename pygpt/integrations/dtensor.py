@@ -72,7 +72,7 @@ def placements(name: str, args, results: int) -> list[tuple[list, list]]:
     every = [*map(Shard, range(ndim)), *strided]
     choices = {"any": every, "rows": [p for p in every if p.dim < ndim - 1]}
     fixed = {"R": Replicate(), "P": Partial(), "0": Shard(0), "1": Shard(1), "last": Shard(ndim - 1)}
-    rules = [([Replicate()] * results, [Replicate()] * len(tensors))]
+    rules: list[tuple[list, list]] = [([Replicate()] * results, [Replicate()] * len(tensors))]
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
         words = [word for word, a in zip(of_args, args, strict=False) if a is not None]

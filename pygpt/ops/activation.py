@@ -5,6 +5,7 @@ Gimpel 2016). Backward keeps x. relu: y = max(x, 0). Backward keeps y: dx = dy w
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -39,7 +40,7 @@ def _tanh_cdf(x):
     return torch.sigmoid(2.0 * _SQRT_2_OVER_PI * (x + 0.044715 * x**3))
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable, Callable, Callable]] = {
     # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or relu's own value
     "gelu": (
         _torchs_gelu,

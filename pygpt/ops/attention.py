@@ -6,8 +6,10 @@ and recomputes p = exp(scale q k^T - lse) (FlashAttention-2; Dao 2023), so that 
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +78,7 @@ def _distance(L: int, S: int, device, lower_right: bool) -> Tensor:
     return torch.arange(S, device=device) - (torch.arange(L, device=device)[:, None] + shift)
 
 
-def _repeat_heads(q: Tensor, k: Tensor, v: Tensor):
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.shape[1] == k.shape[1]:
         return k, v
     groups = q.shape[1] // k.shape[1]
@@ -137,7 +139,8 @@ def attention_bwd(
         delta = delta - dlse[..., None]
     ds = p * (do @ acc(v).mT - delta) * scale
     grads = wanted(needs, (ds @ acc(k), ds.mT @ acc(q), p.mT @ do), q)
-    return tuple(_heads_last(g) if need else g for need, g in zip(needs, grads, strict=True))
+    dq, dk, dv = (_heads_last(g) if need else g for need, g in zip(needs, grads, strict=True))
+    return dq, dk, dv
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -175,6 +178,42 @@ class Attention(Function):
 
 
 # ------------------------------------------------------------------------------- the public function
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -189,7 +228,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
-):
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
 
     The kernels never hold the (L, S) matrix in memory (FlashAttention-2; Dao 2023). Calls with attn_mask, dropout_p,
@@ -245,7 +284,9 @@ def _prepare(
     window=None, alibi_slopes=None, softcap=0.0, return_lse=False,
 ) -> Call:  # fmt: skip
     mask = attn_mask.unsqueeze(0) if isinstance(attn_mask, Tensor) and attn_mask.dim() == 1 else attn_mask
-    torchs = partial(_torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    torchs: Callable | None = partial(
+        _torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     if error := check_tensors("attention", (query, key, value), one_dtype=True):
         return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
     _check_shapes(query, key, value)
@@ -359,8 +400,8 @@ def _four_dimensional(query, key, value, enable_gqa):
     try:
         leading = torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise ValueError(f"{_OP}: the leading dimensions of {shapes} do not broadcast") from None
+        got = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(f"{_OP}: the leading dimensions of {got} do not broadcast") from None
     q, k, v = (t.expand(*leading, *t.shape[-3:]).reshape(math.prod(leading), *t.shape[-3:]) for t in (q, k, v))
     return q, k, v, leading
 
@@ -418,7 +459,7 @@ def _cancelled(args, grads):
     """dq and dk without rowsum(dout out), the softmax's correction, which cancels most of them."""
     q, k, v, is_causal, scale = args
     out, lse = attention_fwd(*args)
-    terms = attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, (True, True, False))
+    terms = attention_bwd(grads[0], None, q, k, v, out * 0, lse, is_causal, scale, [True, True, False])
     return {"dq": terms[0], "dk": terms[1]}
 
 
@@ -435,7 +476,7 @@ def _torchs_with_lse(q, k, v, is_causal, scale):
     return attention_composite(q, k, v, is_causal, scale), lse
 
 
-_HOW = {
+_HOW: dict[str, Any] = {
     "inputs": ("q", "k", "v"),
     "dims": {"B": 2, "H": 4, "L": 128, "S": "L", "E": 64, "Ev": "E", "causal": 0},
     "draw": _draw,

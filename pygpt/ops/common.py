@@ -48,7 +48,7 @@ def as_tuple(result) -> tuple:
 
 
 # ------------------------------------------------------------------------------- checks
-def check_tensors(op: str, tensors, one_dtype: bool = False) -> TypeError | None:
+def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None:
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
     tensors: in the order of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
@@ -57,7 +57,7 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> TypeError | None
     pairs = zip(dispatch.OPS[op].tensors, tensors, strict=True)
     named = [(name, t) for (name, optional), t in pairs if t is not None or not optional]
     first, lead = named[0]
-    error = None
+    error: Exception | None = None
     for name, t in named:
         if not isinstance(t, Tensor):
             raise TypeError(f"{public}: {name} must be a Tensor, got {type(t).__name__}")
@@ -90,13 +90,15 @@ class Function(torch.autograd.Function):
     The registered ops use `save` and `gradients`, too.
     """
 
+    gradients: Callable[..., tuple]
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
 
         def backward(ctx, *grads):
             return None, *cls.gradients(ctx, ctx.needs_input_grad[1:], *grads)
 
-        cls.backward = staticmethod(backward)
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
 
 
 def backward_kernels(ctx):

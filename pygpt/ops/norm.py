@@ -8,8 +8,10 @@ weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and r
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +210,11 @@ class RMSNorm(Function):
 
 # ------------------------------------------------------------------------------- the public functions
 def layer_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions (Ba et al. 2016).
 
@@ -226,7 +232,7 @@ def layer_norm(
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
-    normalized_shape,
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -246,7 +252,9 @@ def add_layer_norm(
     return y.view(input.shape), s.view(input.shape)
 
 
-def rms_norm(input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def rms_norm(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
 
     input (..., *normalized_shape), weight normalized_shape or None -> input's shape, channels_last where the input is.
@@ -285,7 +293,7 @@ def _dims(input, normalized_shape, eps, weight, bias=None) -> int:
     return n if fits else 0
 
 
-def _as_tuple(normalized_shape) -> tuple:
+def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
@@ -382,7 +390,7 @@ def _cancelled(names, centre):
     return terms
 
 
-_HOW = {
+_HOW: dict[str, Any] = {
     "dims": {"M": 64, "N": 768, "affine": 1, "mean": 0.0},
     "shapes": ({}, {"N": 1000, "mean": 10.0}, {"affine": 0}),
 }
