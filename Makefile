@@ -1,4 +1,5 @@
-# make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch
+# make demo   trains the reference GPT for about two minutes on the C++ kernels and on PyTorch, and draws a chart.
+#             Without a GPU it builds no CUDA kernels, and it installs only what it needs
 # make test   the whole test suite          make test-all   with the heavier sweeps too
 # make oldest-triton   the Triton kernels with the oldest Triton that they support and the newest NumPy: compiled, and
 #             held to bench.static; interpreted, and held to their tests
@@ -6,6 +7,8 @@
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing (7 minutes at
 #             most), then checks, tests and benchmarks (13). Without a GPU, GPU_ARGS="--device cpu" is a rehearsal.
+#
+# make aarch64   cross-compiles the CPU kernels for 64-bit ARM and runs their checks under QEMU
 #
 # Everything else runs in .venv, made on first use from python3 (or make PYTHON=...). On Linux, plain torch
 # brings the CUDA build; for the small one: make demo TORCH="torch==2.13.0 --index-url ADDRESS", with
@@ -15,10 +18,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := $(VENV)/triton-3.6.0
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/bind/*.h csrc/bind/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
+SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all oldest-triton bench instructions gpu dist build clean
-demo: build
+.PHONY: demo test test-all oldest-triton bench instructions aarch64 gpu dist build clean
+demo: $(VENV)/built-for-demo
 	$(BIN)/pygpt demo
 
 test: build
@@ -38,6 +42,9 @@ bench: build
 instructions: build
 	$(BIN)/python -m bench.instructions
 
+aarch64: build
+	$(BIN)/python -m tests.cross aarch64-linux-gnu
+
 gpu:
 	@$(PYTHON) -m bench.first_light --all --out build/gpu-$$(date +%Y%m%d-%H%M%S) $(GPU_ARGS)
 
@@ -47,18 +54,27 @@ dist: build
 build: $(VENV)/built
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@ $(VENV)/built-for-demo
+
+$(VENV)/built-for-demo: $(VENV)/ready $(SOURCES)
+	command -v nvidia-smi >/dev/null || export PYGPT_BUILD_CUDA=$${PYGPT_BUILD_CUDA:-0}; \
+	  $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: $(VENV)/ready requirements.txt
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pygpt needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --constraint requirements.txt setuptools numpy safetensors rich matplotlib
 	@touch $@
 
 $(OLDEST_TRITON): $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ "triton==3.6.0; sys_platform == 'linux'" numpy
+	$(INSTALL) --no-deps --upgrade --target $@ "triton==3.6.0; sys_platform == 'linux'" numpy
 	@mkdir -p $@ && touch $@
 
 clean:

@@ -204,7 +204,7 @@ class BuildKernels(build_ext):
         ]
         for isa, flags in ISAS.items():
             flags = [*FLAGS, f"-DPYGPT_ISA={isa}", *flags]
-            jobs += [(source, isa, self.host_compiler, flags) for source in CPU_KERNELS]
+            jobs += [(f"csrc/cpu/{name}.cpp", isa, self.host_compiler, flags) for name in CPU]
         ext.extra_objects = ext.depends = self.objects(ext, jobs)
         ext.library_dirs += self.library
         ext.sources = []
@@ -234,7 +234,9 @@ def sources(*patterns: str) -> list[str]:
 
 
 DISPATCH = "csrc/cpu/dispatch.cpp"
-CPU_KERNELS = [name for name in sources("csrc/cpu/**/*.cpp") if name != DISPATCH]  # compiled once per instruction set
+CPU = [  # what is compiled once per instruction set: names under csrc/cpu
+    name.removeprefix("csrc/cpu/").removesuffix(".cpp") for name in sources("csrc/cpu/**/*.cpp") if name != DISPATCH
+]
 
 if __name__ == "__main__":  # a test imports what is above
     extensions = [

@@ -1,6 +1,7 @@
 """`pygpt demo`: trains the reference GPT with PyTorch's kernels and with pygpt's, on the same batches from one start.
 
-The two take turns, step by step, so that other load on the machine slows both alike.
+First the two take turns, step by step, so that other load on the machine slows both alike. Then pygpt's kernels train
+on alone, and the sample of text comes from the model with the most steps.
 """
 
 import argparse
@@ -21,14 +22,15 @@ from .train import PRESETS, Settings, Trainer
 
 BACKENDS = "torch", "cpp"
 ByBackend = dict[str, list[float]]
-CALIBRATION = 10  # first steps of each; they tell how many fit into --seconds
-PROMPT = "def "
+CALIBRATION = 10  # the first steps of each, which are timed to find how many fit into --seconds
+TOGETHER = 0.4  # the share of --seconds in which both train
+PROMPT, TEMPERATURE = "def ", 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="text file or folder; default: Python's standard library")
-    parser.add_argument("--seconds", type=float, default=120, help="time for training both (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--seconds", type=float, default=120, help="time for training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="train each this many steps instead")
     parser.add_argument("--sample", type=int, default=400, help="length of the generated text (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     parser.add_argument(
@@ -70,26 +72,27 @@ def _compare(trainers: dict[str, Trainer], args: argparse.Namespace) -> None:
         f"{len(corpus.val):,} for validation",
         flush=True,
     )
-    losses, seconds = _race(trainers, args)
+    losses, seconds, alone = _train_together(trainers, args)
     validation = {name: trainer.evaluate()["val_loss"] for name, trainer in trainers.items()}
-    steps = list(range(1, trainers["cpp"].done + 1))
+    _table(losses, seconds, validation, settings.tokens_per_step)
+    if alone:
+        _train_alone(trainers["cpp"], alone, losses["cpp"])
     path, plot = args.out / "checkpoint.safetensors", args.out / "loss.png"
     trainers["cpp"].save(path)
     title = f"{settings.n_layer} x {settings.n_embd} GPT on {len(corpus.train) / 1e6:.1f} MB of text"
-    plotted = plot_losses(plot, title, {f'backend "{name}"': (steps, losses[name]) for name in BACKENDS})
+    curves = {f'backend "{name}"': (range(1, len(losses[name]) + 1), losses[name]) for name in BACKENDS}
+    plotted = plot_losses(plot, title, curves)
 
     print(f"\nWhat the trained model writes after {PROMPT!r}:\n")
     model = trainers["cpp"].model.eval()
-    for piece in continuation(model, corpus.tokenizer, PROMPT, args.sample, temperature=0.7, top_k=None, seed=1):
+    for piece in continuation(model, corpus.tokenizer, PROMPT, args.sample, TEMPERATURE, top_k=None, seed=1):
         print(piece, end="", flush=True)
-    print("\n")
-    _table(losses, seconds, validation, settings.tokens_per_step)
-    print(f"\ncheckpoint  {path}  (pygpt generate {args.out})")
-    print(f"loss plot   {plot}" if plotted else "no loss plot: matplotlib is not installed, or NumPy")
+    print(f"\n\ncheckpoint  {path}  (pygpt generate {args.out})")
+    print(f"loss chart  {plot}" if plotted else "no loss chart: matplotlib is not installed, or NumPy")
 
 
-def _race(trainers: dict[str, Trainer], args: argparse.Namespace) -> tuple[ByBackend, ByBackend]:
-    """Steps the trainers in turn for --seconds or --steps -> losses and seconds per step, by backend."""
+def _train_together(trainers: dict[str, Trainer], args: argparse.Namespace) -> tuple[ByBackend, ByBackend, int]:
+    """Steps the trainers in turn -> losses and seconds per step, and how many steps pygpt's kernels are to train on."""
     losses: ByBackend = {name: [] for name in trainers}
     seconds: ByBackend = {name: [] for name in trainers}
     start = time.perf_counter()
@@ -100,27 +103,37 @@ def _race(trainers: dict[str, Trainer], args: argparse.Namespace) -> tuple[ByBac
             losses[name].append(trainers[name].step())
             seconds[name].append(time.perf_counter() - began)
 
-    total = args.steps
-    if total is None:
+    steps, alone = args.steps, 0
+    if steps is None:
         print(f"timing {CALIBRATION} steps of each ...", flush=True)
         for _ in range(CALIBRATION):
             both()
-        per_step = sum(median(s) for s in seconds.values())
-        total = CALIBRATION + max(1, int((args.seconds - (time.perf_counter() - start)) / per_step))
+        left = args.seconds - (time.perf_counter() - start)
+        steps = CALIBRATION + max(1, int(TOGETHER * left / sum(median(s) for s in seconds.values())))
+        alone = max(0, int((1 - TOGETHER) * left / median(seconds["cpp"])))
         for trainer in trainers.values():
-            trainer.settings = dataclasses.replace(trainer.settings, steps=total, decay_steps=total)
-        print(f"{total} steps of each backend, taking turns: about {clock(args.seconds)}", flush=True)
+            trainer.settings = dataclasses.replace(trainer.settings, steps=steps + alone, decay_steps=steps + alone)
+        plan = f'{steps} steps of each backend, taking turns, then {alone} of "cpp" alone'
+        print(f"{plan}: about {clock(args.seconds)}", flush=True)
     per_step = trainers["cpp"].settings.tokens_per_step
-    with Progress("training", total, len(losses["cpp"])) as progress:
-        while len(losses["cpp"]) < total:
+    with Progress("training both", steps, len(losses["cpp"])) as progress:
+        while len(losses["cpp"]) < steps:
             both()
             speeds = ", ".join(f"{name} {per_step / median(s[-20:]):,.0f}" for name, s in seconds.items())
             progress.update(len(losses["cpp"]), f"loss {losses['cpp'][-1]:.4f}  {speeds} tokens/s")
-    return losses, seconds
+    return losses, seconds, alone
+
+
+def _train_alone(trainer: Trainer, steps: int, losses: list[float]) -> None:
+    """Trains on, and appends the losses."""
+    with Progress('training "cpp"', steps) as progress:
+        for step in range(1, steps + 1):
+            losses.append(trainer.step())
+            progress.update(step, f"loss {losses[-1]:.4f}")
 
 
 def _table(losses: ByBackend, seconds: ByBackend, validation: dict[str, float], tokens_per_step: int) -> None:
-    print(f"{'backend':10}{'train loss':>12}{'val loss':>10}{'ms/step':>10}{'tokens/s':>11}")
+    print(f"\n{'backend':10}{'train loss':>12}{'val loss':>10}{'ms/step':>10}{'tokens/s':>11}")
     for name in BACKENDS:
         step = median(seconds[name])
         train = mean(losses[name][-20:])
@@ -132,5 +145,5 @@ def _table(losses: ByBackend, seconds: ByBackend, validation: dict[str, float], 
         f"largest difference of the two loss curves: {max(gaps[:early]):.1e} in the first {early} steps, "
         f"{max(gaps):.1e} in all"
     )
-    print("  (training amplifies the last bit's rounding, in any two runs that do not add in the same order)")
-    print(f'speed of "cpp" relative to "torch": {ratio:.2f}x (medians of {len(losses["cpp"])} steps each)')
+    print("  (training amplifies differences in the last bit, as between any two runs that add in different orders)")
+    print(f'speed of "cpp" relative to "torch": {ratio:.2f}x (medians of {len(losses["cpp"])} steps each)\n')
