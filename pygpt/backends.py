@@ -29,7 +29,7 @@ from torch.autograd import forward_ad, profiler
 
 from . import dispatch
 from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
-from .ops.common import as_tuple
+from .ops.common import as_tuple, backward_kernels
 
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
@@ -72,7 +72,8 @@ def _register_gradients(library, op: Op, kernels):
         ctx.mark_non_differentiable(*results[op.results :])
 
     def gradients(ctx, *grads):
-        return op.function.gradients(ctx, ctx.needs_input_grad[:arguments], *grads[: op.results])
+        needs = ctx.needs_input_grad[:arguments]
+        return op.function.gradients(ctx, backward_kernels(ctx), needs, *grads[: op.results])
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{bwd} has no derivative: for a second one, differentiate {fwd} with create_graph=True")

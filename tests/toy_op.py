@@ -1,4 +1,4 @@
-"""silu, y = x sigmoid(x): what pygpt/ops/ holds of an op, and all of one that no kernel serves yet. See test_new_op.py."""
+"""silu, y = x sigmoid(x): an op that only PyTorch serves, in one file as in pygpt/ops/. See test_new_op.py."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,8 @@ from pygpt.ops.common import (
     Function,
     Spec,
     acc,
-    backward_kernels,
     check_tensors,
     composite_gradients,
-    create_graph,
     lead,
 )
 
@@ -45,13 +43,13 @@ class SiLU(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,)
         (x,) = ctx.saved_tensors
-        if create_graph():
+        if kernels is None:
             return composite_gradients(silu_composite, (x,), needs, (dy,))
-        return (backward_kernels(ctx).silu_bwd(dy, x),)
+        return (kernels.silu_bwd(dy, x),)
 
 
 def silu(input: Tensor) -> Tensor:

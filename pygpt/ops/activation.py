@@ -17,10 +17,8 @@ from .common import (
     Function,
     Spec,
     acc,
-    backward_kernels,
     check_tensors,
     composite_gradients,
-    create_graph,
     dense_strides,
     laid_out,
     lead,
@@ -113,13 +111,13 @@ class GELU(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return None, None
         (x,) = ctx.saved_tensors
-        if create_graph():
+        if kernels is None:
             return composite_gradients(gelu_composite, (x, ctx.approximate), needs, (dy,))
-        return backward_kernels(ctx).gelu_bwd(dy, x, ctx.approximate), None
+        return kernels.gelu_bwd(dy, x, ctx.approximate), None
 
 
 class ReLU(Function):
@@ -138,11 +136,11 @@ class ReLU(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,)
         (y,) = ctx.saved_tensors
-        return ((relu_bwd if create_graph() else backward_kernels(ctx).relu_bwd)(dy, y),)
+        return ((relu_bwd if kernels is None else kernels.relu_bwd)(dy, y),)
 
 
 # ------------------------------------------------------------------------------- the public functions

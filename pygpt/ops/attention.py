@@ -21,10 +21,8 @@ from .common import (
     Function,
     Spec,
     acc,
-    backward_kernels,
     check_tensors,
     composite_gradients,
-    create_graph,
     dense_strides,
     laid_out,
     only,
@@ -165,16 +163,17 @@ class Attention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dout, dlse):
+    def gradients(ctx, kernels, needs, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * 5
         q, k, v, out, lse = ctx.saved_tensors
-        if create_graph():
+        if kernels is None:
             return composite_gradients(_with_lse, (q, k, v, ctx.is_causal, ctx.scale), needs, (dout, dlse))
+        needs = needs[:3]
         if dout is None:  # lse does not depend on v
-            dout, needs = torch.zeros_like(out), (*needs[:2], False, *needs[3:])
-        saved = q, k, v, out, lse, ctx.is_causal, ctx.scale
-        return *only(needs[:3], backward_kernels(ctx).attention_bwd(dout, dlse, *saved, needs[:3])), None, None
+            dout, needs = torch.zeros_like(out), (*needs[:2], False)
+        grads = kernels.attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs)
+        return *only(needs, grads), None, None
 
 
 # ------------------------------------------------------------------------------- the public function

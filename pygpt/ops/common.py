@@ -75,17 +75,13 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
 
 
 # ------------------------------------------------------------------------------- autograd
-def create_graph() -> bool:
-    """Whether a backward pass is itself to be differentiated."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 class Function(torch.autograd.Function):
     """The autograd Function of an op, for any namespace of kernels. A subclass has three static methods:
 
     forward(ctx, kernels, *args) -> the results of the public function, computed by kernels.<op>_fwd
     save(ctx, args, results): saves the arguments and results of <op>_fwd that `gradients` reads
-    gradients(ctx, needs, *grads) -> a gradient for each of ``args``, None where it isn't needed
+    gradients(ctx, kernels, needs, *grads) -> a gradient for each of ``args``, None where it isn't needed; by
+        kernels.<op>_bwd, or differentiable ones where ``kernels`` is None
 
     The registered ops use `save` and `gradients`, too.
     """
@@ -96,14 +92,19 @@ class Function(torch.autograd.Function):
         super().__init_subclass__(**kwargs)
 
         def backward(ctx, *grads):
-            return None, *cls.gradients(ctx, ctx.needs_input_grad[1:], *grads)
+            return None, *cls.gradients(ctx, backward_kernels(ctx), ctx.needs_input_grad[1:], *grads)
 
         cls.backward = staticmethod(backward)  # type: ignore[method-assign]
 
 
 def backward_kernels(ctx):
-    """The kernels of the forward pass, or the registered ops while compiled autograd traces the backward pass."""
-    return getattr(ctx.kernels, "registered", ctx.kernels) if torch.compiler.is_compiling() else ctx.kernels
+    """The kernels of the forward pass; None where this backward pass is itself to be differentiated.
+
+    While a backward pass is traced (compiled autograd), they are the registered ops, which a graph can hold.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(ctx.kernels, "registered", ctx.kernels)
+    return None if torch.is_grad_enabled() else ctx.kernels
 
 
 def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
@@ -114,9 +115,9 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     """
     with torch.enable_grad():
         args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
+        sources = [a.requires_grad_() for a, need in zip(args, needs, strict=True) if need]  # `unread` does not yet
         outputs = as_tuple(composite(*args))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    sources = [a for a, need in zip(args, needs, strict=True) if need]
     gradients = iter(
         torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
@@ -125,7 +126,7 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
 
 def unread(like: Tensor, *shape) -> Tensor:
     """A stand-in for an argument of <op>_bwd that was not saved, as no wanted gradient reads it. One row, expanded."""
-    return like.new_zeros(shape[-1]).expand(shape).requires_grad_(create_graph())
+    return like.new_zeros(shape[-1]).expand(shape)
 
 
 def only(needs, grads) -> tuple:

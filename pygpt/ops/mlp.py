@@ -18,10 +18,8 @@ from .common import (
     Function,
     Spec,
     acc,
-    backward_kernels,
     check_tensors,
     composite_gradients,
-    create_graph,
     lead,
     only,
     rows,
@@ -66,14 +64,14 @@ class Linear(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,) * 3
         x, weight, bias = ctx.saved_tensors
         x = unread(dy, *ctx.leading, weight.shape[1]) if x is None else x
-        if create_graph():
+        if kernels is None:
             return composite_gradients(linear_composite, (x, weight, bias), needs, (dy,))
-        return only(needs, backward_kernels(ctx).linear_bwd(dy, x, weight, needs))
+        return only(needs, kernels.linear_bwd(dy, x, weight, needs))
 
 
 # ------------------------------------------------------------------------------- linear: the public function
@@ -84,14 +82,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     complex tensors.
     """
     kernel = lookup("linear", input, weight, bias)
-    if kernel is None or _misfit("linear", input.shape, weight, bias):
+    if kernel is None or _misfit("linear", input.shape, weight.shape, bias):
         return call("linear", input, weight, bias)
     return kernel(input, weight, bias)
 
 
-def _misfit(op, of_input, weight, bias, names=("input", "weight", "bias")) -> str:
-    """What is wrong with the shapes of x, W and b, or an empty string. of_input: the shape of x."""
-    of_weight = weight.shape
+def _misfit(op, of_input, of_weight, bias, names=("input", "weight", "bias")) -> str:
+    """What is wrong with the shapes of x, W and b, or an empty string. of_input, of_weight: the shapes of x and W."""
     if len(of_weight) != 2:
         return f"pygpt.{op}: {names[1]} must be a matrix, got shape {tuple(of_weight)}"
     if not of_input:
@@ -106,7 +103,7 @@ def _misfit(op, of_input, weight, bias, names=("input", "weight", "bias")) -> st
 
 def _prepare_linear(input, weight, bias=None) -> Call:
     error = check_tensors("linear", (input, weight, bias), one_dtype=True)
-    if error is None and (misfit := _misfit("linear", input.shape, weight, bias)):
+    if error is None and (misfit := _misfit("linear", input.shape, weight.shape, bias)):
         error = ValueError(misfit)
     args = input, weight, bias
     return Call(args, torch=partial(_torchs, *args), error=error, fast=args if error is None else None)
@@ -161,16 +158,17 @@ class MLP(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,) * 6
         x, fc_weight, fc_bias, proj_weight, proj_bias, hidden, pre = ctx.saved_tensors
         hidden = unread(dy, *pre.shape) if hidden is None else hidden
-        if create_graph():
+        if kernels is None:
             args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
             return composite_gradients(mlp_composite, args, needs, (dy,))
-        saved = x, fc_weight, proj_weight, hidden, pre, ctx.activation
-        return *only(needs[:5], backward_kernels(ctx).mlp_bwd(dy, *saved, needs[:5])), None
+        needs = needs[:5]
+        grads = kernels.mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, ctx.activation, needs)
+        return *only(needs, grads), None
 
 
 # ------------------------------------------------------------------------------- mlp: the public function
@@ -195,9 +193,9 @@ def mlp(
 
 
 def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias) -> str:
-    of_hidden = fc_weight.shape[:1]
-    return _misfit("mlp", input.shape, fc_weight, fc_bias, ("input", "fc_weight", "fc_bias")) or _misfit(
-        "mlp", of_hidden, proj_weight, proj_bias, ("the hidden layer", "proj_weight", "proj_bias")
+    of_fc = fc_weight.shape
+    return _misfit("mlp", input.shape, of_fc, fc_bias, ("input", "fc_weight", "fc_bias")) or _misfit(
+        "mlp", (of_fc[0],), proj_weight.shape, proj_bias, ("the hidden layer", "proj_weight", "proj_bias")
     )
 
 

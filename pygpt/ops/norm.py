@@ -23,10 +23,8 @@ from .common import (
     Function,
     Spec,
     acc,
-    backward_kernels,
     check_tensors,
     composite_gradients,
-    create_graph,
     lead,
     only,
     rows,
@@ -134,14 +132,14 @@ class LayerNorm(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,) * 4
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if create_graph():
+        if kernels is None:
             return composite_gradients(layer_norm_composite, (x, weight, bias, ctx.eps), needs, (dy,))
-        grads = backward_kernels(ctx).layer_norm_bwd(dy, x, weight, mean, rstd, needs[:3])
-        return *only(needs[:3], grads), None
+        needs = needs[:3]
+        return *only(needs, kernels.layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
 
 
 def _norm_and_sum(s, weight, bias, eps):
@@ -166,18 +164,18 @@ class AddLayerNorm(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy, ds):
+    def gradients(ctx, kernels, needs, dy, ds):
         need_x, need_residual, *need_parameters, _ = needs
         of_sum = need_x or need_residual, *need_parameters
         if dy is None:  # only the sum was used, or neither result
             dx, dw, db = ds, None, None
         else:
             s, weight, bias, mean, rstd = ctx.saved_tensors
-            if create_graph():
+            if kernels is None:
                 args = s, weight, bias, ctx.eps
                 dx, dw, db, _ = composite_gradients(_norm_and_sum, args, (*of_sum, False), (dy, ds))
             else:
-                grads = backward_kernels(ctx).add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum)
+                grads = kernels.add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum)
                 dx, dw, db = only(of_sum, grads)
         return *only((need_x, need_residual), (dx, dx)), dw, db, None
 
@@ -199,13 +197,14 @@ class RMSNorm(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def gradients(ctx, needs, dy):
+    def gradients(ctx, kernels, needs, dy):
         if dy is None:
             return (None,) * 3
         x, weight, rstd = ctx.saved_tensors
-        if create_graph():
+        if kernels is None:
             return composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,))
-        return *only(needs[:2], backward_kernels(ctx).rms_norm_bwd(dy, x, weight, rstd, needs[:2])), None
+        needs = needs[:2]
+        return *only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs)), None
 
 
 # ------------------------------------------------------------------------------- the public functions
