@@ -23,7 +23,7 @@ from .train import PRESETS, Settings, Trainer
 BACKENDS = "torch", "cpp"
 ByBackend = dict[str, list[float]]
 CALIBRATION = 10  # the first steps of each, which are timed to find how many fit into --seconds
-TOGETHER = 0.4  # the share of --seconds in which both train
+TOGETHER = 0.3  # the share of --seconds in which both train
 PROMPT, TEMPERATURE = "def ", 0.5
 
 
