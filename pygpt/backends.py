@@ -156,7 +156,8 @@ def _fast(below: dict[str, Callable]) -> dict[str, Callable]:
     They pass every other call on to ``below``. Without torch's DLPack exchange table there are none, and no call is
     fast.
     """
-    _C = importlib.import_module("pygpt._C")
+    from . import _C  # type: ignore[attr-defined]
+
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if table is None:
         return {}
@@ -197,7 +198,8 @@ def cuda_objection(device: torch.device) -> str:
     """Why the CUDA kernels can't run on this GPU. Initialises CUDA, so it is called only when a call uses the GPU."""
     if device.type != "cuda":
         return ""
-    _cuda = importlib.import_module("pygpt._cuda")
+    from . import _cuda  # type: ignore[attr-defined]
+
     driver, runtime = (version // 1000 for version in _cuda.versions())
     if driver < runtime:  # any driver of the same major version will do
         return f"the CUDA kernels were built with CUDA {runtime}, this machine's driver is of CUDA {driver}"

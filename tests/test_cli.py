@@ -470,7 +470,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def fails(argv):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(cli, "_run", fails)
+    monkeypatch.setattr(cli, "_run_command", fails)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         cli.main(["info"])
 
@@ -485,7 +485,7 @@ def test_out_of_memory(monkeypatch, capsys):
         (RuntimeError(cpu), "out of memory: tried to allocate 512000000000000 bytes"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
     ):  # fmt: skip
-        monkeypatch.setattr(cli, "_run", lambda argv, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(cli, "_run_command", lambda argv, error=error: (_ for _ in ()).throw(error))
         assert refused(capsys, "info") == f"pygpt: error: {line}\n"
 
 

@@ -76,7 +76,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 def command(argv):
     for step in range(100):
         log.write(step=step, loss=0.5)
-cli._run = command if sys.argv[1:] == ["log"] else cli._run
+cli._run_command = command if sys.argv[1:] == ["log"] else cli._run_command
 sys.exit(cli.main(sys.argv[1:]))
 """
     (tmp_path / "text").write_text("some text " * 1000)
