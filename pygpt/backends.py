@@ -83,7 +83,7 @@ def _register_gradients(library, op: Op, kernels):
 
 
 def below_autograd(overload) -> Callable:
-    """The op for callers that compute gradients themselves. It skips the dispatcher's autograd key (3 us)."""
+    """The op for callers that compute gradients themselves. It skips one dispatch key (docs/measured.md P1)."""
     op, guard = overload._op, torch._C._AutoDispatchBelowAutograd
 
     def call(*args):

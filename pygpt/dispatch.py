@@ -366,7 +366,8 @@ def _first(results: tuple, n: int) -> Any:
 def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
     """The bound kernel of fast calls: a function of the canonical arguments.
 
-    With gradients, it calls the C++ apply directly. Function.apply checks the arguments for torch.func first (2 us).
+    With gradients, it calls the C++ apply directly. Function.apply inspects the arguments for torch.func first
+    (docs/measured.md P2).
     """
     if row.kernels is REFERENCE:
         return op.composite
