@@ -11,24 +11,24 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096, kWork = 8 * kBlock;  // elements, and what they cost in multiply-adds
+constexpr int64_t kTaskElements = 4096, kWork = 8 * kTaskElements;  // elements, and what they cost in multiply-adds
 
 // out[i] = f(in[i] ...), a vector at a time.
 template <class S, class F, class... In>
 void for_each(int64_t count, void* to, const F& f, const In*... in) {
   constexpr int64_t w = W<Acc<S>>;
   S* out = static_cast<S*>(to);
-  visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto streaming) {
+  visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto nontemporal) {
     auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
-      const Writer<streaming> write;
-      int64_t i = begin * kBlock;
-      const int64_t last = std::min(count, end * kBlock);
+      const Writer<nontemporal> write;
+      int64_t i = begin * kTaskElements;
+      const int64_t last = std::min(count, end * kTaskElements);
       for (; i + 4 * w <= last; i += 4 * w)
 #pragma GCC unroll 2
-        for (int64_t j = i; j < i + 4 * w; j += 2 * w) write(out + j, f(load_half(in + j, 0)...), f(load_half(in + j, 1)...));
+        for (int64_t j = i; j < i + 4 * w; j += 2 * w) write(out + j, f(load_even_odd(in + j, 0)...), f(load_even_odd(in + j, 1)...));
       for (; i < last; i += w) write(out + i, f(load(in + i, last - i)...), last - i);
     };
-    parallel_for(ceil_div(count, kBlock), blocks, kWork);
+    parallel_for(ceil_div(count, kTaskElements), blocks, kWork);
   });
 }
 

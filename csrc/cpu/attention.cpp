@@ -33,45 +33,45 @@ struct Output;
 
 // One block of BR query rows of head (b, h) from row i0, against packed keys and values.
 template <class S>
-void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const StepOf<S>* k, const StepOf<S>* v) {
+void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const Packed<S>* k, const Packed<S>* v) {
   using T = Acc<S>;
-  using U = StepOf<S>;
-  constexpr int64_t d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>, kStrips = BR / MR;
+  using U = Packed<S>;
+  constexpr int64_t d = PackElement<U>::kPackK, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>, kStrips = BR / MR;
   constexpr int64_t kTogether = kStripsTogether<U>;
   const int64_t rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR<T>);
-  const int64_t steps = steps_of<U>(a.head_dim), v_steps = steps_of<U>(a.k_len);
+  const int64_t steps = packs_of<U>(a.head_dim), v_steps = packs_of<U>(a.k_len);
   U* q = scratch<U, PackedQ>(BR * steps);
   pack_rows(q, head<S>(a.q, b, h).at(i0, 0), rows, a.head_dim, scaled<U>(a.scale));
-  T* s = scratch<T, Strip>(kTogether * MR * LD);
+  T* s = scratch<T, Strip>(kTogether * MR * kScoreStride);
   Tile<U>* out = scratch<Tile<U>, Output>(kStrips * v_panels);
   std::fill(out, out + kStrips * v_panels, Tile<U>{});
   Row<T> state[BR];
 
-  for (int64_t j0 = 0; j0 < a.k_len && visible(a, i0, rows, j0) > 0; j0 += BC)
+  for (int64_t j0 = 0; j0 < a.k_len && unmasked_in_block(a, i0, rows, j0) > 0; j0 += BC)
     for (int64_t first = 0; first * MR < rows; first += kTogether) {
       const int64_t end = std::min(first + kTogether, ceil_div(rows, MR));
-      auto seen = [&](int64_t strip) { return visible(a, i0 + strip * MR, MR, j0); };  // grows with strip
-      for (int64_t p = 0; p * NR<T> < seen(end - 1); p++)
+      auto unmasked = [&](int64_t strip) { return unmasked_in_block(a, i0 + strip * MR, MR, j0); };  // grows with strip
+      for (int64_t p = 0; p * NR<T> < unmasked(end - 1); p++)
         for (int64_t strip = first; strip < end; strip++) {
-          if (p * NR<T> >= seen(strip)) continue;
+          if (p * NR<T> >= unmasked(strip)) continue;
           const int64_t j = j0 + p * NR<T>;
-          T* to = s + (strip - first) * MR * LD + p * NR<T>;
-          score_tile(a, q + strip * MR * steps, k + j * steps, steps, i0 + strip * MR, j, to, LD);
+          T* to = s + (strip - first) * MR * kScoreStride + p * NR<T>;
+          score_tile(a, q + strip * MR * steps, k + j * steps, steps, i0 + strip * MR, j, to, kScoreStride);
         }
-      T shrink[kTogether * MR];
+      T rescale[kTogether * MR];
       for (int64_t r = 0; r < (end - first) * MR; r++) {
         Row<T>& row = state[first * MR + r];
-        const int64_t vectors = ceil_div(seen(first + r / MR), NR<T>) * NV;
-        shrink[r] = vectors ? softmax_row<U>(a.scale, s + r * LD, vectors, row.m, row.l) : T(1);
+        const int64_t vectors = ceil_div(unmasked(first + r / MR), NR<T>) * NV;
+        rescale[r] = vectors ? softmax_row<U>(a.scale, s + r * kScoreStride, vectors, row.m, row.l) : T(1);
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {
-          const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * LD);
+          const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * kScoreStride);
           const U* y = v + (p * v_steps + j0 / d) * NR<T>;
-          Tile<U> more, &sofar = out[strip * v_panels + p];
-          multiply<LD, Step<U>::kGroup>(steps_of<U>(seen(strip)), x, y, NR<T>, more.data(), NR<T>);
+          Tile<U> more, &sum = out[strip * v_panels + p];
+          multiply<kScoreStride, PackElement<U>::kTileK>(packs_of<U>(unmasked(strip)), x, y, NR<T>, more.data(), NR<T>);
           for (int r = 0; r < MR; r++)
-            for (int w = 0; w < NV; w++) sofar.c[r][w] = sofar.c[r][w] * shrink[(strip - first) * MR + r] + more.c[r][w];
+            for (int w = 0; w < NV; w++) sum.c[r][w] = sum.c[r][w] * rescale[(strip - first) * MR + r] + more.c[r][w];
         }
     }
 
@@ -85,12 +85,12 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
 template <class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
-  using U = StepOf<S>;
+  using U = Packed<S>;
   const int64_t blocks = ceil_div(a.q_len, BR<U>);
   parallel_for(a.batch * a.heads * blocks, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const typename Step<U>::Registers held;
-    U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * steps_of<U>(a.head_dim));
-    U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * steps_of<U>(a.k_len));
+    [[maybe_unused]] const typename PackElement<U>::TileScope held;
+    U* k = scratch<U, PackedK>(round_up(a.k_len, NR<T>) * packs_of<U>(a.head_dim));
+    U* v = scratch<U, PackedV>(round_up(a.v_dim, NR<T>) * packs_of<U>(a.k_len));
     int64_t packed = -1;
     for (int64_t task = begin; task < end; task++) {
       const int64_t problem = task / blocks, b = problem / a.heads, h = problem % a.heads;
@@ -109,7 +109,7 @@ void forward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_fwd(const AttentionArgs& a) {
-  if (few_queries(a)) return few_queries_fwd(a);
+  if (is_decode(a)) return decode_fwd(a);
   visit(a.dtype, [&](auto s) { forward<decltype(s)>(a); });
 }
 

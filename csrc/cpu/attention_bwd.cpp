@@ -35,24 +35,24 @@ struct QueryGradientPartials;
 // they are summed can be the left operand, which P and dS are not: the transposed products (channels, keys) are summed.
 template <class U, class S>
 void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
-  if constexpr (kInTiles<U>) pack_rows(dst, m.transposed(), columns, rows);
+  if constexpr (kUsesAmx<U>) pack_rows(dst, m.transposed(), columns, rows);
   else pack_columns(dst, m.transposed(), columns, rows);
 }
 
 // Everything of one head that the key tiles share, packed. A "t" operand takes part in a product that sums over its rows.
 template <class S>
-struct Packed {
+struct PackedHead {
   using T = Acc<S>;
-  using U = StepOf<S>;
+  using U = Packed<S>;
   const AttentionArgs& a;
   int64_t b, h, L, E, Ev, e_panels, v_panels;
   int64_t l_steps, k_steps, e_steps, v_steps;  // along the queries, the keys and the channels
   U *q, *qt, *dout, *dout_t, *k, *kt, *v;
   T *lse, *delta;
 
-  Packed(const AttentionArgs& a, int64_t b, int64_t h)
+  PackedHead(const AttentionArgs& a, int64_t b, int64_t h)
       : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)),
-        l_steps(steps_of<U>(L)), k_steps(steps_of<U>(a.k_len)), e_steps(steps_of<U>(E)), v_steps(steps_of<U>(Ev)) {
+        l_steps(packs_of<U>(L)), k_steps(packs_of<U>(a.k_len)), e_steps(packs_of<U>(E)), v_steps(packs_of<U>(Ev)) {
     const int64_t padded = round_up(L, MR<U>), kpad = round_up(a.k_len, NR<T>);
     q = scratch<U, PackedQ>(padded * e_steps), qt = scratch<U, PackedQt>(e_panels * NR<T> * l_steps);
     dout = scratch<U, PackedDo>(padded * v_steps), dout_t = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
@@ -77,26 +77,26 @@ struct Packed {
 
 // The distance of ds_rows' rows, for AMX in cache lines of their own.
 template <class U>
-constexpr int64_t LDS = Step<U>::kDepth > 1 ? BC / Step<U>::kDepth : LD;
+constexpr int64_t kScoreGradStride = PackElement<U>::kPackK > 1 ? BC / PackElement<U>::kPackK : kScoreStride;
 
-// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is seen. p and ds
-// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows LDS
+// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is unmasked. p and ds
+// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows kScoreGradStride
 // apart.
-template <class S, class U = StepOf<S>>
-void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
+template <class S, class U = Packed<S>>
+void gradient_block(const PackedHead<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
   using T = Acc<S>;
-  constexpr int d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>;
+  constexpr int d = PackElement<U>::kPackK, MR = cpu::PYGPT_ISA::MR<U>;
   for (int64_t panel = 0; panel * NR<T> < BC; panel++)
     for (int64_t i = 0; i < rows; i += MR) {
       const int64_t row0 = i0 + i, column = panel * NR<T>, j = j0 + column;
       auto put = [&](int r, int w, const Vec<T>(&e)[d], const Vec<T>(&g)[d]) {  // of rows r .. r + d - 1
-        const int64_t at = (i + r) / d * LD + column + w * W<T>;
-        store(reinterpret_cast<T*>(p) + at, Step<U>::join(e));
-        store(reinterpret_cast<T*>(ds) + at, Step<U>::join(g));
+        const int64_t at = (i + r) / d * kScoreStride + column + w * W<T>;
+        store(reinterpret_cast<T*>(p) + at, PackElement<U>::zip_rows(e));
+        store(reinterpret_cast<T*>(ds) + at, PackElement<U>::zip_rows(g));
         if constexpr (d > 1)
-          for (int n = 0; n < d; n++) Step<U>::store(ds_rows + (i + r + n) * LDS<U> + (column + w * W<T>) / d, g[n]);
+          for (int n = 0; n < d; n++) PackElement<U>::store_row(ds_rows + (i + r + n) * kScoreGradStride<U> + (column + w * W<T>) / d, g[n]);
       };
-      if (column >= visible(x.a, row0, MR, j0)) {
+      if (column >= unmasked_in_block(x.a, row0, MR, j0)) {
         const Vec<T> zero[d] = {};
         for (int r = 0; r < MR; r += d)
           for (int w = 0; w < NV; w++) put(r, w, zero, zero);
@@ -123,24 +123,24 @@ void gradient_block(const Packed<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int
 
 // acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels of `steps` steps along the queries. Turned, each tile of acc
 // is a transposed one.
-template <class U, class T = typename Step<U>::Sum>
+template <class U, class T = Acc<U>>
 void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t steps, int64_t i0, int64_t rows, int64_t keys,
                             int64_t panels, int64_t first_row) {
-  constexpr int64_t MR = cpu::PYGPT_ISA::MR<U>, d = Step<U>::kDepth, G = Step<U>::kGroup;
+  constexpr int64_t MR = cpu::PYGPT_ISA::MR<U>, d = PackElement<U>::kPackK, G = PackElement<U>::kTileK;
   constexpr int64_t kKeys = kRegisters == 32 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
   for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
     for (int64_t p = 0; p < panels; p++)
       for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
         Tile<U>& sum = acc[j / MR * panels + p];
         const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / (d * G) * G;  // rows before see none of these keys
-        const U *from = x + start * LD + j, *with = y + (p * steps + i0 / d + start) * NR<T>;
-        if constexpr (kInTiles<U>) add_product<G, MR * G>(sum, steps_of<U>(rows) - start, with, from, LD);
-        else add_product<1, LD>(sum, steps_of<U>(rows) - start, from, with, NR<T>);
+        const U *from = x + start * kScoreStride + j, *with = y + (p * steps + i0 / d + start) * NR<T>;
+        if constexpr (kUsesAmx<U>) add_product<G, MR * G>(sum, packs_of<U>(rows) - start, with, from, kScoreStride);
+        else add_product<1, kScoreStride>(sum, packs_of<U>(rows) - start, from, with, NR<T>);
       }
 }
 
 // Transposes n square tiles.
-template <class U, class T = typename Step<U>::Sum>
+template <class U, class T = Acc<U>>
 void transpose_tiles(Tile<U>* tiles, int64_t n) {
   static_assert(MR<U> == NR<T> && MR<U> % W<T> == 0);
   for (Tile<U>* tile = tiles; tile < tiles + n; tile++) {
@@ -157,9 +157,9 @@ void transpose_tiles(Tile<U>* tiles, int64_t n) {
 
 template <class S>
 void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels,
-                 const Tile<StepOf<S>>* tiles, Acc<S> scale) {
+                 const Tile<Packed<S>>* tiles, Acc<S> scale) {
   using T = Acc<S>;
-  constexpr int64_t MR = cpu::PYGPT_ISA::MR<StepOf<S>>;
+  constexpr int64_t MR = cpu::PYGPT_ISA::MR<Packed<S>>;
   const int64_t panels = ceil_div(channels, NR<T>);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < channels; j += W<T>) {
@@ -170,14 +170,14 @@ void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows
 
 // dk, dv of the BC keys from j0, and their share of dq (tiles of the whole head, not yet scaled).
 template <class S>
-void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
+void backward_tile(const PackedHead<S>& x, int64_t j0, Tile<Packed<S>>* dq) {
   using T = Acc<S>;
-  using U = StepOf<S>;
-  constexpr int64_t d = Step<U>::kDepth, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>;
+  using U = Packed<S>;
+  constexpr int64_t d = PackElement<U>::kPackK, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>;
   const AttentionArgs& a = x.a;
   const int64_t keys = std::min(BC, a.k_len - j0);
-  U *p = scratch<U, ProbabilityBlock>(BR * LD / d), *ds = scratch<U, ScoreGradientBlock>(BR * LD / d);
-  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * LDS<U>) : ds;
+  U *p = scratch<U, ProbabilityBlock>(BR * kScoreStride / d), *ds = scratch<U, ScoreGradientBlock>(BR * kScoreStride / d);
+  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * kScoreGradStride<U>) : ds;
   Tile<U>* dk = scratch<Tile<U>, KeyGradient>(BC / MR * x.e_panels);
   Tile<U>* dv = scratch<Tile<U>, ValueGradient>(BC / MR * x.v_panels);
   std::fill(dk, dk + BC / MR * x.e_panels, Tile<U>{});
@@ -188,13 +188,13 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
     gradient_block(x, p, ds, ds_rows, i0, rows, j0);
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
-        add_product<LDS<U>, Step<U>::kGroup>(dq[(i0 + i) / MR * x.e_panels + e], steps_of<U>(visible(a, i0 + i, MR, j0)),
-                                             ds_rows + i * LDS<U>, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
+        add_product<kScoreGradStride<U>, PackElement<U>::kTileK>(dq[(i0 + i) / MR * x.e_panels + e], packs_of<U>(unmasked_in_block(a, i0 + i, MR, j0)),
+                                             ds_rows + i * kScoreGradStride<U>, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.dout_t, x.l_steps, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
   }
-  if constexpr (kInTiles<U>) transpose_tiles(dk, BC / MR * x.e_panels), transpose_tiles(dv, BC / MR * x.v_panels);
+  if constexpr (kUsesAmx<U>) transpose_tiles(dk, BC / MR * x.e_panels), transpose_tiles(dv, BC / MR * x.v_panels);
   if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
   if (a.dv.data) store_tiles<S>(a.dv, x.b, x.h, j0, keys, x.Ev, dv, T(1));
 }
@@ -202,17 +202,17 @@ void backward_tile(const Packed<S>& x, int64_t j0, Tile<StepOf<S>>* dq) {
 template <class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
-  using U = StepOf<S>;
+  using U = Packed<S>;
   const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, NR<T>);
   const int64_t dq_tiles = ceil_div(a.q_len, MR<U>) * e_panels;
   // Few heads: deal each one's key tiles round robin to several tasks, by the shape alone.
   const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
   Tile<U>* partials = splits > 1 && a.dq.data ? scratch<Tile<U>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
   parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const typename Step<U>::Registers held;
+    [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
-      const Packed<S> x(a, b, h);
+      const PackedHead<S> x(a, b, h);
       Tile<U>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<U>, QueryGradient>(dq_tiles) : nullptr;
       if (dq) std::fill(dq, dq + dq_tiles, Tile<U>{});
       for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
@@ -233,7 +233,7 @@ void backward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_bwd(const AttentionArgs& a) {
-  if (few_queries(a)) return few_queries_bwd(a);
+  if (is_decode(a)) return decode_bwd(a);
   visit(a.dtype, [&](auto s) { backward<decltype(s)>(a); });
 }
 

@@ -1,4 +1,4 @@
-// Attention of at most kFewQueries queries (decoding with a cache), forward and backward; the mathematics is that of
+// Attention of at most kDecodeQueries queries (decoding with a cache), forward and backward; the mathematics is that of
 // attention.cpp and attention_bwd.cpp. Reading K and V once is all the work, and packing them would be three times
 // that, so both are read as they lie: scores are dot products with the rows of K, and O adds up weighted rows of V.
 //
@@ -25,7 +25,7 @@ void unpack(T* to, Matrix<S> m, int64_t i, int64_t n, T scale) {
 // out[j] = x . row j of m, for n rows of `channels`; four rows at a time, for so many streams keep memory busier.
 template <class S, class T = Acc<S>>
 PYGPT_INLINE void dots(const T* x, Matrix<S> m, int64_t n, int64_t channels, T* out) {
-  in_groups<4>(n, [&](int64_t j, auto together) {
+  unroll_by<4>(n, [&](int64_t j, auto together) {
     Vec<T> dot[together.value] = {};
     auto step = [&](int64_t e, auto load_m) {
       for (int u = 0; u < together.value; u++) dot[u] += load(x + e) * load_m(m.data + (j + u) * m.rs + e);
@@ -33,13 +33,13 @@ PYGPT_INLINE void dots(const T* x, Matrix<S> m, int64_t n, int64_t channels, T* 
     const int64_t whole = channels / W<T> * W<T>;
     for (int64_t e = 0; e < whole; e += W<T>) step(e, [](const S* at) { return load(at); });
     if (whole < channels) step(whole, [&](const S* at) { return load(at, channels - whole); });
-    for (int u = 0; u < together.value; u++) out[j + u] = sum<T>(dot[u]);
+    for (int u = 0; u < together.value; u++) out[j + u] = hsum<T>(dot[u]);
   });
 }
 
-// to = to * shrink + sum_j p[j] row j of m, for n rows of `channels`.
+// to = to * rescale + sum_j p[j] row j of m, for n rows of `channels`.
 template <class S, class T = Acc<S>>
-PYGPT_INLINE void add_weighted(T* to, T shrink, const T* p, Matrix<S> m, int64_t n, int64_t channels) {
+PYGPT_INLINE void add_weighted(T* to, T rescale, const T* p, Matrix<S> m, int64_t n, int64_t channels) {
   auto columns = [&](int64_t e, auto vectors, auto load_m) {
     Vec<T> even[vectors.value] = {}, odd[vectors.value] = {};
     auto add = [&](Vec<T>* sum, int64_t j) {
@@ -50,11 +50,11 @@ PYGPT_INLINE void add_weighted(T* to, T shrink, const T* p, Matrix<S> m, int64_t
     if (j < n) add(even, j);
     for (int u = 0; u < vectors.value; u++) {
       T* at = to + e + u * W<T>;
-      store(at, load(at) * shrink + (even[u] + odd[u]));
+      store(at, load(at) * rescale + (even[u] + odd[u]));
     }
   };
   const int64_t whole = channels / W<T> * W<T>;
-  in_groups<4>(whole / W<T>, [&](int64_t v, auto vectors) {
+  unroll_by<4>(whole / W<T>, [&](int64_t v, auto vectors) {
     columns(v * W<T>, vectors, [](const S* at) { return load(at); });
   });
   if (whole < channels)
@@ -74,12 +74,12 @@ void forward(const AttentionArgs& a) {
       unpack(q, head<S>(a.q, b, h), i, E, T(a.scale));
       std::fill(out, out + ldv, T(0));
       T m = -kInf<T>, l = 0;
-      for (int64_t j0 = 0; j0 < keys_seen(a, i); j0 += BC) {
-        const int64_t n = std::min(BC, keys_seen(a, i) - j0);
+      for (int64_t j0 = 0; j0 < unmasked_keys(a, i); j0 += BC) {
+        const int64_t n = std::min(BC, unmasked_keys(a, i) - j0);
         dots(q, K.at(j0, 0), n, E, p);
         std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
-        const T shrink = softmax_row<T>(a.scale, p, ceil_div(n, W<T>), m, l);
-        add_weighted(out, shrink, p, V.at(j0, 0), n, Ev);
+        const T rescale = softmax_row<T>(a.scale, p, ceil_div(n, W<T>), m, l);
+        add_weighted(out, rescale, p, V.at(j0, 0), n, Ev);
       }
       finish_row<S>(a, b, h, i, m, l, [&](int64_t e) { return load(out + e); });
     }
@@ -109,7 +109,7 @@ void backward(const AttentionArgs& a) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / a.heads, h = task % a.heads;
       const Matrix<S> K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
-      T lse[kFewQueries], delta[kFewQueries];
+      T lse[kDecodeQueries], delta[kDecodeQueries];
       std::fill(dq, dq + L * ld, T(0));
       for (int64_t i = 0; i < L; i++) {
         unpack(q + i * ld, head<S>(a.q, b, h), i, E, T(a.scale));
@@ -120,7 +120,7 @@ void backward(const AttentionArgs& a) {
       for (int64_t j0 = 0; j0 < a.k_len; j0 += BC) {
         const int64_t keys = std::min(BC, a.k_len - j0);
         for (int64_t i = 0; i < L; i++) {
-          const int64_t n = std::clamp<int64_t>(keys_seen(a, i) - j0, 0, keys);
+          const int64_t n = std::clamp<int64_t>(unmasked_keys(a, i) - j0, 0, keys);
           T *pi = p + i * BC, *dsi = ds + i * BC;
           dots(q + i * ld, K.at(j0, 0), n, E, pi);
           dots(dout + i * ldv, V.at(j0, 0), n, Ev, dsi);
@@ -143,10 +143,10 @@ void backward(const AttentionArgs& a) {
 
 }  // namespace
 
-void few_queries_fwd(const AttentionArgs& a) {
+void decode_fwd(const AttentionArgs& a) {
   visit(a.dtype, [&](auto s) { forward<decltype(s)>(a); });
 }
-void few_queries_bwd(const AttentionArgs& a) {
+void decode_bwd(const AttentionArgs& a) {
   visit(a.dtype, [&](auto s) { backward<decltype(s)>(a); });
 }
 

@@ -25,10 +25,10 @@ struct Few {
 // of `columns` again where there are fewer): kSet x kColumns to a vector, vectors kSet apart in out. The next rows of b
 // are prefetched meanwhile (8 rows, 768 -> 3072, float32: 350 us instead of 410). No Matrix is passed: GCC copies it through
 // memory, in pieces that stall its reading (20 ns a call).
-template <int Rows, class S, class U, class T = typename Step<U>::Sum>
+template <int Rows, class S, class U, class T = Acc<U>>
 __attribute__((noinline)) void dots(int64_t K, const U* a, int64_t lda, const S* b, int64_t ldb, int64_t columns, T* out) {
   using F = Few<Rows, T>;
-  constexpr int d = Step<U>::kDepth;
+  constexpr int d = PackElement<U>::kPackK;
   Vec<T> c[Rows * F::kColumns] = {};
   auto steps = [&](int64_t s, auto load_b) {
     Vec<T> v[F::kColumns];
@@ -40,24 +40,24 @@ __attribute__((noinline)) void dots(int64_t K, const U* a, int64_t lda, const S*
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++) {
-      const Vec<T> ar = rounded(Step<U>::lanes(a + r * lda + s));  // loaded once, not with every multiplication
+      const Vec<T> ar = no_fma(PackElement<U>::load(a + r * lda + s));  // loaded once, not with every multiplication
 #pragma GCC unroll 8
-      for (int j = 0; j < F::kColumns; j++) c[r * F::kColumns + j] = Step<U>::multiply_add(ar, v[j], c[r * F::kColumns + j]);
+      for (int j = 0; j < F::kColumns; j++) c[r * F::kColumns + j] = PackElement<U>::multiply_add(ar, v[j], c[r * F::kColumns + j]);
     }
   };
   int64_t s = 0;
-  for (; (s + W<T>) * d <= K; s += W<T>) steps(s, [](const S* p) { return Read<U>().along(p); });
-  if (s * d < K) steps(s, [&](const S* p) { return Read<U>().first(p, K - s * d); });
+  for (; (s + W<T>) * d <= K; s += W<T>) steps(s, [](const S* p) { return PackReader<U>().load_k(p); });
+  if (s * d < K) steps(s, [&](const S* p) { return PackReader<U>().load_k(p, K - s * d); });
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; i += F::kSet) store(out + i * W<T>, sums<T, F::kSet * F::kColumns>(c + i * F::kColumns));
+  for (int i = 0; i < Rows; i += F::kSet) store(out + i * W<T>, transpose_sum<T, F::kSet * F::kColumns>(c + i * F::kColumns));
 }
 
 // The same for one row of a, which needs no sharing: the rows of b one after the other, as memory delivers far more in order
 // than from eight places at once. (Measured in turns, one core, 768 -> 50304 with AVX2: bf16 24 GB/s instead of 10, float32 25
 // instead of 17. For two rows and more it is slower, wherever W is in cache.)
-template <class S, class U, class T = typename Step<U>::Sum>
+template <class S, class U, class T = Acc<U>>
 __attribute__((noinline)) void dots_in_order(int64_t K, const U* a, const S* b, int64_t ldb, int64_t columns, T* out) {
-  constexpr int64_t d = Step<U>::kDepth, w = W<T>, kColumns = Few<1, T>::kColumns, kSums = 4;
+  constexpr int64_t d = PackElement<U>::kPackK, w = W<T>, kColumns = Few<1, T>::kColumns, kSums = 4;
   Vec<T> c[kColumns] = {};
   for (int64_t j = 0; j < std::min(kColumns, columns); j++, b += ldb) {
     Vec<T> part[kSums] = {};
@@ -65,25 +65,25 @@ __attribute__((noinline)) void dots_in_order(int64_t K, const U* a, const S* b, 
     for (; (s + kSums * w) * d <= K; s += kSums * w)
 #pragma GCC unroll 4
       for (int64_t u = s, i = 0; i < kSums; u += w, i++)
-        part[i] = Step<U>::multiply_add(Step<U>::lanes(a + u), Read<U>().along(b + u * d), part[i]);
-    for (; s * d < K; s += w) part[0] = Step<U>::multiply_add(Step<U>::lanes(a + s), Read<U>().first(b + s * d, K - s * d), part[0]);
+        part[i] = PackElement<U>::multiply_add(PackElement<U>::load(a + u), PackReader<U>().load_k(b + u * d), part[i]);
+    for (; s * d < K; s += w) part[0] = PackElement<U>::multiply_add(PackElement<U>::load(a + s), PackReader<U>().load_k(b + s * d, K - s * d), part[0]);
     c[j] = (part[0] + part[1]) + (part[2] + part[3]);
   }
-  store(out, sums<T, kColumns>(c));
+  store(out, transpose_sum<T, kColumns>(c));
 }
 
 // C = A B^T for M <= kFewRows rows, Rows at a time; the rows of A and of B are contiguous.
 template <int Rows, class S, class Epilogue>
 void few_rows_transposed(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
   using T = Acc<S>;
-  using U = StepOf<S>;
+  using U = Packed<S>;
   using F = Few<Rows, T>;
-  constexpr int d = Step<U>::kDepth;
+  constexpr int d = PackElement<U>::kPackK;
   const int64_t rows = round_up(M, Rows), lda = round_up(ceil_div(K, d), W<T>);
   U* a = scratch<U, FewRows>(rows * lda);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t s = 0; s < lda; s += W<T>)
-      store(reinterpret_cast<T*>(a + i * lda + s), i < M ? Read<U>().first(A.data + i * A.rs + s * d, K - s * d) : Vec<T>{});
+      store(reinterpret_cast<T*>(a + i * lda + s), i < M ? PackReader<U>().load_k(A.data + i * A.rs + s * d, K - s * d) : Vec<T>{});
   parallel_for(ceil_div(N, W<T>), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       const int64_t j0 = block * W<T>, n = std::min<int64_t>(W<T>, N - j0);
@@ -165,20 +165,20 @@ struct PrefetchAndPack {
 };
 
 // sum += A B: R rows by Vectors of columns of B's rows, ldb apart.
-template <int R, int Vectors, template <int, class> class Rows, class U, class S, class Each, class T = typename Step<U>::Sum>
+template <int R, int Vectors, template <int, class> class Rows, class U, class S, class Each, class T = Acc<U>>
 __attribute__((noinline)) void add_tile(int64_t steps, Rows<R, U> a, const S* __restrict b, int64_t ldb, T* __restrict sum,
                                         int64_t ld, Each each) {
   Vec<T> c[R][Vectors] = {};
-  for (int64_t k = 0; k < steps; k++, b += Step<U>::kDepth * ldb) {
+  for (int64_t k = 0; k < steps; k++, b += PackElement<U>::kPackK * ldb) {
     Vec<T> bv[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; v++) bv[v] = Read<U>().across(b + v * W<T>, ldb);
+    for (int v = 0; v < Vectors; v++) bv[v] = PackReader<U>().load_rows(b + v * W<T>, ldb);
     each(b, bv);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const Vec<T> ar = Step<U>::all(a.at(k, r));
+      const Vec<T> ar = PackElement<U>::broadcast(a.at(k, r));
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; v++) c[r][v] = Step<U>::multiply_add(ar, bv[v], c[r][v]);
+      for (int v = 0; v < Vectors; v++) c[r][v] = PackElement<U>::multiply_add(ar, bv[v], c[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -193,10 +193,10 @@ __attribute__((noinline)) void add_tile(int64_t steps, Rows<R, U> a, const S* __
 template <int Rows, class S, class Epilogue>
 void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const Epilogue& epilogue) {
   using T = Acc<S>;
-  using U = StepOf<S>;
+  using U = Packed<S>;
   struct Sums;
-  constexpr int64_t d = Step<U>::kDepth, kBlock = 64, kVectors = Few<Rows, T>::kVectors;
-  const int64_t rows = round_up(M, Rows), steps = K / d, apart = steps_of<U>(K);
+  constexpr int64_t d = PackElement<U>::kPackK, kBlock = 64, kVectors = Few<Rows, T>::kVectors;
+  const int64_t rows = round_up(M, Rows), steps = K / d, apart = packs_of<U>(K);
   U* a = scratch<U, FewRows>(rows * apart);
   for (int64_t i = 0; i < M; i += Rows) pack_panel<Rows>(a + i * apart, A.at(i, 0), std::min<int64_t>(Rows, M - i), K);
   parallel_for(ceil_div(N, kVectors * W<T>), [&](int64_t begin, int64_t end) {
@@ -204,7 +204,7 @@ void few_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, const E
     T* sum = scratch<T, Sums>(rows * n);
     std::fill(sum, sum + rows * n, T(0));
     for (int64_t s = 0; s < steps; s += kBlock)
-      in_groups<kVectors>(n / W<T>, [&](int64_t j, auto vectors) {
+      unroll_by<kVectors>(n / W<T>, [&](int64_t j, auto vectors) {
         for (int64_t i = 0; i < rows; i += Rows)
           add_tile<Rows, vectors.value>(std::min(kBlock, steps - s), PackedRows<Rows, U>{a + i * apart + s * Rows},
                                         B.data + s * d * B.rs + first + j * W<T>, B.rs, sum + i * n + j * W<T>, n,
@@ -359,7 +359,7 @@ void times(int64_t M, int64_t N, int64_t K, Matrix<S> x, Matrix<S> w, const Epil
   if constexpr (std::is_same_v<S, float>)
     if (some_rows(M, N, K))
       return visit_strips(M, [&](auto rows) { some_rows<rows.value>(M, N, K, x, w, epilogue); });
-  if (M <= kFewRows && N % W<Acc<S>> == 0 && K % Step<StepOf<S>>::kDepth == 0)
+  if (M <= kFewRows && N % W<Acc<S>> == 0 && K % PackElement<Packed<S>>::kPackK == 0)
     visit_rows(M, [&](auto rows) { few_rows<rows.value>(M, N, K, x, w, epilogue); });
   else
     gemm<S>(M, N, K, x, w, nullptr, epilogue);

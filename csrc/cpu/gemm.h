@@ -23,7 +23,7 @@ namespace PYGPT_ISA {
 
 // body(i, how many) for i = 0 .. n - 1, N at a time and the rest one by one.
 template <int N, class F>
-PYGPT_INLINE void in_groups(int64_t n, const F& body) {
+PYGPT_INLINE void unroll_by(int64_t n, const F& body) {
   int64_t i = 0;
   for (; i + N <= n; i += N) body(i, std::integral_constant<int, N>());
   for (; i < n; i++) body(i, std::integral_constant<int, 1>());
@@ -31,22 +31,22 @@ PYGPT_INLINE void in_groups(int64_t n, const F& body) {
 
 // ---------------------------------------------------------------- the register tile
 template <class E>
-constexpr int64_t KC = kInTiles<E> ? 768 : 384;  // steps
+constexpr int64_t KC = kUsesAmx<E> ? 768 : 384;  // steps
 template <class E>
-constexpr int64_t kBlock = kInTiles<E> ? 1 << 18 : 168 * KC<E>;  // steps of A, or of B, that stay in L2
+constexpr int64_t kBlock = kUsesAmx<E> ? 1 << 18 : 168 * KC<E>;  // steps of A, or of B, that stay in L2
 template <class E>
-constexpr int64_t kShort = kInTiles<E> ? 32 : 256;  // steps, of which as much of B is packed as half of L2 holds
+constexpr int64_t kShort = kUsesAmx<E> ? 32 : 256;  // steps, of which as much of B is packed as half of L2 holds
 // AMX multiplies faster than L2 delivers: shorter runs of a panel of B stay in L1 for as many strips of A as have their sums
 // there too. (Measured, 4096 x 768 -> 3072 without its results: 1100 GFLOP/s by whole panels, 1500 by runs.)
 template <class E>
-constexpr int64_t kRun = kInTiles<E> ? 128 : KC<E>;
+constexpr int64_t kRun = kUsesAmx<E> ? 128 : KC<E>;
 template <class E>
-constexpr int64_t kTogether = kInTiles<E> ? 8 : 1;
+constexpr int64_t kTogether = kUsesAmx<E> ? 8 : 1;
 constexpr int64_t kPackedB = 4 << 20;  // steps of B packed at once; more where K is above 8192, for at least 512 columns (192: 4 to 8 % slower)
 
 template <class E>
 struct Tile {
-  using T = typename Step<E>::Sum;
+  using T = Acc<E>;
   Vec<T> c[MR<E>][NV];
   T* data() { return reinterpret_cast<T*>(c); }  // rows of NR
 };
@@ -55,22 +55,22 @@ struct Tile {
 // MR rows of out, ldo apart, = A B over K steps, summed from zero, or onto what is there (AMX only). Row r of A is a + r * RS,
 // its groups of steps are GS apart; step k of B's columns is b + k * ldb. Never inlined: a caller's constants would take
 // registers from the accumulators (measured: attention's backward with AVX2 lost a third that way).
-template <int RS, int GS, class E, class T = typename Step<E>::Sum>
+template <int RS, int GS, class E, class T = Acc<E>>
 __attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out,
                                         int64_t ldo, [[maybe_unused]] bool onto = false) {
 #if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<E, Pair>) return multiply_tiles(K, &a->bits, RS, GS, &b->bits, ldb, out, ldo, onto);
+  if constexpr (std::is_same_v<E, BF16Pair>) return multiply_tiles(K, &a->bits, RS, GS, &b->bits, ldb, out, ldo, onto);
 #endif
   Vec<T> c[MR<E>][NV] = {};
   for (int64_t k = 0; k < K; k++) {
     Vec<T> bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) bv[v] = Step<E>::lanes(b + v * W<T>);
+    for (int v = 0; v < NV; v++) bv[v] = PackElement<E>::load(b + v * W<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < MR<E>; r++) {
-      const Vec<T> ar = Step<E>::all(a[r * RS]);
+      const Vec<T> ar = PackElement<E>::broadcast(a[r * RS]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) c[r][v] = Step<E>::multiply_add(ar, bv[v], c[r][v]);
+      for (int v = 0; v < NV; v++) c[r][v] = PackElement<E>::multiply_add(ar, bv[v], c[r][v]);
     }
     a += GS;
     b += ldb;
@@ -81,12 +81,12 @@ __attribute__((noinline)) void multiply(int64_t K, const E* __restrict a, const 
     for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, c[r][v]);
 }
 // The same for a packed panel of A.
-template <class E, class T = typename Step<E>::Sum>
+template <class E, class T = Acc<E>>
 PYGPT_INLINE void multiply_panels(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo, bool onto = false) {
-  multiply<Step<E>::kGroup, MR<E> * Step<E>::kGroup>(K, a, b, ldb, out, ldo, onto);
+  multiply<PackElement<E>::kTileK, MR<E> * PackElement<E>::kTileK>(K, a, b, ldb, out, ldo, onto);
 }
 
-template <class E, class T = typename Step<E>::Sum>
+template <class E, class T = Acc<E>>
 PYGPT_INLINE void add(T* sum, int64_t ld, const Tile<E>& tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR<E>; r++)
@@ -95,11 +95,11 @@ PYGPT_INLINE void add(T* sum, int64_t ld, const Tile<E>& tile) {
 }
 template <class E>
 PYGPT_INLINE void add(Tile<E>& sum, const Tile<E>& tile) {
-  add(sum.data(), NR<typename Step<E>::Sum>, tile);
+  add(sum.data(), NR<Acc<E>>, tile);
 }
 
 // sum += A B.
-template <int RS, int GS, class E, class T = typename Step<E>::Sum>
+template <int RS, int GS, class E, class T = Acc<E>>
 PYGPT_INLINE void add_product(Tile<E>& sum, int64_t K, const E* a, const E* b, int64_t ldb) {
   Tile<E> product;
   multiply<RS, GS>(K, a, b, ldb, product.data(), NR<T>);
@@ -109,7 +109,7 @@ PYGPT_INLINE void add_product(Tile<E>& sum, int64_t K, const E* a, const E* b, i
 // Hands the valid part of a finished tile at (i, j) to the epilogue.
 template <class E, class Epilogue>
 PYGPT_INLINE void finish(const Tile<E>& tile, int64_t i, int64_t j, int64_t M, int64_t N, const Epilogue& epilogue) {
-  using T = typename Step<E>::Sum;
+  using T = Acc<E>;
   const int64_t rows = std::min<int64_t>(MR<E>, M - i), cols = std::min<int64_t>(NR<T>, N - j);
   for (int r = 0; r < rows; r++)
     for (int v = 0; v * W<T> < cols; v++)
@@ -124,8 +124,8 @@ struct Partial;
 template <class S, class Epilogue>
 struct Chunk {
   using T = Acc<S>;
-  using E = StepOf<S>;
-  static constexpr int64_t kDepth = Step<E>::kDepth, kRows = MR<E>, kTogether = cpu::PYGPT_ISA::kTogether<E>;
+  using E = Packed<S>;
+  static constexpr int64_t kPackK = PackElement<E>::kPackK, kRows = MR<E>, kTogether = cpu::PYGPT_ISA::kTogether<E>;
   static constexpr int64_t KC = cpu::PYGPT_ISA::KC<E>;
   int64_t M, K, j0, n;
   Matrix<S> A;
@@ -135,7 +135,7 @@ struct Chunk {
 
   // Rows i0 .. i0 + rows, B panels p0 .. p1.
   void block(int64_t i0, int64_t rows, int64_t p0, int64_t p1) const {
-    const int64_t steps = steps_of<E>(K), most = std::min(steps, KC);
+    const int64_t steps = packs_of<E>(K), most = std::min(steps, KC);
     E* a = scratch<E, PackedA>(round_up(rows, kRows) * most);
     Tile<E>* partial = scratch<Tile<E>, Partial>(steps > KC ? (p1 - p0) * ceil_div(rows, kRows) : 0);
     const bool sums = a_sums && p0 == 0;
@@ -144,11 +144,11 @@ struct Chunk {
     // (measured, dW of 8 rows, 768 -> 3072 in float32: 0.52 ms instead of 0.78; of 64: 2.0, 3.6).
     const bool by_rows = steps <= kShort<E>;
     for (int64_t s0 = 0; s0 < std::max<int64_t>(steps, 1); s0 += KC) {
-      const int64_t n_steps = std::min(KC, steps - s0), k0 = s0 * kDepth;
+      const int64_t n_steps = std::min(KC, steps - s0), k0 = s0 * kPackK;
       const bool last = s0 + KC >= steps;
       for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t strip = std::min(kRows, rows - i);
-        pack_left(a + i * most, A.at(i0 + i, k0), strip, std::min(KC * kDepth, K - k0));
+        pack_left(a + i * most, A.at(i0 + i, k0), strip, std::min(KC * kPackK, K - k0));
         if (sums) add_row_sums(a_sums + i0 + i, a + i * most, strip, n_steps);
       }
       Tile<E>* sofar = partial;
@@ -175,16 +175,16 @@ struct Chunk {
 template <class S, class Epilogue>
 void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_sums, const Epilogue& epilogue) {
   using T = Acc<S>;
-  using E = StepOf<S>;
-  const int64_t steps = steps_of<E>(K);
+  using E = Packed<S>;
+  const int64_t steps = packs_of<E>(K);
   // Few rows for AMX: columns of B are better packed by the core that needs them, as many as stay in its L2 (another core's
   // arrive slowly: measured, 64 x 768 -> 768 on two, 0.09 ms instead of 0.17); each time A, no more of it, is packed too.
   const int64_t at_once = kBlock<E> / std::max<int64_t>(steps, 1) / NR<T>, all_panels = ceil_div(N, NR<T>);
-  if (kInTiles<E> && M * steps <= kBlock<E> && at_once > 0 && all_panels >= threads.count()) {
+  if (kUsesAmx<E> && M * steps <= kBlock<E> && at_once > 0 && all_panels >= threads.count()) {
     parallel_for(
         all_panels,
         [&](int64_t begin, int64_t end) {
-          [[maybe_unused]] const typename Step<E>::Registers held;
+          [[maybe_unused]] const typename PackElement<E>::TileScope held;
           for (int64_t p = begin; p < end; p += at_once) {
             const int64_t panels = std::min(at_once, end - p), j0 = p * NR<T>, n = std::min(N - j0, panels * NR<T>);
             E* b = scratch<E, PackedB>(panels * NR<T> * steps);
@@ -216,7 +216,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_s
     parallel_for(
         blocks * splits,
         [&](int64_t begin, int64_t end) {
-          [[maybe_unused]] const typename Step<E>::Registers held;
+          [[maybe_unused]] const typename PackElement<E>::TileScope held;
           for (int64_t task = begin; task < end; task++) {
             const int64_t block = task / splits, split = task % splits;
             const int64_t i0 = strips * block / blocks * MR<E>, i1 = std::min(M, strips * (block + 1) / blocks * MR<E>);

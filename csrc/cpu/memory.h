@@ -23,7 +23,7 @@ inline bool exceeds_caches(int64_t bytes) {
 
 #if defined(__x86_64__)
 template <class V>
-PYGPT_INLINE void stream(void* p, V v) {
+PYGPT_INLINE void store_vector_nontemporal(void* p, V v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
 #endif
@@ -37,45 +37,45 @@ PYGPT_INLINE void stream(void* p, V v) {
 
 // Writes past the caches where p is aligned to what is written, else into them.
 template <class S>
-PYGPT_INLINE void store_streaming(S* p, Vec<Acc<S>> x, int64_t n) {
+PYGPT_INLINE void store_nontemporal(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
   if (n >= W<Acc<S>> && reinterpret_cast<uintptr_t>(p) % (W<Acc<S>> * sizeof(S)) == 0) {
     if constexpr (sizeof(S) == 2)
-      stream(p, narrow(x, S{}));
+      store_vector_nontemporal(p, narrow(x, S{}));
     else
-      stream(p, x);
+      store_vector_nontemporal(p, x);
     return;
   }
 #endif
   store(p, x, n);
 }
 template <class S>
-PYGPT_INLINE void store_halves_streaming(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
+PYGPT_INLINE void store_even_odd_nontemporal(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<S, bf16>) {
-    if (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) return stream(p, joined_halves(a, b));
-    return store_halves(p, a, b);
+    if (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) return store_vector_nontemporal(p, zip_bf16(a, b));
+    return store_even_odd(p, a, b);
   }
 #endif
-  store_streaming(p, a, W<Acc<S>>), store_streaming(p + W<Acc<S>>, b, W<Acc<S>>);
+  store_nontemporal(p, a, W<Acc<S>>), store_nontemporal(p + W<Acc<S>>, b, W<Acc<S>>);
 }
 
 // Writes one task's part of a call's results: past the caches or into them.
-template <bool streaming>
+template <bool nontemporal>
 struct Writer {
   template <class S>
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    streaming ? store_streaming(p, x, n) : store(p, x, n);
+    nontemporal ? store_nontemporal(p, x, n) : store(p, x, n);
   }
   template <class S>
-  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // load_half's halves
-    streaming ? store_halves_streaming(p, a, b) : store_halves(p, a, b);
+  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // load_even_odd's halves
+    nontemporal ? store_even_odd_nontemporal(p, a, b) : store_even_odd(p, a, b);
   }
 
   // Prefetches what will be read next, at any address: while a core only writes past the caches, nothing else does.
   template <class S>
   PYGPT_INLINE void prefetch(const S* p) const {
-    if (streaming) __builtin_prefetch(p);
+    if (nontemporal) __builtin_prefetch(p);
   }
 };
 

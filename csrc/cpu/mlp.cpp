@@ -41,7 +41,7 @@ struct Results {
   Results(int64_t rows, int64_t stride)
       : many(rows > kFewRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 4 << 20) {}
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    NR<Acc<S>> % kLine == 0 && many ? store_streaming(p, x, n) : store(p, x, n);
+    NR<Acc<S>> % kLine == 0 && many ? store_nontemporal(p, x, n) : store(p, x, n);
   }
 };
 
@@ -132,7 +132,7 @@ void mlp_bwd(const MlpArgs& a) {
     times(M, H, a.out, dy, matrix<S>(a.proj_weight),
           [=, write = Results<S>(M, H), out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j,
                                                                                                     Vec<Acc<S>> c, int64_t n) {
-            if (kInTiles<StepOf<S>>) __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
+            if (kUsesAmx<Packed<S>>) __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
             write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);
           });
     weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);

@@ -27,19 +27,19 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;    // columns summed before they are added to a total
-constexpr int64_t kGroup = 8;       // rows summed before they are added to a total
-constexpr int64_t kChunk = 16384;   // least number of elements in such a chunk
+constexpr int64_t kSumColumns = 2048;    // columns summed before they are added to a total
+constexpr int64_t kRowGroup = 8;       // rows summed before they are added to a total
+constexpr int64_t kChunkElements = 16384;   // least number of elements in such a chunk
 constexpr int64_t kWork = 8;        // what an element costs, in multiply-adds
 
-// n <= W columns from j on, or the columns that one half of load_half's 2 W from j holds.
+// n <= W columns from j on, or the columns that one half of load_even_odd's 2 W from j holds.
 struct Columns {
   int64_t j, n;
   int half = -1;
 };
 template <class S>
 PYGPT_INLINE Vec<Acc<S>> at(const S* row, Columns c) {
-  return c.half < 0 ? load(row + c.j, c.n) : load_half(row + c.j, c.half);
+  return c.half < 0 ? load(row + c.j, c.n) : load_even_odd(row + c.j, c.half);
 }
 // Where a row of T in the same lanes has them.
 template <class T>
@@ -77,16 +77,16 @@ PYGPT_INLINE void write_each(int64_t j, int64_t end, const Writer& write, S* out
 template <int K, class T, class F>
 PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
   Vec<T> total[K] = {};
-  for (int64_t j = 0; j < cols; j += kBlock) {
+  for (int64_t j = 0; j < cols; j += kSumColumns) {
     Vec<T> part[4][K] = {};
-    each_vector<T>(j, std::min(cols, j + kBlock), [&](Columns c, int u) { f(c, part[u]); });
+    each_vector<T>(j, std::min(cols, j + kSumColumns), [&](Columns c, int u) { f(c, part[u]); });
     for (int k = 0; k < K; k++) total[k] += (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
   }
-  for (int k = 0; k < K; k++) out[k] = sum<T>(total[k]);
+  for (int k = 0; k < K; k++) out[k] = hsum<T>(total[k]);
 }
 
 template <class T>
-PYGPT_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {  // 0 in the others
+PYGPT_INLINE Vec<T> keep_lanes(Vec<T> v, int64_t n) {  // 0 in the others
   return n < W<T> ? lane_index<T>() < IVec<T>{} + typename IntOf<T>::type(n) ? v : Vec<T>{} : v;
 }
 
@@ -108,11 +108,11 @@ struct Group;
 struct Sum;
 
 template <class S>
-struct Matrix {
+struct RowMatrix {
   S* data;
   int64_t stride;
-  Matrix(Rows r) : data(static_cast<S*>(r.data)), stride(r.stride) {}
-  Matrix(const void* p, int64_t cols) : data(static_cast<S*>(const_cast<void*>(p))), stride(cols) {}
+  RowMatrix(Rows r) : data(static_cast<S*>(r.data)), stride(r.stride) {}
+  RowMatrix(const void* p, int64_t cols) : data(static_cast<S*>(const_cast<void*>(p))), stride(cols) {}
   S* row(int64_t i) const { return data ? data + i * stride : nullptr; }
 };
 
@@ -133,7 +133,7 @@ Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, c
   row_sums<2>(cols, sums, [&](Columns c, Vec<T>* s) {
     Vec<T> d = at(x, c);
     if constexpr (Centre) {
-      d = first_lanes<T>(d - shift, c.n);
+      d = keep_lanes<T>(d - shift, c.n);
       s[0] += d;
     }
     s[1] += d * d;
@@ -165,7 +165,7 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   };
   T sums[2];
   row_sums<2>(cols, sums, [&](Columns c, Vec<T>* s) {
-    Vec<T> d = at(dy, c), h = first_lanes<T>(xhat(c), c.n), g = rounded(d * at(w, c));
+    Vec<T> d = at(dy, c), h = keep_lanes<T>(xhat(c), c.n), g = no_fma(d * at(w, c));
     s[0] += g;
     s[1] += g * h;
     if constexpr (Params) {
@@ -177,23 +177,23 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   if (!dx) return;
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
   write_each(0, cols, write, dx, [&](Columns c) {
-    Vec<T> g = rounded(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
-    Vec<T> d = rounded((g - mean_g - xhat(c) * mean_gh) * saved.rstd);  // fused with dsum it might be here but not there
+    Vec<T> g = no_fma(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
+    Vec<T> d = no_fma((g - mean_g - xhat(c) * mean_gh) * saved.rstd);  // fused with dsum it might be here but not there
     prefetch(lanes<T>(c));
     return dsum ? d + at(dsum, c) : d;
   });
 }
 
-template <class S, bool Centre, bool Streaming>
+template <class S, bool Centre, bool Nontemporal>
 void norm_fwd(const NormArgs& a) {
   using T = Acc<S>;
-  const Matrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
+  const RowMatrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
   const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
   const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
   T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
   auto body = [&](int64_t begin, int64_t end) {
-    const Writer<Streaming> write;
-    S* unwritten = Streaming && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
+    const Writer<Nontemporal> write;
+    S* unwritten = Nontemporal && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
     for (int64_t i = begin; i < end; i++) {
       const S* row = x.row(i);
       if (residual.data) {
@@ -213,7 +213,7 @@ void norm_fwd(const NormArgs& a) {
   parallel_for(a.rows, body, a.cols * kWork);
 }
 
-// out = the sum of `chunks` rows of partial sums, `step` apart, in order, kGroup at a time.
+// out = the sum of `chunks` rows of partial sums, `step` apart, in order, kRowGroup at a time.
 template <class S>
 void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, void* out) {
   using T = Acc<S>;
@@ -224,7 +224,7 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
         Vec<T> group = {};
-        for (int64_t last = std::min(chunks, c + kGroup); c < last; c++) group += load(partials + c * step + lanes<T>(columns));
+        for (int64_t last = std::min(chunks, c + kRowGroup); c < last; c++) group += load(partials + c * step + lanes<T>(columns));
         total += group;
       }
       return total;
@@ -233,29 +233,29 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
   parallel_for(ceil_div(cols, kColumns), body, chunks * kColumns);
 }
 
-template <class S, bool Centre, bool Params, bool Streaming>
+template <class S, bool Centre, bool Params, bool Nontemporal>
 void norm_bwd(const NormArgs& a) {
   using T = Acc<S>;
-  const Matrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
+  const RowMatrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
   const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
   const T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
-  const int64_t chunk = std::max({int64_t(8), kChunk / std::max<int64_t>(a.cols, 1), ceil_div(a.rows, 64)});
+  const int64_t chunk = std::max({int64_t(8), kChunkElements / std::max<int64_t>(a.cols, 1), ceil_div(a.rows, 64)});
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
   T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
   auto body = [&](int64_t begin, int64_t end) {
-    const Writer<Streaming> write;
+    const Writer<Nontemporal> write;
     T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
       T* total = partials + c * 2 * width;
       if (Params) std::fill(total, total + 2 * width, T(0));
       for (int64_t i = c * chunk, last = std::min(a.rows, i + chunk); i < last;) {
         if (Params) std::fill(group, group + 2 * width, T(0));
-        for (int64_t stop = std::min(last, i + kGroup); i < stop; i++) {
+        for (int64_t stop = std::min(last, i + kRowGroup); i < stop; i++) {
           auto prefetch = [&](int64_t j) {
             write.prefetch(x.row(i + 1) + j), write.prefetch(dy.row(i + 1) + j);
             if (dsum.data) write.prefetch(dsum.row(i + 1) + j);
           };
-          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? given(mean[i]) : T(0), given(rstd[i])}, write,
+          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? canonical_nan(mean[i]) : T(0), canonical_nan(rstd[i])}, write,
                                       dx.row(i), group, group + width, prefetch);
         }
         if (Params)
@@ -279,17 +279,17 @@ int64_t bytes(const NormArgs& a, int tensors) {
 
 void norm_fwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit(exceeds_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2)), [&](auto streaming) {
-      visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, streaming>(a); });
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.residual.data ? 4 : 2)), [&](auto nontemporal) {
+      visit(a.mean != nullptr, [&](auto centre) { norm_fwd<decltype(s), centre, nontemporal>(a); });
     });
   });
 }
 
 void norm_bwd(const NormArgs& a) {
   visit(a.dtype, [&](auto s) {
-    visit(exceeds_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3)), [&](auto streaming) {
+    visit(exceeds_caches(bytes<decltype(s)>(a, a.dsum.data ? 4 : 3)), [&](auto nontemporal) {
       visit(a.mean != nullptr, [&](auto centre) {
-        visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, streaming>(a); });
+        visit(a.dw || a.db, [&](auto params) { norm_bwd<decltype(s), centre, params, nontemporal>(a); });
       });
     });
   });

@@ -80,7 +80,7 @@ PYGPT_INLINE Vec<T> set1(T x) {
   return x - Vec<T>{};  // folds to a broadcast; x + 0 would not, for x = -0
 }
 template <class T>
-PYGPT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {  // b where either is NaN
+PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // b where either is NaN
   return a > b ? a : b;
 }
 
@@ -101,7 +101,7 @@ PYGPT_INLINE U32 zero_extend(U16 v) {  // the built-in conversion is five instru
 
 PYGPT_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(zero_extend(v) << 16); }
 
-PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in conversion does not know
+PYGPT_INLINE U16 truncate_to_u16(U32 v) {  // of lanes below 2^16, which the built-in conversion does not know
 #if defined(__AVX512F__)
   return (U16)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)v);
 #elif defined(__AVX2__)
@@ -113,13 +113,13 @@ PYGPT_INLINE U16 low_halves(U32 v) {  // of lanes below 2^16, which the built-in
 
 // The nearest bf16, ties to even, in the high half of each lane. A NaN stays one: it is the processor's own or was a bf16 (what
 // else could bring one in is read by `given`), so its low half is 0, and rounding does not carry into the sign.
-PYGPT_INLINE U32 high_rounded(Vec<float> x) {
+PYGPT_INLINE U32 round_to_bf16(Vec<float> x) {
   const U32 u = bit_cast<U32>(x);
   return u + (0x7fff + ((u >> 16) & 1));
 }
-PYGPT_INLINE U16 narrow(Vec<float> x, bf16) { return low_halves(high_rounded(x) >> 16); }
+PYGPT_INLINE U16 narrow(Vec<float> x, bf16) { return truncate_to_u16(round_to_bf16(x) >> 16); }
 template <class T>
-T given(T x) {  // a statistic from the caller
+T canonical_nan(T x) {  // a statistic from the caller
   return x == x ? x : std::numeric_limits<T>::quiet_NaN();
 }
 
@@ -172,7 +172,7 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x) {
 // 2 W neighbours in memory as two vectors, for work that may have a value in any lane: the bf16 at even places in the one,
 // those at odd places in the other, which takes a shift or a mask for each where their order would take shuffles.
 template <class S>
-PYGPT_INLINE Vec<Acc<S>> load_half(const S* p, int half) {
+PYGPT_INLINE Vec<Acc<S>> load_even_odd(const S* p, int half) {
   if constexpr (std::is_same_v<S, bf16>) {
     U32 both;
     std::memcpy(&both, p, sizeof both);
@@ -181,11 +181,11 @@ PYGPT_INLINE Vec<Acc<S>> load_half(const S* p, int half) {
     return load(p + half * W<Acc<S>>);
   }
 }
-PYGPT_INLINE U32 joined_halves(Vec<float> a, Vec<float> b) { return high_rounded(a) >> 16 | (high_rounded(b) & 0xffff0000); }
+PYGPT_INLINE U32 zip_bf16(Vec<float> a, Vec<float> b) { return round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000); }
 template <class S>
-PYGPT_INLINE void store_halves(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
+PYGPT_INLINE void store_even_odd(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
   if constexpr (std::is_same_v<S, bf16>) {
-    const U32 both = joined_halves(a, b);
+    const U32 both = zip_bf16(a, b);
     std::memcpy(p, &both, sizeof both);
   } else {
     store(p, a), store(p + W<Acc<S>>, b);
@@ -250,11 +250,11 @@ PYGPT_INLINE T reduce(typename VectorOf<T, N>::type v, F f) {
   }
 }
 template <class T>
-PYGPT_INLINE T sum(Vec<T> v) {
+PYGPT_INLINE T hsum(Vec<T> v) {
   return reduce<T, W<T>>(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
-PYGPT_INLINE T largest(Vec<T> v) {
+PYGPT_INLINE T hmax(Vec<T> v) {
   return reduce<T, W<T>>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
@@ -289,7 +289,7 @@ struct Partner {
 
 // Lane i of the result is the sum of v[i], i < N <= W, the same whatever N. Overwrites v.
 template <class T, int N, int Step = 1>
-PYGPT_INLINE Vec<T> sums(Vec<T>* v) {
+PYGPT_INLINE Vec<T> transpose_sum(Vec<T>* v) {
   constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
   if constexpr (Step == W<T>) return v[0];
 #pragma GCC unroll 16
@@ -297,7 +297,7 @@ PYGPT_INLINE Vec<T> sums(Vec<T>* v) {
     const Vec<T> a = v[i], b = v[i + 1 < N ? i + 1 : i];
     v[i / 2] = shuffle<T>(a, b, lanes, Keep<W<T>, Step>()) + shuffle<T>(a, b, lanes, Partner<W<T>, Step>());
   }
-  if constexpr (Step < W<T>) return sums<T, (N + 1) / 2, 2 * Step>(v);
+  if constexpr (Step < W<T>) return transpose_sum<T, (N + 1) / 2, 2 * Step>(v);
 }
 
 // Transposes a square of N x N blocks, W / N lanes each, held in N vectors.
@@ -321,7 +321,7 @@ PYGPT_INLINE void transpose(Vec<T> (&rows)[N]) {
 // One cache-line aligned array per Tag and thread, with a vector to spare behind its n elements; it
 // grows and is kept, so that a call allocates nothing after the first. Its content is not kept from call to call.
 //
-// Every thread that computes, also one of torch's pool, keeps the arrays of its largest calls: of a GEMM up to 32 MiB of
+// Every thread that computes, also one of torch's pool, keeps the arrays of its hmax calls: of a GEMM up to 32 MiB of
 // packed B, or more where K is above 8192; of attention the packed rows of one head, which are 36 MiB for forward and
 // backward of 8192 float32 rows of 64 channels. They are freed when the thread ends.
 template <class T, class Tag>

@@ -31,33 +31,33 @@ namespace PYGPT_ISA {
 // The smaller and the larger of two floats; a NaN in x stays.
 #if defined(__AVX512F__)
 // (The maskz forms are plain instructions; GCC 12 warns about its own headers for the others.)
-PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) {
+PYGPT_INLINE Vec<float> min_nan(Vec<float> x, float high) {
   return (Vec<float>)_mm512_maskz_min_ps(-1, (__m512)set1(high), (__m512)x);
 }
-PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) {
+PYGPT_INLINE Vec<float> max_nan(Vec<float> x, float low) {
   return (Vec<float>)_mm512_maskz_max_ps(-1, (__m512)set1(low), (__m512)x);
 }
 #elif defined(__AVX2__)
-PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) {
+PYGPT_INLINE Vec<float> min_nan(Vec<float> x, float high) {
   return (Vec<float>)_mm256_min_ps((__m256)set1(high), (__m256)x);
 }
-PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) {
+PYGPT_INLINE Vec<float> max_nan(Vec<float> x, float low) {
   return (Vec<float>)_mm256_max_ps((__m256)set1(low), (__m256)x);
 }
 #else
-PYGPT_INLINE Vec<float> at_most(Vec<float> x, float high) { return x > high ? set1(high) : x; }
-PYGPT_INLINE Vec<float> at_least(Vec<float> x, float low) { return x < low ? set1(low) : x; }
+PYGPT_INLINE Vec<float> min_nan(Vec<float> x, float high) { return x > high ? set1(high) : x; }
+PYGPT_INLINE Vec<float> max_nan(Vec<float> x, float low) { return x < low ? set1(low) : x; }
 #endif
 
 template <class T>
-PYGPT_INLINE Vec<T> magnitude(Vec<T> x) {
+PYGPT_INLINE Vec<T> abs(Vec<T> x) {
   constexpr auto kMask = std::numeric_limits<typename IntOf<T>::type>::max();
   return bit_cast<Vec<T>>(bit_cast<IVec<T>>(x) & kMask);
 }
 
 // v, computed on its own: not fused into the operation that uses it.
 template <class V>
-PYGPT_INLINE V rounded(V v) {
+PYGPT_INLINE V no_fma(V v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
@@ -124,7 +124,7 @@ PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
     const Vec<T> y = kShort ? detail::polynomial(f, detail::kShortExp2<1>) : detail::polynomial(f, detail::kExp2<1>);
     return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)y, (__m512)(x - f));
 #else
-    x = at_least(at_most(x, 129), -125);
+    x = max_nan(min_nan(x, 129), -125);
     const Vec<T> shifted = x + detail::kRound, f = x - (shifted - detail::kRound);
     return kShort ? detail::power(shifted, f, detail::kShortExp2<4>) : detail::power(shifted, f, detail::kExp2<4>);
 #endif
@@ -143,7 +143,7 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
 #if defined(__AVX512F__)
     return exp2<T>(x * kLog2e<T>);
 #else
-    x = at_least(x, -86.5f);  // one bound, and the product within fused operations
+    x = max_nan(x, -86.5f);  // one bound, and the product within fused operations
     const Vec<T> shifted = x * kLog2e<T> + detail::kRound, f = x * kLog2e<T> - (shifted - detail::kRound);
     return detail::power(shifted, f, detail::kExp2<4>);
 #endif
@@ -171,35 +171,35 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
     return x * detail::each<T>(x, cdf);
   } else if constexpr (std::is_same_v<S, bf16>) {
     constexpr float kN[] = {1.f, 0.5506923f, 0.1222476f}, kQ[] = {2.f, 2.6981483f, 1.3913276f, 0.3060348f};
-    const Vec<T> m = magnitude<T>(at_most(x, kTailEnd)), a = at_most(m, kTailEnd);
+    const Vec<T> m = abs<T>(min_nan(x, kTailEnd)), a = min_nan(m, kTailEnd);
     const Vec<T> tail = m * (detail::polynomial(a, kN) * approximate_reciprocal(detail::polynomial(a, kQ)));
-    return at_least(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
+    return max_nan(x, 0) - detail::gauss(a, detail::kShortExp2<4>) * tail;
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
     constexpr float kEighth = 0.12500002f;  // makes good the rounding of Q(0) = 2/3
-    const Vec<T> m = magnitude<T>(at_most(x, kTailEnd));  // infinite, and the result NaN, only at -inf
-    const Vec<T> a = at_most(m, kTailEnd);
+    const Vec<T> m = abs<T>(min_nan(x, kTailEnd));  // infinite, and the result NaN, only at -inf
+    const Vec<T> a = min_nan(m, kTailEnd);
     const Vec<T> quotient = (a * a * detail::polynomial(a, kN) + m * T(0.25)) / detail::polynomial(a, kQ);
-    return at_least(x, 0) - detail::gauss(a) * (m * kEighth + quotient);
+    return max_nan(x, 0) - detail::gauss(a) * (m * kEighth + quotient);
   }
 }
 
 // cdf(x) + x pdf(x), for a result that is stored as S.
 template <class S, class T = Acc<S>>
-PYGPT_INLINE Vec<T> gelu_slope(Vec<T> x) {
+PYGPT_INLINE Vec<T> gelu_derivative(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
     return detail::each<T>(x, [](T v) { return cdf(v) + v * std::exp(v * v * -0.5) * 0.398942280401432677940; });
   } else if constexpr (std::is_same_v<S, bf16>) {
     constexpr float kD[] = {0.5f, -0.300899f, -0.393626f, -0.120756f}, kE[] = {1.f, 0.99299f, 0.302433f};
-    const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
+    const Vec<T> a = min_nan(abs<T>(x), kTailEnd);
     const Vec<T> quotient = detail::polynomial(a, kD) * approximate_reciprocal(detail::polynomial(a, kE));
     const Vec<T> tail = detail::gauss(a, detail::kShortExp2<4>) * quotient;
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   } else {
     constexpr float kD[] = {0.5f, -0.08311839f, -0.47531727f, -0.31971186f, -0.09460677f, -0.011654989f};
     constexpr float kE[] = {1.f, 1.4295318f, 0.8305759f, 0.23714224f, 0.029214934f};
-    const Vec<T> a = at_most(magnitude<T>(x), kTailEnd);
+    const Vec<T> a = min_nan(abs<T>(x), kTailEnd);
     const Vec<T> tail = detail::gauss(a) * (detail::polynomial(a, kD) / detail::polynomial(a, kE));
     return (x < 0 ? tail : 1 - tail) + x * 0;  // NaN at infinity
   }
@@ -230,9 +230,9 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
-    return gelu_slope<S>(saved);
+    return gelu_derivative<S>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
-    Vec<T> x = saved, a = magnitude<T>(x), xx = x * x;
+    Vec<T> x = saved, a = abs<T>(x), xx = x * x;
     Vec<T> e = exp2<S>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
     Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
     return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
