@@ -1,9 +1,9 @@
-// gelu, gelu_tanh, relu and relu2 by themselves: y = act(x), dx = dy act'(x). The mathematics is in vmath.h.
+// gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x). The mathematics is in vmath.h.
 //
-// gelu saves x, relu its own output y, which the next op keeps anyway.
+// relu saves its output y, which the next op keeps anyway; the others save x.
 #include <algorithm>
 
-#include "memory.h"
+#include "nontemporal.h"
 #include "parallel.h"
 #include "vmath.h"
 
@@ -11,15 +11,16 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kTaskElements = 4096, kWork = 8 * kTaskElements;  // elements, and what they cost in multiply-adds
+constexpr int64_t kTaskElements = 4096, kWork = 8 * kTaskElements;  // elements of a task, and their cost in multiply-adds
 
-// out[i] = f(in[i] ...), a vector at a time.
+// to[i] = f(in[i] ...), a vector at a time.
 template <class S, class F, class... In>
 void for_each(int64_t count, void* to, const F& f, const In*... in) {
   constexpr int64_t w = W<Acc<S>>;
   S* out = static_cast<S*>(to);
   visit(exceeds_caches(count * sizeof(S) * (1 + sizeof...(In))), [&](auto nontemporal) {
-    auto blocks = [=](int64_t begin, int64_t end) {  // by value: what is written might otherwise be f
+    // Captures by value, as the compiler must otherwise assume that a store may change f.
+    auto tasks = [=](int64_t begin, int64_t end) {
       const Writer<nontemporal> write;
       int64_t i = begin * kTaskElements;
       const int64_t last = std::min(count, end * kTaskElements);
@@ -28,7 +29,7 @@ void for_each(int64_t count, void* to, const F& f, const In*... in) {
         for (int64_t j = i; j < i + 4 * w; j += 2 * w) write(out + j, f(load_even_odd(in + j, 0)...), f(load_even_odd(in + j, 1)...));
       for (; i < last; i += w) write(out + i, f(load(in + i, last - i)...), last - i);
     };
-    parallel_for(ceil_div(count, kTaskElements), blocks, kWork);
+    parallel_for(ceil_div(count, kTaskElements), tasks, kWork);
   });
 }
 

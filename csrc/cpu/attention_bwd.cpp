@@ -1,73 +1,58 @@
-// Backward of attention.cpp's attention (KV-stationary): for BC keys at a time, over all the queries that see them,
+// Backward of attention (KV-stationary): for each block of BC keys, over all queries that attend to one of them,
 //
 //   P = exp(S - lse)          dV += P^T dO      dP = dO V^T
 //   dS = P (dP - delta)       dK += dS^T Q      dQ += dS K      delta = rowsum(dO O) - dlse
 //
-// One task owns a head, so every sum has one fixed order and no atomics. Where there are few heads, the
-// key tiles of one are dealt to a number of tasks that depends on the shape alone, and their dQ are
-// added in order.
+// One task owns a head, so every sum has a fixed order without atomics. If there are few heads, a head's key blocks are
+// dealt to several tasks, whose number depends on the shape alone, and their dQ are added in order.
 //
-// All five products run on the packed GEMM's microkernel, on pairs of bf16 where the machine multiplies
-// those: P and dS are then rounded to bf16, sums over rows are not.
+// All five products use the GEMM's micro-kernel. Where the processor multiplies pairs of bf16, P and dS are rounded to
+// bf16, but sums over rows are not.
 #include "attention.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-struct PackedQ;
-struct PackedQt;
-struct PackedDo;
-struct PackedDot;
-struct PackedK;
-struct PackedKt;
-struct PackedVt;
-struct Statistics;
-struct ProbabilityBlock;
-struct ScoreGradientBlock;
-struct ScoreGradientRows;
-struct KeyGradient;
-struct ValueGradient;
-struct QueryGradient;
-struct QueryGradientPartials;
-
-// Sums over the rows of m, of columns of it: as panels of B, but where steps lie in groups, of A. There only rows that lie as
-// they are summed can be the left operand, which P and dS are not: the transposed products (channels, keys) are summed.
+// Packs m^T as the B operand. With AMX it becomes the A operand and the product comes out transposed, because P and dS
+// are stored row-major and AMX's A must be contiguous along K.
 template <class U, class S>
 void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
-  if constexpr (kUsesAmx<U>) pack_rows(dst, m.transposed(), columns, rows);
-  else pack_columns(dst, m.transposed(), columns, rows);
+  if constexpr (kUsesAmx<U>) pack_a(dst, m.transposed(), columns, rows);
+  else pack_b(dst, m, columns, rows);
 }
 
-// Everything of one head that the key tiles share, packed. A "t" operand takes part in a product that sums over its rows.
+// The packed operands of one head, which its key blocks share. A product with an operand in "t" sums over that
+// operand's rows.
 template <class S>
 struct PackedHead {
   using T = Acc<S>;
   using U = Packed<S>;
+  static constexpr int64_t NR = Tiling<U>::NR;
   const AttentionArgs& a;
   int64_t b, h, L, E, Ev, e_panels, v_panels;
-  int64_t l_steps, k_steps, e_steps, v_steps;  // along the queries, the keys and the channels
+  int64_t l_packs, k_packs, e_packs, v_packs;  // along the queries, the keys and the channels
   U *q, *qt, *dout, *dout_t, *k, *kt, *v;
   T *lse, *delta;
 
   PackedHead(const AttentionArgs& a, int64_t b, int64_t h)
-      : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR<T>)), v_panels(ceil_div(Ev, NR<T>)),
-        l_steps(packs_of<U>(L)), k_steps(packs_of<U>(a.k_len)), e_steps(packs_of<U>(E)), v_steps(packs_of<U>(Ev)) {
-    const int64_t padded = round_up(L, MR<U>), kpad = round_up(a.k_len, NR<T>);
-    q = scratch<U, PackedQ>(padded * e_steps), qt = scratch<U, PackedQt>(e_panels * NR<T> * l_steps);
-    dout = scratch<U, PackedDo>(padded * v_steps), dout_t = scratch<U, PackedDot>(v_panels * NR<T> * l_steps);
-    k = scratch<U, PackedK>(kpad * e_steps), kt = scratch<U, PackedKt>(e_panels * NR<T> * k_steps);
-    v = scratch<U, PackedVt>(kpad * v_steps);
+      : a(a), b(b), h(h), L(a.q_len), E(a.head_dim), Ev(a.v_dim), e_panels(ceil_div(E, NR)), v_panels(ceil_div(Ev, NR)),
+        l_packs(packs_of<U>(L)), k_packs(packs_of<U>(a.k_len)), e_packs(packs_of<U>(E)), v_packs(packs_of<U>(Ev)) {
+    const int64_t padded = round_up(L, Tiling<U>::MR), kpad = round_up(a.k_len, NR);
+    q = scratch<U>(Region::packed_q, padded * e_packs), qt = scratch<U>(Region::packed_q_t, e_panels * NR * l_packs);
+    dout = scratch<U>(Region::packed_dout, padded * v_packs), dout_t = scratch<U>(Region::packed_dout_t, v_panels * NR * l_packs);
+    k = scratch<U>(Region::packed_k, kpad * e_packs), kt = scratch<U>(Region::packed_k_t, e_panels * NR * k_packs);
+    v = scratch<U>(Region::packed_v, kpad * v_packs);
     const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
-    pack_rows(q, Q, L, E, scaled<U>(a.scale));
+    pack_a(q, Q, L, E, scaling_reader<U>(a.scale));
     pack_transposed(qt, Q, E, L);
-    pack_rows(dout, dO, L, Ev);
+    pack_a(dout, dO, L, Ev);
     pack_transposed(dout_t, dO, Ev, L);
-    pack_columns(k, K, a.k_len, E);
-    pack_columns(kt, K.transposed(), E, a.k_len);
-    pack_columns(v, V, a.k_len, Ev);
+    pack_b(k, K.transposed(), a.k_len, E);
+    pack_b(kt, K, E, a.k_len);
+    pack_b(v, V.transposed(), a.k_len, Ev);
 
-    lse = scratch<T, Statistics>(2 * padded), delta = lse + padded;
+    lse = scratch<T>(Region::row_statistics, 2 * padded), delta = lse + padded;
     for (int64_t i = 0; i < padded; i++) {
       lse[i] = i < L ? lse_of<T>(a, b, h, i) : kInf<T>;
       delta[i] = i < L ? delta_of<S>(a, b, h, i) : T(0);
@@ -75,21 +60,21 @@ struct PackedHead {
   }
 };
 
-// The distance of ds_rows' rows, for AMX in cache lines of their own.
+// The row stride of ds_rows. With pairs, every row has cache lines of its own, as AMX needs.
 template <class U>
 constexpr int64_t kScoreGradStride = PackElement<U>::kPackK > 1 ? BC / PackElement<U>::kPackK : kScoreStride;
 
-// P and dS of `rows` query rows from i0 against the BC keys from j0, zero where nothing is unmasked. p and ds
-// (BR, BC) have their steps along the queries; ds_rows, the same as ds where a step is one value, along the keys, its rows kScoreGradStride
-// apart.
+// P and dS of `rows` query rows from i0 on against the BC keys from j0 on, zero where masked. p and ds (BR, BC) have
+// packs along the queries. ds_rows has packs along the keys, in rows kScoreGradStride apart; where a pack is one value,
+// it is ds itself.
 template <class S, class U = Packed<S>>
 void gradient_block(const PackedHead<S>& x, U* p, U* ds, U* ds_rows, int64_t i0, int64_t rows, int64_t j0) {
   using T = Acc<S>;
-  constexpr int d = PackElement<U>::kPackK, MR = cpu::PYGPT_ISA::MR<U>;
-  for (int64_t panel = 0; panel * NR<T> < BC; panel++)
+  constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
+  for (int64_t panel = 0; panel * NR < BC; panel++)
     for (int64_t i = 0; i < rows; i += MR) {
-      const int64_t row0 = i0 + i, column = panel * NR<T>, j = j0 + column;
-      auto put = [&](int r, int w, const Vec<T>(&e)[d], const Vec<T>(&g)[d]) {  // of rows r .. r + d - 1
+      const int64_t row0 = i0 + i, column = panel * NR, j = j0 + column;
+      auto put = [&](int r, int w, const Vec<T>(&e)[d], const Vec<T>(&g)[d]) {  // rows r .. r + d - 1
         const int64_t at = (i + r) / d * kScoreStride + column + w * W<T>;
         store(reinterpret_cast<T*>(p) + at, PackElement<U>::zip_rows(e));
         store(reinterpret_cast<T*>(ds) + at, PackElement<U>::zip_rows(g));
@@ -103,13 +88,14 @@ void gradient_block(const PackedHead<S>& x, U* p, U* ds, U* ds_rows, int64_t i0,
         continue;
       }
       Tile<U> s, dp;
-      score_tile(x.a, x.q + row0 * x.e_steps, x.k + j * x.e_steps, x.e_steps, row0, j, s.data(), NR<T>);
-      dot_products(x.v_steps, x.dout + row0 * x.v_steps, x.v + j * x.v_steps, dp.data(), NR<T>);
+      score_tile(x.a, x.q + row0 * x.e_packs, x.k + j * x.e_packs, x.e_packs, row0, j, s.data(), NR);
+      dot_products(x.v_packs, x.dout + row0 * x.v_packs, x.v + j * x.v_packs, dp.data(), NR);
       for (int r = 0; r < MR; r += d)
         for (int w = 0; w < NV; w++) {
           Vec<T> e[d], g[d];
           for (int n = 0; n < d; n++) {
-            if (d > 1 && row0 + r + n >= x.L) {  // no query, but it may share a step with one: no infinite key may spoil it
+            // Row L may share a pack with the last query, whose gradients an infinite key must not spoil.
+            if (d > 1 && row0 + r + n >= x.L) {
               e[n] = g[n] = Vec<T>{};
               continue;
             }
@@ -121,31 +107,33 @@ void gradient_block(const PackedHead<S>& x, U* p, U* ds, U* ds_rows, int64_t i0,
     }
 }
 
-// acc (BC keys, channels) += x^T (rows, BC) y, y packed as panels of `steps` steps along the queries. Turned, each tile of acc
-// is a transposed one.
+// acc (BC keys, channels) += x^T y for x (rows, BC) and y packed as panels of `packs` packs along the queries. With
+// AMX, acc holds transposed tiles.
 template <class U, class T = Acc<U>>
-void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t steps, int64_t i0, int64_t rows, int64_t keys,
+void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t packs, int64_t i0, int64_t rows, int64_t keys,
                             int64_t panels, int64_t first_row) {
-  constexpr int64_t MR = cpu::PYGPT_ISA::MR<U>, d = PackElement<U>::kPackK, G = PackElement<U>::kTileK;
-  constexpr int64_t kKeys = kRegisters == 32 ? 4 * MR : 8 * MR;  // whose columns of x stay in L1 for all panels
+  constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR, d = PackElement<U>::kPackK, G = PackElement<U>::kTileK;
+  constexpr int64_t kKeys = kRegisters == 32 ? 4 * MR : 8 * MR;  // keys whose columns of x stay in L1 for all panels
   for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
     for (int64_t p = 0; p < panels; p++)
       for (int64_t j = j0; j < std::min(keys, j0 + kKeys); j += MR) {
         Tile<U>& sum = acc[j / MR * panels + p];
-        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / (d * G) * G;  // rows before see none of these keys
-        const U *from = x + start * kScoreStride + j, *with = y + (p * steps + i0 / d + start) * NR<T>;
+        // Earlier rows attend to none of these keys.
+        const int64_t start = std::clamp<int64_t>(first_row + j, 0, rows) / (d * G) * G;
+        const U *from = x + start * kScoreStride + j, *with = y + (p * packs + i0 / d + start) * NR;
         if constexpr (kUsesAmx<U>) add_product<G, MR * G>(sum, packs_of<U>(rows) - start, with, from, kScoreStride);
-        else add_product<1, kScoreStride>(sum, packs_of<U>(rows) - start, from, with, NR<T>);
+        else add_product<1, kScoreStride>(sum, packs_of<U>(rows) - start, from, with, NR);
       }
 }
 
 // Transposes n square tiles.
 template <class U, class T = Acc<U>>
 void transpose_tiles(Tile<U>* tiles, int64_t n) {
-  static_assert(MR<U> == NR<T> && MR<U> % W<T> == 0);
+  constexpr int MR = Tiling<U>::MR;
+  static_assert(MR == Tiling<U>::NR && MR % W<T> == 0);
   for (Tile<U>* tile = tiles; tile < tiles + n; tile++) {
     const Tile<U> from = *tile;
-    for (int i = 0; i < MR<U>; i += W<T>)
+    for (int i = 0; i < MR; i += W<T>)
       for (int v = 0; v < NV; v++) {
         Vec<T> square[W<T>];
         for (int r = 0; r < W<T>; r++) square[r] = from.c[i + r][v];
@@ -159,27 +147,27 @@ template <class S>
 void store_tiles(const Heads& to, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t channels,
                  const Tile<Packed<S>>* tiles, Acc<S> scale) {
   using T = Acc<S>;
-  constexpr int64_t MR = cpu::PYGPT_ISA::MR<Packed<S>>;
-  const int64_t panels = ceil_div(channels, NR<T>);
+  constexpr int64_t MR = Tiling<Packed<S>>::MR, NR = Tiling<Packed<S>>::NR;
+  const int64_t panels = ceil_div(channels, NR);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < channels; j += W<T>) {
-      const Vec<T> x = tiles[i / MR * panels + j / NR<T>].c[i % MR][j % NR<T> / W<T>];
+      const Vec<T> x = tiles[i / MR * panels + j / NR].c[i % MR][j % NR / W<T>];
       store(output_row<S>(to, b, h, i0 + i) + j, x * scale, channels - j);
     }
 }
 
-// dk, dv of the BC keys from j0, and their share of dq (tiles of the whole head, not yet scaled).
+// dk and dv of the BC keys from j0 on, and their share of dq, which is tiles of the whole head and not yet scaled.
 template <class S>
 void backward_tile(const PackedHead<S>& x, int64_t j0, Tile<Packed<S>>* dq) {
   using T = Acc<S>;
   using U = Packed<S>;
-  constexpr int64_t d = PackElement<U>::kPackK, MR = cpu::PYGPT_ISA::MR<U>, BR = cpu::PYGPT_ISA::BR<U>;
+  constexpr int64_t d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>;
   const AttentionArgs& a = x.a;
   const int64_t keys = std::min(BC, a.k_len - j0);
-  U *p = scratch<U, ProbabilityBlock>(BR * kScoreStride / d), *ds = scratch<U, ScoreGradientBlock>(BR * kScoreStride / d);
-  U* ds_rows = d > 1 ? scratch<U, ScoreGradientRows>(BR * kScoreGradStride<U>) : ds;
-  Tile<U>* dk = scratch<Tile<U>, KeyGradient>(BC / MR * x.e_panels);
-  Tile<U>* dv = scratch<Tile<U>, ValueGradient>(BC / MR * x.v_panels);
+  U *p = scratch<U>(Region::p_block, BR * kScoreStride / d), *ds = scratch<U>(Region::ds_block, BR * kScoreStride / d);
+  U* ds_rows = d > 1 ? scratch<U>(Region::ds_rows, BR * kScoreGradStride<U>) : ds;
+  Tile<U>* dk = scratch<Tile<U>>(Region::dk_tiles, BC / MR * x.e_panels);
+  Tile<U>* dv = scratch<Tile<U>>(Region::dv_tiles, BC / MR * x.v_panels);
   std::fill(dk, dk + BC / MR * x.e_panels, Tile<U>{});
   std::fill(dv, dv + BC / MR * x.v_panels, Tile<U>{});
 
@@ -189,10 +177,10 @@ void backward_tile(const PackedHead<S>& x, int64_t j0, Tile<Packed<S>>* dq) {
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
         add_product<kScoreGradStride<U>, PackElement<U>::kTileK>(dq[(i0 + i) / MR * x.e_panels + e], packs_of<U>(unmasked_in_block(a, i0 + i, MR, j0)),
-                                             ds_rows + i * kScoreGradStride<U>, x.kt + (e * x.k_steps + j0 / d) * NR<T>, NR<T>);
+                                             ds_rows + i * kScoreGradStride<U>, x.kt + (e * x.k_packs + j0 / d) * NR, NR);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
-    if (a.dv.data) add_transposed_product(dv, p, x.dout_t, x.l_steps, i0, rows, keys, x.v_panels, first_row);
-    if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_steps, i0, rows, keys, x.e_panels, first_row);
+    if (a.dv.data) add_transposed_product(dv, p, x.dout_t, x.l_packs, i0, rows, keys, x.v_panels, first_row);
+    if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_packs, i0, rows, keys, x.e_panels, first_row);
   }
   if constexpr (kUsesAmx<U>) transpose_tiles(dk, BC / MR * x.e_panels), transpose_tiles(dv, BC / MR * x.v_panels);
   if (a.dk.data) store_tiles<S>(a.dk, x.b, x.h, j0, keys, x.E, dk, T(a.scale));
@@ -203,17 +191,17 @@ template <class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = Packed<S>;
-  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, NR<T>);
-  const int64_t dq_tiles = ceil_div(a.q_len, MR<U>) * e_panels;
-  // Few heads: deal each one's key tiles round robin to several tasks, by the shape alone.
+  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, Tiling<U>::NR);
+  const int64_t dq_tiles = ceil_div(a.q_len, Tiling<U>::MR) * e_panels;
+  // With few heads, deals each head's key blocks to several tasks in turn; their number depends on the shape alone.
   const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
-  Tile<U>* partials = splits > 1 && a.dq.data ? scratch<Tile<U>, QueryGradientPartials>(heads * splits * dq_tiles) : nullptr;
+  Tile<U>* partials = splits > 1 && a.dq.data ? scratch<Tile<U>>(Region::dq_partials, heads * splits * dq_tiles) : nullptr;
   parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
       const PackedHead<S> x(a, b, h);
-      Tile<U>* dq = partials ? partials + task * dq_tiles : a.dq.data ? scratch<Tile<U>, QueryGradient>(dq_tiles) : nullptr;
+      Tile<U>* dq = partials ? partials + task * dq_tiles : (a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, dq_tiles) : nullptr);
       if (dq) std::fill(dq, dq + dq_tiles, Tile<U>{});
       for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
       if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq, T(a.scale));

@@ -1,43 +1,40 @@
-// Attention of at most kDecodeQueries queries (decoding with a cache), forward and backward; the mathematics is that of
-// attention.cpp and attention_bwd.cpp. Reading K and V once is all the work, and packing them would be three times
-// that, so both are read as they lie: scores are dot products with the rows of K, and O adds up weighted rows of V.
+// Attention of at most kDecodeQueries queries (decoding with a cache), forward and backward. The mathematics is in
+// attention.cpp and attention_bwd.cpp. Reading K and V once is all the work, and packing them would triple it, so both
+// are read where they lie: scores are dot products with rows of K, and O sums weighted rows of V.
 //
 //   forward    s_j = q k_j           O += p_j v_j        one task per query
 //   backward   dp_j = dO v_j         dQ += ds_j k_j      one task per head
 //              dk_j = sum_i ds_ij q_i                    dv_j = sum_i p_ij dO_i
 //
-// Both form the scores in the same order, so that a query that sees one key has P = 1 exactly.
+// Both sum the scores in the same order, so that a query with one key has P = 1 exactly.
 #include "attention.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-struct FewQueries;
-struct FewScores;
-
-// to (whole vectors) = scale times row i of m (n long), then zeros.
+// to = scale times row i of m (n long), padded with zeros to whole vectors.
 template <class S, class T = Acc<S>>
 void unpack(T* to, Matrix<S> m, int64_t i, int64_t n, T scale) {
   for (int64_t e = 0; e < round_up(n, W<T>); e++) to[e] = e < n ? to_acc(m.at(i, e).data[0]) * scale : T(0);
 }
 
-// out[j] = x . row j of m, for n rows of `channels`; four rows at a time, for so many streams keep memory busier.
+// out[j] = x . row j of m, for n rows of `channels` values. Four rows at a time keep memory busier.
 template <class S, class T = Acc<S>>
 PYGPT_INLINE void dots(const T* x, Matrix<S> m, int64_t n, int64_t channels, T* out) {
   unroll_by<4>(n, [&](int64_t j, auto together) {
     Vec<T> dot[together.value] = {};
-    auto step = [&](int64_t e, auto load_m) {
+    auto add_products = [&](int64_t e, auto load_m) {
       for (int u = 0; u < together.value; u++) dot[u] += load(x + e) * load_m(m.data + (j + u) * m.rs + e);
     };
     const int64_t whole = channels / W<T> * W<T>;
-    for (int64_t e = 0; e < whole; e += W<T>) step(e, [](const S* at) { return load(at); });
-    if (whole < channels) step(whole, [&](const S* at) { return load(at, channels - whole); });
+    for (int64_t e = 0; e < whole; e += W<T>) add_products(e, [](const S* at) { return load(at); });
+    if (whole < channels) add_products(whole, [&](const S* at) { return load(at, channels - whole); });
     for (int u = 0; u < together.value; u++) out[j + u] = hsum<T>(dot[u]);
   });
 }
 
-// to = to * rescale + sum_j p[j] row j of m, for n rows of `channels`.
+// to = to * rescale + sum_j p[j] row j of m, for n rows of `channels` values.
 template <class S, class T = Acc<S>>
 PYGPT_INLINE void add_weighted(T* to, T rescale, const T* p, Matrix<S> m, int64_t n, int64_t channels) {
   auto columns = [&](int64_t e, auto vectors, auto load_m) {
@@ -67,7 +64,7 @@ void forward(const AttentionArgs& a) {
   const int64_t E = a.head_dim, Ev = a.v_dim;
   parallel_for(a.batch * a.heads * a.q_len, [&](int64_t begin, int64_t end) {
     const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
-    T *q = scratch<T, FewQueries>(ld + BC + ldv), *p = q + ld, *out = p + BC;
+    T *q = scratch<T>(Region::decode_rows, ld + BC + ldv), *p = q + ld, *out = p + BC;
     for (int64_t task = begin; task < end; task++) {
       const int64_t i = task % a.q_len, h = task / a.q_len % a.heads, b = task / a.q_len / a.heads;
       const Matrix<S> K = head<S>(a.k, b, h), V = head<S>(a.v, b, h);
@@ -86,7 +83,7 @@ void forward(const AttentionArgs& a) {
   }, a.k_len * (E + Ev));
 }
 
-// to's row j = sum_i weights[i * BC + j] x[i * ld ..], for the n rows from j0.
+// Row j0 + j of `to` is sum_i weights[i * BC + j] (row i of x), for n rows; the rows of x are ld apart.
 template <class S, class T = Acc<S>>
 void store_outer(const Heads& to, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t channels, int64_t queries,
                  const T* weights, const T* x, int64_t ld) {
@@ -104,8 +101,8 @@ void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t L = a.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
   parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
-    T *q = scratch<T, FewQueries>(L * (2 * ld + ldv)), *dq = q + L * ld, *dout = dq + L * ld;
-    T *p = scratch<T, FewScores>(2 * L * BC), *ds = p + L * BC;
+    T *q = scratch<T>(Region::decode_rows, L * (2 * ld + ldv)), *dq = q + L * ld, *dout = dq + L * ld;
+    T *p = scratch<T>(Region::decode_scores, 2 * L * BC), *ds = p + L * BC;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / a.heads, h = task % a.heads;
       const Matrix<S> K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);

@@ -1,4 +1,4 @@
-// Chooses, once, the kernels of the best instruction set this machine has, like PyTorch's own.
+// Chooses the kernels of the best instruction set that this machine has, once, when the library is loaded.
 // PYGPT_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16|amx forces a lower one.
 #include "dispatch.h"
 
@@ -38,13 +38,13 @@ PYGPT_ISA_TABLE(amx)
 #endif
 
 #if defined(__x86_64__)
-// Whether there is AMX for bf16, and this process may use it: Linux wants to be asked first, once.
+// Whether the processor has AMX for bf16 and Linux lets this process use it, which a process must request once.
 static bool may_use_amx() {
 #if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, and of the states that it names
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-  return there && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+  return has_amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -55,7 +55,7 @@ std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {&baseline::table};
 #if defined(__x86_64__)
   unsigned a, b, c = 0, d;
-  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // clang below 18 doesn't know its name
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // clang before 18 does not know the name "f16c"
   const bool has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi2");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -78,7 +78,8 @@ static const Kernels& choose() {
     if (std::string(forced) == k->name) return *k;
     names += std::string(names.empty() ? "" : ", ") + k->name;
   }
-  throw std::runtime_error("pygpt: PYGPT_CPU_CAPABILITY=" + std::string(forced) + " is not among what this machine has: " + names);
+  throw std::runtime_error("pygpt: PYGPT_CPU_CAPABILITY=" + std::string(forced) +
+                           " is not among what this machine has: " + names);
 }
 
 const Kernels& kernels() {

@@ -11,10 +11,10 @@ struct Kernels {
 #define PYGPT_POINTER(name, Args) void (*name)(const Args&);
   PYGPT_KERNELS(PYGPT_POINTER)
 #undef PYGPT_POINTER
-  double (*fma_rate)(int64_t milliseconds);  // GFLOP/s of float32 multiply-adds over all threads
+  double (*fma_rate)(int64_t milliseconds);  // float32 multiply-adds of all threads in GFLOP/s
 };
 
-std::vector<const Kernels*> supported();  // what is compiled and this machine can run, best last
+std::vector<const Kernels*> supported();  // the compiled ones that this machine can run, the best last
 const Kernels& kernels();                 // the one in use; throws if the environment forces an unknown one
 
 }  // namespace pygpt::cpu

@@ -1,17 +1,17 @@
 // linear:  y = x W^T + b                        x (M, K), W (N, K), b (N), y (M, N)
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
 //
-// Each is a chain of the one packed GEMM. Forward, bias and activation are applied to the finished
-// tile in registers; kept for backward are hidden = act(pre) (M, H), which dW2 needs, and, but for
-// relu, pre itself, which act' is found from. Backward:
+// Both are chains of matrix products (gemm/gemm.h). In forward, bias and activation are applied to a finished tile in
+// registers. Backward gets hidden = act(pre) (M, H), which dW2 needs, and pre, which gives act' (relu needs only
+// hidden):
 //     dW2 = dy^T hidden        db2 = row sums of dy^T
 //     dpre = (dy W2) act'(pre)             <- in the GEMM's epilogue
 //     dW1 = dpre^T x           db1 = row sums of dpre^T
 //     dx = dpre W1
-// The bias gradients are gathered while the panels of the transposed operand are packed, so they
-// cost no pass over memory, and in a fixed order.
-#include "few_rows.h"
-#include "memory.h"
+// The bias gradients are summed, in a fixed order, while the GEMM packs the transposed operand, so they cost no pass
+// over memory.
+#include "gemm/gemm.h"
+#include "nontemporal.h"
 #include "vmath.h"
 
 namespace pygpt::cpu {
@@ -32,38 +32,40 @@ PYGPT_INLINE Vec<Acc<S>> bias_at(const S* bias, int64_t j, int64_t n) {
   return bias ? load(bias + j, n) : Vec<Acc<S>>{};
 }
 
-// Stores results: more than L2 holds past the caches, if a tile's rows are whole lines, which would else be read first.
-// (Measured on an Intel CPU, one core, 4096 x 768 -> 3072: with AMX 1.3 times as fast, in float32 1.03.)
+// Stores a product's results. More than L2 holds is written past the caches where the rows of a tile are whole cache
+// lines, which would otherwise be read first (docs/measured.md C15).
 template <class S>
-struct Results {
+struct ResultWriter {
   static constexpr int64_t kLine = 64 / sizeof(S);
-  bool many;
-  Results(int64_t rows, int64_t stride)
-      : many(rows > kFewRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 4 << 20) {}
+  bool exceeds_l2;
+  ResultWriter(int64_t rows, int64_t stride)
+      : exceeds_l2(rows > kGemvRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 2 * kL2Bytes) {}
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    NR<Acc<S>> % kLine == 0 && many ? store_nontemporal(p, x, n) : store(p, x, n);
+    Tiling<Packed<S>>::NR % kLine == 0 && exceeds_l2 ? store_nontemporal(p, x, n) : store(p, x, n);
   }
 };
 
 template <class S>
-auto store_to(void* out, int64_t rows, int64_t stride, const void* bias = nullptr) {
-  return [write = Results<S>(rows, stride), out = static_cast<S*>(out), stride, bias = static_cast<const S*>(bias)](
-             int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) { write(out + i * stride + j, c + bias_at(bias, j, n), n); };
+auto store_epilogue(void* out, int64_t rows, int64_t stride, const void* bias = nullptr) {
+  S* y = static_cast<S*>(out);
+  const S* b = static_cast<const S*>(bias);
+  return [=, write = ResultWriter<S>(rows, stride)](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+    write(y + i * stride + j, c + bias_at(b, j, n), n);
+  };
 }
 
-// dW = dy^T x (N, K) and db = column sums of dy (N), over M rows; either may be unwanted (null).
+// dW = dy^T x (N, K) and db = column sums of dy (N), over M rows. Either is null if it is not wanted.
 template <class S>
 void weight_gradient(int64_t M, int64_t N, int64_t K, Matrix<S> dy, Matrix<S> x, void* dw, void* db) {
   if (!dw && !db) return;
   using T = Acc<S>;
-  struct Sums;
-  T* sums = db ? scratch<T, Sums>(N) : nullptr;
-  gemm<S>(N, dw ? K : 0, M, dy.transposed(), x, sums, store_to<S>(dw, N, K));
+  T* sums = db ? scratch<T>(Region::bias_gradient, N) : nullptr;
+  gemm_tn(N, dw ? K : 0, M, dy, x, sums, store_epilogue<S>(dw, N, K));
   if (db)
     for (int64_t j = 0; j < N; j += W<T>) store(static_cast<S*>(db) + j, load(sums + j, N - j), N - j);
 }
 
-// The activation is chosen vector by vector, not by template: the branch is predicted, and the GEMM
+// The activation is a run-time branch for every vector, not a template parameter: the branch is predicted, and the GEMM
 // around it is compiled once per type.
 template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
@@ -89,8 +91,8 @@ PYGPT_INLINE Vec<T> backpropagated(Activation a, Vec<T> d, Vec<T> saved) {
 void linear_fwd(const LinearArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
-    times_transposed(a.rows, a.out, a.in, matrix<S>(a.x), matrix<S>(a.weight),
-                     store_to<S>(a.y.data, a.rows, a.y.stride, a.bias));
+    gemm_nt(a.rows, a.out, a.in, matrix<S>(a.x), matrix<S>(a.weight),
+            store_epilogue<S>(a.y.data, a.rows, a.y.stride, a.bias));
   });
 }
 
@@ -98,7 +100,7 @@ void linear_bwd(const LinearArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
     const auto dy = matrix<S>(a.dy);
-    if (a.dx) times(a.rows, a.in, a.out, dy, matrix<S>(a.weight), store_to<S>(a.dx, a.rows, a.in));
+    if (a.dx) gemm_nn(a.rows, a.in, a.out, dy, matrix<S>(a.weight), store_epilogue<S>(a.dx, a.rows, a.in));
     weight_gradient(a.rows, a.out, a.in, dy, matrix<S>(a.x), a.dw, a.db);
   });
 }
@@ -109,34 +111,36 @@ void mlp_fwd(const MlpArgs& a) {
     const int64_t H = a.hidden_dim;
     S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
     const S* bias = static_cast<const S*>(a.fc_bias);
-    times_transposed(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight),
-                     [=, write = Results<S>(a.rows, H), activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c,
-                                                                                    int64_t n) {
-                       c += bias_at(bias, j, n);
-                       if (pre) write(pre + i * H + j, c, n);
-                       write(hidden + i * H + j, activated<S>(activation, c), n);
-                     });
-    times_transposed(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight),
-                     store_to<S>(a.y, a.rows, a.out, a.proj_bias));
+    const ResultWriter<S> write(a.rows, H);
+    const auto store_hidden = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+      c += bias_at(bias, j, n);
+      if (pre) write(pre + i * H + j, c, n);
+      write(hidden + i * H + j, activated<S>(activation, c), n);
+    };
+    gemm_nt(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight), store_hidden);
+    gemm_nt(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight),
+            store_epilogue<S>(a.y, a.rows, a.out, a.proj_bias));
   });
 }
 
 void mlp_bwd(const MlpArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
+    using Tiles = Tiling<Packed<S>>;
     const int64_t M = a.rows, H = a.hidden_dim;
     const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, H);
     weight_gradient(M, a.out, H, dy, hidden, a.dproj_weight, a.dproj_bias);
     if (!a.dx && !a.dfc_weight && !a.dfc_bias) return;
     const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
-    times(M, H, a.out, dy, matrix<S>(a.proj_weight),
-          [=, write = Results<S>(M, H), out = static_cast<S*>(a.dpre), activation = a.activation](int64_t i, int64_t j,
-                                                                                                    Vec<Acc<S>> c, int64_t n) {
-            if (kUsesAmx<Packed<S>>) __builtin_prefetch(saved + i * H + j + NR<Acc<S>>, 0, 2);  // for the next panel
-            write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);
-          });
+    S* out = static_cast<S*>(a.dpre);
+    const ResultWriter<S> write(M, H);
+    const auto store_dpre = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+      if (kUsesAmx<Packed<S>>) __builtin_prefetch(saved + i * H + j + Tiles::NR, 0, 2);  // for the next panel
+      write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);
+    };
+    gemm_nn(M, H, a.out, dy, matrix<S>(a.proj_weight), store_dpre);
     weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
-    if (a.dx) times(M, a.in, H, dpre, matrix<S>(a.fc_weight), store_to<S>(a.dx, a.rows, a.in));
+    if (a.dx) gemm_nn(M, a.in, H, dpre, matrix<S>(a.fc_weight), store_epilogue<S>(a.dx, a.rows, a.in));
   });
 }
 

@@ -4,22 +4,22 @@
 //     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
 //     dw = sum over rows of dy xhat,   db = sum over rows of dy
 //
-// rms_norm is the same without the mean (x - mean becomes x, and sum(g) goes). add_layer_norm first
-// stores sum = x + residual, rounded to the dtype, and normalises that; dsum is the gradient that
-// reaches the sum by its other road. mean and rstd are saved, one number each per row, so that
-// backward forms xhat from x without a reduction.
+// rms_norm is the same with x instead of x - mean, and without sum(g). add_layer_norm first stores sum = x + residual,
+// rounded to the dtype, and normalises the stored sum; dsum is the gradient from the sum's other consumer (the residual
+// stream). mean and rstd are saved, one value each per row, so that backward forms xhat from x without a reduction.
 //
-// The mean is found twice: once plainly, then, with the variance, as the mean of what centring left
-// over. This corrected two-pass scheme (Chan, Golub and LeVeque 1983) takes the rounding error of the
-// first mean out of the variance and out of y, even where the mean is a thousand deviations wide.
+// The corrected two-pass scheme (Chan, Golub and LeVeque 1983) sums x - mean along with its squares. The mean of these
+// differences is the rounding error of the mean, and is taken out of the variance and of y, so both are exact even
+// where the mean is a thousand standard deviations wide.
 //
-// A row is read from memory once; its other passes find it in cache, and the last, where results go past the caches,
-// prefetches the next row. dw and db are summed over chunks of rows, then chunk by chunk in order, each sum in groups
-// to keep its chains short; the chunks depend on the shape alone.
+// A row is read from memory once, and later passes find it in cache. The last pass prefetches the next row where
+// results are written past the caches. dw and db are summed over chunks of rows, then chunk by chunk in order, and each
+// sum is made of short sums, which round less. The chunks depend on the shape alone.
 #include <algorithm>
 #include <cmath>
 
-#include "memory.h"
+#include "arena.h"
+#include "nontemporal.h"
 #include "parallel.h"
 #include "vmath.h"
 
@@ -27,12 +27,13 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kSumColumns = 2048;    // columns summed before they are added to a total
-constexpr int64_t kRowGroup = 8;       // rows summed before they are added to a total
-constexpr int64_t kChunkElements = 16384;   // least number of elements in such a chunk
-constexpr int64_t kWork = 8;        // what an element costs, in multiply-adds
+constexpr int64_t kSumColumns = 2048;      // columns summed before they are added to a total
+constexpr int64_t kRowGroup = 8;           // rows summed before they are added to a total
+constexpr int64_t kChunkElements = 16384;  // the least number of elements in a chunk of rows
+constexpr int64_t kWork = 8;               // the cost of an element in multiply-adds
 
-// n <= W columns from j on, or the columns that one half of load_even_odd's 2 W from j holds.
+// n <= W columns from j on or, where half is 0 or 1, the W of the 2 W columns from j on that load_even_odd(.., half)
+// reads.
 struct Columns {
   int64_t j, n;
   int half = -1;
@@ -41,13 +42,13 @@ template <class S>
 PYGPT_INLINE Vec<Acc<S>> at(const S* row, Columns c) {
   return c.half < 0 ? load(row + c.j, c.n) : load_even_odd(row + c.j, c.half);
 }
-// Where a row of T in the same lanes has them.
+// Where these columns are in a row of parameters, which is stored in the order of lanes that load_even_odd gives.
 template <class T>
 PYGPT_INLINE int64_t lanes(Columns c) {
   return c.j + std::max(c.half, 0) * W<T>;
 }
 
-// f(columns, u) for all columns j .. end; u = 0..3 in turn, to keep four sums apart.
+// f(columns, u) for all columns j .. end; u is 0 .. 3 in turn, so that a caller can keep four sums.
 template <class T, class F>
 PYGPT_INLINE void each_vector(int64_t j, int64_t end, const F& f) {
   constexpr int64_t w = W<T>;
@@ -59,7 +60,7 @@ PYGPT_INLINE void each_vector(int64_t j, int64_t end, const F& f) {
     for (int u = 0; u < 2; u++) f(Columns{j, w, u}, u);
   for (; j < end; j += w) f(Columns{j, std::min(w, end - j)}, 0);
 }
-// out[j ..] = f(columns)
+// out = f(columns) for all columns j .. end.
 template <class S, class Writer, class F>
 PYGPT_INLINE void write_each(int64_t j, int64_t end, const Writer& write, S* out, const F& f) {
   constexpr int64_t w = W<Acc<S>>;
@@ -73,7 +74,7 @@ PYGPT_INLINE void write_each(int64_t j, int64_t end, const Writer& write, S* out
   }
 }
 
-// out[k] = sum over the row of what f(columns, sums) adds to sums[k].
+// f(columns, sums) adds to the K vectors of sums; out[k] is the total of sums[k] over the row.
 template <int K, class T, class F>
 PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
   Vec<T> total[K] = {};
@@ -86,26 +87,22 @@ PYGPT_INLINE void row_sums(int64_t cols, T (&out)[K], const F& f) {
 }
 
 template <class T>
-PYGPT_INLINE Vec<T> keep_lanes(Vec<T> v, int64_t n) {  // 0 in the others
+PYGPT_INLINE Vec<T> keep_lanes(Vec<T> v, int64_t n) {  // the first n lanes of v, and 0 in the others
   return n < W<T> ? lane_index<T>() < IVec<T>{} + typename IntOf<T>::type(n) ? v : Vec<T>{} : v;
 }
 
-// A row of parameters as Acc<S>, in the lanes of each_vector, `value` throughout if there is none.
-template <class Tag, class S>
-const Acc<S>* parameters(const void* data, int64_t cols, Acc<S> value) {
+// A row of parameters as Acc<S>, in the order of each_vector's lanes. If there are no parameters, every element is
+// `value`.
+template <class S>
+const Acc<S>* parameters(Region region, const void* data, int64_t cols, Acc<S> value) {
   using T = Acc<S>;
   const S* p = static_cast<const S*>(data);
   if constexpr (sizeof(S) == sizeof(T))
     if (p) return p;
-  T* row = scratch<T, Tag>(cols);
+  T* row = scratch<T>(region, cols);
   each_vector<T>(0, cols, [&](Columns c, int) { store(row + lanes<T>(c), p ? at(p, c) : set1(value)); });
   return row;
 }
-struct Weight;
-struct Bias;
-struct Partials;
-struct Group;
-struct Sum;
 
 template <class S>
 struct RowMatrix {
@@ -121,9 +118,19 @@ struct Statistics {
   T mean, rstd;
 };
 
-// One row forward: y from x, and a copy of x unless that is null. prefetch(j): of column j of the next row.
+template <class S>
+struct ForwardRow {
+  const S* x;
+  const Acc<S> *w, *b;
+  S *y, *copy;  // copy receives x, unless it is null
+};
+
+// One row forward. prefetch(j) prefetches column j of the next row.
 template <class S, bool Centre, class Writer, class F, class T = Acc<S>>
-Statistics<T> forward(int64_t cols, const S* x, const T* w, const T* b, T eps, const Writer& write, S* y, S* copy, const F& prefetch) {
+Statistics<T> forward(int64_t cols, T eps, ForwardRow<S> row, const Writer& write, const F& prefetch) {
+  const S* x = row.x;
+  const T *w = row.w, *b = row.b;
+  S *y = row.y, *copy = row.copy;
   T shift = 0, left = 0, sums[2];
   if constexpr (Centre) {
     T total[1];
@@ -155,10 +162,23 @@ void add(int64_t cols, const S* x, const S* residual, S* sum) {
   write_each(0, cols, Writer<false>(), sum, [&](Columns c) { return at(x, c) + at(residual, c); });
 }
 
-// One row backward: dx unless it is null; with Params, adds to dw and db (padded to whole vectors).
+template <class S>
+struct BackwardRow {
+  const S *dy, *dsum, *x;  // dsum may be null
+  const Acc<S>* w;
+  Statistics<Acc<S>> saved;
+  S* dx;             // not wanted if null
+  Acc<S> *dw, *db;  // padded to whole vectors
+};
+
+// One row backward: writes dx and, with Params, adds to dw and db.
 template <class S, bool Centre, bool Params, class Writer, class F, class T = Acc<S>>
-void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, Statistics<T> saved, const Writer& write,
-              S* dx, T* dw, T* db, const F& prefetch) {
+void backward(int64_t cols, const BackwardRow<S>& row, const Writer& write, const F& prefetch) {
+  const S *dy = row.dy, *dsum = row.dsum, *x = row.x;
+  const T* w = row.w;
+  const Statistics<T> saved = row.saved;
+  S* dx = row.dx;
+  T *dw = row.dw, *db = row.db;
   auto xhat = [&](Columns c) {
     Vec<T> v = at(x, c);
     return Centre ? (v - saved.mean) * saved.rstd : v * saved.rstd;
@@ -177,8 +197,9 @@ void backward(int64_t cols, const S* dy, const S* dsum, const S* x, const T* w, 
   if (!dx) return;
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
   write_each(0, cols, write, dx, [&](Columns c) {
-    Vec<T> g = no_fma(at(dy, c) * at(w, c));  // in a row of one column g - mean_g is 0
-    Vec<T> d = no_fma((g - mean_g - xhat(c) * mean_gh) * saved.rstd);  // fused with dsum it might be here but not there
+    Vec<T> g = no_fma(at(dy, c) * at(w, c));  // not fused, so that in a row of one column g - mean_g is 0
+    // Not fused either, as the compiler might fuse dsum's addition in one loop and not in another.
+    Vec<T> d = no_fma((g - mean_g - xhat(c) * mean_gh) * saved.rstd);
     prefetch(lanes<T>(c));
     return dsum ? d + at(dsum, c) : d;
   });
@@ -188,16 +209,17 @@ template <class S, bool Centre, bool Nontemporal>
 void norm_fwd(const NormArgs& a) {
   using T = Acc<S>;
   const RowMatrix<S> x(a.x), residual(a.residual), sum(a.sum, a.cols), y(a.y, a.cols);
-  const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
-  const T* b = parameters<Bias, S>(a.bias, a.cols, 0);
+  const T* w = parameters<S>(Region::weight, a.weight, a.cols, 1);
+  const T* b = parameters<S>(Region::bias, a.bias, a.cols, 0);
   T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
   auto body = [&](int64_t begin, int64_t end) {
     const Writer<Nontemporal> write;
-    S* unwritten = Nontemporal && residual.data ? scratch<S, Sum>(a.cols) : nullptr;  // sum, until it is written with y
+    // The row of sum, until it is written along with y.
+    S* summed_row = Nontemporal && residual.data ? scratch<S>(Region::summed_row, a.cols) : nullptr;
     for (int64_t i = begin; i < end; i++) {
       const S* row = x.row(i);
       if (residual.data) {
-        S* summed = unwritten ? unwritten : sum.row(i);
+        S* summed = summed_row ? summed_row : sum.row(i);
         add(a.cols, row, residual.row(i), summed);
         row = summed;
       }
@@ -205,7 +227,8 @@ void norm_fwd(const NormArgs& a) {
         write.prefetch(x.row(i + 1) + j);
         if (residual.data) write.prefetch(residual.row(i + 1) + j);
       };
-      Statistics<T> s = forward<S, Centre>(a.cols, row, w, b, T(a.eps), write, y.row(i), unwritten ? sum.row(i) : nullptr, prefetch);
+      const ForwardRow<S> out = {row, w, b, y.row(i), summed_row ? sum.row(i) : nullptr};
+      const Statistics<T> s = forward<S, Centre>(a.cols, T(a.eps), out, write, prefetch);
       if (Centre) mean[i] = s.mean;
       rstd[i] = s.rstd;
     }
@@ -213,9 +236,9 @@ void norm_fwd(const NormArgs& a) {
   parallel_for(a.rows, body, a.cols * kWork);
 }
 
-// out = the sum of `chunks` rows of partial sums, `step` apart, in order, kRowGroup at a time.
+// out = the sum of `chunks` rows of partial sums, `stride` elements apart, added in order, kRowGroup rows at a time.
 template <class S>
-void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, void* out) {
+void reduce(int64_t chunks, int64_t stride, int64_t cols, const Acc<S>* partials, void* out) {
   using T = Acc<S>;
   if (!out) return;
   constexpr int64_t kColumns = 1024;
@@ -224,7 +247,7 @@ void reduce(int64_t chunks, int64_t step, int64_t cols, const Acc<S>* partials, 
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
         Vec<T> group = {};
-        for (int64_t last = std::min(chunks, c + kRowGroup); c < last; c++) group += load(partials + c * step + lanes<T>(columns));
+        for (int64_t last = std::min(chunks, c + kRowGroup); c < last; c++) group += load(partials + c * stride + lanes<T>(columns));
         total += group;
       }
       return total;
@@ -237,14 +260,14 @@ template <class S, bool Centre, bool Params, bool Nontemporal>
 void norm_bwd(const NormArgs& a) {
   using T = Acc<S>;
   const RowMatrix<S> x(a.x), dy(a.dy), dsum(a.dsum), dx(a.dx, a.cols);
-  const T* w = parameters<Weight, S>(a.weight, a.cols, 1);
+  const T* w = parameters<S>(Region::weight, a.weight, a.cols, 1);
   const T *mean = static_cast<T*>(a.mean), *rstd = static_cast<T*>(a.rstd);
   const int64_t chunk = std::max({int64_t(8), kChunkElements / std::max<int64_t>(a.cols, 1), ceil_div(a.rows, 64)});
   const int64_t chunks = ceil_div(a.rows, chunk), width = round_up(a.cols, W<T>);
-  T* partials = Params ? scratch<T, Partials>(chunks * 2 * width) : nullptr;
+  T* partials = Params ? scratch<T>(Region::parameter_gradient_partials, chunks * 2 * width) : nullptr;
   auto body = [&](int64_t begin, int64_t end) {
     const Writer<Nontemporal> write;
-    T* group = Params ? scratch<T, Group>(2 * width) : nullptr;
+    T* group = Params ? scratch<T>(Region::parameter_gradients, 2 * width) : nullptr;
     for (int64_t c = begin; c < end; c++) {
       T* total = partials + c * 2 * width;
       if (Params) std::fill(total, total + 2 * width, T(0));
@@ -255,8 +278,9 @@ void norm_bwd(const NormArgs& a) {
             write.prefetch(x.row(i + 1) + j), write.prefetch(dy.row(i + 1) + j);
             if (dsum.data) write.prefetch(dsum.row(i + 1) + j);
           };
-          backward<S, Centre, Params>(a.cols, dy.row(i), dsum.row(i), x.row(i), w, {Centre ? canonical_nan(mean[i]) : T(0), canonical_nan(rstd[i])}, write,
-                                      dx.row(i), group, group + width, prefetch);
+          const Statistics<T> saved = {Centre ? canonical_nan(mean[i]) : T(0), canonical_nan(rstd[i])};
+          const BackwardRow<S> row = {dy.row(i), dsum.row(i), x.row(i), w, saved, dx.row(i), group, group + width};
+          backward<S, Centre, Params>(a.cols, row, write, prefetch);
         }
         if (Params)
           for (int64_t j = 0; j < 2 * width; j++) total[j] += group[j];

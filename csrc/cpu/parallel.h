@@ -1,5 +1,5 @@
-// Threads, without knowing whose: the binding installs torch's parallel_for here, so that
-// torch.set_num_threads rules. A kernel's result never depends on how a range is split.
+// Threads. The binding installs torch's parallel_for here, so that torch.set_num_threads rules. A kernel's result never
+// depends on how a range is split.
 #pragma once
 #include <cstdint>
 #if defined(__x86_64__)
@@ -9,17 +9,19 @@
 namespace pygpt::cpu {
 
 struct Threads {
-  // Calls body(context, begin, end) on disjoint ranges covering [0, n); no more of them than ranges of `grain` items.
+  // Calls body(context, begin, end) on disjoint ranges that cover [0, n). There are no more ranges than ceil(n /
+  // grain).
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
   int64_t (*count)();
 };
-extern Threads threads;  // defined in dispatch.cpp
-extern const bool poison;  // likewise: see poison.h
+// Both are defined in dispatch.cpp.
+extern Threads threads;
+extern const bool poison;  // see poison.h
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// `work` is what one item costs, in multiply-adds or so: a thread is woken only for a few microseconds of it.
+// `work` is the cost of one item in multiply-adds. A thread is only woken for a few microseconds of work.
 template <class F>
 void parallel_for(int64_t n, const F& body, int64_t work = 1 << 30) {
   constexpr int64_t kWorthAThread = 1 << 17;

@@ -1,15 +1,13 @@
-// Vectors of the widest kind the target has, written with the compilers' vector extensions: the same
-// source gives SSE2 or NEON, AVX2 and AVX-512 code. Vec<T> holds kVectorBytes; arithmetic operators,
-// comparisons and `mask ? a : b` work lane by lane; a * b + c contracts to a fused multiply-add.
+// Vectors as wide as the target's registers, written with the compilers' vector extensions: the same source compiles to
+// SSE2 or NEON, AVX2 and AVX-512. Vec<T> holds kVectorBytes. Arithmetic operators, comparisons and `mask ? a : b` work
+// lane by lane, and a * b + c contracts to a fused multiply-add.
 //
-// Storage types are float, double and the 16-bit bf16 and f16. Arithmetic is done in Acc<S>: double
-// for double, float for the rest; load and store convert.
+// Storage types are float, double and the 16-bit bf16 and f16. Arithmetic is done in Acc<S>: double for double, float
+// for the others. load and store convert.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -17,8 +15,6 @@
 #endif
 
 #include "../ops.h"
-#include "../poison.h"
-#include "parallel.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -38,7 +34,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 template <class T>
-constexpr int W = kVectorBytes / int(sizeof(T));  // lanes
+constexpr int W = kVectorBytes / int(sizeof(T));  // lanes of a vector
 template <class T>
 using Vec = typename VectorOf<T, W<T>>::type;
 
@@ -49,7 +45,7 @@ struct IntOf<float> { using type = int32_t; };
 template <>
 struct IntOf<double> { using type = int64_t; };
 template <class T>
-using IVec = Vec<typename IntOf<T>::type>;  // what a comparison of Vec<T> gives
+using IVec = Vec<typename IntOf<T>::type>;  // the result of comparing two Vec<T>
 template <class T>
 PYGPT_INLINE IVec<T> lane_index() {
   IVec<T> v{};
@@ -77,10 +73,10 @@ PYGPT_INLINE To bit_cast(const From& from) {
 
 template <class T>
 PYGPT_INLINE Vec<T> set1(T x) {
-  return x - Vec<T>{};  // folds to a broadcast; x + 0 would not, for x = -0
+  return x - Vec<T>{};  // the compiler folds this to a broadcast; it could not fold x + 0, which turns -0 into 0
 }
 template <class T>
-PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // b where either is NaN
+PYGPT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // returns b where either is NaN
   return a > b ? a : b;
 }
 
@@ -89,7 +85,8 @@ constexpr int kF = W<float>;
 using U16 = VectorOf<uint16_t, kF>::type;
 using U32 = Vec<uint32_t>;
 
-PYGPT_INLINE U32 zero_extend(U16 v) {  // the built-in conversion is five instructions in GCC 12
+// GCC 12 compiles the built-in conversion to five instructions.
+PYGPT_INLINE U32 zero_extend(U16 v) {
 #if defined(__AVX512F__)
   return (U32)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)v);
 #elif defined(__AVX2__)
@@ -101,7 +98,8 @@ PYGPT_INLINE U32 zero_extend(U16 v) {  // the built-in conversion is five instru
 
 PYGPT_INLINE Vec<float> widen(U16 v, bf16) { return bit_cast<Vec<float>>(zero_extend(v) << 16); }
 
-PYGPT_INLINE U16 truncate_to_u16(U32 v) {  // of lanes below 2^16, which the built-in conversion does not know
+// Needs lanes below 2^16. The built-in conversion cannot assume that, and takes more instructions.
+PYGPT_INLINE U16 truncate_to_u16(U32 v) {
 #if defined(__AVX512F__)
   return (U16)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)v);
 #elif defined(__AVX2__)
@@ -111,15 +109,16 @@ PYGPT_INLINE U16 truncate_to_u16(U32 v) {  // of lanes below 2^16, which the bui
 #endif
 }
 
-// The nearest bf16, ties to even, in the high half of each lane. A NaN stays one: it is the processor's own or was a bf16 (what
-// else could bring one in is read by `given`), so its low half is 0, and rounding does not carry into the sign.
+// The nearest bf16, ties to even, in the high half of each lane. NaNs survive only if their low half is 0, as in NaNs
+// that the processor makes or that were bf16; NaNs from user memory pass through canonical_nan first.
 PYGPT_INLINE U32 round_to_bf16(Vec<float> x) {
   const U32 u = bit_cast<U32>(x);
   return u + (0x7fff + ((u >> 16) & 1));
 }
 PYGPT_INLINE U16 narrow(Vec<float> x, bf16) { return truncate_to_u16(round_to_bf16(x) >> 16); }
+// x, with the processor's own NaN for any NaN.
 template <class T>
-T canonical_nan(T x) {  // a statistic from the caller
+T canonical_nan(T x) {
   return x == x ? x : std::numeric_limits<T>::quiet_NaN();
 }
 
@@ -169,8 +168,9 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x) {
     std::memcpy(p, &x, sizeof x);
   }
 }
-// 2 W neighbours in memory as two vectors, for work that may have a value in any lane: the bf16 at even places in the one,
-// those at odd places in the other, which takes a shift or a mask for each where their order would take shuffles.
+// One half of the 2 W values from p on. For bf16, half 0 holds the values at even places and half 1 those at odd
+// places, which takes a shift or a mask each; keeping the order would take shuffles. For the other types, half 0 is the
+// first W values.
 template <class S>
 PYGPT_INLINE Vec<Acc<S>> load_even_odd(const S* p, int half) {
   if constexpr (std::is_same_v<S, bf16>) {
@@ -181,6 +181,7 @@ PYGPT_INLINE Vec<Acc<S>> load_even_odd(const S* p, int half) {
     return load(p + half * W<Acc<S>>);
   }
 }
+// The inverse for bf16: rounds a and b, and puts them at even and odd places.
 PYGPT_INLINE U32 zip_bf16(Vec<float> a, Vec<float> b) { return round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000); }
 template <class S>
 PYGPT_INLINE void store_even_odd(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
@@ -191,7 +192,7 @@ PYGPT_INLINE void store_even_odd(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
     store(p, a), store(p + W<Acc<S>>, b);
   }
 }
-// The first n lanes only; the others are 0, and memory behind them is not touched.
+// The first n lanes. The other lanes are 0, and the memory behind the n values is not touched.
 template <class S>
 PYGPT_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
   if (n >= W<Acc<S>>) return load(p);
@@ -268,83 +269,67 @@ PYGPT_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>
 #endif
 }
 
-// Where row r and row r + Step exchange their off-diagonal blocks of Step lanes.
-template <int Lanes, int Step, int Half>
+// Lanes for a step of a transposition: row r and row r + Distance exchange their off-diagonal blocks of Distance lanes.
+template <int Lanes, int Distance, int Half>
 struct Exchange {
   static constexpr int at(int i) {
-    const int column = (i & ~Step) | (Half ? Step : 0);
-    return i & Step ? Lanes + column : column;
+    const int column = (i & ~Distance) | (Half ? Distance : 0);
+    return i & Distance ? Lanes + column : column;
   }
 };
 
-// What lane i keeps, of a where it lacks Step's bit and of b where it has it, and its partner Step lanes away.
-template <int Lanes, int Step>
+// Lanes for a step of transpose_sum: lane i takes a's where i lacks Distance's bit, else b's (Keep), and adds its
+// partner's, which is Distance lanes away (Partner).
+template <int Lanes, int Distance>
 struct Keep {
-  static constexpr int at(int i) { return i & Step ? Lanes + i : i; }
+  static constexpr int at(int i) { return i & Distance ? Lanes + i : i; }
 };
-template <int Lanes, int Step>
+template <int Lanes, int Distance>
 struct Partner {
-  static constexpr int at(int i) { return i & Step ? Lanes + i - Step : i + Step; }
+  static constexpr int at(int i) { return i & Distance ? Lanes + i - Distance : i + Distance; }
 };
 
-// Lane i of the result is the sum of v[i], i < N <= W, the same whatever N. Overwrites v.
-template <class T, int N, int Step = 1>
+// Lane i of the result is the sum of v[i]'s lanes, i < N <= W. The order of additions does not depend on N. Overwrites
+// v.
+template <class T, int N, int Distance = 1>
 PYGPT_INLINE Vec<T> transpose_sum(Vec<T>* v) {
   constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
-  if constexpr (Step == W<T>) return v[0];
+  if constexpr (Distance == W<T>) return v[0];
 #pragma GCC unroll 16
   for (int i = 0; i < N; i += 2) {
     const Vec<T> a = v[i], b = v[i + 1 < N ? i + 1 : i];
-    v[i / 2] = shuffle<T>(a, b, lanes, Keep<W<T>, Step>()) + shuffle<T>(a, b, lanes, Partner<W<T>, Step>());
+    v[i / 2] = shuffle<T>(a, b, lanes, Keep<W<T>, Distance>()) + shuffle<T>(a, b, lanes, Partner<W<T>, Distance>());
   }
-  if constexpr (Step < W<T>) return transpose_sum<T, (N + 1) / 2, 2 * Step>(v);
+  if constexpr (Distance < W<T>) return transpose_sum<T, (N + 1) / 2, 2 * Distance>(v);
 }
 
-// Transposes a square of N x N blocks, W / N lanes each, held in N vectors.
-template <class T, int N, int Step = N / 2>
+// Transposes a square of N x N blocks of W / N lanes, held in N vectors.
+template <class T, int N, int Distance = N / 2>
 PYGPT_INLINE void transpose(Vec<T> (&rows)[N]) {
   constexpr auto lanes = std::make_integer_sequence<int, W<T>>();
-  if constexpr (Step > 0) {
-    constexpr int kApart = Step * W<T> / N;
+  if constexpr (Distance > 0) {
+    constexpr int kApart = Distance * W<T> / N;
 #pragma GCC unroll 16
     for (int r = 0; r < N; r++)
-      if (!(r & Step)) {
-        const Vec<T> a = rows[r], b = rows[r + Step];
+      if (!(r & Distance)) {
+        const Vec<T> a = rows[r], b = rows[r + Distance];
         rows[r] = shuffle<T>(a, b, lanes, Exchange<W<T>, kApart, 0>());
-        rows[r + Step] = shuffle<T>(a, b, lanes, Exchange<W<T>, kApart, 1>());
+        rows[r + Distance] = shuffle<T>(a, b, lanes, Exchange<W<T>, kApart, 1>());
       }
-    transpose<T, N, Step / 2>(rows);
+    transpose<T, N, Distance / 2>(rows);
   }
 }
 
-// ---------------------------------------------------------------- scratch memory
-// One cache-line aligned array per Tag and thread, with a vector to spare behind its n elements; it
-// grows and is kept, so that a call allocates nothing after the first. Its content is not kept from call to call.
-//
-// Every thread that computes, also one of torch's pool, keeps the arrays of its hmax calls: of a GEMM up to 32 MiB of
-// packed B, or more where K is above 8192; of attention the packed rows of one head, which are 36 MiB for forward and
-// backward of 8192 float32 rows of 64 channels. They are freed when the thread ends.
-template <class T, class Tag>
-T* scratch(int64_t n) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t bytes = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
-  size_t bytes = (size_t(n) * sizeof(T) + 127) / 64 * 64;
-  if (bytes > buffer.bytes) {
-    std::free(buffer.data);
-    buffer.bytes = 0;
-    buffer.data = std::aligned_alloc(64, bytes);
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.bytes = bytes;
-  }
-  if (poison) fill_with_nan(buffer.data, bytes);
-  return static_cast<T*>(buffer.data);
+// ---------------------------------------------------------------- dispatch and loops
+// body(i, how many) for i = 0 .. n - 1, N at a time and the rest one by one; `how many` is a compile-time constant.
+template <int N, class F>
+PYGPT_INLINE void unroll_by(int64_t n, const F& body) {
+  int64_t i = 0;
+  for (; i + N <= n; i += N) body(i, std::integral_constant<int, N>());
+  for (; i < n; i++) body(i, std::integral_constant<int, 1>());
 }
 
-// Calls f with a truth value as a type.
+// Calls f with the flag as a compile-time constant.
 template <class F>
 void visit(bool flag, const F& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});

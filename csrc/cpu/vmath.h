@@ -1,24 +1,29 @@
 // Elementary functions lane by lane, and the activations made of them.
 //
-// float: own polynomials, fitted for least relative error. At worst, in units in the last place:
-//     exp2 0.8                                      (1.1 without fused multiply-add)
-//     gelu and its derivative 3 above -1, 8 above -4, 25 above -8      (4, 13, 45)
-//     gelu_tanh and its derivative 3, 18, 113
-// (the derivatives: of the larger of their terms; they have a zero near -0.75). For bf16, with 8 bits, polynomials are
-// shorter: before they are rounded to it, gelu and its derivative are within 2^-12.8, gelu_tanh and its within 2^-13.3.
-// So the lower tail keeps its digits, where 0.5 (1 + erf) has none left. From x = -13.14 down, before their results
-// would be subnormal, gelu and its derivative are 0: such numbers cost 150 cycles each here and in the product that
-// follows (measured on an Intel CPU). exp2 is gradual on AVX-512; elsewhere it gives 0 from 2^-124.5 down. NaN stays NaN;
-// exp2(-inf) = 0, exp2(inf) = inf. At -inf gelu and its derivative are NaN, as PyTorch's are, and so is
-// the derivative at inf.
-// double: the C library's functions, lane by lane.
+// float has own polynomials, fitted for the least relative error. The largest errors, in units in the last place:
 //
-// The exact gelu's functions take one exponential and one division, neither waiting for the other. With
-// a = |x| and the standard normal cdf and pdf,
+//                                      x > -1   x > -4   x > -8      without fused multiply-add
+//     exp2                              0.8                           1.1
+//     gelu and its derivative           3        8        25          4, 13, 45
+//     gelu_tanh and its derivative      3        18       113
+//
+// A derivative's error is relative to the larger of its two terms, as it has a zero near -0.75. bf16 has 8 bits, so its
+// polynomials are shorter: before rounding, gelu and its derivative are within 2^-12.8, gelu_tanh and its derivative
+// within 2^-13.3. The lower tail keeps its digits, where 0.5 (1 + erf) has none left.
+//
+// Below x = -13.14, where their results would become subnormal, gelu and its derivative are 0, because subnormals are
+// slow here and in the product that follows (docs/measured.md C14). exp2 underflows gradually on AVX-512; elsewhere it
+// is 0 from 2^-124.5 down. NaN stays NaN; exp2(-inf) = 0 and exp2(inf) = inf. At -inf gelu and its derivative are NaN,
+// as PyTorch's are, and so is the derivative at inf.
+//
+// double calls the C library's functions lane by lane.
+//
+// The exact gelu and its derivative take one exponential and one division, and neither waits for the other. With a =
+// |x| and the standard normal cdf and pdf,
 //     cdf(-a) = exp(-a^2/2) (1/8 + (1/4 + a N(a)) / Q(a)),    cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
-// with polynomials N, Q, D, E; at 0 both are exactly 1/2. (The 1/8 takes part of the rounding off the
-// quotient where a is small; more of it would cost digits of the tail.) gelu(x) = max(x, 0) - a cdf(-a); the
-// derivative at a is 1 minus that at -a.
+// with polynomials N, Q, D, E; at 0 both are exactly 1/2. (The 1/8 takes part of the rounding off the quotient where a
+// is small; a larger constant would cost digits of the tail.) Then gelu(x) = max(x, 0) - a cdf(-a), and the derivative
+// at a is 1 minus the derivative at -a.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -28,9 +33,9 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-// The smaller and the larger of two floats; a NaN in x stays.
+// The minimum and the maximum of x and a bound. A NaN in x stays. (The maskz forms compile to plain instructions; for
+// the others, GCC 12 warns about its own headers.)
 #if defined(__AVX512F__)
-// (The maskz forms are plain instructions; GCC 12 warns about its own headers for the others.)
 PYGPT_INLINE Vec<float> min_nan(Vec<float> x, float high) {
   return (Vec<float>)_mm512_maskz_min_ps(-1, (__m512)set1(high), (__m512)x);
 }
@@ -55,7 +60,7 @@ PYGPT_INLINE Vec<T> abs(Vec<T> x) {
   return bit_cast<Vec<T>>(bit_cast<IVec<T>>(x) & kMask);
 }
 
-// v, computed on its own: not fused into the operation that uses it.
+// v, which the compiler may not fuse into the operation that uses it.
 template <class V>
 PYGPT_INLINE V no_fma(V v) {
 #if defined(__x86_64__)
@@ -83,7 +88,7 @@ PYGPT_INLINE Vec<float> polynomial(Vec<float> x, const float (&c)[N]) {
   return y;
 }
 
-constexpr float kRound = 0x1.8p23f + 125;  // x + kRound: in its low bits, 2^(round(x) - 2)'s exponent
+constexpr float kRound = 0x1.8p23f + 125;  // the low bits of x + kRound are the exponent of 2^(round(x) - 2)
 template <int Factor>
 constexpr float kExp2[] = {Factor,
                            Factor * 0.6931472f,
@@ -92,16 +97,16 @@ constexpr float kExp2[] = {Factor,
                            Factor * 0.009618506f,
                            Factor * 0.0013390806f,
                            Factor * 0.00015326461f};
-template <int Factor>  // within 2^-13.4
+template <int Factor>  // for bf16: within 2^-13.4
 constexpr float kShortExp2[] = {Factor * 0.9999281f, Factor * 0.693261f, Factor * 0.2426112f, Factor * 0.0551717f};
 
-// 2^(n + f) from n + kRound, for integers n, -125 <= n <= 129, and |f| <= 1/2; 0 if n = -125.
+// 2^(n + f) from n + kRound and f, for integers n, -125 <= n <= 129, and |f| <= 1/2. Gives 0 if n = -125.
 template <int N>
 PYGPT_INLINE Vec<float> power(Vec<float> shifted, Vec<float> f, const float (&four_exp2)[N]) {
   return polynomial(f, four_exp2) * bit_cast<Vec<float>>(bit_cast<IVec<float>>(shifted) << 23);
 }
 
-// exp(-a^2 / 2); the coefficients below make good the rounding of the constant.
+// exp(-a^2 / 2). The polynomials of gelu below absorb the rounding error of kMinusHalfLog2e.
 template <int N>
 PYGPT_INLINE Vec<float> gauss(Vec<float> a, const float (&four_exp2)[N]) {
   constexpr float kMinusHalfLog2e = -0x1.715476p-1f;
@@ -112,7 +117,7 @@ PYGPT_INLINE Vec<float> gauss(Vec<float> a) { return gauss(a, kExp2<4>); }
 
 }  // namespace detail
 
-// For a result that is stored as S.
+// 2^x, for a result that is stored as S.
 template <class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 8) {
@@ -143,7 +148,7 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
 #if defined(__AVX512F__)
     return exp2<T>(x * kLog2e<T>);
 #else
-    x = max_nan(x, -86.5f);  // one bound, and the product within fused operations
+    x = max_nan(x, -86.5f);  // one bound suffices, and the product x * log2(e) is part of fused operations
     const Vec<T> shifted = x * kLog2e<T> + detail::kRound, f = x * kLog2e<T> - (shifted - detail::kRound);
     return detail::power(shifted, f, detail::kExp2<4>);
 #endif
@@ -158,8 +163,8 @@ PYGPT_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {  // within 2^-14
 #endif
 }
 
-// ---------------------------------------------------------------- of the standard normal distribution
-constexpr float kTailEnd = 13.16f;  // where gauss() has come to 0, just before gelu would come below the normal numbers
+// ---------------------------------------------------------------- the standard normal distribution
+constexpr float kTailEnd = 13.16f;  // gauss() is 0 from here on, just before gelu would become subnormal
 
 inline double cdf(double x) { return 0.5 * std::erfc(x * -0.707106781186547524401); }
 
@@ -177,8 +182,8 @@ PYGPT_INLINE Vec<T> gelu(Vec<T> x) {
   } else {
     constexpr float kN[] = {0.146412551f, 0.0189300459f, -0.0120918658f, -0.00539803645f, -0.000760470633f};
     constexpr float kQ[] = {0.666666687f, 1.09966445f, 0.775907934f, 0.296509206f, 0.0626012236f, 0.00608375808f};
-    constexpr float kEighth = 0.12500002f;  // makes good the rounding of Q(0) = 2/3
-    const Vec<T> m = abs<T>(min_nan(x, kTailEnd));  // infinite, and the result NaN, only at -inf
+    constexpr float kEighth = 0.12500002f;  // compensates the rounding of Q(0) = 2/3
+    const Vec<T> m = abs<T>(min_nan(x, kTailEnd));  // infinite only at -inf, where the result is NaN
     const Vec<T> a = min_nan(m, kTailEnd);
     const Vec<T> quotient = (a * a * detail::polynomial(a, kN) + m * T(0.25)) / detail::polynomial(a, kQ);
     return max_nan(x, 0) - detail::gauss(a) * (m * kEighth + quotient);
@@ -226,7 +231,7 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
   }
 }
 
-// The derivative, from what is saved: y for relu, x for the others.
+// The derivative from the saved value, which is y for relu and x for the others.
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
@@ -241,8 +246,8 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   }
 }
 
-// d, the gradient of the activation's output -> that of its input. The relu family selects rather than
-// multiplies: a NaN or infinity of d stops at a unit that is off.
+// The gradient of the activation's input from d, the gradient of its output. The relu family selects instead of
+// multiplying, so that a NaN or infinity in d does not pass a unit that is off.
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> backpropagate(Vec<T> d, Vec<T> saved) {
   if constexpr (A == Activation::relu)

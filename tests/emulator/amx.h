@@ -1,5 +1,5 @@
 // AMX for machines without it: included before everything else (CPPFLAGS="-include amx.h"), this has the kernels that are
-// compiled with AVX512_BF16 take csrc/cpu/amx.h, and its intrinsics be these functions. See tests/test_amx.py.
+// compiled with AVX512_BF16 take csrc/cpu/gemm/amx.h, and its intrinsics be these functions. See tests/test_amx.py.
 //
 // A product is computed as Intel's manual has it: the sums of even and of odd places of a row by fused multiply-adds, then
 // added together and to the tile; subnormal numbers count as 0. Besides, what would be slow or an error on the machine ends

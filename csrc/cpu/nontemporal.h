@@ -1,8 +1,7 @@
-// How large results are written: past the caches.
+// Non-temporal stores, which write large results past the caches.
 //
-// A store to a line that is in no cache first reads it. If more passes through the caches during a call than they hold,
-// nothing of its results will be found there afterwards; so such a call writes past them, which saves that reading
-// (measured on one core, two arrays in and two out: 40 GB/s instead of 25).
+// A store to a line that is in no cache first reads that line. A call that moves more bytes than the caches hold finds
+// none of its results there afterwards, so it writes past the caches and saves these reads (docs/measured.md C13).
 #pragma once
 #include <fstream>
 
@@ -11,7 +10,8 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-// Of the third level. (sysconf counts all that a socket has.)
+// Whether a call that reads and writes so many bytes exceeds the third-level cache. (sysconf would count a socket's
+// caches.)
 inline bool exceeds_caches(int64_t bytes) {
   static const int64_t size = [] {
     int64_t kib = 0;
@@ -35,7 +35,7 @@ PYGPT_INLINE void store_vector_nontemporal(void* p, V v) {
 }
 #endif
 
-// Writes past the caches where p is aligned to what is written, else into them.
+// Writes past the caches if p is aligned to the store's size, else into them.
 template <class S>
 PYGPT_INLINE void store_nontemporal(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
@@ -60,7 +60,7 @@ PYGPT_INLINE void store_even_odd_nontemporal(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b)
   store_nontemporal(p, a, W<Acc<S>>), store_nontemporal(p + W<Acc<S>>, b, W<Acc<S>>);
 }
 
-// Writes one task's part of a call's results: past the caches or into them.
+// Stores one task's part of the results, past the caches or into them.
 template <bool nontemporal>
 struct Writer {
   template <class S>
@@ -68,11 +68,12 @@ struct Writer {
     nontemporal ? store_nontemporal(p, x, n) : store(p, x, n);
   }
   template <class S>
-  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // load_even_odd's halves
+  PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) const {  // the halves of load_even_odd
     nontemporal ? store_even_odd_nontemporal(p, a, b) : store_even_odd(p, a, b);
   }
 
-  // Prefetches what will be read next, at any address: while a core only writes past the caches, nothing else does.
+  // Prefetches the next input; p may be any address. The hardware prefetcher does not help while a core writes past the
+  // caches.
   template <class S>
   PYGPT_INLINE void prefetch(const S* p) const {
     if (nontemporal) __builtin_prefetch(p);

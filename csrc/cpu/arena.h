@@ -1,0 +1,73 @@
+// Scratch memory: every thread that computes owns one arena, which hands out named regions.
+//
+// A region is one array, aligned to a cache line, with a vector to spare behind the elements asked for. It grows to the
+// largest request of its thread and is kept, so that a call allocates nothing after the first; its content does not
+// survive the call. The arena is freed when its thread ends. docs/measured.md C1 has the sizes that regions reach.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "../poison.h"
+#include "parallel.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+// A name stands for one array, so two arrays that a thread needs at the same time have different names.
+// clang-format off
+enum class Region {
+  // gemm
+  packed_a, packed_b, partial_tiles, b_panel, sums, bias_gradient,
+  // attention; packed_*_t holds an operand of a product that sums over its rows
+  packed_q, packed_q_t, packed_k, packed_k_t, packed_v, packed_dout, packed_dout_t,
+  scores, output_tiles, row_statistics, p_block, ds_block, ds_rows, dq_tiles, dk_tiles, dv_tiles, dq_partials,
+  decode_rows, decode_scores,
+  // norm
+  weight, bias, summed_row, parameter_gradients, parameter_gradient_partials,
+  count,
+};
+// clang-format on
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena() {
+    for (Buffer& buffer : buffers_) std::free(buffer.data);
+  }
+  void* get(Region region, size_t bytes) {
+    Buffer& buffer = buffers_[int(region)];
+    if (bytes > buffer.bytes) {
+      std::free(buffer.data);
+      buffer = {};
+      buffer.data = std::aligned_alloc(64, bytes);
+      if (!buffer.data) throw std::bad_alloc();
+      buffer.bytes = bytes;
+    }
+    if (poison) fill_with_nan(buffer.data, buffer.bytes);
+    return buffer.data;
+  }
+
+ private:
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+  Buffer buffers_[int(Region::count)];
+};
+
+inline __attribute__((noinline)) void* scratch_bytes(Region region, size_t bytes) {
+  static thread_local Arena arena;
+  return arena.get(region, bytes);
+}
+
+// This thread's array of n elements. The next call for the same region may move it.
+template <class T>
+T* scratch(Region region, int64_t n) {
+  return static_cast<T*>(scratch_bytes(region, (size_t(n) * sizeof(T) + 127) / 64 * 64));
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
