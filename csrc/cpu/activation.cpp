@@ -11,7 +11,8 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kTaskElements = 4096, kWork = 8 * kTaskElements;  // elements of a task, and their cost in multiply-adds
+constexpr int64_t kTaskElements = 4096;
+constexpr int64_t kWork = 8 * kTaskElements;  // the cost of a task in multiply-adds
 
 // to[i] = f(in[i] ...), a vector at a time.
 template <class S, class F, class... In>
@@ -26,7 +27,8 @@ void for_each(int64_t count, void* to, const F& f, const In*... in) {
       const int64_t last = std::min(count, end * kTaskElements);
       for (; i + 4 * w <= last; i += 4 * w)
 #pragma GCC unroll 2
-        for (int64_t j = i; j < i + 4 * w; j += 2 * w) write(out + j, f(load_even_odd(in + j, 0)...), f(load_even_odd(in + j, 1)...));
+        for (int64_t j = i; j < i + 4 * w; j += 2 * w)
+          write(out + j, f(load_even_odd(in + j, 0)...), f(load_even_odd(in + j, 1)...));
       for (; i < last; i += w) write(out + i, f(load(in + i, last - i)...), last - i);
     };
     parallel_for(ceil_div(count, kTaskElements), tasks, kWork);
@@ -41,20 +43,20 @@ void forward(const ActivationArgs& a) {
 template <Activation A, class S>
 void backward(const ActivationArgs& a) {
   const void* saved = saves_input(A) ? a.x : a.y;
-  for_each<S>(a.n, a.dx, [](Vec<Acc<S>> d, Vec<Acc<S>> s) { return backpropagate<A, S>(d, s); }, static_cast<const S*>(a.dy),
-              static_cast<const S*>(saved));
+  for_each<S>(a.n, a.dx, [](Vec<Acc<S>> d, Vec<Acc<S>> s) { return backpropagate<A, S>(d, s); },
+              static_cast<const S*>(a.dy), static_cast<const S*>(saved));
 }
 
 }  // namespace
 
-#define PYGPT_VISIT(pass)                                                                 \
-  visit(a.dtype, [&](auto s) {                                                            \
-    switch (a.activation) {                                                               \
-      case Activation::gelu: return pass<Activation::gelu, decltype(s)>(a);               \
-      case Activation::gelu_tanh: return pass<Activation::gelu_tanh, decltype(s)>(a);     \
-      case Activation::relu: return pass<Activation::relu, decltype(s)>(a);               \
-      case Activation::relu2: return pass<Activation::relu2, decltype(s)>(a);             \
-    }                                                                                     \
+#define PYGPT_VISIT(pass)                                                             \
+  visit(a.dtype, [&](auto s) {                                                        \
+    switch (a.activation) {                                                           \
+      case Activation::gelu: return pass<Activation::gelu, decltype(s)>(a);           \
+      case Activation::gelu_tanh: return pass<Activation::gelu_tanh, decltype(s)>(a); \
+      case Activation::relu: return pass<Activation::relu, decltype(s)>(a);           \
+      case Activation::relu2: return pass<Activation::relu2, decltype(s)>(a);         \
+    }                                                                                 \
   })
 
 void activation_fwd(const ActivationArgs& a) { PYGPT_VISIT(forward); }

@@ -31,7 +31,8 @@ template <class S>
 void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, const Packed<S>* k, const Packed<S>* v) {
   using T = Acc<S>;
   using U = Packed<S>;
-  constexpr int64_t d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>, kStrips = BR / MR;
+  constexpr int64_t d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>,
+                    kStrips = BR / MR;
   constexpr int64_t kTogether = kStripsTogether<U>;
   const int64_t rows = std::min(BR, a.q_len - i0), v_panels = ceil_div(a.v_dim, NR);
   const int64_t packs = packs_of<U>(a.head_dim), v_packs = packs_of<U>(a.k_len);
@@ -65,9 +66,11 @@ void forward_block(const AttentionArgs& a, int64_t b, int64_t h, int64_t i0, con
           const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * kScoreStride);
           const U* y = v + (p * v_packs + j0 / d) * NR;
           Tile<U> product, &sum = out[strip * v_panels + p];
-          micro_kernel<kScoreStride, PackElement<U>::kTileK>(packs_of<U>(unmasked(strip)), x, y, NR, product.data(), NR);
+          micro_kernel<kScoreStride, PackElement<U>::kTileK>(packs_of<U>(unmasked(strip)), x, y, NR, product.data(),
+                                                             NR);
           for (int r = 0; r < MR; r++)
-            for (int w = 0; w < NV; w++) sum.c[r][w] = sum.c[r][w] * rescale[(strip - first) * MR + r] + product.c[r][w];
+            for (int w = 0; w < NV; w++)
+              sum.c[r][w] = sum.c[r][w] * rescale[(strip - first) * MR + r] + product.c[r][w];
         }
     }
 

@@ -61,7 +61,9 @@ PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
 }
 
 // The number of keys that query i may attend to, which are the first ones.
-inline int64_t unmasked_keys(const AttentionArgs& a, int64_t i) { return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len; }
+inline int64_t unmasked_keys(const AttentionArgs& a, int64_t i) {
+  return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len;
+}
 
 // out = the scores of MR query rows from row0 on against the panel of keys from `first` on, `packs` packs each. Scores
 // past the last key, and above the diagonal if causal, become -inf. scaled_scores finishes them.
@@ -99,7 +101,8 @@ PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l) {
     for (int u = 0; u < together.value; u++) row_max[u] = max<T>(row_max[u], load(p + (v + u) * W<T>));
   });
   const T previous_m = m;
-  m = std::max(m, hmax<T>(scaled_scores<U>(scale, max<T>(max<T>(row_max[0], row_max[1]), max<T>(row_max[2], row_max[3])))));
+  m = std::max(
+      m, hmax<T>(scaled_scores<U>(scale, max<T>(max<T>(row_max[0], row_max[1]), max<T>(row_max[2], row_max[3])))));
   const T row_max_or_0 = m == -kInf<T> ? T(0) : m;
   unroll_by<4>(vectors, [&](int64_t v, auto together) {
     for (int u = 0; u < together.value; u++) {
@@ -115,7 +118,8 @@ PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l) {
 
 // Stores a finished row divided by its sum, and its lse. accumulated(j) is the row's vector from channel j on.
 template <class S, class F>
-PYGPT_INLINE void finish_row(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, Acc<S> m, Acc<S> l, F accumulated) {
+PYGPT_INLINE void finish_row(const AttentionArgs& a, int64_t b, int64_t h, int64_t i, Acc<S> m, Acc<S> l,
+                             F accumulated) {
   using T = Acc<S>;
   const T inverse = l == 0 ? T(0) : 1 / l;
   static_cast<T*>(a.lse)[(b * a.heads + h) * a.q_len + i] = l == 0 ? -kInf<T> : m + std::log(l);

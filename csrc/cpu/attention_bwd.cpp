@@ -40,7 +40,8 @@ struct PackedHead {
         l_packs(packs_of<U>(L)), k_packs(packs_of<U>(a.k_len)), e_packs(packs_of<U>(E)), v_packs(packs_of<U>(Ev)) {
     const int64_t padded = round_up(L, Tiling<U>::MR), kpad = round_up(a.k_len, NR);
     q = scratch<U>(Region::packed_q, padded * e_packs), qt = scratch<U>(Region::packed_q_t, e_panels * NR * l_packs);
-    dout = scratch<U>(Region::packed_dout, padded * v_packs), dout_t = scratch<U>(Region::packed_dout_t, v_panels * NR * l_packs);
+    dout = scratch<U>(Region::packed_dout, padded * v_packs),
+    dout_t = scratch<U>(Region::packed_dout_t, v_panels * NR * l_packs);
     k = scratch<U>(Region::packed_k, kpad * e_packs), kt = scratch<U>(Region::packed_k_t, e_panels * NR * k_packs);
     v = scratch<U>(Region::packed_v, kpad * v_packs);
     const auto Q = head<S>(a.q, b, h), K = head<S>(a.k, b, h), V = head<S>(a.v, b, h), dO = head<S>(a.dout, b, h);
@@ -79,7 +80,8 @@ void gradient_block(const PackedHead<S>& x, U* p, U* ds, U* ds_rows, int64_t i0,
         store(reinterpret_cast<T*>(p) + at, PackElement<U>::zip_rows(e));
         store(reinterpret_cast<T*>(ds) + at, PackElement<U>::zip_rows(g));
         if constexpr (d > 1)
-          for (int n = 0; n < d; n++) PackElement<U>::store_row(ds_rows + (i + r + n) * kScoreGradStride<U> + (column + w * W<T>) / d, g[n]);
+          for (int n = 0; n < d; n++)
+            PackElement<U>::store_row(ds_rows + (i + r + n) * kScoreGradStride<U> + (column + w * W<T>) / d, g[n]);
       };
       if (column >= unmasked_in_block(x.a, row0, MR, j0)) {
         const Vec<T> zero[d] = {};
@@ -176,8 +178,9 @@ void backward_tile(const PackedHead<S>& x, int64_t j0, Tile<Packed<S>>* dq) {
     gradient_block(x, p, ds, ds_rows, i0, rows, j0);
     for (int64_t e = 0; dq && e < x.e_panels; e++)
       for (int64_t i = 0; i < rows; i += MR)
-        add_product<kScoreGradStride<U>, PackElement<U>::kTileK>(dq[(i0 + i) / MR * x.e_panels + e], packs_of<U>(unmasked_in_block(a, i0 + i, MR, j0)),
-                                             ds_rows + i * kScoreGradStride<U>, x.kt + (e * x.k_packs + j0 / d) * NR, NR);
+        add_product<kScoreGradStride<U>, PackElement<U>::kTileK>(
+            dq[(i0 + i) / MR * x.e_panels + e], packs_of<U>(unmasked_in_block(a, i0 + i, MR, j0)),
+            ds_rows + i * kScoreGradStride<U>, x.kt + (e * x.k_packs + j0 / d) * NR, NR);
     const int64_t first_row = a.is_causal ? j0 - i0 : -BC;
     if (a.dv.data) add_transposed_product(dv, p, x.dout_t, x.l_packs, i0, rows, keys, x.v_panels, first_row);
     if (a.dk.data) add_transposed_product(dk, ds, x.qt, x.l_packs, i0, rows, keys, x.e_panels, first_row);
@@ -191,17 +194,20 @@ template <class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = Packed<S>;
-  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC), e_panels = ceil_div(a.head_dim, Tiling<U>::NR);
+  const int64_t heads = a.batch * a.heads, tiles = ceil_div(a.k_len, BC),
+                e_panels = ceil_div(a.head_dim, Tiling<U>::NR);
   const int64_t dq_tiles = ceil_div(a.q_len, Tiling<U>::MR) * e_panels;
   // With few heads, deals each head's key blocks to several tasks in turn; their number depends on the shape alone.
   const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(heads, 1)), 1, std::max<int64_t>(tiles, 1));
-  Tile<U>* partials = splits > 1 && a.dq.data ? scratch<Tile<U>>(Region::dq_partials, heads * splits * dq_tiles) : nullptr;
+  Tile<U>* partials =
+      splits > 1 && a.dq.data ? scratch<Tile<U>>(Region::dq_partials, heads * splits * dq_tiles) : nullptr;
   parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / splits / a.heads, h = task / splits % a.heads;
       const PackedHead<S> x(a, b, h);
-      Tile<U>* dq = partials ? partials + task * dq_tiles : (a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, dq_tiles) : nullptr);
+      Tile<U>* dq =
+          partials ? partials + task * dq_tiles : (a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, dq_tiles) : nullptr);
       if (dq) std::fill(dq, dq + dq_tiles, Tile<U>{});
       for (int64_t tile = task % splits; tile < tiles; tile += splits) backward_tile(x, tile * BC, dq);
       if (dq && !partials) store_tiles<S>(a.dq, b, h, 0, a.q_len, a.head_dim, dq, T(a.scale));

@@ -51,9 +51,8 @@ PYGPT_INLINE void add_weighted(T* to, T rescale, const T* p, Matrix<S> m, int64_
     }
   };
   const int64_t whole = channels / W<T> * W<T>;
-  unroll_by<4>(whole / W<T>, [&](int64_t v, auto vectors) {
-    columns(v * W<T>, vectors, [](const S* at) { return load(at); });
-  });
+  unroll_by<4>(whole / W<T>,
+               [&](int64_t v, auto vectors) { columns(v * W<T>, vectors, [](const S* at) { return load(at); }); });
   if (whole < channels)
     columns(whole, std::integral_constant<int, 1>(), [&](const S* at) { return load(at, channels - whole); });
 }
@@ -133,7 +132,8 @@ void backward(const AttentionArgs& a) {
         store_outer<S>(a.dv, b, h, j0, keys, Ev, L, p, dout, ldv);
       }
       for (int64_t i = 0; a.dq.data && i < L; i++)
-        for (int64_t e = 0; e < E; e += W<T>) store(output_row<S>(a.dq, b, h, i) + e, load(dq + i * ld + e) * T(a.scale), E - e);
+        for (int64_t e = 0; e < E; e += W<T>)
+          store(output_row<S>(a.dq, b, h, i) + e, load(dq + i * ld + e) * T(a.scale), E - e);
     }
   }, 3 * L * a.k_len * (E + Ev));
 }

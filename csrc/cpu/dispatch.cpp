@@ -21,10 +21,10 @@ namespace pygpt::cpu {
 Threads threads;
 const bool poison = poison_requested();
 
-#define PYGPT_ISA_TABLE(isa)                               \
-  namespace isa {                                          \
-  PYGPT_KERNELS(PYGPT_DECLARE)                             \
-  double fma_rate(int64_t);                                \
+#define PYGPT_ISA_TABLE(isa)                                                \
+  namespace isa {                                                           \
+  PYGPT_KERNELS(PYGPT_DECLARE)                                              \
+  double fma_rate(int64_t);                                                 \
   static const Kernels table = {#isa, PYGPT_KERNELS(PYGPT_ENTRY) fma_rate}; \
   }
 #define PYGPT_DECLARE(name, Args) void name(const Args&);
@@ -55,9 +55,10 @@ std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found = {&baseline::table};
 #if defined(__x86_64__)
   unsigned a, b, c = 0, d;
-  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // clang before 18 does not know the name "f16c"
-  const bool has_avx2 = has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi2");
+  // clang before 18 does not know the name "f16c".
+  const bool has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  const bool has_avx2 =
+      has_f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2) found.push_back(&avx2::table);

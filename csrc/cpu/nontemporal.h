@@ -40,10 +40,8 @@ template <class S>
 PYGPT_INLINE void store_nontemporal(S* p, Vec<Acc<S>> x, int64_t n) {
 #if defined(__x86_64__)
   if (n >= W<Acc<S>> && reinterpret_cast<uintptr_t>(p) % (W<Acc<S>> * sizeof(S)) == 0) {
-    if constexpr (sizeof(S) == 2)
-      store_vector_nontemporal(p, narrow(x, S{}));
-    else
-      store_vector_nontemporal(p, x);
+    if constexpr (sizeof(S) == 2) store_vector_nontemporal(p, narrow(x, S{}));
+    else store_vector_nontemporal(p, x);
     return;
   }
 #endif

@@ -27,10 +27,10 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kSumColumns = 2048;      // columns summed before they are added to a total
-constexpr int64_t kRowGroup = 8;           // rows summed before they are added to a total
+constexpr int64_t kSumColumns = 2048;  // columns summed before they are added to a total
+constexpr int64_t kRowGroup = 8;  // rows summed before they are added to a total
 constexpr int64_t kChunkElements = 16384;  // the least number of elements in a chunk of rows
-constexpr int64_t kWork = 8;               // the cost of an element in multiply-adds
+constexpr int64_t kWork = 8;  // the cost of an element in multiply-adds
 
 // n <= W columns from j on or, where half is 0 or 1, the W of the 2 W columns from j on that load_even_odd(.., half)
 // reads.
@@ -120,8 +120,9 @@ struct Statistics {
 
 template <class S>
 struct ForwardRow {
+  using T = Acc<S>;
   const S* x;
-  const Acc<S> *w, *b;
+  const T *w, *b;
   S *y, *copy;  // copy receives x, unless it is null
 };
 
@@ -164,11 +165,12 @@ void add(int64_t cols, const S* x, const S* residual, S* sum) {
 
 template <class S>
 struct BackwardRow {
+  using T = Acc<S>;
   const S *dy, *dsum, *x;  // dsum may be null
-  const Acc<S>* w;
-  Statistics<Acc<S>> saved;
-  S* dx;             // not wanted if null
-  Acc<S> *dw, *db;  // padded to whole vectors
+  const T* w;
+  Statistics<T> saved;
+  S* dx;  // not wanted if null
+  T *dw, *db;  // padded to whole vectors
 };
 
 // One row backward: writes dx and, with Params, adds to dw and db.
@@ -243,11 +245,13 @@ void reduce(int64_t chunks, int64_t stride, int64_t cols, const Acc<S>* partials
   if (!out) return;
   constexpr int64_t kColumns = 1024;
   auto body = [&](int64_t begin, int64_t end) {
-    write_each(begin * kColumns, std::min(cols, end * kColumns), Writer<false>(), static_cast<S*>(out), [&](Columns columns) {
+    write_each(begin * kColumns, std::min(cols, end * kColumns), Writer<false>(), static_cast<S*>(out),
+               [&](Columns columns) {
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
         Vec<T> group = {};
-        for (int64_t last = std::min(chunks, c + kRowGroup); c < last; c++) group += load(partials + c * stride + lanes<T>(columns));
+        for (int64_t last = std::min(chunks, c + kRowGroup); c < last; c++)
+          group += load(partials + c * stride + lanes<T>(columns));
         total += group;
       }
       return total;

@@ -26,15 +26,12 @@ template <class F>
 void parallel_for(int64_t n, const F& body, int64_t work = 1 << 30) {
   constexpr int64_t kWorthAThread = 1 << 17;
   if (n <= 0) return;
-  threads.parallel_for(
-      n, ceil_div(kWorthAThread, work > 0 ? work : 1),
-      [](const void* f, int64_t begin, int64_t end) {
-        (*static_cast<const F*>(f))(begin, end);
+  threads.parallel_for(n, ceil_div(kWorthAThread, work > 0 ? work : 1), [](const void* f, int64_t begin, int64_t end) {
+    (*static_cast<const F*>(f))(begin, end);
 #if defined(__x86_64__)
-        _mm_sfence();  // other threads see what was written past the caches
+    _mm_sfence();  // other threads see what was written past the caches
 #endif
-      },
-      &body);
+  }, &body);
 }
 
 }  // namespace pygpt::cpu

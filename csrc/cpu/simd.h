@@ -41,9 +41,13 @@ using Vec = typename VectorOf<T, W<T>>::type;
 template <class T>
 struct IntOf;
 template <>
-struct IntOf<float> { using type = int32_t; };
+struct IntOf<float> {
+  using type = int32_t;
+};
 template <>
-struct IntOf<double> { using type = int64_t; };
+struct IntOf<double> {
+  using type = int64_t;
+};
 template <class T>
 using IVec = Vec<typename IntOf<T>::type>;  // the result of comparing two Vec<T>
 template <class T>
@@ -53,13 +57,21 @@ PYGPT_INLINE IVec<T> lane_index() {
   return v;
 }
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 template <class S>
-struct AccOf { using type = float; };
+struct AccOf {
+  using type = float;
+};
 template <>
-struct AccOf<double> { using type = double; };
+struct AccOf<double> {
+  using type = double;
+};
 template <class S>
 using Acc = typename AccOf<S>::type;
 
@@ -182,7 +194,9 @@ PYGPT_INLINE Vec<Acc<S>> load_even_odd(const S* p, int half) {
   }
 }
 // The inverse for bf16: rounds a and b, and puts them at even and odd places.
-PYGPT_INLINE U32 zip_bf16(Vec<float> a, Vec<float> b) { return round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000); }
+PYGPT_INLINE U32 zip_bf16(Vec<float> a, Vec<float> b) {
+  return round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000);
+}
 template <class S>
 PYGPT_INLINE void store_even_odd(S* p, Vec<Acc<S>> a, Vec<Acc<S>> b) {
   if constexpr (std::is_same_v<S, bf16>) {
@@ -198,12 +212,9 @@ PYGPT_INLINE Vec<Acc<S>> load(const S* p, int64_t n) {
   if (n >= W<Acc<S>>) return load(p);
 #if defined(__AVX512F__)
   const uint16_t first = uint16_t((1u << n) - 1);
-  if constexpr (sizeof(S) == 2)
-    return widen((U16)_mm256_maskz_loadu_epi16(first, p), S{});
-  else if constexpr (sizeof(S) == 4)
-    return (Vec<S>)_mm512_maskz_loadu_ps(first, p);
-  else
-    return (Vec<S>)_mm512_maskz_loadu_pd(uint8_t(first), p);
+  if constexpr (sizeof(S) == 2) return widen((U16)_mm256_maskz_loadu_epi16(first, p), S{});
+  else if constexpr (sizeof(S) == 4) return (Vec<S>)_mm512_maskz_loadu_ps(first, p);
+  else return (Vec<S>)_mm512_maskz_loadu_pd(uint8_t(first), p);
 #else
   S tail[W<Acc<S>>] = {};
   std::memcpy(tail, p, size_t(n) * sizeof(S));
@@ -215,12 +226,9 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x, int64_t n) {
   if (n >= W<Acc<S>>) return store(p, x);
 #if defined(__AVX512F__)
   const uint16_t first = uint16_t((1u << n) - 1);
-  if constexpr (sizeof(S) == 2)
-    _mm256_mask_storeu_epi16(p, first, (__m256i)narrow(x, S{}));
-  else if constexpr (sizeof(S) == 4)
-    _mm512_mask_storeu_ps(p, first, (__m512)x);
-  else
-    _mm512_mask_storeu_pd(p, uint8_t(first), (__m512d)x);
+  if constexpr (sizeof(S) == 2) _mm256_mask_storeu_epi16(p, first, (__m256i)narrow(x, S{}));
+  else if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(p, first, (__m512)x);
+  else _mm512_mask_storeu_pd(p, uint8_t(first), (__m512d)x);
 #else
   S tail[W<Acc<S>>];
   store(tail, x);

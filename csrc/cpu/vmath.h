@@ -250,12 +250,9 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
 // multiplying, so that a NaN or infinity in d does not pass a unit that is off.
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> backpropagate(Vec<T> d, Vec<T> saved) {
-  if constexpr (A == Activation::relu)
-    return saved <= 0 ? Vec<T>{} : d;
-  else if constexpr (A == Activation::relu2)
-    return saved <= 0 ? Vec<T>{} : d * derivative<A, S>(saved);
-  else
-    return d * derivative<A, S>(saved);
+  if constexpr (A == Activation::relu) return saved <= 0 ? Vec<T>{} : d;
+  else if constexpr (A == Activation::relu2) return saved <= 0 ? Vec<T>{} : d * derivative<A, S>(saved);
+  else return d * derivative<A, S>(saved);
 }
 
 }  // namespace PYGPT_ISA

@@ -7,8 +7,8 @@
 // A row must not straddle two cache lines: such a load takes four times as long as the products it feeds
 // (docs/measured.md C5). AMX rounds to nearest even and takes subnormals for 0, whatever the thread's settings.
 #pragma once
-#include <cstdint>
 #include <immintrin.h>
+#include <cstdint>
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {

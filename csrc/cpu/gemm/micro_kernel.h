@@ -29,7 +29,7 @@ struct PackElement {
   struct TileScope {};  // to be alive while the micro-kernel is called
   static Vec<E> load(const E* p) { return cpu::PYGPT_ISA::load(p); }
   static void store_row(E* p, Vec<E> x) { cpu::PYGPT_ISA::store(p, x); }  // W values of one row as W / kPackK packs
-  static Vec<E> zip_rows(const Vec<E> (&rows)[1]) { return rows[0]; }     // W values of each of kPackK rows as W packs
+  static Vec<E> zip_rows(const Vec<E> (&rows)[1]) { return rows[0]; }  // W values of each of kPackK rows as W packs
   static Vec<E> broadcast(E x) { return set1(x); }
   static Vec<E> multiply_add(Vec<E> a, Vec<E> b, Vec<E> c) { return a * b + c; }
   static E sum(E x) { return x; }
@@ -40,13 +40,21 @@ template <class E>
 struct PackReader {
   E scale = 1;
   template <class S>
-  PYGPT_INLINE Vec<E> load_k(const S* p) const { return load(p) * scale; }
+  PYGPT_INLINE Vec<E> load_k(const S* p) const {
+    return load(p) * scale;
+  }
   template <class S>
-  PYGPT_INLINE Vec<E> load_k(const S* p, int64_t n) const { return load(p, n) * scale; }
+  PYGPT_INLINE Vec<E> load_k(const S* p, int64_t n) const {
+    return load(p, n) * scale;
+  }
   template <class S>
-  PYGPT_INLINE Vec<E> load_rows(const S* p, int64_t) const { return load(p) * scale; }
+  PYGPT_INLINE Vec<E> load_rows(const S* p, int64_t) const {
+    return load(p) * scale;
+  }
   template <class S>
-  PYGPT_INLINE E load_one(const S* p, int64_t, bool) const { return to_acc(*p) * scale; }
+  PYGPT_INLINE E load_one(const S* p, int64_t, bool) const {
+    return to_acc(*p) * scale;
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -176,8 +184,8 @@ PYGPT_INLINE void add(Tile<E>& sum, const Tile<E>& tile) {
 // out += A B. The function is never inlined: a caller's constants would take registers from the accumulators
 // (docs/measured.md C2).
 template <int kRowStride, int kStepStride, class E, class T = Acc<E>>
-__attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb, T* out,
-                                            int64_t ldo, [[maybe_unused]] bool accumulate = false) {
+__attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb,
+                                            T* out, int64_t ldo, [[maybe_unused]] bool accumulate = false) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<E, BF16Pair>)
     return amx_micro_kernel(K, {&a->bits, kRowStride, kStepStride}, {&b->bits, ldb}, out, ldo, accumulate);
@@ -205,7 +213,8 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, co
 
 // The same for a packed panel of A.
 template <class E, class T = Acc<E>>
-PYGPT_INLINE void micro_kernel(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo, bool accumulate = false) {
+PYGPT_INLINE void micro_kernel(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo,
+                               bool accumulate = false) {
   constexpr int kTileK = PackElement<E>::kTileK;
   micro_kernel<kTileK, Tiling<E>::MR * kTileK>(K, a, b, ldb, out, ldo, accumulate);
 }

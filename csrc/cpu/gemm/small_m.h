@@ -119,9 +119,9 @@ void small_m_nn_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, 
             const PackedRows<kRows, T> from = {a + s * strip_size + pc * kRows};
             T* to = sum + s * kRows * kColumns + j;
             if (whole && s == 0)
-              micro_kernel_unpacked<kRows, NV>(kc, from, b.data, b.rs, to, kColumns, PrefetchAndPack<T>{prefetch, panel});
-            else
-              micro_kernel_unpacked<kRows, NV>(kc, from, panel, NR, to, kColumns, prefetch);
+              micro_kernel_unpacked<kRows, NV>(kc, from, b.data, b.rs, to, kColumns,
+                                               PrefetchAndPack<T>{prefetch, panel});
+            else micro_kernel_unpacked<kRows, NV>(kc, from, panel, NR, to, kColumns, prefetch);
           }
         }
       for (int64_t i = 0; i < M; i++)
@@ -131,8 +131,8 @@ void small_m_nn_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, 
   parallel_for(ceil_div(N, NR), columns, NR * K * M);
 }
 
-// C = A B; the rows of A and of B are contiguous. The rows of A are taken in as few strips as MR allows, and as evenly as
-// possible, so that the last strip is not mostly padding. More than 16 rows are strips of at least 9.
+// C = A B; the rows of A and of B are contiguous. The rows of A are taken in as few strips as MR allows, and as evenly
+// as possible, so that the last strip is not mostly padding. More than 16 rows are strips of at least 9.
 template <class T, class Epilogue>
 void small_m_nn(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, const Epilogue& epilogue) {
   constexpr int MR = Tiling<T>::MR;
