@@ -1,4 +1,4 @@
-"""The emulator itself: its parts against their definitions (emulator/basics.cu), and planted bugs (emulator/rigged.cu).
+"""The emulator itself: its parts against their definitions (emulator/basics.cu), and emulator/planted_bugs.cu.
 
 Each bug must be found, by wrong values under some schedule, by an error or by a sanitizer, and the same kernel
 without it must pass everything.
@@ -86,7 +86,7 @@ def test_every_thread_of_every_block_runs_once(basics, grid, block):
 
 
 def test_order_of_threads(basics):
-    order = basics("come", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist()
+    order = basics("arrive", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist()
     assert sorted(order) == list(range(64))
     expected = {"fifo": list(range(64)), "reversed": list(range(63, -1, -1))}
     if basics.schedule in expected:
@@ -94,9 +94,9 @@ def test_order_of_threads(basics):
         return
     assert order not in expected.values()
     basics.module.schedule("random", 7)
-    first, second = (basics("come", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist() for _ in range(2))
+    first, second = (basics("arrive", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist() for _ in range(2))
     basics.module.schedule("random", 7)
-    again = basics("come", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist()
+    again = basics("arrive", np.empty(0, INT), np.empty(64, INT), block=(64, 1, 1)).tolist()
     assert first == again != second
 
 
@@ -197,7 +197,7 @@ BY_VALUES = {
     "source_not_in_mask": (),
 }
 BY_ERROR = {
-    "barrier_in_branch": r"rigged.cu:\d+: __syncthreads\(\) while other threads .* wait at the one in rigged.cu:\d+",
+    "barrier_in_branch": r"planted_bugs.cu:\d+: __syncthreads\(\) while other threads .* in planted_bugs.cu:\d+",
     "lane_skips_syncwarp": r"(?s)deadlock.*__syncwarp.*31 threads \(0..4, 6..31\).*__syncthreads.*\(5, 32..127\)",
     "ldmatrix_past_end": "ldmatrix from no variable in shared memory",
     "store_past_end": "went 1 bytes past the end of s",
@@ -208,8 +208,8 @@ BY_ERROR = {
     "different_masks": "with another mask",
 }
 BY_UNDEFINED = {
-    "index_past_end": r"rigged.cu:\d+: index \d+ is out of the array's bounds",
-    "misaligned": r"rigged.cu:\d+: an access at 4 modulo 16",
+    "index_past_end": r"planted_bugs.cu:\d+: index \d+ is out of the array's bounds",
+    "misaligned": r"planted_bugs.cu:\d+: an access at 4 modulo 16",
 }
 BY_ADDRESS = ("store_past_end", "global_past_end", "global_read_past_end")
 BY_THREAD = (
@@ -224,9 +224,9 @@ BY_THREAD = (
 CASES = sorted({*BY_VALUES, *BY_ERROR, *BY_UNDEFINED, *BY_ADDRESS, *BY_THREAD})
 
 
-def rigged(module, name: str, bug: bool) -> str:
-    """What a case of rigged.cu comes to: "" if its values are right, "wrong values", or the error."""
-    function = module.library.rigged
+def run_case(module, name: str, bug: bool) -> str:
+    """The outcome of a case of planted_bugs.cu: "" if its values are right, "wrong values", or the error."""
+    function = module.library.planted_bug
     function.restype = ctypes.c_char_p
     source, out = np.tile(np.arange(128, dtype=FLOAT), 4), np.zeros(128, FLOAT)
     error = function(name.encode(), bug, *(ctypes.c_void_p(a.ctypes.data) for a in (source, out)))
@@ -238,37 +238,37 @@ def outcomes(module, name: str, bug: bool) -> dict[str, set[str]]:
     for schedule in SCHEDULES:
         for seed in SEEDS if schedule == "random" else (0,):
             module.schedule(schedule, seed)
-            found.setdefault(schedule, set()).add(rigged(module, name, bug))
+            found.setdefault(schedule, set()).add(run_case(module, name, bug))
     return found
 
 
 def test_every_case_is_listed():
-    names = re.findall(r"PYGPT_CASE\((\w+)(?:, \d+, \d+)?\)[,}]", (build.HERE / "rigged.cu").read_text())
+    names = re.findall(r"PYGPT_CASE\((\w+)(?:, \d+, \d+)?\)[,}]", (build.HERE / "planted_bugs.cu").read_text())
     assert sorted(names) == CASES
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_right_kernels_pass(name):
-    assert outcomes(build.load_tests("rigged"), name, bug=False) == {s: {""} for s in SCHEDULES}
+    assert outcomes(build.load_tests("planted_bugs"), name, bug=False) == {s: {""} for s in SCHEDULES}
 
 
 @pytest.mark.parametrize("name", BY_VALUES)
 def test_values_tell(name):
     lucky = BY_VALUES[name]
-    found = outcomes(build.load_tests("rigged"), name, bug=True)
+    found = outcomes(build.load_tests("planted_bugs"), name, bug=True)
     assert found == {s: {"" if s in lucky else "wrong values"} for s in SCHEDULES}
 
 
 @pytest.mark.parametrize("name", BY_ERROR)
 def test_errors_tell(name):
-    for messages in outcomes(build.load_tests("rigged"), name, bug=True).values():
+    for messages in outcomes(build.load_tests("planted_bugs"), name, bug=True).values():
         for message in messages:
             assert re.search(BY_ERROR[name], message)
 
 
 @pytest.mark.parametrize("name", BY_UNDEFINED)
 def test_the_undefined_sanitizer_tells(name):
-    module = build.load_tests("rigged", sanitizer="undefined")
+    module = build.load_tests("planted_bugs", sanitizer="undefined")
     assert outcomes(module, name, bug=False) == {s: {""} for s in SCHEDULES}
     for messages in outcomes(module, name, bug=True).values():
         for message in messages:
@@ -283,44 +283,44 @@ def run_sanitized(sanitizer: str, source: str, *arguments: str):
     return subprocess.run(job, env=env, check=False, capture_output=True, text=True, timeout=1800)
 
 
-RIGGED = """
+RUN_CASES = """
 import ctypes
 import sys
 import numpy as np
 from tests.emulator import build
-module = build.load_tests("rigged", sanitizer=sys.argv[1])
-module.library.rigged.restype = ctypes.c_char_p
+module = build.load_tests("planted_bugs", sanitizer=sys.argv[1])
+module.library.planted_bug.restype = ctypes.c_char_p
 for case in sys.argv[2:]:
     name, bug = case.split("=")
     x, y = np.tile(np.arange(128, dtype=np.float32), 4), np.zeros(128, np.float32)
     for schedule in ("fifo", "reversed", "random"):
         module.schedule(schedule, 0)
-        module.library.rigged(name.encode(), bug == "1", *(ctypes.c_void_p(a.ctypes.data) for a in (x, y)))
+        module.library.planted_bug(name.encode(), bug == "1", *(ctypes.c_void_p(a.ctypes.data) for a in (x, y)))
     print("end of", case, file=sys.stderr, flush=True)
 """
 
 
 def test_a_sanitizer_that_is_not_loaded_says_how():
     with pytest.raises(RuntimeError, match="LD_PRELOAD=.*libasan.*"):
-        build.load_tests("rigged", sanitizer="address")
+        build.load_tests("planted_bugs", sanitizer="address")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BY_ADDRESS)
 def test_the_address_sanitizer_tells(name):
-    done = run_sanitized("address", RIGGED, *(f"{c}=0" for c in CASES), f"{name}=1")
+    done = run_sanitized("address", RUN_CASES, *(f"{c}=0" for c in CASES), f"{name}=1")
     assert "end of source_not_in_mask=0" in done.stderr and done.returncode
-    assert re.search(rf"AddressSanitizer.*\n(.*\n)+?.*#0 .*{name}<true>.*rigged.cu:\d+", done.stderr)
+    assert re.search(rf"AddressSanitizer.*\n(.*\n)+?.*#0 .*{name}<true>.*planted_bugs.cu:\d+", done.stderr)
 
 
 @pytest.mark.slow
 def test_the_thread_sanitizer_tells():
     right, wrong = [f"{c}=0" for c in CASES], [f"{c}=1" for c in BY_THREAD]
-    done = run_sanitized("thread", RIGGED, *right, *wrong)
+    done = run_sanitized("thread", RUN_CASES, *right, *wrong)
     parts = dict(zip([*right, *wrong], re.split(r"end of .*\n", done.stderr), strict=False))
     assert {case for case, text in parts.items() if "data race" in text} == set(wrong), done.stderr[-3000:]
     for name in BY_THREAD:
-        assert re.search(rf"#0 {name}<true>.*rigged.cu:\d+", parts[f"{name}=1"])
+        assert re.search(rf"#0 {name}<true>.*planted_bugs.cu:\d+", parts[f"{name}=1"])
 
 
 # ---------------------------------------------------------------- the library's kernels under the sanitizers

@@ -232,7 +232,7 @@ def test_a_case_that_fails_hangs_or_dies_leaves_the_rest(unruly, tmp_path, run_p
         "fails": "planted", "hangs": "no answer within 1 s", "dies": "its process ended with exit code -6"}  # fmt: skip
     assert "fails: planted\nhangs: no answer" in done.stdout and "2 cases answered, 3 failed" in done.stdout
     first = conformance.inputs(4)
-    assert (conformance.recorded(found["cases"]["two"]) == first + 4).all()
+    assert (conformance.decode(found["cases"]["two"]) == first + 4).all()
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -265,9 +265,9 @@ def test_answers_are_compared_elsewhere(tmp_path, capsys):
     assert "72 of 72 cases agree" in capsys.readouterr().out
 
     found = json.loads(out.read_text())
-    words = conformance.recorded(found["cases"]["ldmatrix"]).copy()
+    words = conformance.decode(found["cases"]["ldmatrix"]).copy()
     words[17] ^= 1
-    found["cases"]["ldmatrix"] = conformance.record(words)
+    found["cases"]["ldmatrix"] = conformance.encode(words)
     found["errors"]["mbarrier"] = "no answer within 10 s"
     del found["cases"]["mbarrier"], found["cases"]["cluster"]
     out.write_text(json.dumps(found | {"stopped": "it was interrupted"}))

@@ -1,7 +1,7 @@
-"""The CUDA kernels of csrc/cuda on a CPU. See README.md here.
+"""The CUDA kernels of csrc/cuda on a CPU. See README.md in this folder.
 
-`kernels()` is a backend: the namespace of ``<op>_fwd`` and ``<op>_bwd`` whose every call runs under each
-schedule of threads, blocks and asynchronous copies, and raises if two of them differ in a bit.
+`kernels()` is a backend: a namespace of ``<op>_fwd`` and ``<op>_bwd``. Every call runs under each schedule of threads,
+blocks and asynchronous copies, and raises if the results of two schedules differ in any bit.
 """
 
 import functools
@@ -27,24 +27,25 @@ def _under(schedules, module, name: str, op):
         first = None
         for schedule in schedules:
             module.schedule(schedule, torch.initial_seed() % 2**32)
-            found = op(*args)
-            tensors = as_tuple(found)
+            result = op(*args)
+            tensors = as_tuple(result)
             first = tensors if first is None else first
             for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
                 if not torch.equal(_bits(a), _bits(b)):
                     raise AssertionError(
                         f"{name}: output {i} under the {schedule} schedule differs from {schedules[0]}"
                     )
-        return found
+        return result
 
     return call
 
 
 def launches(call: Callable) -> list[tuple[str, int, int, int]]:
-    """(kernel, threads of a block, its dynamic shared memory, blocks) of each launch in ``call()``, none of which runs."""
+    """The launches that ``call()`` makes, none of which runs: (kernel, threads per block, bytes of dynamic shared memory,
+    blocks)."""
     module = build.load()
-    shown = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
-    names = {int(line[:16], 16): line[19:] for line in shown.splitlines() if line[:1] != " "}
+    symbols = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
+    names = {int(line[:16], 16): line[19:] for line in symbols.splitlines() if line[:1] != " "}
     module.record(True)
     try:
         call()
@@ -55,9 +56,9 @@ def launches(call: Callable) -> list[tuple[str, int, int, int]]:
 
 @functools.cache
 def kernels(sanitizer: str | None = None) -> SimpleNamespace:
-    from pygpt.dispatch import KERNEL_NAMES  # here, so that conformance.py runs where pygpt doesn't
+    from pygpt.dispatch import KERNEL_NAMES  # imported late, so that conformance.py runs without pygpt
 
     module = build.load(sanitizer)
-    schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # a race shows under any of them
+    schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # the race checker needs only one schedule
     ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in KERNEL_NAMES}
     return SimpleNamespace(**{name: _under(schedules, module, name, op) for name, op in ops.items()})

@@ -1,9 +1,10 @@
-// AMX for machines without it: included before everything else (CPPFLAGS="-include amx.h"), this has the kernels that are
-// compiled with AVX512_BF16 take csrc/cpu/gemm/amx.h, and its intrinsics be these functions. See tests/test_amx.py.
+// AMX for machines without it. Included before everything else (CPPFLAGS="-include amx.h"), this file replaces AMX's
+// intrinsics by functions and makes the kernels compiled for AVX512_BF16 use them. See tests/test_amx.py.
 //
-// A product is computed as Intel's manual has it: the sums of even and of odd places of a row by fused multiply-adds, then
-// added together and to the tile; subnormal numbers count as 0. Besides, what would be slow or an error on the machine ends
-// the program: a tile that is used without configuration, a row that straddles cache lines.
+// A product is computed as Intel's manual defines it: the even and the odd elements of a row are summed separately by
+// fused multiply-adds, the two sums are added, and the result is added to the tile; subnormals count as 0. The program
+// aborts on what would be an error or slow on the hardware: a tile used without configuration, a row that straddles
+// cache lines.
 #pragma once
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #include <cmath>
@@ -28,7 +29,7 @@
 #define _tile_dpbf16ps(sum, a, b) emulated_amx::multiply(sum, a, b)
 
 extern "C" {
-inline __attribute__((visibility("default"))) long long emulated_amx_products = 0;  // so far; good to "more than none"
+inline __attribute__((visibility("default"))) long long emulated_amx_products = 0;  // the test checks that it is not 0
 }
 
 namespace emulated_amx {

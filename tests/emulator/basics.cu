@@ -1,5 +1,5 @@
-// Right kernels that show, one by one, what the emulator's parts do. tests/test_emulator.py compares them with
-// their definitions.
+// Correct kernels that exercise the emulator's parts one by one. tests/test_emulator.py compares their results with the
+// definitions.
 #include "platform.cuh"
 
 #include <cstring>
@@ -7,7 +7,7 @@
 namespace pygpt::cuda {
 namespace {
 
-// out[i] = the number in[i] in the other format.
+// out[i] = in[i], converted.
 template <class T>
 __global__ void widen(const uint16_t* in, float* out, int n) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -19,22 +19,22 @@ __global__ void narrow(const float* in, uint16_t* out, int n) {
   if (i < n) reinterpret_cast<T*>(out)[i] = from_float<T>(in[i]);
 }
 
-// Which blocks and threads run, and how often: out[block][thread]++.
+// Counts how often each thread of each block runs: out[block][thread]++.
 __global__ void visit(const int*, int* out, int) {
   const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   out[block * blockDim.x * blockDim.y * blockDim.z + thread]++;
 }
 
-// The order in which threads come: out[n-th] = thread.
-__global__ void come(const int*, int* out, int) {
+// The order in which threads arrive: out[n] is the n-th thread.
+__global__ void arrive(const int*, int* out, int) {
   PYGPT_SHARED(int, next, );
   if (threadIdx.x == 0) next = 0;
   __syncthreads();
   out[atomicAdd(&next, 1)] = threadIdx.x;
 }
 
-// out = every kind of exchange of in, 32 numbers each.
+// out = every kind of exchange of in, 32 values each.
 __global__ void exchange(const int* in, int* out, int) {
   const int t = threadIdx.x, x = in[t];
   constexpr unsigned all = 0xffffffffu;
@@ -48,7 +48,7 @@ __global__ void exchange(const int* in, int* out, int) {
   out[224 + t] = t < 10 ? __shfl_xor_sync(0x3ffu, x, 1) : __shfl_sync(0xfffffc00u, x, 31);
 }
 
-// out[0..5] after all threads have done each atomic operation once.
+// out[0..5] = the results after every thread has done each atomic operation once.
 __global__ void atomics(const int* in, int* out, int) {
   const int x = in[threadIdx.x];
   atomicAdd(&out[0], x);
@@ -59,12 +59,12 @@ __global__ void atomics(const int* in, int* out, int) {
   for (int old = out[5], seen; (seen = atomicCAS(&out[5], old, old + 1)) != old;) old = seen;
 }
 
-// out (16 x 8) = A (16 x 16) B (16 x 8) + D, all in `in`, one after the other: 16-bit, 16-bit, float.
+// out (16 x 8) = A (16 x 16) B (16 x 8) + D. `in` holds A and B (16-bit) and D (float), one after the other.
 template <class T>
 __global__ void product(const uint32_t* in, float* out, int) {
   const int t = threadIdx.x, g = t / 4, c = t % 4;
   const uint32_t* a = in;                                           // rows of 8 words
-  const auto* b = reinterpret_cast<const uint16_t*>(in + 128);      // rows of 8 numbers
+  const auto* b = reinterpret_cast<const uint16_t*>(in + 128);      // rows of 8 elements
   const auto* d0 = reinterpret_cast<const float*>(in + 128 + 64);
   const auto pair = [&](int k) { return b[8 * k + g] | static_cast<uint32_t>(b[8 * (k + 1) + g]) << 16; };
   const uint32_t x[4] = {a[8 * g + c], a[8 * (g + 8) + c], a[8 * g + c + 4], a[8 * (g + 8) + c + 4]};
@@ -74,7 +74,7 @@ __global__ void product(const uint32_t* in, float* out, int) {
   for (int i = 0; i < 4; i++) out[8 * (g + i / 2 * 8) + 2 * c + i % 2] = d[i];
 }
 
-// Four 8x8 matrices, rows `stride` bytes apart: out[0] = as ldmatrix gives them, out[1] = transposed, [matrix][lane].
+// Four 8x8 matrices whose rows are `stride` bytes apart. out[0] = ldmatrix, out[1] = its .trans form, [matrix][lane].
 template <int stride>
 __global__ void fragments(const uint4* in, uint32_t* out, int) {
   PYGPT_DYNAMIC_SHARED(shared);
@@ -89,7 +89,7 @@ __global__ void fragments(const uint4* in, uint32_t* out, int) {
   for (int m = 0; m < 4; m++) out[128 + 32 * m + t] = r[m];
 }
 
-// Shared memory as it is found: out[0..31] static, out[32..63] dynamic.
+// The initial contents of shared memory: out[0..31] static, out[32..63] dynamic.
 __global__ void fresh(const float*, float* out, int) {
   PYGPT_SHARED(float, s, [32]);
   PYGPT_DYNAMIC_SHARED(shared);
@@ -120,7 +120,7 @@ Error run_named(const char* name, const void* in, void* out, int n, dim3 grid, d
   if (is("narrow bf16")) return run(narrow<bf16>, grid, block, shared, in, out, n);
   if (is("narrow f16")) return run(narrow<f16>, grid, block, shared, in, out, n);
   if (is("visit")) return run(visit, grid, block, shared, in, out, n);
-  if (is("come")) return run(come, grid, block, shared, in, out, n);
+  if (is("arrive")) return run(arrive, grid, block, shared, in, out, n);
   if (is("exchange")) return run(exchange, grid, block, shared, in, out, n);
   if (is("atomics")) return run(atomics, grid, block, shared, in, out, n);
   if (is("product bf16")) return run(product<bf16>, grid, block, shared, in, out, n);
@@ -136,7 +136,7 @@ Error run_named(const char* name, const void* in, void* out, int n, dim3 grid, d
 }  // namespace
 }  // namespace pygpt::cuda
 
-// The named kernel on host memory, with n numbers where it takes that.
+// Runs the named kernel on host memory; n is passed to kernels that take a number of elements.
 extern "C" __attribute__((visibility("default"))) const char* basics(const char* name, const void* in, void* out, int n,
                                                                      const int (&grid)[3], const int (&block)[3],
                                                                      int shared) {

@@ -1,11 +1,11 @@
 """Builds the emulator with the kernels of csrc/cuda, and imports it.
 
-`load()` gives the Python module pygpt_emulator, whose import registers torch.ops.pygpt_emulator.*; `load_tests(file)`
-the same module with the kernels of other .cu files, called through ctypes, and without torch. ninja compiles what has
-changed since the last time.
+`load()` returns the Python module pygpt_emulator, whose import registers torch.ops.pygpt_emulator.*. `load_tests(file)`
+returns the same module with the kernels of other .cu files instead, without torch; they are called through ctypes.
+ninja compiles what has changed since the last build.
 
-With sanitizer="undefined" an error stops the launch like any other. "address" and "thread" need their
-runtime in the process from its start: run Python with `environment(sanitizer)`.
+With sanitizer="undefined" an error stops the launch like any other error. The sanitizers "address" and "thread" must be
+in the process from its start: run Python with `environment(sanitizer)`.
 """
 
 import ctypes
@@ -28,15 +28,15 @@ KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "emulator"
 CXX = os.environ.get("CXX", "c++")
 
-# -ffp-contract=off: a * b + c is not one operation where the source has two.
+# -ffp-contract=off: the compiler must not fuse a * b + c where the source has two operations.
 FLAGS = "-std=c++17 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native"
-MORE = os.environ.get("PYGPT_EMULATOR_FLAGS", "")  # such as -O0, for a debugger
+EXTRA_FLAGS = os.environ.get("PYGPT_EMULATOR_FLAGS", "")  # such as -O0, for a debugger
 WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-attributes"
-PROGRAM = "-fstack-clash-protection"  # of kernels: a frame larger than the guard page faults too
-MACHINE = "-O3 -fno-tree-loop-distribute-patterns"  # of *.cpp: loops stay loops; sanitizers watch memset
+KERNEL_FLAGS = "-fstack-clash-protection"  # a stack frame larger than the guard page faults too
+MACHINE_FLAGS = "-O3 -fno-tree-loop-distribute-patterns"  # loops must not become memset, which sanitizers intercept
 
-SANITIZERS = {
-    None: ("", ""),  # of kernels, of the machine: it is not what a sanitizer watches, but must know that one does
+SANITIZERS = {  # name: (flags of the kernels, flags of the machine, which is told of the sanitizer but not checked)
+    None: ("", ""),
     "undefined": ("-fsanitize=bounds-strict,alignment", ""),
     "address": ("-fsanitize=address", "-DPYGPT_ADDRESS_SANITIZER"),
     "thread": ("-fsanitize=thread", "-DPYGPT_THREAD_SANITIZER"),
@@ -91,16 +91,16 @@ def _torch_libraries() -> str:
 
 
 def _compile(source: Path, sanitizer: str | None) -> tuple[str, str]:
-    """The object of a source and the flags that are its own. Variants share what is the same."""
-    of_kernels, of_machine = SANITIZERS[sanitizer]
+    """The name of a source's object file, and its own compiler flags. Builds share objects whose flags are equal."""
+    kernel_flags, machine_flags = SANITIZERS[sanitizer]
     if source.suffix == ".cu":
-        return f"{sanitizer or 'plain'}-{source.stem}.o", f"{PROGRAM} {of_kernels} {of_machine}"
+        return f"{sanitizer or 'plain'}-{source.stem}.o", f"{KERNEL_FLAGS} {kernel_flags} {machine_flags}"
     flags = {
         "module.cpp": f"-O1 -g0 {_includes(torch=False)}",
         "ops.cpp": f"-O1 -DTORCH_TARGET_VERSION=0x020a000000000000 {_includes(torch=True)}",
     }
-    name = f"{sanitizer if of_machine else 'plain'}-{source.stem}.o"
-    return name, f"{flags.get(source.name, MACHINE)} {of_machine}"
+    name = f"{sanitizer if machine_flags else 'plain'}-{source.stem}.o"
+    return name, f"{flags.get(source.name, MACHINE_FLAGS)} {machine_flags}"
 
 
 def _ninja_file(name: str, sources: list[Path], sanitizer: str | None, arch: int, libraries: str) -> str:
@@ -109,7 +109,7 @@ def _ninja_file(name: str, sources: list[Path], sanitizer: str | None, arch: int
         [
             f"cxx = {CXX}",
             f"flags = {FLAGS} {WARNINGS} -I{HERE} -I{KERNELS} -DPYGPT_ARCH={arch}",
-            f"last = {MORE}",
+            f"last = {EXTRA_FLAGS}",
             "rule compile",
             "  command = $cxx $flags $more $last -MMD -MF $out.d -x c++ -c $in -o $out",
             "  depfile = $out.d",
@@ -138,7 +138,7 @@ def _build(name: str, sources: list[Path], sanitizer: str | None, arch: int, lib
 
 
 def _import(path: Path):
-    # Each module has a name of its own: pybind11 answers to one it has seen with the module it made then.
+    # Each build needs a module name of its own: for a name that it has seen, pybind11 returns the earlier module.
     loader = importlib.machinery.ExtensionFileLoader(f"{path.stem}.pygpt_emulator", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
@@ -151,8 +151,8 @@ def _machine() -> list[Path]:
 
 @functools.cache
 def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, arch: int = 900):
-    """The kernels of csrc/cuda, or the named files of them, as torch.ops.pygpt_emulator.*; once per process."""
-    from pygpt.backends import define_ops  # which imports torch, to which the module is linked
+    """The kernels of csrc/cuda, or of the named files, as torch.ops.pygpt_emulator.*; once per process."""
+    from pygpt.backends import define_ops  # this also imports torch, to which the module is linked
 
     _missing_preload(sanitizer)
     define_ops("pygpt_emulator")
@@ -163,7 +163,8 @@ def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, a
 
 @functools.cache
 def load_tests(*files: str | Path, sanitizer: str | None = None, arch: int = 900):
-    """The kernels of .cu files (names: of this folder), without torch: a module whose `library` is the ctypes.CDLL."""
+    """The kernels of .cu files (of this folder, unless given as paths), without torch. Returns a module whose
+    `library` is the ctypes.CDLL."""
     _missing_preload(sanitizer)
     sources = [(HERE / f).with_suffix(".cu") for f in files]
     name = "-".join(source.stem for source in sources)

@@ -1,9 +1,9 @@
-// One tiny kernel per wrapper of ptx.cuh: run on a GPU and in the emulator, the outputs must agree in every bit.
+// One small kernel per wrapper of ptx.cuh. Run on a GPU and in the emulator, the outputs must agree in every bit.
 //
-// A case turns random words into words. Where the hardware leaves the order of additions open (mma, wgmma) the words
-// become integers of -8 .. 7, whose sums float holds exactly: what is compared is which numbers meet which.
-// exp2_approx alone is compared within the error that PTX allows. A conversion's NaNs count as equal.
-// conformance.py runs the cases and keeps what GPUs have answered in golden/.
+// A case maps random words to output words. Where hardware may add in any order (mma, wgmma), the words become integers
+// of -8 .. 7, whose sums are exact in float, so the comparison shows which elements are multiplied with which.
+// exp2_approx is compared within the error that PTX allows, and any two NaNs of a conversion count as equal.
+// conformance.py runs the cases and stores the GPUs' answers in golden/.
 #include <string>
 #include <vector>
 
@@ -12,7 +12,7 @@
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kWords = 16384;  // of input and of output
+constexpr int kWords = 16384;  // size of the input, and of the output
 using ptx::Swizzle;
 
 __device__ uint32_t bits(float x) { return x != x ? 0x7fffffff : __float_as_uint(x); }
@@ -31,7 +31,7 @@ __global__ void convert_kernel(const uint32_t* in, uint32_t* out) {
     const float2 both = unpack<T>(in[i]);
     out[4 * i] = bits(both.x), out[4 * i + 1] = bits(both.y);
     out[4 * i + 2] = bits(to_float(from_float<T>(__uint_as_float(in[i]))));
-    const float x = fmaf(float(in[i]), 1e-9f, -2.0f);  // of ordinary size
+    const float x = fmaf(float(in[i]), 1e-9f, -2.0f);  // -2 .. 2.3
     out[4 * i + 3] = pack<T>(x, 1e4f * x);
   }
 }
@@ -57,7 +57,7 @@ __global__ void shuffle_kernel(const uint32_t* in, uint32_t* out) {
 
 // ---- sm_75, sm_80
 
-// Two groups of copies; of the second one every third is zeros.
+// Two groups of copies. In the second group every third copy writes zeros.
 __global__ void cp_async_kernel(const uint32_t* in, uint32_t* out) {
   PYGPT_SHARED(uint4, rows, [2][64]);
   const auto* from = reinterpret_cast<const uint4*>(in) + threadIdx.x;
@@ -98,7 +98,7 @@ __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
 
 // ---- sm_90
 
-// Two groups of 64 threads turn their words around, each as often as it likes.
+// Two groups of 64 threads reverse their words, each group a different number of times.
 __global__ void named_barrier_kernel(const uint32_t* in, uint32_t* out) {
   PYGPT_SHARED(uint32_t, words, [128]);
   const int group = threadIdx.x / 64;
@@ -112,7 +112,7 @@ __global__ void named_barrier_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = x;
 }
 
-// Warp 0 hands eight rows over to warp 1 in a ring of two.
+// Warp 0 passes eight rows to warp 1 through a ring of two buffers.
 __global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
 #if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
   PYGPT_SHARED(uint32_t, ring, [2][32]);
@@ -136,7 +136,7 @@ __global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
 #endif
 }
 
-// A box over each corner of the matrix and one in its middle; they don't overlap.
+// A box over each corner of the matrix and one in its middle. The boxes do not overlap.
 constexpr int kRows = 40, kCols = 150, kStride = 160, kBoxRows = 16;
 template <class T>
 constexpr int box_cols(Swizzle s) {
@@ -183,7 +183,7 @@ __global__ void tma_store_kernel(const __grid_constant__ ptx::TensorMap map, int
 #endif
 }
 
-// Each block of a cluster of four reads what the next one has.
+// Each block of a cluster of four reads the next block's shared memory.
 __global__ void cluster_kernel(const uint32_t* in, uint32_t* out) {
 #if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
   PYGPT_DYNAMIC_SHARED(shared);
@@ -198,16 +198,16 @@ __global__ void cluster_kernel(const uint32_t* in, uint32_t* out) {
 #endif
 }
 
-// Two steps of 16 along k; by descriptor, operands as dense as their layout allows.
+// Two k-steps of 16. Operands given by descriptor are packed as densely as their layout allows.
 template <Swizzle swizzle, bool trans>
 struct Operand {
   static constexpr int line = 16 << int(swizzle);
   static constexpr int leading = !trans ? 128 : swizzle == Swizzle::none ? 128 : 16 * line;
   static constexpr int stride = swizzle == Swizzle::none ? 256 : 8 * line;
-  static constexpr int step = !trans && line >= 64 ? 32 : 0;  // the second 16 of k in a line, or the first again
+  static constexpr int step = !trans && line >= 64 ? 32 : 0;  // 0 where a line has no second k16: reads the first again
 };
 
-constexpr int kWgmmaShared = (8 + 32) << 10;  // a and b at their largest
+constexpr int kWgmmaShared = (8 + 32) << 10;  // the largest a and b
 
 template <class T, int N, bool trans_a, bool trans_b, Swizzle swizzle, bool in_registers>
 __global__ void __launch_bounds__(128) wgmma_kernel(const uint32_t* in, uint32_t* out) {
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const uint32_t* in, uint32_t
 
 struct Case {
   std::string name;
-  int arch;  // the first that has it; no later one has wgmma
+  int arch;  // the first architecture that has the instruction; wgmma exists on sm_90 alone
   std::function<Error(const uint32_t* in, uint32_t* out)> run;
 };
 

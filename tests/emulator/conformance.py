@@ -1,14 +1,14 @@
-"""Do the emulator's instructions answer as a GPU's do?
+"""Compares the emulator's instructions with a GPU's.
 
     python -m tests.emulator.conformance                                   with a GPU and nvcc: everything below
     python -m tests.emulator.conformance --build FILE [--arch 90a]         needs nvcc, no GPU
     python -m tests.emulator.conformance --library FILE --out ANSWERS      needs a GPU and torch; writes ANSWERS only
     python -m tests.emulator.conformance --compare ANSWERS                 needs the emulator, no GPU
 
-Every case of conformance.cu turns the same random words into words. The GPU's words are kept in a JSON file, and the
-emulator's are compared with them in every bit. The last cases multiply matrices of small integers, whose products are
-exact, with hopper_gemm.cu. Without arguments the answers go to golden/, where `make test` finds them; without a GPU
-the emulator is then compared with what golden/ holds.
+Every case of conformance.cu maps the same random words to output words. The GPU's outputs are stored in a JSON file,
+and the emulator's are compared with them bit by bit. The last cases multiply matrices of small integers, whose
+products are exact, with hopper_gemm.cu. Without arguments the GPU's answers go to golden/, where `make test` finds
+them; on a machine without a GPU the emulator is compared with the files in golden/.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FORK = multiprocessing.get_context("fork")  # torch is imported once; this proce
 
 
 def inputs(words: int) -> np.ndarray:
-    """Random words, the same everywhere and for ever."""
+    """Random words, the same on every machine."""
     return np.frombuffer(hashlib.shake_256(b"pygpt conformance").digest(4 * words), np.uint32).copy()
 
 
@@ -69,7 +69,7 @@ GEMMS = {
 
 
 class Cases:
-    """The cases and the GEMM of one library, or what it has of them: on a GPU, or in the emulator (device "cpu")."""
+    """The cases and the GEMM that one library contains, run on a GPU or in the emulator (device "cpu")."""
 
     def __init__(self, library: ctypes.CDLL, device: str, capability: int):
         self.library, self.device = library, device
@@ -86,7 +86,7 @@ class Cases:
         self.names = [*self.index, *self.gemms]
 
     def run(self, name: str) -> np.ndarray:
-        """The words that a case answers; a GEMM, which is exact or an error, answers one word."""
+        """The output words of a case. A GEMM, whose result is exact or an error, outputs the single word 1."""
         if name in self.gemms:
             if not integer_gemm(self, *self.gemms[name]):
                 raise RuntimeError("wrong values")
@@ -108,13 +108,13 @@ class Cases:
         pointers = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in arguments]
         error = function(*pointers)
         if self.device != "cpu":
-            torch.cuda.synchronize()  # raises what the kernel did wrong
+            torch.cuda.synchronize()  # raises errors of the kernel
         if error:
             raise RuntimeError(error.decode())
 
 
 def integer_gemm(cases: Cases, m: int, n: int, k: int, dtype: torch.dtype, b_k_major: bool) -> bool:
-    """Whether hopper_gemm multiplies integers of -8 .. 8 exactly, and writes inside of c only."""
+    """True if hopper_gemm multiplies integers of -8 .. 8 exactly and writes nothing outside c."""
 
     def integers(rows: int, cols: int) -> torch.Tensor:
         return torch.randint(-8, 9, (rows, (cols + 15) // 8 * 8), generator=generator).to(dtype)
@@ -143,8 +143,8 @@ def gpu_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def opened(library: Path) -> tuple[dict, Cases]:
-    """A device and its cases: of a library of `build_for_device` the GPU, of one of the emulator's the CPU."""
+def open_library(library: Path) -> tuple[dict, Cases]:
+    """A library's device and cases: the GPU for a library of `build_for_device`, the CPU for one of the emulator."""
     loaded = ctypes.CDLL(str(library.resolve()))
     if hasattr(loaded, "PyInit_pygpt_emulator"):
         return {"device": "emulator", "capability": "9.0", "cuda": None}, Cases(loaded, "cpu", 900)
@@ -162,12 +162,12 @@ def opened(library: Path) -> tuple[dict, Cases]:
 
 
 def _serve(connection, library: Path, done: list[str]) -> None:
-    """In a process of its own: sends the device and the names of the cases, then the answer of each that is not done.
-    A case that fails may have taken the CUDA context with it, so it is the last one."""
-    die_with_parent()  # or a case that hangs would outlive it
+    """Runs in a process of its own: sends the device and the names of the cases, then the answer of each case that is
+    not in ``done``. Stops after a case that fails, because it may have destroyed the CUDA context."""
+    die_with_parent()  # ends a case that hangs when the parent ends
     torch.set_num_threads(1)
     try:
-        device, cases = opened(library)
+        device, cases = open_library(library)
     except (OSError, RuntimeError) as e:
         connection.send(str(e))
         return
@@ -191,7 +191,7 @@ class Worker:
         theirs.close()
 
     def answer(self, seconds: float):
-        """What it sends next, or a string that says why nothing comes."""
+        """The process's next message, or a string that says why there is none."""
         if not self.connection.poll(max(seconds, 0)):
             return f"no answer within {seconds:.0f} s"
         try:
@@ -205,28 +205,28 @@ class Worker:
         self.process.join(TIMEOUT)
 
 
-def write(path: Path, found: dict) -> None:
+def write(path: Path, answers: dict) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.write_text(json.dumps(answers, indent=1) + "\n")
     partial.replace(path)
 
 
 def run_library(library: Path, out: Path, limit: float) -> int:
-    """Runs the cases of a library and keeps in `out` after each what is known: answers, and errors of those without.
-    -> 0: every case answered; 1: some did not; 2: the cases could not be run to their end."""
-    found = {"stopped": "it was interrupted", "cases": {}, "errors": {}}
+    """Runs the cases of a library. After each case all answers and errors so far are written to ``out``.
+    Returns 0 if every case answered, 1 if some failed, 2 if the run was cut short."""
+    answers = {"stopped": "it was interrupted", "cases": {}, "errors": {}}
     end = time.monotonic() + limit
     stopped, failed = None, True
-    while stopped is None and failed:  # once more, with the cases behind the one that failed
-        worker = Worker(library, [*found["cases"], *found["errors"]])
+    while stopped is None and failed:  # after a failure a new process runs the remaining cases
+        worker = Worker(library, [*answers["cases"], *answers["errors"]])
         started = worker.answer(end - time.monotonic())
         if isinstance(started, str):
             stopped = started
             break
         device, names = started
-        found, failed = device | found, False
+        answers, failed = device | answers, False
         for name in names:
-            if name in found["cases"] or name in found["errors"]:
+            if name in answers["cases"] or name in answers["errors"]:
                 continue
             left = end - time.monotonic()
             answer = worker.answer(min(TIMEOUT, left))
@@ -234,35 +234,35 @@ def run_library(library: Path, out: Path, limit: float) -> int:
             if failed and time.monotonic() >= end:
                 stopped = f"the limit of {limit:.0f} s"
                 break
-            found["errors" if failed else "cases"][name] = answer if failed else record(answer)
-            write(out, found)
+            answers["errors" if failed else "cases"][name] = answer if failed else encode(answer)
+            write(out, answers)
             print(f"{name}: {answer if failed else 'answered'}", flush=True)
             if failed:
                 break
         worker.stop()
     worker.stop()
-    found["stopped"] = stopped or ""
-    write(out, found)
-    where = found.get("device", library)
-    print(f"{where}: {len(found['cases'])} cases answered, {len(found['errors'])} failed", end="", flush=True)
+    answers["stopped"] = stopped or ""
+    write(out, answers)
+    where = answers.get("device", library)
+    print(f"{where}: {len(answers['cases'])} cases answered, {len(answers['errors'])} failed", end="", flush=True)
     print(f"; stopped: {stopped}" if stopped else "", flush=True)
-    return 2 if stopped else int(bool(found["errors"]))
+    return 2 if stopped else int(bool(answers["errors"]))
 
 
 # ---------------------------------------------------------------- comparison
 
 
-def record(words: np.ndarray) -> str:
-    """A case's words as the file keeps them."""
+def encode(words: np.ndarray) -> str:
+    """A case's words as text for the file of answers."""
     return base64.b64encode(zlib.compress(words.astype("<u4").tobytes(), 9)).decode()
 
 
-def recorded(text: str) -> np.ndarray:
+def decode(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4")
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
-    """How two answers differ; empty where they agree."""
+    """Describes how two answers differ; empty if they agree."""
     if ours.shape != theirs.shape:
         return f"{ours.size} words, on the GPU {theirs.size}"
     if name == APPROXIMATE:
@@ -277,18 +277,18 @@ def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
     return f"{where.size} words differ, first {i}: {ours[i]:08x}, on the GPU {theirs[i]:08x}"
 
 
-def capability_of(found: dict) -> int:
-    major, minor = map(int, found["capability"].split("."))
+def capability_of(answers: dict) -> int:
+    major, minor = map(int, answers["capability"].split("."))
     return 100 * major + 10 * minor
 
 
-def disagreements(cases: Cases, found: dict) -> dict[str, str]:
-    """case -> what is wrong with it: every one of `cases` should have the same answer in the file."""
+def disagreements(cases: Cases, answers: dict) -> dict[str, str]:
+    """{case: how it differs from the file of answers}, for the cases that do."""
     wrong = {}
     for name in cases.names:
-        if name not in found["cases"]:
-            wrong[name] = "on the GPU: " + found["errors"].get(name, f"not run, {found['stopped']}")
-        elif how := difference(name, cases.run(name), recorded(found["cases"][name])):
+        if name not in answers["cases"]:
+            wrong[name] = "on the GPU: " + answers["errors"].get(name, f"not run, {answers['stopped']}")
+        elif how := difference(name, cases.run(name), decode(answers["cases"][name])):
             wrong[name] = how
     return wrong
 
@@ -296,16 +296,16 @@ def disagreements(cases: Cases, found: dict) -> dict[str, str]:
 def compare(path: Path) -> int:
     """Compares the emulator with a file of answers."""
     try:
-        found = json.loads(path.read_text())
+        answers = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         print(f"{path} has no answers: {e}")
         return 1
-    if "capability" not in found:
-        print(f"{path.name}: no case was run: {found['stopped']}")
+    if "capability" not in answers:
+        print(f"{path.name}: no case was run: {answers['stopped']}")
         return 1
-    cases = in_emulator(capability=capability_of(found))
-    wrong = disagreements(cases, found)
-    print(f"{path.name} ({found['device']}): {len(cases.names) - len(wrong)} of {len(cases.names)} cases agree")
+    cases = in_emulator(capability=capability_of(answers))
+    wrong = disagreements(cases, answers)
+    print(f"{path.name} ({answers['device']}): {len(cases.names) - len(wrong)} of {len(cases.names)} cases agree")
     for name, how in wrong.items():
         print(f"  {name}: {how}")
     return int(bool(wrong))

@@ -1,7 +1,7 @@
-// CUDA C++ for a host compiler: what platform.cuh includes where there is no nvcc.
+// CUDA C++ for a host compiler. platform.cuh includes this file when nvcc does not compile it.
 //
-// The words of the language, the built-in functions that kernels use, and launch(). Functions that wait or
-// exchange values take the caller's line as a last parameter that nobody writes.
+// It defines the keywords of the language, the built-in functions that kernels use, and launch(). Functions that wait
+// or exchange values receive the caller's line as a last parameter, which has a default value.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 
-// A reference to the block's variable. Each declaration has a type of its own, which tells it from others.
+// A reference to the block's variable. Each declaration gets a type of its own, which identifies it.
 #define PYGPT_SHARED(type, name, dims) \
   struct name##_in_shared_memory {     \
     type value dims;                   \
@@ -81,7 +81,7 @@ inline int __all_sync(uint32_t mask, bool p, pygpt::emulator::Site site = pygpt:
   return pygpt::emulator::ballot(mask, p, site) == mask;
 }
 
-// ---- Atomics. Relaxed on hardware; ordered here for the race checker, which does not know __threadfence.
+// ---- Atomics. CUDA's are relaxed; these are ordered, because the race checker does not know __threadfence.
 
 template <class T> T atomicAdd(T* p, std::common_type_t<T> x) {
   if constexpr (std::is_integral_v<T>) return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL);
@@ -114,7 +114,7 @@ template <class T> T atomicMin(T* p, std::common_type_t<T> x) {
   return old;
 }
 
-// ---- Arithmetic. Where CUDA allows an error of some ulp, the result here is a right one of several.
+// ---- Arithmetic. Where CUDA allows an error of some ulp, the result is one of the results allowed.
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float a, float b) { return a / b; }
@@ -157,7 +157,8 @@ template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream&,
              Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> parameters{static_cast<Parameters>(arguments)...};
-  return emulator::run(reinterpret_cast<const void*>(kernel), {grid, block, shared}, [&] { std::apply(kernel, parameters); });
+  return emulator::run(reinterpret_cast<const void*>(kernel), {grid, block, shared},
+                       [&] { std::apply(kernel, parameters); });
 }
 
 }  // namespace pygpt::cuda

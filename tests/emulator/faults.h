@@ -9,8 +9,8 @@
 
 namespace pygpt::emulator {
 
-// While one lives, a segmentation fault on this thread calls the handler, with the address, in place of ending the
-// process. A build with a sanitizer leaves faults to it.
+// While an object of this class lives, a segmentation fault on this thread calls the handler with the address instead
+// of ending the process. In builds with a sanitizer the class does nothing, because the sanitizer handles faults.
 class CatchFaults {
  public:
   using Handler = void (*)(uintptr_t address);
@@ -22,7 +22,7 @@ class CatchFaults {
     mine.ss_sp = stack, mine.ss_size = sizeof stack;
     sigaltstack(&mine, &old_stack_);
     struct sigaction action{};
-    action.sa_sigaction = caught, action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // it is never returned from
+    action.sa_sigaction = caught, action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler never returns
     sigaction(SIGSEGV, &action, &old_[0]);
     sigaction(SIGBUS, &action, &old_[1]);
   }
@@ -40,7 +40,7 @@ class CatchFaults {
   }
   static void caught(int, siginfo_t* info, void*) {
     if (handler_ && pthread_equal(thread_, pthread_self())) handler_(reinterpret_cast<uintptr_t>(info->si_addr));
-    restore();  // not ours: it happens again
+    restore();  // another thread's fault: it recurs under the old handler
   }
 
   static inline Handler handler_ = nullptr;

@@ -1,7 +1,7 @@
-// A call stack that is left in the middle of a function and entered again later: what a CUDA thread runs on.
+// A call stack that can be left in the middle of a function and entered again later. A CUDA thread runs on one.
 //
-// Registers are switched by a few instructions of our own (x86-64: 5 ns; ucontext, which also switches the
-// signal mask by a system call, takes 300). The sanitizers are told of every switch.
+// fiber.cpp switches registers in a few instructions, because ucontext makes a system call for the signal mask
+// (docs/measured.md G1). The sanitizers are told of every switch.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,32 +15,32 @@
 #include <ucontext.h>
 #endif
 
-// Stores the running stack's position in *save and goes on at `load` (fiber.cpp).
+// Stores the running stack's position in *save and continues on the stack whose position is `load` (fiber.cpp).
 extern "C" void pygpt_switch_stack(void** save, void* load);
 
 namespace pygpt::emulator {
 
 class Fiber {
  public:
-  Fiber() = default;  // stands for the stack that is running
+  Fiber() = default;  // represents the host's stack
   explicit Fiber(size_t bytes, size_t number) {
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     void* p = mmap(nullptr, page + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
-    mprotect(p, page, PROT_NONE);  // an overflow faults
+    mprotect(p, page, PROT_NONE);  // a guard page: a stack overflow faults
     bottom_ = static_cast<char*>(p) + page, size_ = bytes;
-    skew_ = number % 61 * 64 + number % 7 * 1024;  // or all stacks' tops would fall into the same lines of the cache
+    skew_ = number % 61 * 64 + number % 7 * 1024;  // spreads the tops of the stacks over the sets of the cache
   }
   Fiber(const Fiber&) = delete;
 
   // The next switch to this fiber calls entry(), which never returns, on an empty stack.
   void prepare(void (*entry)()) {
     unpoison(bottom_, size_);
-    if (checks_races)  // mapped anew, the memory is the running race context's: nobody else's accesses are remembered
+    if (checks_races)  // mapping the memory anew makes the race checker forget the last thread's accesses
       mmap(bottom_, size_, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(bottom_ + size_ - skew_);
-    *--top = nullptr;  // entry's return address: there is none
+    *--top = nullptr;  // the return address of entry(), which never returns
     *--top = reinterpret_cast<void*>(entry);
     position_ = top - 6;
 #elif defined(__aarch64__)
@@ -55,7 +55,7 @@ class Fiber {
 #endif
   }
 
-  // From this fiber, which is running, to another; returns when something switches back.
+  // Switches from this fiber, which is running, to another. Returns when some fiber switches back.
   void switch_to(Fiber& other) {
     leave_stack(&fake_, other.bottom_, other.size_);
 #if defined(__x86_64__) || defined(__aarch64__)
@@ -66,7 +66,7 @@ class Fiber {
     enter_stack(fake_, nullptr, nullptr);
   }
 
-  // What entry() does first; `from` is where the stack was entered from, whose bounds are learnt here.
+  // Must be the first call of entry(). Learns the bounds of the host's stack for the address sanitizer.
   static void entered(Fiber& host) {
     const void* bottom = nullptr;
     size_t size = 0;

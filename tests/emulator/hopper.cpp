@@ -1,4 +1,4 @@
-// What Hopper's asynchronous instructions do, and when. See hopper.h.
+// The effects of Hopper's asynchronous instructions, and when they take place. See hopper.h.
 #include "hopper.h"
 
 #include <cmath>
@@ -10,12 +10,12 @@ namespace {
 
 // ---------------------------------------------------------------- memory
 
-// Not accesses of the program's: no call that a sanitizer intercepts.
+// Written as a loop over volatile bytes, so that no sanitizer intercepts it.
 void fill_nan(std::byte* to, size_t bytes) {
   for (size_t i = 0; i < bytes; i++) static_cast<volatile std::byte*>(to)[i] = std::byte(0xFF);
 }
 
-// Dynamic shared memory as TMA and wgmma see it; static variables have one view only.
+// Dynamic shared memory as TMA and wgmma see it. Static variables have only one view.
 struct AsyncView {
   std::byte* plain = dynamic_shared();
   std::vector<std::byte> bytes = std::vector<std::byte>((dynamic_shared_bytes() + 3) / 4 * 4, std::byte(0xFF));
@@ -41,7 +41,7 @@ size_t swizzled(size_t address, Swizzle swizzle) {
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site) {
   const size_t offset = offset_of(p);
   const std::string which = what;
-  const bool own = offset < size_t(1) << 19 && is_shared(p, bytes);  // far from another block's
+  const bool own = offset < size_t(1) << 19 && is_shared(p, bytes);  // 2^19: less than another block's distance
   if (!own) fail(site, which + " lies outside of the block's shared memory");
   if (offset % alignment) fail(site, which + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
@@ -58,9 +58,9 @@ void fence_proxy_async() {
 namespace {
 
 struct Barrier {
-  int64_t bytes : 21;  // expected in this phase
+  int64_t bytes : 21;  // still expected in this phase
   uint64_t pending : 20, count : 20, parity : 1, initialised : 2;
-  static constexpr int kInitialised = 1;  // fresh shared memory has 3
+  static constexpr int kInitialised = 1;  // fresh shared memory is NaN, whose bits here are 3
 };
 static_assert(sizeof(Barrier) == 8);
 
@@ -132,7 +132,7 @@ struct Box {
   }
 };
 
-// Zeros from null.
+// Writes zeros if `from` is null.
 void copy_element(std::byte* to, const std::byte* from, int bytes) {
   for (int i = 0; i < bytes; i++) to[i] = from ? from[i] : std::byte(0);
 }
@@ -212,7 +212,7 @@ namespace {
 
 constexpr uint64_t kField = 0x3FFF;
 
-// The accumulators of a warp while products are under way, [lane][register].
+// The accumulators of a warp while products are in flight, [lane][register].
 struct Accumulators {
   std::vector<float> values;
   float* lanes[32];
@@ -224,22 +224,22 @@ struct Product {
   std::shared_ptr<Accumulators> d;
   AsyncView* view;
   std::byte* block;
-  int warp;  // of its group
+  int warp;  // index in the warp group
   uint32_t a_registers[32][4];
   bool a_in_registers;
   Wgmma w;
 
-  float number(uint16_t bits) const {
+  float to_value(uint16_t bits) const {
     return w.is_bf16 ? cuda::to_float(cuda::bf16{bits}) : cuda::to_float(cuda::f16{bits});
   }
   float at(uint64_t descriptor, bool trans, int i, int k) const {
     const std::byte* p = view->of(block + operand_offset(descriptor, trans, i, k));
-    return number(uint16_t(uint16_t(p[0]) | uint16_t(p[1]) << 8));
+    return to_value(uint16_t(uint16_t(p[0]) | uint16_t(p[1]) << 8));
   }
   float a(int row, int k) const {
     if (!a_in_registers) return at(w.a, w.trans_a, 16 * warp + row, k);
     const uint32_t pair = a_registers[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-    return number(uint16_t(k % 2 ? pair >> 16 : pair));
+    return to_value(uint16_t(k % 2 ? pair >> 16 : pair));
   }
   void apply();
 };
@@ -258,21 +258,21 @@ struct KnownRegisters {
   }
 };
 
-// What a warp has issued; kept by its first lane.
+// The products that a warp has issued. The state belongs to the warp's first lane.
 struct WarpProducts {
   Groups<Product> groups;
   std::map<float*, std::shared_ptr<Accumulators>> under_way;
   size_t issued = 0;
 };
 
-// The instructions of a warp group, as its first warp to come issued them. The others must issue the same.
+// The instructions of a warp group, as the first warp to arrive issued them. The other warps must issue the same.
 struct GroupProducts {
   std::vector<std::pair<uint64_t, uint64_t>> descriptors[8];
   std::vector<WarpProducts*> warps[8];
 };
 
 void Product::apply() {
-  // The sum over k is exact up to one rounding to float; hardware aligns and truncates, in an order of its own.
+  // The sum over k is rounded once, to float. Hardware aligns and truncates the terms in an undocumented order.
   std::vector<float> column(16 * w.n);
   for (int n = 0; n < w.n; n++)
     for (int k = 0; k < 16; k++) column[n * 16 + k] = at(w.b, w.trans_b, n, k);
@@ -312,7 +312,7 @@ void check_group(Thread& first, WarpProducts& warp, const Wgmma& w, Site site) {
   if (descriptors[warp.issued++] != mine) fail(site, "the warps of a warp group issue different wgmmas");
 }
 
-Site wgmma_site;  // of the collective that is being applied
+Site wgmma_site;  // the line of the collective that is being applied
 
 void issue(void* const (&operands)[32], uint32_t) {
   const Wgmma& w = *static_cast<Wgmma*>(operands[0]);

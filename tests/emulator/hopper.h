@@ -1,13 +1,13 @@
-// Hopper on a CPU: mbarriers, the tensor memory accelerator, wgmma, clusters. The functions of ptx.cuh's sm_90 part.
+// Hopper on a CPU: mbarriers, the tensor memory accelerator, wgmma, clusters. These are ptx.cuh's functions for sm_90.
 //
 //   mbarrier   counts arrivals and bytes in its 64 bits. Bytes still expected when the block ends are an error.
-//   TMA        a box is poisoned when its load is issued, and read and written as late as the schedule allows; a
-//              store reads shared memory when it is waited for.
-//   wgmma      poisons d; the warp's product is formed, from what shared memory holds then, when it is waited for.
-//              Registers that changed since the last wgmma_fence that named them are an error.
-//   proxies    TMA and wgmma see dynamic shared memory as it was at the block's last fence_proxy_async(), plus what
-//              TMA wrote. So a missing fence shows; one made by the wrong thread, or too early by some, may not.
-//   clusters   run together; at its end a block's dynamic shared memory is NaN.
+//   TMA        a load fills its box with NaN when it is issued and delivers as late as the schedule allows. A store
+//              reads shared memory when it is waited for.
+//   wgmma      fills d with NaN. The warp's product is computed when it is waited for, from the shared memory of that
+//              moment. Registers that changed after the last wgmma_fence that named them are an error.
+//   proxies    TMA and wgmma see dynamic shared memory as it was at the block's last fence_proxy_async(), plus TMA's
+//              own writes. A missing fence is therefore found; a fence by the wrong thread or too early may not be.
+//   clusters   The blocks of a cluster run together. When a block ends, its dynamic shared memory becomes NaN.
 // Alignments, ranges and descriptors are checked. fence_mbarrier_init and the register counts do nothing.
 #pragma once
 #include <algorithm>
@@ -40,7 +40,7 @@ namespace pygpt::emulator {
 using cuda::ptx::Swizzle;
 using cuda::ptx::TensorMap;
 
-// hopper.cpp
+// Implemented in hopper.cpp:
 void mbarrier_init(uint64_t* bar, int count, Site site);
 void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site);
 void mbarrier_wait(uint64_t* bar, int parity, Site site);
@@ -71,16 +71,17 @@ struct Wgmma {
 };
 void wgmma(Wgmma& lane, Site site);
 
-// Where an element of an operand lies, in bytes from the start of the block's shared memory. i: along M or N.
+// The offset of an operand's element in the block's shared memory, in bytes. i counts along M or N.
 size_t operand_offset(uint64_t descriptor, bool trans, int i, int k);
 
-// Tells sanitizers which rows of the matrix a box covers.
+// Lets sanitizers see an access to the rows of the matrix that a box covers.
 inline void touch_matrix(const TensorMap& map, int x, int y) {
   const int64_t first = std::max(x, 0), last = std::min<int64_t>(map.cols, int64_t(x) + map.box_cols);
   for (int64_t r = std::max(y, 0); r < std::min<int64_t>(map.rows, int64_t(y) + map.box_rows) && first < last; r++)
     touch(map.data + r * map.stride + first * map.element, (last - first) * map.element);
 }
-// The 128 threads of a warp group share out an operand's elements, in pairs. size: along M or N.
+// Lets sanitizers see an access to an operand's elements, which the 128 threads of a warp group divide up in pairs.
+// `size` is the operand's extent along M or N.
 inline void touch_operand(uint64_t descriptor, bool trans, int size, Site site) {
   for (int pair = current->rank % 128; pair < size * 8; pair += 128) {
     const size_t offset = trans ? operand_offset(descriptor, true, pair % (size / 2) * 2, pair / (size / 2))

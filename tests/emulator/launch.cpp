@@ -106,8 +106,8 @@ void prepare_block(LiveBlock& block, int threads) {
   block.shared = block.memory.data();
 }
 
-// The next block's threads know nothing of what this one's did, nor does the launching thread before the
-// launch is over: a race checker then sees blocks that depend on each other.
+// Gives the next cluster's threads race contexts that know nothing of this block, so that the race checker reports
+// blocks that depend on each other. The launching thread learns of the block's accesses when the launch ends.
 void forget(LiveBlock& block) {
   for (auto& t : block.tasks) {
     switch_race_context(t->races);
@@ -182,7 +182,7 @@ const char* run(const void* kernel, const Launch& launch, const std::function<vo
   std::lock_guard<std::mutex> lock(machine.mutex);
   machine.error = invalid(launch);
   if (!machine.error.empty()) return machine.error.c_str();
-  if (note(kernel, launch)) return nullptr;
+  if (record_launch(kernel, launch)) return nullptr;
   machine.launch = launch, machine.body = &body, machine.failed = false;
   machine.layout = SharedLayout(launch.dynamic_shared);
   machine.host_races = this_race_context();

@@ -1,5 +1,5 @@
-// What the machine consists of, for the files that make it up: scheduler.cpp (who runs next), synchronise.cpp
-// (barriers and meetings of lanes) and launch.cpp (blocks and launches).
+// The data structures of the machine, shared by scheduler.cpp (which thread runs next), synchronise.cpp (barriers and
+// collectives) and launch.cpp (blocks and launches).
 #pragma once
 #include <memory>
 #include <mutex>
@@ -11,10 +11,10 @@
 namespace pygpt::emulator {
 
 struct Task : Thread {
-  Fiber* fiber = nullptr;  // once it has started
-  void* races = nullptr;
+  Fiber* fiber = nullptr;  // null until the thread has started
+  void* races = nullptr;   // the race checker's context
   bool ended = false;
-  const char* what = nullptr;  // it waits for
+  const char* what = nullptr;  // the instruction at which the thread waits
   Site site{};
   bool (*ready)(void*) = nullptr;
   void* context = nullptr;
@@ -28,7 +28,7 @@ struct Barrier {
   unsigned generation = 0;
 };
 
-// Lanes that have come to one instruction.
+// A collective at which some lanes have arrived.
 struct Meeting {
   const Collective* what;
   Site site;
@@ -40,7 +40,7 @@ struct Meeting {
 struct Warp {
   Task* tasks[32] = {};
   uint32_t alive = 0;
-  std::vector<Meeting> meetings;  // that are not complete; their masks are disjoint
+  std::vector<Meeting> meetings;  // those that are not complete; their masks are disjoint
   char tokens[8];
   unsigned generation = 0;
 };
@@ -69,13 +69,13 @@ struct Machine {
   Launch launch;
   const std::function<void()>* body = nullptr;
   SharedLayout layout;
-  std::vector<std::unique_ptr<LiveBlock>> blocks;  // of the cluster that is running
-  std::vector<Block*> cluster;
-  int alive = 0;                                   // threads of them
+  std::vector<std::unique_ptr<LiveBlock>> blocks;  // the cluster that is running
+  std::vector<Block*> cluster;                     // the same blocks
+  int alive = 0;                                   // threads of these blocks that have not ended
 
-  std::vector<Task*> ready;  // a ring
+  std::vector<Task*> ready;     // a ring buffer of `count` tasks from index `first` on
   size_t first = 0, count = 0;
-  std::vector<Task*> polled;
+  std::vector<Task*> polled;    // tasks that wait in park()
   std::vector<Deferred> deferred;
 
   Fiber host;
@@ -93,7 +93,7 @@ inline Warp& warp_of(Thread& t) { return block_of(t).warps[t.warp]; }
 std::string to_string(uint3 index);
 std::string to_string(Site site);
 
-// For as long as one lives, what happens is none of the running thread's doing: the race checker is told so.
+// While an object of this type lives, the race checker attributes accesses to the machine, not to the running thread.
 struct AsMachine {
   AsMachine() { switch_race_context(machine.races); }
   ~AsMachine() { switch_race_context(current ? running().races : machine.host_races); }
@@ -103,23 +103,23 @@ struct AsMachine {
 
 // Ends the launch with this error.
 [[noreturn]] void stop(std::string message);
-// Makes a thread ready to run.
+// Appends a thread to those that are ready to run.
 void push(Task* t);
-// Runs other threads, until something has made the running one ready and its turn comes.
+// Runs other threads until the running thread has been made ready and is scheduled again.
 void wait(const char* what, Site site);
 // Does the i-th deferred work.
 void do_deferred(size_t i);
-// From the host's stack: runs the threads that are ready until all have ended or the launch has failed.
+// Called on the host's stack: runs the ready threads until all have ended or the launch has failed.
 void run_threads();
 
 // ---- synchronise.cpp
 
-// The running thread has ended: whoever waits for it alone goes on, or fails.
+// Removes the running thread, which has ended, from barriers and collectives: completes them, or fails.
 void leave_barriers_and_meetings();
 
 // ---- launch.cpp
 
-// The last thread of a block has ended.
+// Called when the last thread of a block has ended.
 void end_block(LiveBlock& block);
 
 }  // namespace pygpt::emulator

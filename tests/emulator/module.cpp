@@ -1,4 +1,4 @@
-// The Python module pygpt_emulator: the schedule of the next launches, and what was counted.
+// The Python module pygpt_emulator: sets the schedule, reads statistics and recorded launches.
 #include <pybind11/pybind11.h>
 
 #include "runtime.h"
@@ -25,22 +25,23 @@ pybind11::dict statistics() {
 }
 
 pybind11::list launches() {
-  pybind11::list found;
-  for (const emulator::Noted& n : emulator::noted()) {
-    const dim3 g = n.launch.grid, b = n.launch.block;
-    const uint64_t grid = uint64_t{g.x} * g.y * g.z;
-    found.append(pybind11::make_tuple(n.offset, b.x * b.y * b.z, n.launch.dynamic_shared, grid));
+  pybind11::list list;
+  for (const emulator::RecordedLaunch& r : emulator::recorded_launches()) {
+    const dim3 g = r.launch.grid, b = r.launch.block;
+    const uint64_t blocks = uint64_t{g.x} * g.y * g.z;
+    list.append(pybind11::make_tuple(r.offset, b.x * b.y * b.z, r.launch.dynamic_shared, blocks));
   }
-  return found;
+  return list;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(pygpt_emulator, m) {
   m.def("schedule", schedule, pybind11::arg("name"), pybind11::arg("seed") = 0,
-        "The order of threads, blocks and asynchronous work from now on: 'fifo', 'reversed' or 'random'.");
-  m.def("statistics", statistics, "What was counted since the last reset_statistics().");
-  m.def("record", emulator::record, "Whether launches are noted instead of run, from now on.");
-  m.def("launches", launches, "Of those noted: the kernel's offset in this file, threads of a block, dynamic shared memory, blocks.");
+        "Sets the order of threads, blocks and asynchronous work for later launches: 'fifo', 'reversed' or 'random'.");
+  m.def("statistics", statistics, "The events counted since the last reset_statistics().");
+  m.def("record", emulator::record, "Later launches are recorded and do not run (True), or run again (False).");
+  m.def("launches", launches,
+        "The recorded launches: (kernel's offset in this file, threads per block, dynamic shared memory, blocks).");
   m.def("reset_statistics", [] { emulator::statistics = {}; });
 }

@@ -1,5 +1,5 @@
-// torch.ops.pygpt_emulator.*, whose schemas build.py defines: the op bodies of csrc/bind on CPU tensors, computed by the
-// emulated CUDA kernels.
+// Registers torch.ops.pygpt_emulator.*, whose schemas build.py defines: the op bodies of csrc/bind run the emulated
+// CUDA kernels on CPU tensors.
 #include "../../csrc/bind/dispatcher.h"
 
 #include <cstdlib>
@@ -8,7 +8,7 @@
 namespace pygpt::bind {
 
 namespace {
-// What a kernel asks for, between two fences that a store past either end would break.
+// Scratch memory between two fences, which show a store past either end.
 struct Scratch {
   static constexpr size_t kFence = 256;
   explicit Scratch(size_t bytes) : bytes(bytes) {
@@ -40,7 +40,7 @@ void with_stream(Device, const std::function<void(const cuda::Stream&)>& body) {
 
 }  // namespace pygpt::bind
 
-// For a build of some of the kernels only: what the others are then.
+// Weak definitions for a build that contains only some of the kernels.
 namespace pygpt::cuda {
 #define PYGPT_MISSING(name, Args) \
   __attribute__((weak)) Error name(const Args&, const Stream&) { return #name " is not part of this build"; }

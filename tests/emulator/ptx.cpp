@@ -12,10 +12,10 @@ struct Load {
   const MatrixRow* row;
 };
 
-// How many turns the banks take to deliver eight rows: the most different words wanted of one bank.
+// The cycles that the banks need to deliver eight rows: the largest number of different words in one bank.
 int bank_cycles(void* const* lanes) {
   uintptr_t rows[8];
-  int turns[8] = {};  // of each group of four banks, which a row of 16 bytes occupies
+  int turns[8] = {};  // for each group of four banks; a row of 16 bytes occupies one group
   for (int i = 0; i < 8; i++) {
     rows[i] = reinterpret_cast<uintptr_t>(static_cast<Load*>(lanes[i])->row->address) / 16;
     if (std::find(rows, rows + i, rows[i]) == rows + i) turns[rows[i] % 8]++;

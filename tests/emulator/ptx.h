@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh up to sm_80, by the definitions of the PTX ISA.
+// The functions of csrc/cuda/ptx.cuh up to sm_80, implemented after the definitions of the PTX ISA.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -7,13 +7,14 @@
 
 namespace pygpt::emulator {
 
-// The machine's part (ptx.cpp).
+// Implemented in ptx.cpp:
 
 void start_copy(void* to, const void* from);  // 16 bytes; zeros from null
 void commit_copies();
 void wait_for_copies(int pending);
 
-// `count` 8x8 matrices: lane l of the first 8 count has read row l % 8 of matrix l / 8, 16 bytes that lay at address.
+// ldmatrix of `count` 8x8 matrices. Each of the first 8 * count lanes l passes row l % 8 of matrix l / 8, which it has
+// read from `address`.
 struct MatrixRow {
   alignas(16) unsigned char bytes[16];
   const void* address;
@@ -30,7 +31,7 @@ namespace pygpt::cuda::ptx {
 
 using emulator::Site;
 
-// ---- Copies from global to shared memory that the thread does not wait for
+// ---- Asynchronous copies from global to shared memory
 
 inline void cp_async_16(void* shared, const void* global, bool valid, Site site = Site::here()) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16))
@@ -50,7 +51,8 @@ void cp_async_wait() {
 
 // ---- Fragments from shared memory
 
-// The lanes read before they meet: what another one has yet to write is not there, unless they synchronised.
+// Each lane reads its row before the lanes meet, so a row that another lane writes later, without synchronisation, is
+// seen as missing.
 template <int count, bool transposed>
 void load_matrices(uint32_t (&r)[count], const void* row, Site site) {
   emulator::MatrixRow operand{{}, row};
@@ -87,7 +89,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 // ---- Arithmetic
 
-// Hardware is off by up to 2 ulp, in a way that it does not tell: here by -1, 0 or 1, chosen by the bits of x.
+// Hardware errs by up to 2 ulp in an undocumented way. The emulator errs by -1, 0 or 1 ulp, depending on the bits of x.
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   const uint32_t hash = bits_as<uint32_t>(x) * 0x9E3779B1u >> 30;

@@ -1,15 +1,16 @@
 // The machine the emulated kernels run on: threads, warps, blocks, shared memory, and the order of events.
 //
-// A CUDA thread is a fiber; all fibers run on the one operating-system thread that launched the kernel, and
-// switch only where a thread waits. What hardware leaves open, a schedule decides, as inconveniently as it
-// may: threads and blocks run in order, in reverse, or at random; asynchronous work is done when it has been
-// waited for, not before, and what it will overwrite reads as NaN meanwhile; fresh shared memory is NaN.
-// What hardware leaves undefined (a barrier on two sides of a branch, a shuffle with an absent lane) is an
-// error that names the lines.
+// A CUDA thread is a fiber. All fibers run on the one operating-system thread that launched the kernel, and switch only
+// where a CUDA thread waits.
 //
-// Headers and .cu files play the program and are compiled with the sanitizer of a build. The .cpp files play
-// the machine and never are: what they read and write is no access of the program's. So an instruction checks
-// the addresses it is given in its header (touch), and does its work in a .cpp.
+// Where hardware may choose an order, the schedule chooses an inconvenient one: threads and blocks run in order, in
+// reverse or at random. Asynchronous work is done only when it has been waited for; until then its destination reads
+// as NaN. Fresh shared memory is NaN. What CUDA leaves undefined (a barrier on both sides of a branch, a shuffle with
+// an absent lane) is an error that names the lines.
+//
+// Headers and .cu files are the program under test and are compiled with the sanitizer of the build. The .cpp files
+// are the machine and are compiled without it. An instruction therefore checks its addresses in its header (touch),
+// where the sanitizer sees the accesses, and does its work in a .cpp.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,15 +23,15 @@
 
 namespace pygpt::emulator {
 
-// A line of a kernel. As a last parameter, `Site site = Site::here()` is the caller's.
+// A line of a kernel's source. A last parameter `Site site = Site::here()` receives the caller's line.
 struct Site {
   const char* file;
   int line;
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// Values of any type that instructions keep for a thread or a block, until the block ends. state<T>() is made
-// by T's default constructor when it is first asked for.
+// Values of any type that instructions keep for a thread or a block until the block ends. The first call of state<T>()
+// constructs the value.
 class States {
  public:
   template <class T>
@@ -45,25 +46,25 @@ class States {
   std::vector<std::pair<const void*, std::shared_ptr<void>>> states_;
 };
 
-// Bytes of shared memory that a block may have: this architecture's, or PYGPT_EMULATED_SHARED for a smaller device.
+// The most shared memory that a block may have, in bytes: the architecture's limit, or PYGPT_EMULATED_SHARED if set.
 int64_t shared_limit();
 
 struct Block;
 
 struct Thread : States {
   uint3 index;   // threadIdx
-  int rank;      // in the block, x fastest
+  int rank;      // linear index in the block, x fastest
   int warp, lane;
   Block* block;
 };
 
 struct Block : States {
   uint3 index;           // blockIdx
-  int threads;           // that it was launched with
-  int cluster_rank;      // in its cluster, x fastest
-  Block* const* cluster;  // its cluster's blocks by rank, all alive as long as one is
+  int threads;            // blockDim.x * blockDim.y * blockDim.z
+  int cluster_rank;       // linear index in the cluster, x fastest
+  Block* const* cluster;  // the cluster's blocks by rank; all stay alive until the last one ends
   int cluster_size;
-  std::byte* shared;     // its shared memory; a variable has the same offset in every block of a launch
+  std::byte* shared;      // a shared variable has the same offset in every block of a launch
 };
 
 extern Thread* current;  // the thread that is running
@@ -75,55 +76,55 @@ extern Thread* current;  // the thread that is running
 
 // ---- Waiting
 
-// Lets other threads run until ready(). `what` names the instruction in reports of deadlocks. ready() is asked
-// often and by other threads: it has no effects and reads nothing that belongs to the running thread.
+// Lets other threads run until ready() is true. `what` names the instruction in reports of deadlocks. Other threads
+// call ready() many times, so it must have no effects and read nothing that belongs to the running thread.
 void park(const char* what, Site site, bool (*ready)(void*), void* context);
 template <class Ready>
 void wait_until(const char* what, Site site, Ready ready) {
   park(what, site, [](void* context) { return bool((*static_cast<Ready*>(context))()); }, &ready);
 }
 
-// Barrier `id` of the block (0..15), complete when `threads` of them have arrived. Zero threads stands for all
-// that have not ended, and then all must arrive on one line: __syncthreads.
+// Barrier `id` of the block (0..15) completes when `threads` threads have arrived. threads = 0 is __syncthreads: it
+// waits for all threads that have not ended, and all must arrive on the same line.
 void barrier(int id, int threads, Site site);
 // Arrives without waiting (bar.arrive).
 void barrier_arrive(int id, int threads, Site site);
 
 // ---- Instructions of a warp
 
-// What the lanes of a warp do together. apply() runs once, when the last lane of the mask has come, with each
-// lane's operand (null outside the mask); it reads and writes them all.
+// An instruction that the lanes of a warp execute together. apply() runs once, when the last lane of the mask has
+// arrived. It reads and writes the operands of all lanes; operands outside the mask are null.
 struct Collective {
   const char* name;
   void (*apply)(void* const (&operands)[32], uint32_t mask);
-  bool orders_memory = false;   // a lane sees after it what the others wrote before it
-  bool skips_ended = false;     // lanes that have ended need not come
+  bool orders_memory = false;  // the other lanes' earlier writes are visible afterwards
+  bool skips_ended = false;    // lanes that have ended need not arrive
 };
 void collective(const Collective& what, uint32_t mask, void* operand, Site site);
 
 // ---- Asynchronous work
 
-// Reads as NaN from now on, in every format. Seen by sanitizers as a write of the running thread.
+// Fills memory with bits that are NaN in every format. Sanitizers see a write by the running thread.
 inline void poison(void* p, size_t bytes) {
   auto* b = static_cast<volatile unsigned char*>(p);
   for (size_t i = 0; i < bytes; i++) b[i] = 0xFF;
 }
-// An access of the running thread's that does nothing: for sanitizers.
+// Reads memory without using it, so that sanitizers see the access of the running thread.
 inline void touch(const void* p, size_t bytes) {
   auto* b = static_cast<const volatile unsigned char*>(p);
   for (size_t i = 0; i < bytes; i++) (void)b[i];
 }
-// Copies without being an access of the program's.
+// Copies memory unseen by sanitizers.
 void copy_untracked(void* to, const void* from, size_t bytes);
 
-// Work that one thread starts and later waits for by groups (cp.async, wgmma, bulk stores). It is done, in
-// order, when a wait asks for it; under the random schedule some of it earlier. Work has void apply().
+// Work that one thread starts and later waits for in groups (cp.async, wgmma, bulk stores). A wait does it in order;
+// the random schedule may do some of it earlier. Work has a member void apply().
 template <class Work>
 class Groups {
  public:
   void start(const Work& work) { works_.push_back(work), early(); }
   void commit() { groups_.push_back(works_.size()), early(); }
-  // Until at most `pending` of the committed groups are not done.
+  // Returns when at most `pending` of the committed groups are not done.
   void wait(size_t pending) {
     if (groups_.size() <= pending) return early();
     const size_t ended = groups_.size() - pending, done = groups_[ended - 1];
@@ -135,21 +136,20 @@ class Groups {
  private:
   void early();
   std::vector<Work> works_;
-  std::vector<size_t> groups_;  // how many works there were at each commit
-  size_t next_ = 0;             // the first that is not done
+  std::vector<size_t> groups_;  // works_.size() at each commit
+  size_t next_ = 0;             // index of the first work that is not done
 };
 
-// Work that the machine does on its own (a bulk copy that completes on an mbarrier): once, in any order, when no
-// thread can go on without it; under the random schedule at any moment from now. What is left when the block
-// of the running thread ends is done then.
+// Schedules work that the machine does on its own, once (a bulk copy that completes on an mbarrier): when no thread can
+// run otherwise, or at any moment under the random schedule, and at the latest when the running thread's block ends.
 void defer(std::function<void()> work);
 
-// Called when the last thread of the running thread's block has ended, after the block's deferred work.
+// Calls check() when the last thread of the running thread's block has ended, after the block's deferred work.
 void at_block_end(std::function<void()> check);
 
 // ---- Shared memory
 
-// The block's variable for a declaration in the source; `key` tells declarations apart.
+// The block's shared variable for one declaration in the source, which `key` identifies.
 void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment);
 template <class T>
 T& shared_variable(const char* name) {
@@ -166,7 +166,7 @@ bool is_shared(const void* p, size_t bytes);
 enum class Order { fifo, reversed, random };
 void set_schedule(Order order, uint64_t seed);
 Order order();
-uint64_t random_below(uint64_t n);  // from the schedule's own sequence
+uint64_t random_below(uint64_t n);  // the next number of the schedule's own sequence
 
 template <class Work>
 void Groups<Work>::early() {
@@ -174,7 +174,7 @@ void Groups<Work>::early() {
     for (; next_ < works_.size() && random_below(4) == 0; next_++) works_[next_].apply();
 }
 
-// ---- What a race checker is told: all that happened before release(token) is seen after acquire(token).
+// ---- For the race checker: what precedes release(token) happens before what follows acquire(token).
 void release(void* token);
 void acquire(void* token);
 
@@ -185,22 +185,22 @@ struct Launch {
   size_t dynamic_shared = 0;
   dim3 cluster = {1, 1, 1};
 };
-// Runs body(), a call of the kernel, once per thread. Null, or an error that stands until the next launch.
+// Calls body(), which calls the kernel, once per thread. Returns null or an error message, valid until the next launch.
 const char* run(const void* kernel, const Launch& launch, const std::function<void()>& body);
 
-// While recording, launches are checked and noted, and do not run.
-struct Noted {
-  size_t offset;  // of the kernel in the library it is part of
+// While recording, launches are checked and listed, and do not run.
+struct RecordedLaunch {
+  size_t offset;  // of the kernel in its shared library
   Launch launch;
 };
-void record(bool on);  // forgets what was noted before
-const std::vector<Noted>& noted();
-bool note(const void* kernel, const Launch& launch);  // whether it was noted, and is not to run
+void record(bool on);  // record(true) also clears the list
+const std::vector<RecordedLaunch>& recorded_launches();
+bool record_launch(const void* kernel, const Launch& launch);  // false if recording is off
 
 struct Statistics {
   uint64_t launches, blocks, threads, switches, barriers, collectives;
   uint64_t async_copies, mma;
-  uint64_t ldmatrix_phases, ldmatrix_cycles;  // equal where no two rows of an 8x8 matrix share a bank
+  uint64_t ldmatrix_phases, ldmatrix_cycles;  // equal if no two rows of an 8x8 matrix share a bank
   uint64_t tma, wgmma;
 };
 extern Statistics statistics;

@@ -1,7 +1,7 @@
-// What the sanitizers must be told, as functions that do nothing in a build without them.
+// Calls to the sanitizers, which do nothing in a build without them.
 //
-// The address sanitizer learns of every change of stacks. For the race checker a CUDA thread is a context of its own,
-// new for every block; two of them are ordered by a barrier, by __syncwarp, by mbarriers, and by nothing else.
+// The address sanitizer is told of every switch of stacks. The race checker sees each CUDA thread of each block as a
+// thread of its own; barriers, __syncwarp and mbarriers order two of them, and nothing else does.
 #pragma once
 #include <cstddef>
 

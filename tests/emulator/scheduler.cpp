@@ -1,8 +1,8 @@
-// The scheduler: which thread runs next, and what is wrong when none can.
+// The scheduler: picks the thread that runs next, and reports a deadlock if there is none.
 //
-// A thread that waits picks its successor and switches to it directly; there is no thread of the scheduler's
-// own. The host's stack is left when the first thread of a cluster of blocks starts, and entered again when the
-// last has ended or when one has failed. Then the other threads' stacks are simply forgotten: kernels own nothing.
+// A thread that waits picks its successor and switches to its fiber; the scheduler has no thread of its own. The host's
+// stack is left when the first thread of a cluster starts, and entered again when the last thread has ended or one has
+// failed. After a failure the other threads' stacks are abandoned, which is safe because kernels own no resources.
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -115,8 +115,8 @@ void end_thread() {
 
 Fiber* idle_fiber();
 
-// What a fiber runs: threads that have not started, one after the other, as long as their turn comes next. A race
-// checker would take the variables of one for the other's.
+// The entry point of a fiber: runs threads that have not started, one after the other, as long as the scheduler picks
+// such threads. With the race checker every thread gets a fiber of its own, or the checker would mix up their locals.
 void fiber_main() {
   Fiber::entered(machine.host);
   for (;;) {
@@ -141,7 +141,7 @@ void fiber_main() {
   }
 }
 
-// For the running thread to start on.
+// A fiber on which the running thread can start.
 Fiber* idle_fiber() {
   constexpr size_t kStack = 256 << 10;
   if (machine.idle.empty()) {

@@ -1,8 +1,8 @@
-// A block's shared memory: its variables with gaps between them that nothing may touch.
+// A block's shared memory: its variables, with guard gaps between them.
 //
-// A variable stands as badly aligned as its type allows and reads as NaN until it is written. The gaps hold a
-// pattern (NaN in every format) that is compared when the block ends, so a store past the end of a variable is
-// found in every build; a build with the address sanitizer stops at the access itself.
+// A variable has no more alignment than its type requires and reads as NaN until it is written. The gaps hold a pattern
+// (NaN in every format) that is checked when the block ends, so every build finds a store past the end of a variable.
+// A build with the address sanitizer stops at the access itself.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace pygpt::emulator {
 
-// What a block may have, static variables included.
+// The most shared memory of a block in bytes, static variables included.
 constexpr int64_t kSharedLimit = (PYGPT_ARCH >= 900   ? 227
                                   : PYGPT_ARCH == 860 ? 99
                                   : PYGPT_ARCH >= 800 ? 163
@@ -30,7 +30,8 @@ struct SharedVariable {
   size_t offset, bytes;
 };
 
-// Where a launch's variables lie, the same in all of its blocks. The static ones are laid out as they are met.
+// The offsets of a launch's shared variables, the same in all of its blocks. A static variable gets its offset when a
+// thread first reaches its declaration.
 class SharedLayout {
  public:
   static constexpr size_t kDynamicOffset = 1024, kGap = 256, kCapacity = 512 << 10;
@@ -72,7 +73,7 @@ class SharedMemory {
 
   std::byte* data() const { return data_; }
 
-  // For a block that starts.
+  // Prepares the memory for a block that starts.
   void reset(const SharedLayout& layout) {
     if (!data_) data_ = static_cast<std::byte*>(std::aligned_alloc(1024, SharedLayout::kCapacity));
     unpoison(data_, SharedLayout::kCapacity);
@@ -80,16 +81,16 @@ class SharedMemory {
     make_all(layout);
   }
   void* at(const SharedLayout& layout, const SharedVariable& v) {
-    if (v.offset >= end_) make_all(layout);  // met since this block started
+    if (v.offset >= end_) make_all(layout);  // the variable was added to the layout after this block started
     return data_ + v.offset;
   }
-  // Where races are checked, two blocks' variables are not to be one: each has memory of its own.
+  // Builds with the race checker call this between blocks, so that two blocks' variables never share an address.
   void release() {
     if (data_) unpoison(data_, SharedLayout::kCapacity);
     std::free(data_);
     data_ = nullptr;
   }
-  // What was written where no variable is; empty if nothing was.
+  // Describes a write into a gap; empty if there was none.
   std::string damage(const SharedLayout& layout) const;
 
  private:
@@ -98,7 +99,7 @@ class SharedMemory {
   }
   void make(const SharedVariable& v);
   std::byte* data_ = nullptr;
-  size_t made_ = 0, end_ = 0;  // variables so far, and where the last of them ends
+  size_t made_ = 0, end_ = 0;  // the number of variables made so far, and the end of the last one
 };
 
 }  // namespace pygpt::emulator

@@ -1,4 +1,4 @@
-// Where threads wait for each other: barriers of a block, meetings of a warp's lanes.
+// Barriers of a block, and collectives of a warp's lanes.
 #include <algorithm>
 
 #include "machine.h"

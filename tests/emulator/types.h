@@ -1,4 +1,4 @@
-// CUDA's vector types, and the 16-bit floating-point numbers with their conversions to and from float.
+// CUDA's vector types, and the 16-bit floating-point types with their conversions to and from float.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,7 +28,7 @@ struct dim3 {
 
 namespace pygpt::cuda {
 
-// Bits only: numbers are computed with as float.
+// These types hold bits only; arithmetic is done in float.
 struct bf16 {
   uint16_t bits;
 };
@@ -53,7 +53,7 @@ inline float to_float(f16 x) {
   return bits_as<float>((magnitude < 0x00800000 ? bits_as<uint32_t>(subnormal) : normal) | sign);
 }
 
-// To the nearest, ties to even; every NaN becomes the one that CUDA makes.
+// Rounds to nearest, ties to even. Every NaN becomes CUDA's canonical NaN.
 template <class T> T from_float(float x);
 template <> inline float from_float<float>(float x) { return x; }
 template <> inline bf16 from_float<bf16>(float x) {
@@ -73,7 +73,7 @@ template <> inline f16 from_float<f16>(float x) {
   return {uint16_t(sign | ((magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Two 16-bit numbers in a register, the first in the low half.
+// Two 16-bit values in a register, the first in the low half.
 template <class T>
 inline uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;

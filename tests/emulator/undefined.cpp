@@ -1,5 +1,5 @@
-// What code compiled with -fsanitize=bounds,alignment calls where it goes wrong: the launch ends with an error that
-// names the line, in place of the compiler's own library, which would print it and go on.
+// The handlers that code compiled with -fsanitize=bounds,alignment calls. They end the launch with an error that names
+// the line; the handlers of the compiler's own library would print a message and continue.
 #include <cstdint>
 
 #include "runtime.h"

@@ -1,4 +1,4 @@
-// The instructions that the lanes of a warp execute together, as functions of the machine (warp.cpp).
+// Shuffles, votes and __syncwarp (warp.cpp).
 #pragma once
 #include "runtime.h"
 
@@ -7,7 +7,7 @@ namespace pygpt::emulator {
 void syncwarp(uint32_t mask, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
 
-// A lane that reads outside of its group of `width` lanes gets its own value, as on hardware.
+// A lane that reads outside its group of `width` lanes gets its own value, as on hardware.
 enum class Shuffle { from, up, down, exclusive_or };
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int operand, int width, Site site);
 

@@ -1,7 +1,7 @@
-// Kernels with a planted bug each, and without it: what the emulator must find, and what it must not object to.
+// Every kernel here exists twice: with a planted bug, which the emulator must find, and without, which must pass.
 //
-// Given in[i] = i % 128, every right kernel leaves out[i] = i for i < 128. It runs with 128 threads unless
-// said otherwise; t is the thread's number.
+// For the input in[i] = i % 128 each kernel without its bug writes out[i] = i, i < 128. A launch has one block of 128
+// threads unless the table of cases says otherwise. t is the index of the thread.
 #include "platform.cuh"
 
 #include <cstring>
@@ -31,7 +31,7 @@ __global__ void no_syncwarp(const float*, float* out) {
   out[t] = s[t];
 }
 
-// A shuffle makes lanes meet, but says nothing of memory: only a race checker sees the difference.
+// CUDA does not promise that a shuffle orders memory. Only the race checker sees the difference.
 template <bool bug>
 __global__ void shuffle_for_syncwarp(const float*, float* out) {
   PYGPT_SHARED(float, s, [128]);
@@ -42,7 +42,7 @@ __global__ void shuffle_for_syncwarp(const float*, float* out) {
   out[same] = s[t];
 }
 
-// One buffer, used twice: the second store may come before a slower thread's first read.
+// The buffer is used twice: the second store may precede a slower thread's first read.
 template <bool bug>
 __global__ void overwrite_before_read(const float*, float* out) {
   PYGPT_SHARED(float, s, [128]);
@@ -82,7 +82,7 @@ __global__ void lane_skips_syncwarp(const float*, float* out) {
   out[t] = t;
 }
 
-// Each block continues the line that the one before it wrote. 4 blocks of 32.
+// Each block reads what the block before it wrote. 4 blocks of 32 threads.
 template <bool bug>
 __global__ void blocks_in_order(const float*, float* out) {
   const int t = thread(), b = blockIdx.x;
@@ -137,7 +137,7 @@ __global__ void no_barrier_after_wait(const float* in, float* out) {
   out[t] = reinterpret_cast<const float*>(s)[t];
 }
 
-// Two buffers. The copy into the one that was read a step ago must come after the barrier of this step.
+// Double buffering: the copy into the buffer that was read in the last iteration must follow this iteration's barrier.
 template <bool bug>
 __global__ void copy_before_barrier(const float* in, float* out) {
   PYGPT_SHARED(uint4, s, [2][32]);
@@ -158,7 +158,7 @@ __global__ void copy_before_barrier(const float* in, float* out) {
   out[column] = sum / 4;
 }
 
-// ---- Fragments: out = I B for an 16 x 8 matrix B with B[i][j] = 8 i + j. One warp.
+// ---- Fragments: out = I B for a 16 x 8 matrix B with B[i][j] = 8 i + j. One warp.
 
 template <bool bug>
 __global__ void swapped_registers(const float* in, float* out) {
@@ -214,7 +214,7 @@ __global__ void index_past_end(const float*, float* out) {
   const int t = thread();
   s[t / 32][t % 32] = t;
   __syncthreads();
-  out[t] = bug ? s[0][t] : s[t / 32][t % 32];  // the same place, by an index that the type rules out
+  out[t] = bug ? s[0][t] : s[t / 32][t % 32];  // the same address, but s[0] has only 32 elements
 }
 
 template <bool bug>
@@ -304,9 +304,9 @@ const Case cases[] = {
 }  // namespace
 }  // namespace pygpt::cuda
 
-// Runs a case on in (512 floats) and out (128).
-extern "C" __attribute__((visibility("default"))) const char* rigged(const char* name, bool bug, const float* in,
-                                                                     float* out) {
+// Runs a case on in (512 floats) and out (128 floats).
+extern "C" __attribute__((visibility("default"))) const char* planted_bug(const char* name, bool bug, const float* in,
+                                                                          float* out) {
   using namespace pygpt::cuda;
   for (const Case& c : cases)
     if (!std::strcmp(c.name, name)) return launch(bug ? c.wrong : c.right, c.blocks, c.threads, 0, Stream{}, in, out);

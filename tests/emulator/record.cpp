@@ -1,4 +1,4 @@
-// What would be launched, without launching it.
+// While recording, launches are listed and do not run.
 #include <dlfcn.h>
 
 #include "runtime.h"
@@ -6,7 +6,7 @@
 namespace pygpt::emulator {
 namespace {
 bool recording = false;
-std::vector<Noted> launches;
+std::vector<RecordedLaunch> launches;
 }  // namespace
 
 void record(bool on) {
@@ -14,9 +14,9 @@ void record(bool on) {
   if (on) launches.clear();
 }
 
-const std::vector<Noted>& noted() { return launches; }
+const std::vector<RecordedLaunch>& recorded_launches() { return launches; }
 
-bool note(const void* kernel, const Launch& launch) {
+bool record_launch(const void* kernel, const Launch& launch) {
   if (!recording) return false;
   Dl_info library{};
   dladdr(kernel, &library);
