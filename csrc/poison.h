@@ -1,5 +1,5 @@
-// PYGPT_POISON=1 fills results and temporary memory with NaN before a kernel gets them, so that an element which the
-// kernel does not write, or reads before writing, shows in its result. The default is off.
+// With PYGPT_POISON=1, results and temporary memory are filled with NaN before a kernel runs. Elements that the kernel
+// does not write, or reads before it has written them, then show up as NaN in its results. Off by default.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -11,7 +11,7 @@ inline bool poison_requested() {
   return value && std::strcmp(value, "1") == 0;
 }
 
-// All bits set is a NaN in every floating type.
+// All bits set is NaN in every floating-point type.
 inline void fill_with_nan(void* data, size_t bytes) { std::memset(data, 0xFF, bytes); }
 
 }  // namespace pygpt

@@ -1,4 +1,4 @@
-// gelu_fwd, gelu_bwd, relu_fwd, relu_bwd.
+// The op bodies of gelu_fwd, gelu_bwd, relu_fwd, relu_bwd.
 #pragma once
 #include "check.h"
 
@@ -9,7 +9,7 @@ inline Sizes common_strides(const View& first, const View& second) {
   return dense_strides(first.sizes, {first.strides, second.strides});
 }
 
-// Results and arguments lie in one order of memory, which the kernels take as it is.
+// The kernels run over n contiguous elements, so x is copied unless its memory order is that of the result.
 template <auto kernel>
 Results<1> activation_fwd(Call& call, View x, Activation activation) {
   const Sizes stride = common_strides(x, x);
@@ -19,7 +19,7 @@ Results<1> activation_fwd(Call& call, View x, Activation activation) {
   return {y};
 }
 
-// x: the activation's input, for relu its output. stride: of the result.
+// x is the activation's input, or relu's output. `stride` is the strides of the result.
 template <auto kernel>
 Results<1> activation_bwd(Call& call, View dy, View x, Activation activation, Shape stride) {
   View dx = call.empty(x.sizes, stride);
@@ -57,10 +57,10 @@ template <auto kernel>
 Results<1> relu_bwd(Call& call, View dy, View y) {
   call.lead(y);
   call.check("dy", dy, y.sizes);
-  return activation_bwd<kernel>(call, dy, y, Activation::relu, common_strides(y, dy));  // torch's order of the two
+  return activation_bwd<kernel>(call, dy, y, Activation::relu, common_strides(y, dy));  // torch considers y first
 }
 
-// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+// X(op, its kernel, the number of results without those that only backward reads)
 #define PYGPT_ACTIVATION_OPS(X, device) \
   X(gelu_fwd, device::activation_fwd, 1) \
   X(gelu_bwd, device::activation_bwd, 1) \

@@ -1,4 +1,4 @@
-// attention_fwd, attention_bwd.
+// The op bodies of attention_fwd and attention_bwd.
 #pragma once
 #include "check.h"
 
@@ -56,7 +56,7 @@ Results<3> attention_bwd(Call& call, View dout, Maybe dlse, View q, View k, View
   return {dq, dk, dv};
 }
 
-// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+// X(op, its kernel, the number of results without those that only backward reads)
 #define PYGPT_ATTENTION_OPS(X, device) \
   X(attention_fwd, device::attention_fwd, 1) \
   X(attention_bwd, device::attention_bwd, 3)

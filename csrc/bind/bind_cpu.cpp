@@ -1,4 +1,5 @@
-// The Python module pygpt._C. Importing it registers the CPU kernels of torch.ops.pygpt.*, which Python has defined.
+// The Python module pygpt._C. Importing it registers the CPU kernels of torch.ops.pygpt.*, whose schemas Python has
+// defined before.
 #include "fastcall.h"
 
 #include <exception>
@@ -42,7 +43,7 @@ PyMethodDef methods[] = {
     {"fma_rate", fma_rate, METH_O, "fma_rate(milliseconds): measured float32 multiply-add peak, GFLOP/s, all threads."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._C", "pygpt's compiled kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._C", "pygpt's compiled kernels.", -1, methods};
 
 }  // namespace
 
@@ -56,7 +57,7 @@ PyMODINIT_FUNC PyInit__C() {
     PyErr_SetString(PyExc_RuntimeError, e.what());
     return nullptr;
   }
-  PyObject* made = PyModule_Create(&module);
-  if (made && PyModule_AddIntConstant(made, "max_head_dim", pygpt::kMaxHeadDim)) Py_CLEAR(made);
-  return made;
+  PyObject* object = PyModule_Create(&module);
+  if (object && PyModule_AddIntConstant(object, "max_head_dim", pygpt::kMaxHeadDim)) Py_CLEAR(object);
+  return object;
 }

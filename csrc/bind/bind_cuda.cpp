@@ -1,23 +1,24 @@
-// The Python module pygpt._cuda: importing it registers torch.ops.pygpt.* for CUDA tensors.
+// The Python module pygpt._cuda. Importing it registers the CUDA kernels of torch.ops.pygpt.*.
 //
-// Compiled by the host compiler against any torch, the CPU-only one included; what it needs of torch's CUDA part is
-// found when it is loaded. The kernels come with their own CUDA runtime, linked statically.
+// The host compiler compiles this file against any torch, even a CPU-only one. Symbols of torch's CUDA part are
+// resolved when the module is loaded. The CUDA runtime of the kernels is linked statically.
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "dispatcher.h"
 
-extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // of torch's C interface
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // from torch's C interface
 extern "C" int cudaDriverGetVersion(int*), cudaRuntimeGetVersion(int*), cudaSetDevice(int);
 extern "C" const char* cudaGetErrorString(int);
 
 namespace pygpt::bind {
 
-// torch's current stream. Its allocator reuses freed memory in the stream's order, so scratch may be freed on return.
+// Passes torch's current stream. Scratch memory may be freed on return, although kernels are still running, because
+// torch's allocator reuses freed memory in stream order.
 void with_stream(Device device, const std::function<void(const cuda::Stream&)>& body) {
   torch::stable::accelerator::DeviceGuard guard(device.index);
-  const int error = cudaSetDevice(device.index);  // torch has told its own runtime; ours is another one
+  const int error = cudaSetDevice(device.index);  // DeviceGuard sets the device of torch's CUDA runtime, not of ours
   STD_TORCH_CHECK(error == 0, "pygpt: ", cudaGetErrorString(error));
   void* handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &handle));
@@ -44,11 +45,11 @@ PyObject* versions(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"code", code, METH_NOARGS, "What was built, such as 'sm_80 sm_90 sm_90a compute_90': machine code, and PTX if any."},
-    {"versions", versions, METH_NOARGS, "CUDA's versions, 1000 major + 10 minor: the driver's, and the runtime's compiled with."},
+    {"code", code, METH_NOARGS, "The targets built for, such as 'sm_80 sm_90 compute_90' (machine code, then PTX)."},
+    {"versions", versions, METH_NOARGS, "The CUDA versions of driver and runtime, as 1000 major + 10 minor."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._cuda", "pygpt's CUDA kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._cuda", "pygpt's CUDA kernels.", -1, methods};
 
 }  // namespace
 

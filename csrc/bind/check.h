@@ -1,7 +1,7 @@
-// One call of an op: the checks of its arguments, the memory of its results, and the launch of its kernel.
+// One call of an op: checks the arguments, allocates the results and launches the kernel.
 //
-// Op bodies are written against Call and View alone. The two fronts, dispatcher.h and fastcall.h, turn what they are
-// given into Views, derive from Call to allocate and to compute, and turn the Views of the results back.
+// Op bodies use only Call and View. There are two fronts, dispatcher.h and fastcall.h. Each converts its arguments to
+// Views, implements allocation and computation in a class derived from Call, and converts the results from Views.
 #pragma once
 #include <functional>
 #include <stdexcept>
@@ -16,19 +16,19 @@
 
 namespace pygpt::bind {
 
-// Calls body with the stream that work on the device is queued on. Each library of CUDA kernels has its own.
+// Calls body with the current stream of the device. Each library with CUDA kernels defines this function.
 void with_stream(Device device, const std::function<void(const cuda::Stream&)>& body);
 
 inline const bool poison = poison_requested();
 
-// A result this large comes from the system each time, and touching it first costs more than computing it
-// (measured: relu on 50 MB, 14 ms of which 10 are page faults). 2 MB pages make that 512 times rarer.
-inline void ask_for_large_pages(void* data, size_t bytes) {
+// Large results are allocated anew by the operating system each time, and their page faults cost more than computing
+// them (docs/measured.md G2). Huge pages of 2 MB make page faults 512 times rarer. The system may refuse.
+inline void request_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   if (bytes < 16 * kPage) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // may be refused
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
 
@@ -56,7 +56,7 @@ class Call {
   Call(const Call&) = delete;
 
   // ---------------------------------------------------------------- checks
-  // The tensor whose dtype and device the others must share. Every op names it first.
+  // Sets the tensor whose dtype and device the others must share. Every op body calls this first.
   void lead(const View& t) {
     if (t.sizes.size() > kMaxDims) fail("the first argument has more than " + std::to_string(kMaxDims) + " dimensions");
     switch (t.type) {
@@ -100,17 +100,17 @@ class Call {
   View empty(Shape size, Shape stride) { return empty(size, stride, type_); }
   View empty(Shape size) { return empty(size, contiguous_strides(size), type_); }
 
-  // What forward leaves for backward, and whether there will be one.
+  // A result of forward that only backward reads; temporary memory if there will be no backward.
   View for_backward(Shape size, ScalarType type) {
     return has_backward() ? empty(size, contiguous_strides(size), type) : temporary(size, type);
   }
   View for_backward(Shape size) { return for_backward(size, type_); }
   virtual bool has_backward() const { return true; }
 
-  // Contiguous memory for the kernel alone.
+  // Contiguous memory that only the kernel uses.
   View scratch(Shape size) { return temporary(size, type_); }
 
-  // A gradient. It has no elements where it isn't wanted, and its data is null.
+  // A gradient. If it is not needed, it has no elements and its data is null.
   View wanted(bool need, Shape size, Shape stride) {
     if (need) return empty(size, stride);
     View none = empty(Shape{0});
@@ -119,7 +119,7 @@ class Call {
   }
   View wanted(bool need, Shape size) { return wanted(need, size, contiguous_strides(size)); }
 
-  // ---------------------------------------------------------------- arguments in the memory order that a kernel takes
+  // ---------------------------------------------------------------- arguments in the memory order that kernels require
   View in_order(const View& t, Shape stride) { return t.has_strides(stride) ? t : copy(t, stride); }
   View dense(const View& t) { return t.is_contiguous() ? t : copy(t, contiguous_strides(t.sizes)); }
   Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
@@ -127,7 +127,7 @@ class Call {
   Maybe as_rows(const Maybe& t) { return t ? Maybe(as_rows(*t)) : t; }
 
   // ---------------------------------------------------------------- the kernel
-  // A CPU kernel takes its Args. A CUDA kernel takes a stream too, and it returns what went wrong.
+  // A CPU kernel takes only its Args. A CUDA kernel also takes a stream, and returns an error message or null.
   template <auto kernel, class Args>
   void run(const Args& a) {
     if constexpr (std::is_invocable_v<decltype(kernel), const Args&>)
@@ -141,10 +141,10 @@ class Call {
  protected:
   ~Call() = default;
 
-  // ---------------------------------------------------------------- what each front does in its own way
+  // ---------------------------------------------------------------- implemented by each front
   virtual View allocate(Shape size, Shape stride, ScalarType type) = 0;  // a result
-  virtual View temporary(Shape size, ScalarType type) = 0;               // contiguous; until the call ends
-  virtual View copy(const View& t, Shape stride) = 0;                    // until the call ends
+  virtual View temporary(Shape size, ScalarType type) = 0;               // contiguous; lives until the call ends
+  virtual View copy(const View& t, Shape stride) = 0;                    // lives until the call ends
   virtual void fill_with_nan(const View& t) = 0;
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
 

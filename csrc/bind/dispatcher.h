@@ -1,7 +1,7 @@
-// The ops for torch's dispatcher: boxed functions of LibTorch's stable ABI.
+// The ops as kernels of torch's dispatcher: boxed functions of LibTorch's stable ABI.
 //
-// A call that comes here has passed what the dispatcher does before a kernel: autocast, autograd, modes, and tensors with
-// the negative bit, which it has resolved.
+// Before it calls one of these functions, the dispatcher has handled autocast, autograd and modes, and has resolved the
+// negative bit of tensors.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,7 +19,7 @@ struct ReleaseTensor {
 };
 using Handle = std::unique_ptr<AtenTensorOpaque, ReleaseTensor>;
 
-// libtorch's own numbers of the dtypes that ops know.
+// The numbers by which libtorch identifies the dtypes that ops use.
 struct DtypeCode {
   ScalarType type;
   int32_t code;
@@ -33,7 +33,7 @@ inline const std::array<DtypeCode, 7> dtype_codes = {{{ScalarType::Float, aoti_t
                                                       {ScalarType::Byte, aoti_torch_dtype_uint8()}}};
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 
-// Without its data.
+// A View of a tensor without its data pointer.
 inline View view_of(AtenTensorHandle t) {
   View v;
   bool defined;
@@ -53,6 +53,7 @@ inline View view_of(AtenTensorHandle t) {
   return v;
 }
 
+// A View of an argument.
 inline View argument(AtenTensorHandle t) {
   View v = view_of(t);
   const void* data = nullptr;
@@ -61,7 +62,7 @@ inline View argument(AtenTensorHandle t) {
   return v;
 }
 
-// Not torch::stable::new_empty, which looks the op up by name in every call (0.9 us).
+// torch::stable::new_empty is avoided, because it looks the op up by name in every call (docs/measured.md G3).
 inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device device) {
   const auto known = std::find_if(dtype_codes.begin(), dtype_codes.end(), [=](auto& d) { return d.type == type; });
   AtenTensorHandle t;
@@ -70,13 +71,14 @@ inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device devic
   return Handle(t);
 }
 
+// A second handle of the same tensor.
 inline torch::stable::Tensor shared(AtenTensorHandle t) {
   AtenTensorHandle another;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &another));
   return torch::stable::Tensor(another);
 }
 
-// NaN in every element, or where elements are bytes, all bits set, which is a NaN in any floating type.
+// Fills a tensor with NaN. In a tensor of bytes all bits are set, which is NaN in every floating-point type.
 inline void fill_tensor_with_nan(AtenTensorHandle t, bool is_bytes) {
   torch::stable::fill_(shared(t), is_bytes ? 0xFF : std::numeric_limits<double>::quiet_NaN());
 }
@@ -86,21 +88,21 @@ class DispatcherCall final : public Call {
  public:
   using Call::Call;
 
-  // The tensor of a result, which is then the caller's.
+  // Transfers the ownership of a result's tensor to the caller.
   AtenTensorHandle take(const View& result) {
-    for (Handle& t : made_)
+    for (Handle& t : results_)
       if (t && t.get() == result.owner) return t.release();
     fail("a result that was not allocated");
   }
 
  private:
   View allocate(Shape size, Shape stride, ScalarType type) override {
-    Handle& t = made_.at(count_);
+    Handle& t = results_.at(count_);
     t = new_tensor(size, stride, type, device());
     count_++;
     View v = view_of(t.get());
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t.get(), &v.data));
-    if (device().type == cpu_device) ask_for_large_pages(v.data, product(size) * bytes_of(type));
+    if (device().type == cpu_device) request_huge_pages(v.data, product(size) * bytes_of(type));
     return v;
   }
   View temporary(Shape size, ScalarType type) override { return empty(size, contiguous_strides(size), type); }
@@ -112,13 +114,13 @@ class DispatcherCall final : public Call {
   }
   void fill_with_nan(const View& t) override { fill_tensor_with_nan(static_cast<AtenTensorHandle>(t.owner), false); }
 
-  std::array<Handle, 8> made_;  // and not yet taken
+  std::array<Handle, 8> results_;  // those that take() has not released yet
   size_t count_ = 0;
   std::vector<Handle> copies_;
 };
 
 // ---------------------------------------------------------------- arguments
-// An argument of each type that a body takes. It owns what the stack has handed over.
+// Converts an argument from the stack to the type that a body takes, and owns what the stack has handed over.
 template <class T>
 struct Argument {
   explicit Argument(StableIValue v) : value(torch::stable::detail::to<T>(v)) {}
@@ -138,7 +140,7 @@ struct Argument<Maybe> {
   Maybe get() const { return tensor ? Maybe(argument(tensor.get())) : Maybe(); }
   Handle tensor;
 };
-// Not by the header's conversion to std::string, which leaks one string a call in 2.13.
+// The header's conversion to std::string is avoided, because it leaks one string per call in torch 2.13.
 template <>
 struct Argument<std::string_view> {
   explicit Argument(StableIValue v) : text(torch::stable::detail::to<StringHandle>(v)) {}
@@ -164,7 +166,7 @@ struct Argument<Needs> {
   Needs value;
 };
 
-// ---------------------------------------------------------------- the functions
+// ---------------------------------------------------------------- boxed functions
 template <auto f>
 struct Boxed;
 template <size_t results, class... Args, Results<results> (*f)(Call&, Args...)>
@@ -180,10 +182,10 @@ struct Boxed<f> {
  private:
   template <size_t... I>
   static void call(StableIValue* stack, std::index_sequence<I...>) {
-    const std::tuple<Argument<Args>...> held(stack[I]...);
+    const std::tuple<Argument<Args>...> args(stack[I]...);
     DispatcherCall call(op);
-    const Results<results> made = f(call, std::get<I>(held).get()...);
-    for (size_t i = 0; i < results; i++) stack[i] = torch::stable::detail::from(call.take(made[i]));
+    const Results<results> views = f(call, std::get<I>(args).get()...);
+    for (size_t i = 0; i < results; i++) stack[i] = torch::stable::detail::from(call.take(views[i]));
   }
 };
 

@@ -1,4 +1,4 @@
-// DLPack, version 1, with torch's table of functions for it (dmlc.github.io/dlpack: DLPackExchangeAPI).
+// The structs of DLPack, version 1, and torch's table of DLPack functions (dmlc.github.io/dlpack: DLPackExchangeAPI).
 #pragma once
 #include "view.h"
 
@@ -28,14 +28,14 @@ struct Exchange {
   void* previous;
   int (*allocate)(DLTensor* like, DLManaged** out, void* context, void (*set_error)(void*, const char*, const char*));
   int (*export_)(void* object, DLManaged** out);
-  int (*to_object)(DLManaged*, void** object);  // takes the tensor
-  int (*view)(void* object, DLTensor* out);     // for as long as the object is left alone
+  int (*to_object)(DLManaged*, void** object);  // takes ownership of the tensor
+  int (*view)(void* object, DLTensor* out);     // valid while the object is not changed
   int (*stream)(int32_t device_type, int32_t device, void** out);
 };
 constexpr int kCpu = 1;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
-// Undefined where no op takes the dtype.
+// Undefined if no op takes the dtype.
 inline ScalarType scalar_type(DLDataType t) {
   if (t.lanes != 1) return ScalarType::Undefined;
   switch (t.code << 8 | t.bits) {

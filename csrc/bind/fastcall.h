@@ -1,13 +1,15 @@
-// <op>_fwd and <op>_bwd as built-in functions of Python, without torch's dispatcher.
+// <op>_fwd and <op>_bwd as built-in Python functions that bypass torch's dispatcher.
 //
-// A call through the dispatcher costs 1.2 us, and 0.3 to 0.5 us for every tensor in or out. For plain tensors (torch's
-// own class, strided, in this machine's memory) outside any mode there is nothing for it to decide: their pointers,
-// sizes and strides come from torch's DLPack exchange table (dmlc.github.io/dlpack: DLPackExchangeAPI) at 0.04 us each,
-// and so do results, at 0.7 us. Every other call is handed on to the dispatcher as it came; so is one that fails, for
-// its error. So these functions are right for all arguments. One thing differs: the storage of their results cannot be
-// resized (as that of torch.from_dlpack's cannot).
+// A plain tensor is a strided CPU tensor whose class is exactly torch's Tensor or Parameter. If all tensors of a call
+// are plain and no mode is on, the dispatcher has nothing to decide, and bypassing it saves most of the call's cost
+// (docs/measured.md G4). Pointers, sizes and strides then come from torch's DLPack exchange table
+// (dmlc.github.io/dlpack: DLPackExchangeAPI), which also creates the results.
 //
-// Beside each op_fwd there is op_fwd_results, which leaves out what only backward reads.
+// Every other call is passed to the dispatcher unchanged. So is a call that fails, so that the dispatcher raises the
+// error. The functions are therefore correct for all arguments. They differ from the dispatcher's in one point: the
+// storage of their results cannot be resized, as with torch.from_dlpack.
+//
+// For each op_fwd there is also op_fwd_results, which does not return what only backward reads.
 #pragma once
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
@@ -24,8 +26,8 @@
 
 namespace pygpt::bind::fast {
 
-// ---------------------------------------------------------------- questions to torch
-// Whether a function's result is true. A failure counts as true.
+// ---------------------------------------------------------------- torch's state
+// True if the result of a Python call is true. A failed call counts as true. Takes ownership of the result.
 inline bool is_true(PyObject* result) {
   if (result == Py_False || result == Py_None) return Py_DECREF(result), false;
   const int value = result ? PyObject_IsTrue(result) : 1;
@@ -34,31 +36,31 @@ inline bool is_true(PyObject* result) {
   return value != 0;
 }
 
-// A built-in function of torch that can be called without arguments. Its C function is called directly where it can be:
-// that saves Python's part of a call, 10 to 25 ns.
+// A built-in function of torch that takes no arguments. Its C function is called directly if possible, which saves
+// Python's overhead (docs/measured.md G5).
 class Function {
  public:
   explicit Function(PyObject* object) : object_(object) {
     if (!PyObject_TypeCheck(object, &PyCFunction_Type)) return;
     self_ = PyCFunction_GetSelf(object);
-    if (PyCFunction_GetFlags(object) == METH_NOARGS) plain_ = PyCFunction_GetFunction(object);
-    if (PyCFunction_GetFlags(object) == (METH_FASTCALL | METH_KEYWORDS))  // as pybind11's are
-      keywords_ = reinterpret_cast<WithKeywords>(reinterpret_cast<void*>(PyCFunction_GetFunction(object)));
+    if (PyCFunction_GetFlags(object) == METH_NOARGS) noargs_ = PyCFunction_GetFunction(object);
+    if (PyCFunction_GetFlags(object) == (METH_FASTCALL | METH_KEYWORDS))  // pybind11's functions
+      fastcall_ = reinterpret_cast<FastCallFunction>(reinterpret_cast<void*>(PyCFunction_GetFunction(object)));
   }
   PyObject* operator()() const {
-    if (plain_) return plain_(self_, nullptr);
-    return keywords_ ? keywords_(self_, nullptr, 0, nullptr) : PyObject_CallNoArgs(object_);
+    if (noargs_) return noargs_(self_, nullptr);
+    return fastcall_ ? fastcall_(self_, nullptr, 0, nullptr) : PyObject_CallNoArgs(object_);
   }
-  PyCFunction method() const { return plain_; }  // to be called with another self; null where that is impossible
+  PyCFunction method() const { return noargs_; }  // can be called with another self; null if there is none
 
  private:
-  using WithKeywords = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+  using FastCallFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
   PyObject *object_, *self_ = nullptr;
-  PyCFunction plain_ = nullptr;
-  WithKeywords keywords_ = nullptr;
+  PyCFunction noargs_ = nullptr;
+  FastCallFunction fastcall_ = nullptr;
 };
 
-// The C function behind a property of a class, or null.
+// The C function of a class's property, or null.
 inline getter property(PyObject* type, const char* name) {
   void* slot = PyType_Check(type) ? PyType_GetSlot(reinterpret_cast<PyTypeObject*>(type), Py_tp_getset) : nullptr;
   for (auto* entry = static_cast<PyGetSetDef*>(slot); entry && entry->name; entry++)
@@ -66,26 +68,26 @@ inline getter property(PyObject* type, const char* name) {
   return nullptr;
 }
 
-// Autocast, a profiler, a dispatch mode, ...: a function that is true while the mode is on, or a module's attribute and
-// its value while the mode is off.
+// A mode (autocast, functorch, a profiler, a dispatch mode) that forces the slow path. It is given as a predicate, or
+// as a module attribute and its default (module, name, value while the mode is off).
 class Mode {
  public:
-  explicit Mode(PyObject* entry) : function_(entry) {
+  explicit Mode(PyObject* entry) : predicate_(entry) {
     PyObject* module;
     if (PyTuple_Check(entry) && PyArg_ParseTuple(entry, "OUO", &module, &name_, &off_))
-      names_ = PyModule_GetDict(module);
+      attributes_ = PyModule_GetDict(module);
   }
   bool on() const {
-    if (!names_) return is_true(function_());
-    PyObject* value = PyDict_GetItemWithError(names_, name_);
+    if (!attributes_) return is_true(predicate_());
+    PyObject* value = PyDict_GetItemWithError(attributes_, name_);
     const bool off = value && PyObject_RichCompareBool(value, off_, Py_EQ) == 1;
     PyErr_Clear();
     return !off;
   }
 
  private:
-  Function function_;
-  PyObject *names_ = nullptr, *name_ = nullptr, *off_ = nullptr;
+  Function predicate_;
+  PyObject *attributes_ = nullptr, *name_ = nullptr, *off_ = nullptr;
 };
 using Modes = std::vector<Mode>;
 inline bool any_on(const Modes& modes) {
@@ -94,17 +96,18 @@ inline bool any_on(const Modes& modes) {
   return false;
 }
 
-// torch's own, from connect().
+// torch's functions, classes and modes, set by connect().
 inline const Exchange* exchange = nullptr;
 inline PyObject *tensor_class, *parameter_class;
 inline getter requires_grad;
 inline PyCFunction is_negative;
-inline Modes* resolving = new Modes();  // that change how a call is served or differentiated
-inline Modes* running = new Modes();    // that want to see what the dispatcher is asked to do
+inline Modes* key_modes = new Modes();   // modes that change which kernel a call gets, or how it is differentiated
+inline Modes* call_modes = new Modes();  // modes that intercept or observe calls of the dispatcher
 inline Mode* grad_mode;
 
-// Fills `out` if `object` is one of torch's own tensors, strided, of a dtype that an op takes, and no wrapper.
-inline bool plain(PyObject* object, DLTensor& out) {
+// Fills `out` if the class of `object` is exactly Tensor or Parameter, and it is strided and of a dtype that an op
+// takes.
+inline bool view_exact_tensor(PyObject* object, DLTensor& out) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != tensor_class && type != parameter_class) return false;
   if (exchange->view(object, &out) == 0) return scalar_type(out.dtype) != ScalarType::Undefined;
@@ -113,12 +116,12 @@ inline bool plain(PyObject* object, DLTensor& out) {
 }
 
 // ---------------------------------------------------------------- arguments
-// value = what the object says; false if the dispatcher is needed. That is so for a tensor that has elements but no
-// data, as torch's tensors of zeros and functional tensors, and for one whose negative bit is set: its elements are
-// those in memory with the other sign.
+// read() converts a Python object, or returns false if the call needs the dispatcher. A tensor needs the dispatcher if
+// it is not plain, if it has elements but no data (ZeroTensor, functional tensors), or if its negative bit is set,
+// because its elements are then the negatives of those in memory.
 inline bool read(PyObject* object, View& value) {
   DLTensor t;
-  if (!plain(object, t) || t.device.type != kCpu) return false;
+  if (!view_exact_tensor(object, t) || t.device.type != kCpu) return false;
   value.sizes = {t.shape, size_t(t.ndim)}, value.strides = {t.strides, size_t(t.ndim)};
   value.data = static_cast<char*>(t.data) + t.byte_offset;
   value.type = scalar_type(t.dtype), value.owner = object;
@@ -154,36 +157,36 @@ inline bool read(PyObject* object, Needs& value) {
 // ---------------------------------------------------------------- one call
 class FastCall final : public Call {
  public:
-  // without_backward: memory for what only backward reads is temporary.
+  // without_backward: results that only backward reads are temporary memory.
   FastCall(const char* op, bool without_backward) : Call(op), without_backward_(without_backward) {}
   ~FastCall() {
-    for (DLManaged* m : made_)
+    for (DLManaged* m : results_)
       if (m) m->deleter(m);
     for (PyObject* copy : copies_) Py_DECREF(copy);
   }
   bool has_backward() const override { return !without_backward_; }
 
-  // A result as Python's. Null where that fails.
+  // Converts a result to a Python tensor. Null if that fails.
   PyObject* take(const View& result) {
-    DLManaged*& made = *std::find(made_.begin(), made_.end(), static_cast<DLManaged*>(result.owner));
+    DLManaged*& managed = *std::find(results_.begin(), results_.end(), static_cast<DLManaged*>(result.owner));
     void* object = nullptr;
-    return exchange->to_object(std::exchange(made, nullptr), &object) ? nullptr : static_cast<PyObject*>(object);
+    return exchange->to_object(std::exchange(managed, nullptr), &object) ? nullptr : static_cast<PyObject*>(object);
   }
 
  private:
   View allocate(Shape size, Shape stride, ScalarType type) override {
     DLTensor want{nullptr, {kCpu, 0}, int32_t(size.size()), dtype_of(type), const_cast<int64_t*>(size.data()),
                   nullptr, 0};
-    DLManaged** made = std::find(made_.begin(), made_.end(), nullptr);  // a copy has left its place
-    if (made == made_.end()) throw std::runtime_error("more results than any op has");
+    DLManaged** managed = std::find(results_.begin(), results_.end(), nullptr);  // a free slot
+    if (managed == results_.end()) throw std::runtime_error("more results than any op has");
     std::string error;
     auto set_error = [](void* to, const char*, const char* message) { *static_cast<std::string*>(to) = message; };
-    if (exchange->allocate(&want, made, &error, set_error)) throw std::runtime_error(error);
-    DLTensor& t = (*made)->tensor;
-    std::copy(stride.begin(), stride.end(), t.strides);  // the same memory in another order
+    if (exchange->allocate(&want, managed, &error, set_error)) throw std::runtime_error(error);
+    DLTensor& t = (*managed)->tensor;
+    std::copy(stride.begin(), stride.end(), t.strides);  // any dense order fits into the contiguous memory
     void* data = static_cast<char*>(t.data) + t.byte_offset;
-    ask_for_large_pages(data, product(size) * bytes_of(type));
-    return {data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *made};
+    request_huge_pages(data, product(size) * bytes_of(type));
+    return {data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *managed};
   }
   View temporary(Shape size, ScalarType type) override {
     const size_t bytes = product(size) * bytes_of(type);
@@ -194,55 +197,56 @@ class FastCall final : public Call {
     return t;
   }
   View copy(const View& t, Shape stride) override {
-    PyObject* made = take(allocate(t.sizes, stride, t.type));
-    if (made) copies_.push_back(made);
-    PyObject* done = made ? PyObject_CallMethod(made, "copy_", "O", static_cast<PyObject*>(t.owner)) : nullptr;
-    Py_XDECREF(done);
-    View copied;
-    if (!done || !read(made, copied)) throw std::runtime_error("no copy in another memory order");
-    return copied;
+    PyObject* object = take(allocate(t.sizes, stride, t.type));
+    if (object) copies_.push_back(object);
+    PyObject* copied = object ? PyObject_CallMethod(object, "copy_", "O", static_cast<PyObject*>(t.owner)) : nullptr;
+    Py_XDECREF(copied);
+    View view;
+    if (!copied || !read(object, view)) throw std::runtime_error("no copy in another memory order");
+    return view;
   }
   void fill_with_nan(const View& t) override { pygpt::fill_with_nan(t.data, t.numel() * bytes_of(t.type)); }
   void compute(void (*kernel)(const void*), const void* args) override {
-    struct Unlocked {
+    struct ReleaseGil {
       PyThreadState* state = PyEval_SaveThread();
-      ~Unlocked() { PyEval_RestoreThread(state); }
-    } unlocked;
+      ~ReleaseGil() { PyEval_RestoreThread(state); }
+    } release_gil;
     kernel(args);
   }
 
   void* reserve(size_t bytes) {
-    if (near_used_ + bytes <= near_.size()) return near_.data() + std::exchange(near_used_, near_used_ + bytes);
+    if (local_used_ + bytes <= local_.size()) return local_.data() + std::exchange(local_used_, local_used_ + bytes);
     heap_.emplace_back(std::aligned_alloc(64, bytes), std::free);
     if (!heap_.back()) throw std::bad_alloc();
-    ask_for_large_pages(heap_.back().get(), bytes);
+    request_huge_pages(heap_.back().get(), bytes);
     return heap_.back().get();
   }
 
   const bool without_backward_;
-  std::array<DLManaged*, 8> made_{};  // and not yet taken
-  alignas(64) std::array<char, 1024> near_;  // temporary memory comes from here, then from the heap
-  size_t near_used_ = 0;
+  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet
+  alignas(64) std::array<char, 1024> local_;  // temporary memory that is too large for it comes from the heap
+  size_t local_used_ = 0;
   std::vector<std::unique_ptr<void, void (*)(void*)>> heap_;
   std::vector<PyObject*> copies_;
 };
 
-// ---------------------------------------------------------------- the functions
+// ---------------------------------------------------------------- built-in functions
+// The type that PyMethodDef requires of a METH_FASTCALL function.
 inline PyCFunction as_fastcall(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));  // as METH_FASTCALL wants it
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(f));
 }
 
-// The op body `f` as a built-in function that gives its first `some` results, or all where some is 0.
-template <auto f, size_t some>
+// The op body `f` as a built-in function that returns its first `first` results, or all if `first` is 0.
+template <auto f, size_t first>
 struct Builtin;
-template <size_t results, class... Args, Results<results> (*f)(Call&, Args...), size_t some>
-struct Builtin<f, some> {
-  static constexpr size_t given = some ? some : results;
+template <size_t results, class... Args, Results<results> (*f)(Call&, Args...), size_t first>
+struct Builtin<f, first> {
+  static constexpr size_t returned = first ? first : results;
   static inline PyObject* dispatched;  // the same op through the dispatcher
   static inline PyMethodDef method;
 
   static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count == sizeof...(Args) && !any_on(*running))
+    if (count == sizeof...(Args) && !any_on(*call_modes))
       if (PyObject* result = attempt(args, std::index_sequence_for<Args...>())) return result;
     PyErr_Clear();
     return dispatch(args, count);
@@ -253,7 +257,7 @@ struct Builtin<f, some> {
   static PyObject* attempt(PyObject* const* args, std::index_sequence<I...>) {
     std::tuple<Args...> values;
     if (!(read(args[I], std::get<I>(values)) && ...)) return nullptr;
-    FastCall call(method.ml_name, given < results);
+    FastCall call(method.ml_name, returned < results);
     try {
       return to_object(call, f(call, std::get<I>(values)...));
     } catch (const std::exception&) {
@@ -261,11 +265,11 @@ struct Builtin<f, some> {
     }
   }
 
-  static PyObject* to_object(FastCall& call, const Results<results>& made) {
-    if (given == 1) return call.take(made[0]);
-    PyObject* tuple = PyTuple_New(given);
-    for (size_t i = 0; tuple && i < given; i++) {
-      PyObject* object = call.take(made[i]);
+  static PyObject* to_object(FastCall& call, const Results<results>& views) {
+    if (returned == 1) return call.take(views[0]);
+    PyObject* tuple = PyTuple_New(returned);
+    for (size_t i = 0; tuple && i < returned; i++) {
+      PyObject* object = call.take(views[i]);
       if (!object || PyTuple_SetItem(tuple, i, object)) Py_CLEAR(tuple);
     }
     return tuple;
@@ -276,27 +280,28 @@ struct Builtin<f, some> {
     for (Py_ssize_t i = 0; tuple && i < count; i++) PyTuple_SetItem(tuple, i, Py_NewRef(args[i]));
     PyObject* all = tuple ? PyObject_CallObject(dispatched, tuple) : nullptr;
     Py_XDECREF(tuple);
-    if (!all || given == results) return all;
-    PyObject* first = given == 1 ? Py_NewRef(PyTuple_GetItem(all, 0)) : PyTuple_GetSlice(all, 0, given);
+    if (!all || returned == results) return all;
+    PyObject* some = returned == 1 ? Py_NewRef(PyTuple_GetItem(all, 0)) : PyTuple_GetSlice(all, 0, returned);
     Py_DECREF(all);
-    return first;
+    return some;
   }
 };
 
-// call_key(allowed, *tensors) -> what decides how a plain call is served: dtype, device, and whether it wants gradients,
-// as one number; None where the call isn't plain. Bit i of `allowed`, i < 16: tensor i may be None. Bit 16 + i: tensor i
-// may be of int32 or int64, whatever the others' one dtype.
+// call_key(allowed, *tensors) returns, as one number, what decides which kernel a fast call gets: dtype, device, and
+// whether it needs gradients. It returns None if the call needs the slow path, because a tensor is not exactly a Tensor
+// or Parameter, the tensors differ in dtype or device, or a mode is on. Bit i of `allowed`, i < 16, means that tensor i
+// may be None. Bit 16 + i means that tensor i may also be int32 or int64, whatever the dtype of the others.
 inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const unsigned long allowed = count > 0 ? PyLong_AsUnsignedLong(args[0]) : 0;
   if (PyErr_Occurred()) return nullptr;
-  if (!exchange || count < 2 || count > 17 || any_on(*resolving)) Py_RETURN_NONE;
+  if (!exchange || count < 2 || count > 17 || any_on(*key_modes)) Py_RETURN_NONE;
   ScalarType dtype = ScalarType::Undefined;
   DLTensor lead{}, t;
   bool gradient = false;
   for (Py_ssize_t i = 0; i < count - 1; i++) {
     PyObject* object = args[i + 1];
     if (object == Py_None && allowed >> i & 1) continue;
-    if (!plain(object, t)) Py_RETURN_NONE;
+    if (!view_exact_tensor(object, t)) Py_RETURN_NONE;
     if (!lead.device.type) lead = t;
     if (t.device.type != lead.device.type || t.device.id != lead.device.id) Py_RETURN_NONE;
     const ScalarType type = scalar_type(t.dtype);
@@ -314,7 +319,7 @@ inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong((device * 4 + type) * 2 + (gradient && grad_mode->on()));
 }
 
-// Adds `f` to functions as `name`, for `op` of ops.
+// Adds a Builtin to the dict `functions` as `name`. ops[op] is its way through the dispatcher.
 template <class Builtin>
 bool add(PyObject* functions, PyObject* ops, const char* op, const char* name) {
   Builtin::method = {name, as_fastcall(Builtin::call), METH_FASTCALL, nullptr};
@@ -325,21 +330,21 @@ bool add(PyObject* functions, PyObject* ops, const char* op, const char* name) {
   return added;
 }
 
-// connect(exchange table, (TensorBase, Tensor, Parameter), is_neg of a tensor, is_grad_enabled, resolving modes, running
-// modes, {name: op through the dispatcher}) -> {name: function}; None where this torch cannot be called so. A mode is a
-// function, or (module, name of an attribute, its value while the mode is off).
+// connect(exchange table, (TensorBase, Tensor, Parameter), is_neg of a tensor, is_grad_enabled, key modes, call modes,
+// {name: op through the dispatcher}) returns {name: built-in function}, or None if this version of torch does not
+// support the fast path. A mode is a predicate, or (module, name of an attribute, its value while the mode is off).
 inline PyObject* connect(PyObject*, PyObject* args) {
-  PyObject *table, *base, *is_neg, *grad, *resolve, *run, *ops;
-  if (!PyArg_ParseTuple(args, "O(OOO)OOO!O!O!", &table, &base, &tensor_class, &parameter_class, &is_neg, &grad,
-                        &PyTuple_Type, &resolve, &PyTuple_Type, &run, &PyDict_Type, &ops))
+  PyObject *capsule, *base, *is_neg, *grad, *key_entries, *call_entries, *ops;
+  if (!PyArg_ParseTuple(args, "O(OOO)OOO!O!O!", &capsule, &base, &tensor_class, &parameter_class, &is_neg, &grad,
+                        &PyTuple_Type, &key_entries, &PyTuple_Type, &call_entries, &PyDict_Type, &ops))
     return nullptr;
-  auto given = static_cast<const Exchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
-  if (!given) return nullptr;
+  auto table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (!table) return nullptr;
   is_negative = Function(is_neg).method(), requires_grad = property(base, "requires_grad");
-  if (given->version.major != 1 || !given->view || !is_negative || !requires_grad) Py_RETURN_NONE;
-  Py_INCREF(args);  // all of it is kept
+  if (table->version.major != 1 || !table->view || !is_negative || !requires_grad) Py_RETURN_NONE;
+  Py_INCREF(args);  // keeps everything in it alive for ever
   grad_mode = new Mode(grad);
-  for (auto [modes, entries] : {std::pair{resolving, resolve}, {running, run}}) {
+  for (auto [modes, entries] : {std::pair{key_modes, key_entries}, {call_modes, call_entries}}) {
     modes->clear();
     for (Py_ssize_t i = 0; i < PyTuple_Size(entries); i++) modes->emplace_back(PyTuple_GetItem(entries, i));
   }
@@ -355,7 +360,7 @@ inline PyObject* connect(PyObject*, PyObject* args) {
     Py_XDECREF(functions);
     return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "an op is missing");
   }
-  exchange = given;
+  exchange = table;
   return functions;
 }
 

@@ -1,4 +1,4 @@
-// linear_fwd, linear_bwd, mlp_fwd, mlp_bwd.
+// The op bodies of linear_fwd, linear_bwd, mlp_fwd, mlp_bwd.
 #pragma once
 #include "check.h"
 
@@ -107,7 +107,7 @@ Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight
   return {dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias};
 }
 
-// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+// X(op, its kernel, the number of results without those that only backward reads)
 #define PYGPT_MLP_OPS(X, device) \
   X(linear_fwd, device::linear_fwd, 1) \
   X(linear_bwd, device::linear_bwd, 3) \

@@ -1,4 +1,4 @@
-// layer_norm_fwd, layer_norm_bwd, add_layer_norm_fwd, add_layer_norm_bwd, rms_norm_fwd, rms_norm_bwd.
+// The op bodies of layer_norm_fwd, layer_norm_bwd, add_layer_norm_fwd, add_layer_norm_bwd, rms_norm_fwd, rms_norm_bwd.
 #pragma once
 #include "check.h"
 
@@ -16,10 +16,10 @@ inline NormArgs norm_args(Call& call, const View& x, const Maybe& weight, const 
 }
 
 struct Normed {
-  View y, rstd, sum, mean;  // sum only with a residual, mean only where it is asked for
+  View y, rstd, sum, mean;  // sum is set only with a residual, mean only if it is requested
 };
 
-// The forward of all three. `a` comes from norm_args.
+// The forward of all three norms. `a` comes from norm_args.
 template <auto kernel>
 Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Maybe bias, bool with_mean = true) {
   call.check("residual", residual, x.sizes);
@@ -33,8 +33,8 @@ Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Ma
   return out;
 }
 
-// What the backward of all three reads. Without a mean it is rms_norm's.
-struct NormGrads {
+// The inputs of the backward of all three norms. rms_norm has no mean.
+struct NormBwdInputs {
   View dy;
   Maybe dsum;
   View x;
@@ -43,7 +43,7 @@ struct NormGrads {
 };
 
 template <auto kernel>
-Results<3> norm_bwd(Call& call, NormGrads in, Needs needs) {
+Results<3> norm_bwd(Call& call, NormBwdInputs in, Needs needs) {
   NormArgs a = norm_args(call, in.x, in.weight, {}, 0.0);
   call.check("dy", in.dy, in.x.sizes);
   call.check("ds", in.dsum, in.x.sizes);
@@ -97,7 +97,7 @@ Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Ne
   return {dx, dw};
 }
 
-// X(op, the kernel that it runs, how many of its results are not for the backward pass alone)
+// X(op, its kernel, the number of results without those that only backward reads)
 #define PYGPT_NORM_OPS(X, device) \
   X(layer_norm_fwd, device::norm_fwd, 1) \
   X(layer_norm_bwd, device::norm_bwd, 3) \

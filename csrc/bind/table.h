@@ -1,4 +1,4 @@
-// Every op that a front offers. The signature of each is that of its body, and of the function of its name in Python.
+// The table of ops. The signature of an op is that of its body, and of the Python function of the same name.
 #pragma once
 #include "activation.h"
 #include "attention.h"

@@ -1,4 +1,5 @@
-// A tensor as the op bodies see it, whichever front it came from, and as the pointers and strides of an Args struct.
+// View, the op bodies' type for tensors from either front, and its conversion to the pointers and strides of Args
+// structs.
 #pragma once
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
@@ -17,7 +18,7 @@ using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed
 
 constexpr size_t kMaxDims = 64;
 
-// Sizes or strides that are computed here. No memory comes from the heap.
+// Sizes or strides that are computed, stored without heap memory.
 struct Sizes {
   Sizes(size_t count) : count(count) {}
   Sizes(Shape s) : count(s.size()) { std::copy(s.begin(), s.end(), value.begin()); }
@@ -26,7 +27,7 @@ struct Sizes {
   int64_t operator[](size_t d) const { return value[d]; }
 
   size_t count;
-  std::array<int64_t, kMaxDims> value;  // not initialised beyond count
+  std::array<int64_t, kMaxDims> value;  // only the first `count` are initialised
 };
 
 inline int64_t product(Shape s) {
@@ -47,7 +48,7 @@ inline size_t bytes_of(ScalarType type) {
 }
 
 struct Device {
-  int32_t type, index;  // as the front numbers them
+  int32_t type, index;  // in the front's numbering
   bool operator!=(const Device& other) const { return type != other.type || index != other.index; }
 };
 
@@ -56,30 +57,30 @@ struct View {
   Shape sizes{}, strides{};  // borrowed from the tensor
   ScalarType type = ScalarType::Undefined;
   Device device{};
-  void* owner = nullptr;  // the front's own name of the tensor
+  void* owner = nullptr;  // the front's handle of the tensor
 
   int64_t dim() const { return sizes.size(); }
   int64_t size(int64_t d) const { return sizes[d]; }
   int64_t numel() const { return product(sizes); }
-  bool has_strides(Shape want) const {  // where there are elements that they lead to
+  bool has_strides(Shape want) const {  // strides that address no second element do not count
     for (int64_t d = 0; d < dim(); d++)
       if (sizes[d] != 1 && strides[d] != want[d]) return numel() == 0;
     return true;
   }
   bool is_contiguous() const {
-    int64_t step = 1;
-    for (int64_t d = dim() - 1; d >= 0; step *= sizes[d--])
-      if (sizes[d] != 1 && strides[d] != step) return numel() == 0;
+    int64_t stride = 1;
+    for (int64_t d = dim() - 1; d >= 0; stride *= sizes[d--])
+      if (sizes[d] != 1 && strides[d] != stride) return numel() == 0;
     return true;
   }
 };
 using Maybe = std::optional<View>;
 
-// What an op returns: its results in the order of the schema.
+// The results of an op, in the order of its schema.
 template <size_t n>
 using Results = std::array<View, n>;
 
-// Which gradients are wanted, in the order in which they are returned.
+// Which gradients are needed, in the order in which they are returned.
 struct Needs {
   size_t count = 0;
   uint32_t bits = 0;
@@ -96,19 +97,20 @@ inline Sizes with_last(const View& t, int64_t last) {
 }
 
 inline Sizes contiguous_strides(Shape size) {
-  Sizes stride(size.size());
-  int64_t step = 1;
-  for (int64_t d = int64_t(size.size()) - 1; d >= 0; step *= std::max<int64_t>(size[d--], 1)) stride[d] = step;
-  return stride;
+  Sizes strides(size.size());
+  int64_t stride = 1;
+  for (int64_t d = int64_t(size.size()) - 1; d >= 0; stride *= std::max<int64_t>(size[d--], 1)) strides[d] = stride;
+  return strides;
 }
 
-// The strides of dense memory whose dimensions are ordered as in all of `strides`, of which the first that tells two
-// dimensions apart counts. It is how torch lays out what it computes element by element (TensorIterator, empty_like).
+// The strides of a dense tensor whose dimensions are ordered as in the given tensors' strides. Two dimensions are
+// ordered by the first tensor whose strides differ in them. torch lays out the results of element-wise ops in the same
+// way (TensorIterator, empty_like).
 inline Sizes dense_strides(Shape size, std::initializer_list<Shape> strides) {
   const size_t n = size.size();
-  std::array<size_t, kMaxDims> order;  // of the dimensions, the innermost first
+  std::array<size_t, kMaxDims> order;  // the dimensions from the innermost to the outermost
   for (size_t i = 0; i < n; i++) order[i] = n - 1 - i;
-  auto compare = [&](size_t a, size_t b) {  // > 0: a is further out than b; 0: they are in order as they are
+  auto compare = [&](size_t a, size_t b) {  // > 0: a is outside b; < 0: inside; 0: the strides do not decide
     for (Shape s : strides) {
       if (s[a] == 0 || s[b] == 0) continue;
       if (s[a] != s[b]) return s[a] < s[b] ? -1 : 1;
@@ -122,14 +124,14 @@ inline Sizes dense_strides(Shape size, std::initializer_list<Shape> strides) {
       if (before < 0) break;
       if (before > 0) std::swap(order[below], order[at]), at = below;
     }
-  Sizes stride(n);
-  int64_t step = 1;
-  for (size_t i = 0; i < n; step *= std::max<int64_t>(size[order[i++]], 1)) stride[order[i]] = step;
-  return stride;
+  Sizes result(n);
+  int64_t stride = 1;
+  for (size_t i = 0; i < n; stride *= std::max<int64_t>(size[order[i++]], 1)) result[order[i]] = stride;
+  return result;
 }
 
-// (B, H, L, width) in the memory order of a query's batch, heads and positions, the channels innermost, where torch's
-// fused kernel serves it. torch's other one gives contiguous memory.
+// The strides of an attention output (B, H, L, width), as torch chooses them. Where torch uses its fused kernel, the
+// batch, head and position dimensions are ordered as in the query and channels are innermost; else it is contiguous.
 inline Sizes strides_like_query(const View& q, int64_t width) {
   Sizes size(q.sizes);
   size[3] = width;
@@ -141,7 +143,7 @@ inline Sizes strides_like_query(const View& q, int64_t width) {
   return stride;
 }
 
-// (B, H, T, E) laid out as (B, T, H, E), so that merging the heads afterwards costs nothing.
+// The strides of a (B, H, T, E) tensor stored as (B, T, H, E), so that merging the heads needs no copy.
 inline Sizes heads_last_strides(int64_t H, int64_t T, int64_t E) {
   const int64_t e = std::max<int64_t>(E, 1), row = std::max<int64_t>(H, 1) * e;
   Sizes stride(4);
@@ -149,22 +151,22 @@ inline Sizes heads_last_strides(int64_t H, int64_t T, int64_t E) {
   return stride;
 }
 
-// ---------------------------------------------------------------- to Args
+// ---------------------------------------------------------------- conversion to Args
 inline const void* pointer(const Maybe& t) { return t ? t->data : nullptr; }
 
-// Whether a (..., C) tensor is rows of adjacent elements, one stride apart.
+// True if a (..., C) tensor consists of contiguous rows that are one fixed stride apart.
 inline bool is_rows(const View& t) {
   if (t.is_contiguous()) return true;
-  int64_t step = -1;  // of the next dimension out, once known
+  int64_t stride = -1;  // the stride that the next outer dimension must have; -1: not known yet
   bool regular = t.sizes.back() == 1 || t.strides.back() == 1;
   for (int64_t d = t.dim() - 2; d >= 0; d--) {
     if (t.size(d) == 1) continue;
-    regular = regular && (step == -1 || t.strides[d] == step);
-    step = t.strides[d] * t.size(d);
+    regular = regular && (stride == -1 || t.strides[d] == stride);
+    stride = t.strides[d] * t.size(d);
   }
   return regular;
 }
-inline Rows rows(const View& t) {  // is_rows(t)
+inline Rows rows(const View& t) {  // requires is_rows(t)
   for (int64_t d = t.dim() - 2; d >= 0; d--)
     if (t.size(d) != 1) return {t.data, t.strides[d]};
   return {t.data, t.dim() ? t.sizes.back() : 1};
