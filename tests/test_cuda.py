@@ -125,7 +125,7 @@ def test_machine_code():
         "attention_dkdv",
         "mma_gemm",
         "ffma_gemm",
-        "few_rows",
+        "gemv",
         "norm_fwd",
         "activation_fwd",
     ):

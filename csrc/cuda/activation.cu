@@ -1,26 +1,27 @@
-// gelu, gelu_tanh, relu and relu2 by themselves: y = act(x), dx = dy act'(x). The mathematics is in activation.cuh.
+// gelu, gelu_tanh, relu and relu2 as ops of their own: y = act(x), dx = dy act'(x), over n contiguous elements. The
+// mathematics is in activation.cuh.
 //
-// gelu saves x, relu its own output y, which the next op keeps anyway. Forward reads and writes each
-// element once, backward reads two and writes one: 4 and 6 bytes in 16 bits. At 4.3 TB/s that leaves an
-// H200 28 and 42 instructions an element, and the exact gelu takes about 25 and 30: hence the approximate
-// division in activation.cuh.
+// Saved for backward: x, but relu saves its output y, which the next op usually keeps anyway. Both kernels are
+// memory-bound. Forward moves 4 bytes per element of a 16-bit type, backward 6. At an H200's 4.3 TB/s this time
+// suffices for 28 and 42 instructions per element; the exact gelu takes about 25 and 30, because activation.cuh uses
+// approximate division.
 #include "activation.cuh"
 #include "vector.cuh"
 
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 2;  // vectors a thread
+constexpr int kThreads = 256, kUnroll = 2;  // kUnroll: vectors per thread
 template <class T>
-constexpr int64_t kTile = kThreads * kUnroll * kVector<T>;  // elements a block
+constexpr int64_t kTile = kThreads * kUnroll * kVector<T>;  // elements per block
 
-// out = f(a) or f(a, b), element by element over n. The block after the last whole one, if the grid has
-// one, takes the tail; without `vectors` every element is by itself.
+// out = f(a), or f(a, b) if b is not null, element by element over n. Elements are accessed one at a time if
+// !vectorized, and in the last block if n is not a multiple of kTile.
 template <class T, class F>
-__device__ __forceinline__ void for_each(const T* a, const T* b, T* out, int64_t n, bool vectors, F f) {
+__device__ __forceinline__ void map_elements(const T* a, const T* b, T* out, int64_t n, bool vectorized, F f) {
   constexpr int V = kVector<T>;
   const int64_t start = blockIdx.x * kTile<T>;
-  if (!vectors || start + kTile<T> > n) {
+  if (!vectorized || start + kTile<T> > n) {
     const int64_t end = start + kTile<T> < n ? start + kTile<T> : n;
 #pragma unroll 1
     for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
@@ -45,15 +46,15 @@ __device__ __forceinline__ void for_each(const T* a, const T* b, T* out, int64_t
   }
 }
 
-template <Activation kind, class T>
-__global__ __launch_bounds__(kThreads, 4) void activation_fwd_kernel(const T* x, T* y, int64_t n, bool vectors) {
-  for_each<T>(x, nullptr, y, n, vectors, [](float x, float) { return activate(kind, x); });
+template <Activation act, class T>
+__global__ __launch_bounds__(kThreads, 4) void activation_fwd_kernel(const T* x, T* y, int64_t n, bool vectorized) {
+  map_elements<T>(x, nullptr, y, n, vectorized, [](float x, float) { return activate(act, x); });
 }
 
-template <Activation kind, class T>
+template <Activation act, class T>
 __global__ __launch_bounds__(kThreads, 4) void activation_bwd_kernel(const T* dy, const T* saved, T* dx, int64_t n,
-                                                                  bool vectors) {
-  for_each<T>(dy, saved, dx, n, vectors, [](float dy, float saved) { return activation_gradient(kind, dy, saved); });
+                                                                  bool vectorized) {
+  map_elements<T>(dy, saved, dx, n, vectorized, [](float dy, float s) { return activation_gradient(act, dy, s); });
 }
 
 }  // namespace
@@ -64,9 +65,9 @@ Error activation_fwd(const ActivationArgs& a, const Stream& stream) {
     using T = decltype(zero);
     const T* x = static_cast<const T*>(a.x);
     T* y = static_cast<T*>(a.y);
-    return by_activation(a.activation, [&](auto kind) {
-      return launch(activation_fwd_kernel<decltype(kind)::value, T>, blocks(ceil_div(a.n, kTile<T>)), dim3(kThreads), 0,
-                    stream, x, y, a.n, takes_vectors(x) && takes_vectors(y));
+    return by_activation(a.activation, [&](auto act) {
+      return launch(activation_fwd_kernel<decltype(act)::value, T>, make_grid(ceil_div(a.n, kTile<T>)), dim3(kThreads),
+                    0, stream, x, y, a.n, can_vectorize(x) && can_vectorize(y));
     });
   });
 }
@@ -77,10 +78,10 @@ Error activation_bwd(const ActivationArgs& a, const Stream& stream) {
     using T = decltype(zero);
     const T* dy = static_cast<const T*>(a.dy);
     T* dx = static_cast<T*>(a.dx);
-    return by_activation(a.activation, [&](auto kind) {
-      const T* saved = static_cast<const T*>(saves_input(kind.value) ? a.x : a.y);
-      return launch(activation_bwd_kernel<decltype(kind)::value, T>, blocks(ceil_div(a.n, kTile<T>)), dim3(kThreads), 0,
-                    stream, dy, saved, dx, a.n, takes_vectors(dy) && takes_vectors(saved) && takes_vectors(dx));
+    return by_activation(a.activation, [&](auto act) {
+      const T* saved = static_cast<const T*>(saves_input(act.value) ? a.x : a.y);
+      return launch(activation_bwd_kernel<decltype(act)::value, T>, make_grid(ceil_div(a.n, kTile<T>)), dim3(kThreads),
+                    0, stream, dy, saved, dx, a.n, can_vectorize(dy) && can_vectorize(saved) && can_vectorize(dx));
     });
   });
 }

@@ -1,19 +1,19 @@
-// The activations and their derivatives, one element at a time, in float.
+// The activations and their derivatives, element by element in float.
 //
 //     gelu        x cdf(x)                                   cdf(x) + x pdf(x)
 //     gelu_tanh   x s, s = sigmoid(2u), 2u = x (U + U3 x^2)  s + x s (1 - s) (U + 3 U3 x^2)
 //     relu        max(x, 0)                                  1 where not y <= 0
 //     relu2       max(x, 0)^2                                2 x where not x <= 0
 //
-// cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U.
+// cdf and pdf are those of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U.
 //
-// The exact gelu's functions take one exponential and one division, neither waiting for the other, and
-// no erf: 0.5 (1 + erf) has no digits left in the lower tail. With a = |x| and polynomials N, Q, D, E,
+// The exact gelu does not use erf, because 0.5 (1 + erf) loses all digits in the lower tail. It takes one exponential
+// and one division, which are independent of each other. With a = |x| and polynomials N, Q, D, E,
 //
 //     cdf(-a) = exp(-a^2/2) (1/8 + (1/4 + a N(a)) / Q(a)),    cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
 //
-// and the value at a is 1 minus that at -a. Exponentials and divisions are the approximate ones, 2 units
-// in the last place each. NaN stays NaN; at infinity all go where PyTorch's go (a derivative of a gelu: to NaN).
+// and the value at a is 1 minus the value at -a. Exponentials and divisions are approximate, with errors of 2 units in
+// the last place each. NaN stays NaN. At infinity all functions agree with PyTorch's (the derivative of a gelu is NaN).
 #pragma once
 #include "platform.cuh"
 
@@ -21,11 +21,11 @@ namespace pygpt::cuda {
 namespace activation {
 
 constexpr float kU = 1.59576912f, kU3 = 0.0713548163f;
-constexpr float kTailEnd = 14.5f;  // exp(-a^2 / 2) is 0 from here on
+constexpr float kTailEnd = 14.5f;  // exp(-a^2 / 2) is 0 in float from here on
 
 __device__ __forceinline__ float gauss(float a) { return ptx::exp2_approx(a * a * (-0.5f * kLog2e)); }
 
-// first x^n + ... + last, by Horner's rule.
+// The polynomial first x^n + ... + last, by Horner's rule.
 template <class... Rest>
 __device__ __forceinline__ float horner(float x, float first, Rest... rest) {
   ((first = first * x + rest), ...);
@@ -40,7 +40,7 @@ __device__ __forceinline__ float normal_cdf(float x) {
   return x < 0 ? tail : 1 - tail;
 }
 
-__device__ __forceinline__ float gelu_slope(float x) {
+__device__ __forceinline__ float gelu_derivative(float x) {
   const float a = fminf(fabsf(x), kTailEnd);
   const float d = horner(a, -0.011654989f, -0.09460677f, -0.31971186f, -0.47531727f, -0.08311839f, 0.5f);
   const float e = horner(a, 0.029214934f, 0.23714224f, 0.8305759f, 1.4295318f, 1.f);
@@ -52,7 +52,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return __fdividef(x, 1 + ptx::exp2_approx(x * (-kU * kLog2e - kU3 * kLog2e * (x * x))));
 }
 
-__device__ __forceinline__ float gelu_tanh_slope(float x) {
+__device__ __forceinline__ float gelu_tanh_derivative(float x) {
   const float xx = x * x;
   const float e = ptx::exp2_approx(fabsf(x) * (-kU * kLog2e - kU3 * kLog2e * xx));  // exp(-|2u|) cannot overflow
   const float r = __fdividef(1.f, 1 + e), s = x < 0 ? e * r : r;
@@ -61,33 +61,33 @@ __device__ __forceinline__ float gelu_tanh_slope(float x) {
 
 }  // namespace activation
 
-// act(x). kind is the same for the whole launch, here and below.
-__device__ __forceinline__ float activate(Activation kind, float x) {
-  switch (kind) {
+// act(x). The activation is uniform over a launch.
+__device__ __forceinline__ float activate(Activation act, float x) {
+  switch (act) {
     case Activation::gelu: return x * activation::normal_cdf(x);
     case Activation::gelu_tanh: return activation::gelu_tanh(x);
     default: break;
   }
   const float y = x < 0 ? 0.f : x;
-  return kind == Activation::relu ? y : y * y;
+  return act == Activation::relu ? y : y * y;
 }
 
-// dy, the gradient of the activation's output -> that of its input. saved: y for relu, x for the others. The relu
-// family selects rather than multiplies: a NaN or infinity of dy stops at a unit that is off.
-__device__ __forceinline__ float activation_gradient(Activation kind, float dy, float saved) {
-  switch (kind) {
-    case Activation::gelu: return dy * activation::gelu_slope(saved);
-    case Activation::gelu_tanh: return dy * activation::gelu_tanh_slope(saved);
+// The gradient of an activation's input, given the gradient dy of its output. saved is y for relu and x for the others.
+// relu and relu2 select instead of multiplying by 0, so that a NaN or infinity in dy does not pass an inactive unit.
+__device__ __forceinline__ float activation_gradient(Activation act, float dy, float saved) {
+  switch (act) {
+    case Activation::gelu: return dy * activation::gelu_derivative(saved);
+    case Activation::gelu_tanh: return dy * activation::gelu_tanh_derivative(saved);
     default: break;
   }
-  const float d = kind == Activation::relu ? dy : dy * (2 * saved);
+  const float d = act == Activation::relu ? dy : dy * (2 * saved);
   return saved <= 0 ? 0.f : d;
 }
 
-// body(std::integral_constant<Activation, kind>), to make `kind` a compile-time constant of a kernel.
+// Calls body(std::integral_constant<Activation, act>), which makes the activation a compile-time constant of a kernel.
 template <class Body>
-Error by_activation(Activation kind, Body&& body) {
-  switch (kind) {
+Error by_activation(Activation act, Body&& body) {
+  switch (act) {
     case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>{});
     case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
     case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>{});

@@ -1,82 +1,85 @@
 // Tiles of attention in shared memory, and the two products that all its kernels are made of.
 //
-// A tile is ROWS x D elements, D a head dimension padded to 64, 128 or 256. Its 16-byte chunks are permuted
-// within each row, chunk c of row r lying at c ^ (r & 7): 8 rows' worth of one column of chunks, which is what
-// ldmatrix and the float loops read at a time, then lies in 8 different groups of banks.
+// A tile is ROWS x D elements, D a head dimension padded to 64, 128 or 256. It is XOR-swizzled in 16-byte chunks: chunk
+// c of row r is stored at c ^ (r & 7). ldmatrix and the float loops read the same column of chunks in 8 consecutive
+// rows; swizzled, these 8 chunks lie in 8 different groups of banks.
 //
-// All products live in the accumulators of mma.m16n8k16. Of each 16 x 8 patch, lane 4g + t holds
+// All products are held in the accumulators of mma.m16n8k16. Of each 16 x 8 mma tile, lane 4g + t holds
 //   acc[0], acc[1] = (g, 2t), (g, 2t + 1)      acc[2], acc[3] = (g + 8, 2t), (g + 8, 2t + 1)
-// A warp owns M x N patches, and its rows alone: row maxima and sums are exchanged among 4 lanes, and a result P
-// is, register for register, the left operand of the next product. Therefore
-//   multiply_rows     acc += A B^T     A the warp's rows of a tile, B a tile       scores, dO V^T and transposes
-//   multiply_columns  acc += P B       P the warp's accumulators, B a tile         P V, dS K, P^T dO, dS^T Q
-// are all that forward and backward need. 16-bit types run on tensor cores. float, in full float32, runs on the
-// ordinary ones in the same layout: both operands from shared memory, P from the 4 lanes that share a row.
+// A warp owns M x N mma tiles, and no other warp has elements of its rows. Row maxima and sums are therefore exchanged
+// among 4 lanes only, and a result P is, register for register, the A operand of the next product. Hence
+//   warp_gemm_nt   acc += A B^T    A: the warp's rows of a tile, B: a tile      scores, dO V^T and their transposes
+//   warp_gemm_nn   acc += P B      P: the warp's accumulators, B: a tile        P V, dS K, P^T dO, dS^T Q
+// are all that forward and backward need. 16-bit types run on tensor cores. float runs in full float32 on the ordinary
+// cores with the same layout of accumulators: both operands are read from shared memory, P from the 4 lanes that share
+// a row.
 #pragma once
 #include "platform.cuh"
 
 namespace pygpt::cuda::attention {
 
-// One head: element (i, c) is data[i * row + c * channel], c < width. wide: aligned for accesses of 16 bytes (inputs)
-// or of 2 elements (outputs).
+// One head: element (i, c) is data[i * row_stride + c * channel_stride], c < width. vectorized: rows are contiguous and
+// aligned, so that inputs can be read 16 bytes at a time and outputs written 2 elements at a time.
 template <class T>
 struct Head {
   T* data;
-  int64_t row, channel;
+  int64_t row_stride, channel_stride;
   int width;
-  bool wide;
+  bool vectorized;
 };
 
 // ---------------------------------------------------------------- tiles
+// The address of element (row, channel) of a swizzled tile.
 template <int D, class T>
-__device__ __forceinline__ T* at(T* tile, int row, int channel) {
+__device__ __forceinline__ T* element(T* tile, int row, int channel) {
   constexpr int kChunk = 16 / sizeof(T);
   return tile + row * D + (((channel / kChunk) ^ (row & 7)) * kChunk + channel % kChunk);
 }
 
-// Starts to bring ROWS rows from row0 on, of the `rows` that there are; zeros outside. They are there when each thread
-// has waited for its cp.async and the block has met at a barrier.
+// Starts to copy rows row0 .. row0 + ROWS - 1 of a head that has `rows` rows into a tile; zeros outside the head. The
+// tile is complete when each thread has waited for its cp.async and the block has passed a barrier.
 template <int ROWS, int D, int THREADS, class T>
 __device__ __forceinline__ void load_tile(T* tile, const Head<const T>& from, int row0, int rows) {
   constexpr int kChunk = 16 / sizeof(T), kChunks = D / kChunk, kStep = THREADS / kChunks;
   static_assert(THREADS % kChunks == 0 && ROWS % kStep == 0);
   const int first = threadIdx.x / kChunks, channel = threadIdx.x % kChunks * kChunk;
   const int inside = channel < from.width ? rows - row0 : 0;
-  if (from.wide) {
-    const T* source = from.data + (first < inside ? int64_t(row0 + first) * from.row + channel : 0);
+  if (from.vectorized) {
+    const T* source = from.data + (first < inside ? int64_t(row0 + first) * from.row_stride + channel : 0);
 #pragma unroll
     for (int n = 0, row = first; n < ROWS / kStep; n++, row += kStep) {
-      ptx::cp_async_16(at<D>(tile, row, channel), source, row < inside);
-      if (row + kStep < inside) source += kStep * from.row;
+      ptx::cp_async_16(element<D>(tile, row, channel), source, row < inside);
+      if (row + kStep < inside) source += kStep * from.row_stride;
     }
   } else {
 #pragma unroll 1
     for (int row = first; row < ROWS; row += kStep) {
-      const T* source = from.data + (row < inside ? int64_t(row0 + row) * from.row + channel * from.channel : 0);
-      T* target = at<D>(tile, row, channel);
+      const int64_t offset = int64_t(row0 + row) * from.row_stride + channel * from.channel_stride;
+      const T* source = from.data + (row < inside ? offset : 0);
+      T* target = element<D>(tile, row, channel);
 #pragma unroll 1
       for (int c = 0; c < kChunk; c++)
-        target[c] = row < inside && channel + c < from.width ? source[c * from.channel] : from_float<T>(0.0f);
+        target[c] = row < inside && channel + c < from.width ? source[c * from.channel_stride] : from_float<T>(0.0f);
     }
   }
 }
 
-// The warp's rows of a tile, 16 M of them, as left operand: mma fragments of 16 channels, all held or one loaded at a
-// time, or where float rows lie.
-template <class T, int D, int M, bool held>
-class Left {
+// The warp's A operand, 16 M rows of a tile. 16-bit types: ldmatrix fragments of 16 channels, resident in registers or
+// reloaded for each k. float: a pointer to shared memory.
+template <class T, int D, int M, bool resident>
+class WarpA {
  public:
-  // tile: what load_tile has brought, from the warp's first row on.
-  __device__ __forceinline__ explicit Left(const T* tile) : tile_(tile) {
-    if constexpr (held)
+  // `tile` points to the warp's first row of a tile that load_tile has filled.
+  __device__ __forceinline__ explicit WarpA(const T* tile) : tile_(tile) {
+    if constexpr (resident)
 #pragma unroll
       for (int k = 0; k < D / 16; k++) load(k);
   }
 
-  // Channels 16 k .. 16 k + 15.
+  // The fragments of channels 16 k .. 16 k + 15.
   __device__ __forceinline__ const uint32_t (&fragments(int k))[M][4] {
-    if constexpr (!held) load(k);
-    return fragments_[held ? k : 0];
+    if constexpr (!resident) load(k);
+    return fragments_[resident ? k : 0];
   }
 
  private:
@@ -84,24 +87,24 @@ class Left {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < M; m++)
-      ptx::ldmatrix_x4(fragments_[held ? k : 0][m], at<D>(tile_, 16 * m + lane % 16, 16 * k + lane / 16 * 8));
+      ptx::ldmatrix_x4(fragments_[resident ? k : 0][m], element<D>(tile_, 16 * m + lane % 16, 16 * k + lane / 16 * 8));
   }
 
   const T* tile_;
-  uint32_t fragments_[held ? D / 16 : 1][M][4];
+  uint32_t fragments_[resident ? D / 16 : 1][M][4];
 };
 
-template <int D, int M, bool held>
-class Left<float, D, M, held> {
+template <int D, int M, bool resident>
+class WarpA<float, D, M, resident> {
  public:
-  __device__ __forceinline__ explicit Left(const float* tile) : tile(tile) {}
+  __device__ __forceinline__ explicit WarpA(const float* tile) : tile(tile) {}
   const float* tile;
 };
 
 // ---------------------------------------------------------------- products
-// f(m, n, i, row, column) for all of the warp's accumulators [m][n][i].
+// Calls f(m, n, i, row, column) for each of the warp's accumulators acc[m][n][i].
 template <int M, int N, class F>
-__device__ __forceinline__ void for_each(F f) {
+__device__ __forceinline__ void for_each_accumulator(F f) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -111,46 +114,48 @@ __device__ __forceinline__ void for_each(F f) {
       for (int i = 0; i < 4; i++) f(m, n, i, 16 * m + i / 2 * 8 + g, 8 * n + 2 * t + i % 2);
 }
 
-// acc (16 M, 8 N) += A B^T, B the 8 N rows of a tile.
-template <class T, int D, int M, int N, bool held>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], Left<T, D, M, held>& a, const T* b) {
+// acc (16 M, 8 N) += A B^T, where B is the 8 N rows of a tile.
+template <class T, int D, int M, int N, bool resident>
+__device__ __forceinline__ void warp_gemm_nt(float (&acc)[M][N][4], WarpA<T, D, M, resident>& a, const T* b) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
-    const auto& left = a.fragments(k);
+    const auto& a_frag = a.fragments(k);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      uint32_t right[4];
-      ptx::ldmatrix_x4(right, at<D>(b, 8 * n + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
+      uint32_t b_frag[4];
+      ptx::ldmatrix_x4(b_frag, element<D>(b, 8 * n + lane / 16 * 8 + lane % 8, 16 * k + lane / 8 % 2 * 8));
 #pragma unroll
       for (int m = 0; m < M; m++) {
-        ptx::mma_m16n8k16<T>(acc[m][n], left[m], right[0], right[1]);
-        ptx::mma_m16n8k16<T>(acc[m][n + 1], left[m], right[2], right[3]);
+        ptx::mma_m16n8k16<T>(acc[m][n], a_frag[m], b_frag[0], b_frag[1]);
+        ptx::mma_m16n8k16<T>(acc[m][n + 1], a_frag[m], b_frag[2], b_frag[3]);
       }
     }
   }
 }
 
-// The same in float32, summed in runs of 32 channels, so that long rows round no worse than short ones.
-template <int D, int M, int N, bool held>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], Left<float, D, M, held>& a, const float* b) {
-  constexpr int kRun = 32;
+// The same in float32. Sums are formed over chunks of 32 channels first, which keeps the rounding error of long rows
+// low.
+template <int D, int M, int N, bool resident>
+__device__ __forceinline__ void warp_gemm_nt(float (&acc)[M][N][4], WarpA<float, D, M, resident>& a, const float* b) {
+  constexpr int kChannels = 32;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 1
-  for (int run = 0; run < D; run += kRun) {
+  for (int first = 0; first < D; first += kChannels) {
     float sum[M][N][4] = {};
 #pragma unroll 1
-    for (int e = run; e < run + kRun; e += 4) {
+    for (int c0 = first; c0 < first + kChannels; c0 += 4) {
       float4 x[M][2];
 #pragma unroll
       for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) x[m][r] = *reinterpret_cast<const float4*>(at<D>(a.tile, 16 * m + 8 * r + g, e));
+        for (int r = 0; r < 2; r++)
+          x[m][r] = *reinterpret_cast<const float4*>(element<D>(a.tile, 16 * m + 8 * r + g, c0));
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const float4 y = *reinterpret_cast<const float4*>(at<D>(b, 8 * n + 2 * t + c, e));
+          const float4 y = *reinterpret_cast<const float4*>(element<D>(b, 8 * n + 2 * t + c, c0));
 #pragma unroll
           for (int m = 0; m < M; m++)
 #pragma unroll
@@ -161,38 +166,38 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], Left<float,
             }
         }
     }
-    for_each<M, N>([&](int m, int n, int i, int, int) { acc[m][n][i] += sum[m][n][i]; });
+    for_each_accumulator<M, N>([&](int m, int n, int i, int, int) { acc[m][n][i] += sum[m][n][i]; });
   }
 }
 
-// acc (16 M, 8 C) += P B, P (16 M, 8 N) in accumulators, B the 8 N rows of a tile.
+// acc (16 M, 8 C) += P B, where P (16 M, 8 N) is in accumulators and B is the 8 N rows of a tile.
 template <class T, int M, int N, int C>
-__device__ __forceinline__ void multiply_columns(float (&acc)[M][C][4], const float (&p)[M][N][4], const T* b) {
+__device__ __forceinline__ void warp_gemm_nn(float (&acc)[M][C][4], const float (&p)[M][N][4], const T* b) {
   constexpr int D = 8 * C;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < N; j += 2) {
-    uint32_t left[M][4];
+    uint32_t a_frag[M][4];
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) left[m][i] = pack<T>(p[m][j + i / 2][i % 2 * 2], p[m][j + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; i++) a_frag[m][i] = pack<T>(p[m][j + i / 2][i % 2 * 2], p[m][j + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
     for (int n = 0; n < C; n += 2) {
-      uint32_t right[4];
-      ptx::ldmatrix_x4_trans(right, at<D>(b, 8 * j + lane % 16, 8 * n + lane / 16 * 8));
+      uint32_t b_frag[4];
+      ptx::ldmatrix_x4_trans(b_frag, element<D>(b, 8 * j + lane % 16, 8 * n + lane / 16 * 8));
 #pragma unroll
       for (int m = 0; m < M; m++) {
-        ptx::mma_m16n8k16<T>(acc[m][n], left[m], right[0], right[1]);
-        ptx::mma_m16n8k16<T>(acc[m][n + 1], left[m], right[2], right[3]);
+        ptx::mma_m16n8k16<T>(acc[m][n], a_frag[m], b_frag[0], b_frag[1]);
+        ptx::mma_m16n8k16<T>(acc[m][n + 1], a_frag[m], b_frag[2], b_frag[3]);
       }
     }
   }
 }
 
-// In float32: the 4 lanes that share rows hand round their columns of P.
+// The same in float32. The 4 lanes that share a row broadcast their columns of P to each other.
 template <int M, int N, int C>
-__device__ __forceinline__ void multiply_columns(float (&acc)[M][C][4], const float (&p)[M][N][4], const float* b) {
+__device__ __forceinline__ void warp_gemm_nn(float (&acc)[M][C][4], const float (&p)[M][N][4], const float* b) {
   constexpr int D = 8 * C;
   const int t = threadIdx.x % 4;
 #pragma unroll 1
@@ -207,7 +212,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][C][4], const fl
           x[m][r] = __shfl_sync(0xffffffffu, column % 2 ? p[m][j][2 * r + 1] : p[m][j][2 * r], column / 2, 4);
 #pragma unroll
       for (int n = 0; n < C; n++) {
-        const float2 y = *reinterpret_cast<const float2*>(at<D>(b, 8 * j + column, 8 * n + 2 * t));
+        const float2 y = *reinterpret_cast<const float2*>(element<D>(b, 8 * j + column, 8 * n + 2 * t));
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -219,8 +224,8 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[M][C][4], const fl
     }
 }
 
-// The warp's accumulators times factor(m, r), where r is 0 in the upper and 1 in the lower 8 rows of a patch, into the
-// rows from row0 on of a head that has `rows`, its channels contiguous.
+// Stores the warp's accumulators, multiplied by factor(m, r), from row row0 of a head that has `rows` rows and
+// contiguous channels. r is 0 in the upper 8 rows of an mma tile and 1 in the lower 8.
 template <class T, int M, int N, class F>
 __device__ __forceinline__ void store_rows(const Head<T>& to, const float (&acc)[M][N][4], int row0, int rows,
                                            F factor) {
@@ -236,8 +241,8 @@ __device__ __forceinline__ void store_rows(const Head<T>& to, const float (&acc)
         const int channel = 8 * n + 2 * t;
         if (row >= rows || channel >= to.width) continue;
         const float first = acc[m][n][2 * r] * scale, second = acc[m][n][2 * r + 1] * scale;
-        T* target = to.data + int64_t(row) * to.row + channel;
-        if (to.wide) {
+        T* target = to.data + int64_t(row) * to.row_stride + channel;
+        if (to.vectorized) {
           if constexpr (sizeof(T) == 4) *reinterpret_cast<float2*>(target) = make_float2(first, second);
           else *reinterpret_cast<uint32_t*>(target) = pack<T>(first, second);
         } else {

@@ -1,8 +1,9 @@
-// What happens to a sum of products between a GEMM's registers and memory: bias, activation or its gradient,
-// column sums, or a place among the parts of a K that was split.
+// The epilogue of a GEMM: what happens to the accumulated sums between the kernel's registers and global memory. The
+// epilogue adds the bias, applies the activation or its gradient, and forms column sums; a split-K kernel stores
+// partial sums instead.
 //
-// A tile arrives in shared memory as floats, however it was computed, and is gone over row by row in vectors
-// of 4: global memory sees whole rows, and the activation's code stands once, not once per register.
+// The main loop leaves a tile of float accumulators in shared memory. The epilogue reads the tile row by row in vectors
+// of 4, so global memory is accessed in whole rows, and the activation is compiled once, not once per register.
 #pragma once
 #include <type_traits>
 
@@ -10,43 +11,45 @@
 
 namespace pygpt::cuda {
 
-// Lines of adjacent elements: element (l, c) is data[l * stride + c]. vector: read 16 bytes at a time.
+// A matrix in global memory. A line is a run of contiguous elements (a row as stored): element (l, c) is
+// data[l * stride + c]. vectorized: lines can be read 16 bytes at a time.
 template <class T>
 struct Operand {
   const T* data;
   int64_t stride;
-  bool vector;
+  bool vectorized;
 };
 
-// What becomes of c (M, N): + bias; kept in pre; through the activation, or with saved through its gradient; out.
-// sums receives, for every row of tiles, a line (N) of the sums over its rows. Null pointers are left out.
+// The epilogue of C (M, N), in this order: add bias; store the result in pre; apply the activation, or multiply by its
+// gradient at `saved`; store in out; store the column sums of every tile in tile_sums. Null pointers skip their step.
 template <class T>
 struct Epilogue {
   T* out;
-  int64_t stride;             // of the rows of out, pre and saved
-  const T* bias = nullptr;    // (N)
+  int64_t stride;           // row stride of out, pre and saved
+  const T* bias = nullptr;  // (N)
   T* pre = nullptr;
   const T* saved = nullptr;
-  bool activates = false;
+  bool activate = false;
   Activation activation = Activation::relu;
-  float* sums = nullptr;      // (ceil(M / tile), N)
-  bool vector = false;        // 4 elements at a time
+  float* tile_sums = nullptr;  // (ceil(M / tile), N)
+  bool vectorized = false;     // out, bias, pre and saved can be accessed 4 elements at a time
 };
 
 template <class T>
-struct Gemm {
+struct GemmParams {
   int64_t M, N, K;
   Operand<T> a, b;
   Epilogue<T> epilogue;
-  int64_t part;               // K is taken in parts of so many,
-  int splits;                 // this many;
-  float* parts;               // (splits, M, N) their sums, if more than one
+  int64_t k_per_split;  // K is split into `splits` parts of k_per_split
+  int splits;
+  float* partials;      // (splits, M, N) partial sums, if splits > 1
 };
 
 // ---------------------------------------------------------------- vectors of 4
+// The n <= 4 elements at `from`, zeros after them. vectorized: all 4 exist and are aligned.
 template <class T>
-__device__ __forceinline__ float4 load4(const T* from, int n, bool vector) {
-  if (vector) {
+__device__ __forceinline__ float4 load4(const T* from, int n, bool vectorized) {
+  if (vectorized) {
     if constexpr (std::is_same_v<T, float>) {
       return *reinterpret_cast<const float4*>(from);
     } else {
@@ -60,8 +63,8 @@ __device__ __forceinline__ float4 load4(const T* from, int n, bool vector) {
 }
 
 template <class T>
-__device__ __forceinline__ void store4(T* to, float4 v, int n, bool vector) {
-  if (vector) {
+__device__ __forceinline__ void store4(T* to, float4 v, int n, bool vectorized) {
+  if (vectorized) {
     if constexpr (std::is_same_v<T, float>) {
       *reinterpret_cast<float4*>(to) = v;
     } else {
@@ -81,83 +84,87 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
 
 // ---------------------------------------------------------------- epilogue
 template <class T>
-__device__ __forceinline__ float4 bias_at(const Epilogue<T>& e, int64_t j, int n) {
-  return e.bias ? load4(e.bias + j, n, e.vector) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+__device__ __forceinline__ float4 load_bias(const Epilogue<T>& e, int64_t j, int n) {
+  return e.bias ? load4(e.bias + j, n, e.vectorized) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// Elements (i, j..j+n-1), bias included; returns what was stored, unrounded.
+// Applies the epilogue to elements (i, j .. j + n - 1), whose bias is already in c. Returns the stored values before
+// rounding.
 template <class T>
-__device__ __forceinline__ float4 finish(const Epilogue<T>& e, int64_t i, int64_t j, int n, float4 c) {
-  const int64_t at = i * e.stride + j;
-  if (e.pre) store4(e.pre + at, c, n, e.vector);
+__device__ __forceinline__ float4 apply_epilogue(const Epilogue<T>& e, int64_t i, int64_t j, int n, float4 c) {
+  const int64_t offset = i * e.stride + j;
+  if (e.pre) store4(e.pre + offset, c, n, e.vectorized);
   if (e.saved) {
-    const float4 s = load4(e.saved + at, n, e.vector);
+    const float4 s = load4(e.saved + offset, n, e.vectorized);
     c = make_float4(activation_gradient(e.activation, c.x, s.x), activation_gradient(e.activation, c.y, s.y),
                     activation_gradient(e.activation, c.z, s.z), activation_gradient(e.activation, c.w, s.w));
-  } else if (e.activates) {
+  } else if (e.activate) {
     c = make_float4(activate(e.activation, c.x), activate(e.activation, c.y), activate(e.activation, c.z),
                     activate(e.activation, c.w));
   }
-  store4(e.out + at, c, n, e.vector);
+  store4(e.out + offset, c, n, e.vectorized);
   return c;
 }
 
-// The tile of C that a block computes, counted in tiles, over part `split` of K.
-struct Place {
-  int line, column, split;
+// The tile of C that a block computes: tile indices along M and N, and the part of K.
+struct TileCoord {
+  int m, n, split;
 };
 
+// The tile scheduler. kGroup rows of tiles are taken together, column by column, so that blocks that run at the same
+// time share operands in the L2 cache.
 template <int TILE>
-__device__ __forceinline__ Place place(int64_t M, int64_t N) {
-  constexpr int kGroup = 8;  // lines of tiles taken together, column by column
-  const int lines = static_cast<int>(ceil_div(M, TILE)), columns = static_cast<int>(ceil_div(N, TILE));
-  const int split = blockIdx.x / (lines * columns), tile = blockIdx.x % (lines * columns);
-  const int first = tile / (kGroup * columns) * kGroup, within = tile % (kGroup * columns);
-  const int height = min(lines - first, kGroup);
-  return {first + within % height, within / height, split};
+__device__ __forceinline__ TileCoord tile_coord(int64_t M, int64_t N) {
+  constexpr int kGroup = 8;
+  const int m_tiles = static_cast<int>(ceil_div(M, TILE)), n_tiles = static_cast<int>(ceil_div(N, TILE));
+  const int split = blockIdx.x / (m_tiles * n_tiles), tile = blockIdx.x % (m_tiles * n_tiles);
+  const int first_m = tile / (kGroup * n_tiles) * kGroup, within = tile % (kGroup * n_tiles);
+  const int height = min(m_tiles - first_m, kGroup);
+  return {first_m + within % height, within / height, split};
 }
 
-// A finished TILE x TILE tile, rows STRIDE floats apart in shared memory, to its part or through the epilogue.
+// Stores a TILE x TILE tile of accumulators, rows STRIDE floats apart in shared memory, as partial sums or through the
+// epilogue.
 template <class T, int TILE, int STRIDE, int THREADS>
-__device__ void write_tile(const Gemm<T>& g, const Place& at, float* tile) {
-  constexpr int kLanes = TILE / 4, kGroups = THREADS / kLanes;  // a group of threads to a row
+__device__ void store_tile(const GemmParams<T>& g, const TileCoord& coord, float* tile) {
+  constexpr int kLanes = TILE / 4, kGroups = THREADS / kLanes;  // kLanes threads share a row
   const int c = threadIdx.x % kLanes * 4, group = threadIdx.x / kLanes;
-  const int64_t row = int64_t{at.line} * TILE, j = int64_t{at.column} * TILE + c;
+  const int64_t row = int64_t{coord.m} * TILE, j = int64_t{coord.n} * TILE + c;
   const int n = static_cast<int>(min(g.N - j, int64_t{4})), rows = static_cast<int>(min(g.M - row, int64_t{TILE}));
   if (g.splits > 1) {
-    float* part = g.parts + (at.split * g.M + row) * g.N + j;
+    float* partial = g.partials + (coord.split * g.M + row) * g.N + j;
     for (int r = group; r < rows; r += kGroups)
-      store4(part + r * g.N, *reinterpret_cast<const float4*>(tile + r * STRIDE + c), n, g.N % 4 == 0 && n > 0);
+      store4(partial + r * g.N, *reinterpret_cast<const float4*>(tile + r * STRIDE + c), n, g.N % 4 == 0 && n > 0);
     return;
   }
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (n > 0) {
-    const float4 bias = bias_at(g.epilogue, j, n);
+    const float4 bias = load_bias(g.epilogue, j, n);
     for (int r = group; r < rows; r += kGroups) {
       const float4 x = *reinterpret_cast<const float4*>(tile + r * STRIDE + c) + bias;
-      sum = sum + finish(g.epilogue, row + r, j, n, x);
+      sum = sum + apply_epilogue(g.epilogue, row + r, j, n, x);
     }
   }
-  if (!g.epilogue.sums) return;
+  if (!g.epilogue.tile_sums) return;
   __syncthreads();
   *reinterpret_cast<float4*>(tile + group * TILE + c) = sum;
   __syncthreads();
   if (group || n <= 0) return;
   for (int other = 1; other < kGroups; other++)
     sum = sum + *reinterpret_cast<const float4*>(tile + other * TILE + c);
-  store4(g.epilogue.sums + at.line * g.N + j, sum, n, g.N % 4 == 0);
+  store4(g.epilogue.tile_sums + coord.m * g.N + j, sum, n, g.N % 4 == 0);
 }
 
-// Adds the parts of K, in order.
+// Adds the partial sums of a split-K GEMM, in order, and applies the epilogue.
 template <class T>
-__global__ void __launch_bounds__(256) finish_kernel(const Gemm<T> g) {
+__global__ void __launch_bounds__(256) splitk_reduce_kernel(const GemmParams<T> g) {
   const int64_t columns = ceil_div(g.N, 4), index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t i = index / columns, j = index % columns * 4;
   if (i >= g.M) return;
   const int n = static_cast<int>(min(g.N - j, int64_t{4}));
   float4 c = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int s = 0; s < g.splits; s++) c = c + load4(g.parts + (s * g.M + i) * g.N + j, n, g.N % 4 == 0);
-  finish(g.epilogue, i, j, n, c + bias_at(g.epilogue, j, n));
+  for (int s = 0; s < g.splits; s++) c = c + load4(g.partials + (s * g.M + i) * g.N + j, n, g.N % 4 == 0);
+  apply_epilogue(g.epilogue, i, j, n, c + load_bias(g.epilogue, j, n));
 }
 
 }  // namespace pygpt::cuda

@@ -1,50 +1,45 @@
-// The host's side of Hopper: tensor maps for the tensor memory accelerator, and launches in clusters.
+// Host functions for Hopper: tensor maps for the tensor memory accelerator (TMA), and launches in clusters.
 //
 //   Error encode_2d(map, data, rows, cols, stride, box_rows, box_cols, swizzle)
-//     describes a rows x cols matrix of 16-bit or float elements, row i at data + i * stride, of which TMA
-//     copies boxes of box_rows x box_cols. Its x counts columns, its y rows. Needed: data and rows aligned to 16
-//     bytes; sizes from 1; boxes of at most 256 x 256 whose rows are a multiple of 16 bytes, and no wider than the
+//     Describes a rows x cols matrix of 16-bit or float elements, row i at data + i * stride, from which TMA copies
+//     boxes of box_rows x box_cols. TMA's x counts columns, its y rows. Data and rows must be aligned to 16 bytes, and
+//     sizes be at least 1. Boxes are at most 256 x 256; a box's rows are a multiple of 16 bytes and not wider than the
 //     swizzle.
 //   Error launch_cluster(kernel, grid, block, cluster, shared, stream, arguments...)
-//     launch (platform.cuh) with `cluster` neighbouring blocks to a cluster; it divides grid.
+//     Is launch (platform.cuh) with clusters of `cluster` neighbouring blocks. `cluster` must divide `grid`.
 //
-// Both return null or what went wrong. tests/emulator/hopper.h has them for the emulator.
+// Both return null or an error message. tests/emulator/hopper.h implements them for the emulator.
 #pragma once
 #include "platform.cuh"
 
 #ifdef __CUDACC__
-#include <cuda.h>  // types only: the driver's function is found at run time, nothing is linked
+#include <cuda.h>  // for its types; the driver's function is looked up at run time, so nothing is linked
 
 #include <type_traits>
 
 namespace pygpt::cuda {
 
-inline Error encode_2d_bytes(ptx::TensorMap& map, CUtensorMapDataType type, int element, const void* data, int64_t rows,
-                             int64_t cols, int64_t stride, int box_rows, int box_cols, ptx::Swizzle swizzle) {
-  static_assert(sizeof(ptx::TensorMap) == sizeof(CUtensorMap));
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t e =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (e != cudaSuccess) return cudaGetErrorString(e);
-  if (found != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
-
-  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * element)};
-  const cuuint32_t box[2] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[2] = {1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses these sizes, strides or boxes";
-}
-
 template <class T>
 Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
                 int box_cols, ptx::Swizzle swizzle) {
+  static_assert(sizeof(ptx::TensorMap) == sizeof(CUtensorMap));
   constexpr auto type = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                         : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode_2d_bytes(map, type, sizeof(T), data, rows, cols, stride, box_rows, box_cols, swizzle);
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t e =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (e != cudaSuccess) return cudaGetErrorString(e);
+  if (result != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
+
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * sizeof(T))};
+  const cuuint32_t box[2] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const CUresult error = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<T*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses these sizes, strides or boxes";
 }
 
 template <class... Parameters, class... Arguments>
@@ -59,7 +54,7 @@ Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 
   config.attrs = &attribute, config.numAttrs = 1;
   cudaError_t e = allow_shared(kernel, shared, stream);
   if (e == cudaSuccess) e = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return launched(e);
+  return launch_error(e);
 }
 
 }  // namespace pygpt::cuda

@@ -1,25 +1,25 @@
 // linear:  y = x W^T + b                        x (M, K), W (N, K), b (N), y (M, N)
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
 //
-// Each is a chain of one GEMM with a fused epilogue. Forward, bias and activation are applied to the float32 sums;
-// kept for backward are hidden = act(pre) (M, H), which dW2 needs, and, but for relu, pre itself, which act' is
-// found from. Backward:
+// linear and mlp are sequences of GEMMs (gemm.cuh) with fused epilogues. Forward applies bias and activation to the
+// float32 accumulators. Saved for backward: hidden = act(pre) (M, H), which dW2 needs, and, except for relu, pre (M,
+// H), from which act' is computed. Backward:
 //
-//     dW2 = dy^T hidden        db2 = sums over the rows of dy
-//     dpre = (dy W2) act'(pre)             <- in the GEMM's epilogue, with the sums of its rows,
-//     dW1 = dpre^T x           db1            still unrounded, tile by tile
-//     dx = dpre W1
+//     dW2  = dy^T hidden             db2 = column sums of dy
+//     dpre = (dy W2) act'(pre)       db1 = column sums of dpre, formed in this GEMM's epilogue before dpre is rounded
+//     dW1  = dpre^T x
+//     dx   = dpre W1
 //
-// The two products of the mlp are not one kernel: a tile of rows would need its whole hidden row (4C wide) at once.
-// Floor of a forward in 16 bits (N = C, a gelu): 4 M C H FLOP against 2 (2 M C + 3 M H + 2 C H) bytes, of which M H
-// is pre and M H hidden read again. With H = 4 C = 3072 and many rows that is 440 FLOP a byte; an A100 computes 150
-// in the time of a byte, an H100 300. The tensor cores bound it.
+// The mlp's two products are separate kernels, because a fused kernel would need a tile's complete hidden rows (4C
+// wide) at once. A 16-bit gelu forward with N = C computes 4 M C H FLOP and moves 2 (2 M C + 3 M H + 2 C H) bytes: M H
+// for pre, 2 M H for hidden, which is written and read. With H = 4 C = 3072 and many rows that is 440 FLOP per byte. An
+// A100 can compute 150 FLOP per byte and an H100 300, so the tensor cores are the limit.
 #include "gemm.cuh"
 
 namespace pygpt::cuda {
 namespace {
 
-// A (lines, width) matrix as a GEMM reads it.
+// A GEMM operand of lines of `width` elements.
 template <class T>
 Operand<T> matrix(const Rows& x, int64_t width) {
   return operand<T>(x.data, x.stride, width);
@@ -41,7 +41,7 @@ T* none() {
   return nullptr;
 }
 
-// dW = dy^T x (N, K) and db = column sums of dy (N), over M rows; either may be unwanted (null).
+// dW (N, K) = dy^T x and db (N) = column sums of dy, over M rows. dw and db may be null.
 template <class T>
 Error weight_gradient(int64_t M, int64_t N, int64_t K, const Rows& dy, const Rows& x, void* dw, void* db,
                       const Stream& stream) {
@@ -56,12 +56,12 @@ Error weight_gradient(int64_t M, int64_t N, int64_t K, const Rows& dy, const Row
 template <class T>
 Error hidden_fwd(const MlpArgs& a, const Stream& stream) {
   Epilogue<T> e = store_to<T>(a.hidden, a.hidden_dim, a.fc_bias);
-  e.pre = static_cast<T*>(a.pre), e.activates = true, e.activation = a.activation;
+  e.pre = static_cast<T*>(a.pre), e.activate = true, e.activation = a.activation;
   return gemm<Layout::NT>(a.rows, a.hidden_dim, a.in, matrix<T>(a.x, a.in), matrix<T>(a.fc_weight, a.in), e, none<T>(),
                           stream);
 }
 
-// dpre, and from its unrounded values db1.
+// dpre, and db1 as the column sums of dpre before rounding.
 template <class T>
 Error hidden_bwd(const MlpArgs& a, const Stream& stream) {
   Epilogue<T> e = store_to<T>(a.dpre, a.hidden_dim);

@@ -6,34 +6,33 @@
 // and normalises that. mean and rstd, float, one each per row, are saved so that backward (norm_bwd.cu) forms
 // xhat without a reduction.
 //
-// The mean is found twice: once plainly, then, with the variance, as the mean of what centring left over
-// (corrected two-pass scheme: Chan, Golub and LeVeque 1983). It takes the first mean's rounding error out
-// of the variance and of y.
+// The mean is computed in two passes (corrected two-pass algorithm: Chan, Golub and LeVeque 1983). The second pass sums
+// the variance and the mean of x - mean, which is the first mean's rounding error; it corrects mean, variance and y.
 //
-// Bound by memory: it moves twice the bytes of x, with a residual four times. A row stays in registers from its only
-// reading on, with enough blocks resident to hide the latency; beyond kLongest elements it is read again for each
-// pass, from the caches if they hold it.
+// The kernels are memory-bound: they move twice the bytes of x, four times with a residual. A row is read once and
+// stays in registers, and enough blocks are resident to hide the latency. Rows of more than kMaxRegisterCols elements
+// are read again for each pass, from the caches if they hold the row.
 #include "norm.cuh"
 
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kMostE = 32;                           // elements a lane
-constexpr int64_t kLongest = kMostE * kMostThreads;  // the longest row that stays in registers
+constexpr int kMaxE = 32;                                  // most elements per lane
+constexpr int64_t kMaxRegisterCols = kMaxE * kMaxThreads;  // longest row that is held in registers
 
 template <class T>
-struct Forward {
+struct NormFwdParams {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   const T *x, *residual, *weight, *bias;
   T *y, *sum;
   float *mean, *rstd;
-  bool vectors;
+  bool vectorized;
 };
 
-// What is normalised: x, or x + residual, which is rounded, and written to sum.
+// Loads the row to be normalised: x, or x + residual rounded to T, which is also stored in sum if `write`.
 template <int E, class T>
-__device__ __forceinline__ void load_sum(const Forward<T>& a, const Lane& lane, int64_t row, bool write,
+__device__ __forceinline__ void load_sum(const NormFwdParams<T>& a, const Lane& lane, int64_t row, bool write,
                                          float (&value)[E]) {
   const Row<T, E> x = lane.load<E>(a.x + row * a.x_stride);
   if (a.residual) {
@@ -52,32 +51,32 @@ __device__ __forceinline__ void load_sum(const Forward<T>& a, const Lane& lane, 
   }
 }
 
-// value -= mean; adds what that leaves, and its square, to sums.
+// value -= mean. Adds the differences to sums[0] and their squares to sums[1].
 template <class T, int E>
 __device__ __forceinline__ void centre(const Lane& lane, float mean, float (&value)[E], float (&sums)[2]) {
-  const int held = lane.held<T, E>();
+  const int valid = lane.valid<T, E>();
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < E; i++) {
-    value[i] = i < held ? value[i] - mean : 0.f;
+    value[i] = i < valid ? value[i] - mean : 0.f;
     squares += value[i] * value[i];
   }
   sums[0] += sum_of(value);
   sums[1] += squares;
 }
 
-// From the sum of squares of what centring left, and the mean of what it left. NaN stays.
-__device__ __forceinline__ float rstd_of(float squares, float left, float count, float eps) {
-  const float variance = squares / count - left * left;
+// rstd from the sum of squares of x - mean, and the correction of the mean. A negative variance counts as 0; NaN stays.
+__device__ __forceinline__ float rstd_of(float squares, float correction, float count, float eps) {
+  const float variance = squares / count - correction * correction;
   return rsqrtf((variance < 0 ? 0.f : variance) + eps);
 }
 
-// y from what centring left.
+// Stores y, given value = x - mean and the correction of the mean.
 template <int E, class T>
-__device__ __forceinline__ void store_y(const Forward<T>& a, const Lane& lane, int64_t row, float left, float rstd,
-                                        float (&value)[E]) {
+__device__ __forceinline__ void store_y(const NormFwdParams<T>& a, const Lane& lane, int64_t row, float correction,
+                                        float rstd, float (&value)[E]) {
   float p[E];
-  const float offset = -left * rstd;
+  const float offset = -correction * rstd;
 #pragma unroll
   for (int i = 0; i < E; i++) value[i] = value[i] * rstd + offset;
   if (a.weight) {
@@ -94,84 +93,84 @@ __device__ __forceinline__ void store_y(const Forward<T>& a, const Lane& lane, i
 }
 
 template <class T>
-__device__ __forceinline__ void store_statistics(const Forward<T>& a, int64_t row, float mean, float rstd) {
+__device__ __forceinline__ void store_statistics(const NormFwdParams<T>& a, int64_t row, float mean, float rstd) {
   if (a.mean) a.mean[row] = mean;
   a.rstd[row] = rstd;
 }
 
 template <class T, int E, int team>
-__global__ __launch_bounds__(team == kBlock ? kMostThreads : kThreads, team == kBlock ? 1 : 6) void norm_fwd_kernel(
-    Forward<T> a) {
+__global__ __launch_bounds__(team == kWholeBlock ? kMaxThreads : kThreads,
+                             team == kWholeBlock ? 1 : 6) void norm_fwd_kernel(NormFwdParams<T> a) {
   PYGPT_SHARED(float, shared, [3][32]);
-  const int size = team == kBlock ? blockDim.x : team;
+  const int size = team == kWholeBlock ? blockDim.x : team;
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x / size) + threadIdx.x / size;
-  const bool known = row < a.rows;
-  const Lane lane{static_cast<int>(threadIdx.x % size), size, 0, known ? a.cols : 0, a.vectors};
+  const bool in_range = row < a.rows;
+  const Lane lane{static_cast<int>(threadIdx.x % size), size, 0, in_range ? a.cols : 0, a.vectorized};
   const float count = static_cast<float>(a.cols);
 
-  float value[E], first = 0, left = 0, sums[2] = {};
+  float value[E], mean = 0, correction = 0, sums[2] = {};
   load_sum(a, lane, row, true, value);
   if (a.mean) {
     float total[1] = {sum_of(value)};
     team_sum<team>(total, shared);
-    first = total[0] / count;
+    mean = total[0] / count;
   }
-  centre<T>(lane, first, value, sums);
+  centre<T>(lane, mean, value, sums);
   team_sum<team>(sums, shared + 1);
-  if (a.mean) left = sums[0] / count;
-  const float rstd = rstd_of(sums[1], left, count, a.eps);
-  store_y(a, lane, row, left, rstd, value);
-  if (known && lane.rank == 0) store_statistics(a, row, first + left, rstd);
+  if (a.mean) correction = sums[0] / count;
+  const float rstd = rstd_of(sums[1], correction, count, a.eps);
+  store_y(a, lane, row, correction, rstd, value);
+  if (in_range && lane.rank == 0) store_statistics(a, row, mean + correction, rstd);
 }
 
-// A row of any length, by a block.
+// A block processes one row of any length.
 template <class T>
-__global__ __launch_bounds__(kMostThreads, 1) void wide_norm_fwd_kernel(Forward<T> a) {
+__global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_fwd_kernel(NormFwdParams<T> a) {
   PYGPT_SHARED(float, shared, [3][32]);
   const int64_t row = blockIdx.x;
-  Lane lane{static_cast<int>(threadIdx.x), kMostThreads, 0, a.cols, a.vectors};
+  Lane lane{static_cast<int>(threadIdx.x), kMaxThreads, 0, a.cols, a.vectorized};
   const float count = static_cast<float>(a.cols);
 
-  float value[kWideE], first = 0, left = 0, sums[2] = {};
+  float value[kLongRowE], mean = 0, correction = 0, sums[2] = {};
   if (a.mean) {
     float total[1] = {};
-    for (lane.start = 0; lane.start < a.cols; lane.start += kMostThreads * kWideE) {
+    for (lane.start = 0; lane.start < a.cols; lane.start += kMaxThreads * kLongRowE) {
       load_sum(a, lane, row, false, value);
       total[0] += sum_of(value);
     }
-    team_sum<kBlock>(total, shared);
-    first = total[0] / count;
+    team_sum<kWholeBlock>(total, shared);
+    mean = total[0] / count;
   }
-  for (lane.start = 0; lane.start < a.cols; lane.start += kMostThreads * kWideE) {
+  for (lane.start = 0; lane.start < a.cols; lane.start += kMaxThreads * kLongRowE) {
     load_sum(a, lane, row, false, value);
-    centre<T>(lane, first, value, sums);
+    centre<T>(lane, mean, value, sums);
   }
-  team_sum<kBlock>(sums, shared + 1);
-  if (a.mean) left = sums[0] / count;
-  const float rstd = rstd_of(sums[1], left, count, a.eps);
-  for (lane.start = 0; lane.start < a.cols; lane.start += kMostThreads * kWideE) {
+  team_sum<kWholeBlock>(sums, shared + 1);
+  if (a.mean) correction = sums[0] / count;
+  const float rstd = rstd_of(sums[1], correction, count, a.eps);
+  for (lane.start = 0; lane.start < a.cols; lane.start += kMaxThreads * kLongRowE) {
     load_sum(a, lane, row, true, value);
 #pragma unroll
-    for (int i = 0; i < kWideE; i++) value[i] -= first;
-    store_y(a, lane, row, left, rstd, value);
+    for (int i = 0; i < kLongRowE; i++) value[i] -= mean;
+    store_y(a, lane, row, correction, rstd, value);
   }
-  if (threadIdx.x == 0) store_statistics(a, row, first + left, rstd);
+  if (threadIdx.x == 0) store_statistics(a, row, mean + correction, rstd);
 }
 
 template <class T>
 Error norm_fwd(const NormArgs& n, const Stream& stream) {
-  Forward<T> a{n.rows, n.cols, n.x.stride, n.residual.stride, static_cast<float>(n.eps),
+  NormFwdParams<T> a{n.rows, n.cols, n.x.stride, n.residual.stride, static_cast<float>(n.eps),
                static_cast<const T*>(n.x.data), static_cast<const T*>(n.residual.data), static_cast<const T*>(n.weight),
                static_cast<const T*>(n.bias), static_cast<T*>(n.y), static_cast<T*>(n.sum), static_cast<float*>(n.mean),
                static_cast<float*>(n.rstd)};
-  a.vectors = a.cols % kVector<T> == 0 && takes_vectors(a.x, a.x_stride) && takes_vectors(a.weight) &&
-              takes_vectors(a.residual, a.residual_stride) && takes_vectors(a.bias) && takes_vectors(a.y) &&
-              takes_vectors(a.sum);
-  if (a.cols > kLongest)
-    return launch(wide_norm_fwd_kernel<T>, blocks(a.rows), dim3(kMostThreads), 0, stream, a);
-  return by_width<kMostE>(a.cols, [&](auto shape) {
+  a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.x, a.x_stride) && can_vectorize(a.weight) &&
+              can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.bias) && can_vectorize(a.y) &&
+              can_vectorize(a.sum);
+  if (a.cols > kMaxRegisterCols)
+    return launch(long_row_norm_fwd_kernel<T>, make_grid(a.rows), dim3(kMaxThreads), 0, stream, a);
+  return by_cols<kMaxE>(a.cols, [&](auto shape) {
     using S = decltype(shape);
-    const dim3 grid = blocks(ceil_div(a.rows, S::teams));
+    const dim3 grid = make_grid(ceil_div(a.rows, S::teams));
     return launch(norm_fwd_kernel<T, S::E, S::team>, grid, dim3(S::threads(a.cols)), 0, stream, a);
   });
 }

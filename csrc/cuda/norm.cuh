@@ -1,8 +1,8 @@
-// Rows of a norm and the teams of threads that they belong to: what forward and backward share.
+// What the forward and the backward of the norms share: rows, and the teams of threads that process them.
 //
-// A row belongs to a team: 8, 16 or 32 lanes up to 1,024 elements, beyond that a block. A lane holds E of its
-// row's elements, and reads and writes them 16 bytes at a time; where an address or a width does not allow
-// that it takes every size-th element, which coalesces as well but takes more instructions.
+// A team processes a row: 8, 16 or 32 lanes for rows of up to 1,024 elements, a whole block for longer rows. Each lane
+// holds E of the row's elements. Lanes read and write 16 bytes at a time if addresses and widths allow it (vectorized).
+// Otherwise a lane takes every size-th element; these accesses coalesce too, but take more instructions.
 #pragma once
 #include <algorithm>
 
@@ -10,12 +10,12 @@
 
 namespace pygpt::cuda {
 
-constexpr int kBlock = 0;          // the team that is a whole block; other teams are named by their size
-constexpr int kThreads = 128;      // of a block of several teams
-constexpr int kMostThreads = 512;  // of a block that is a team
-constexpr int kWideE = 16;         // elements a lane of a block whose row is too long for registers
+constexpr int kWholeBlock = 0;    // the team size that stands for a whole block
+constexpr int kThreads = 128;     // threads of a block that consists of several teams
+constexpr int kMaxThreads = 512;  // most threads of a block that is one team
+constexpr int kLongRowE = 16;     // elements per lane and pass if the row is too long for registers
 
-// E elements of a row, in registers.
+// A lane's E elements of a row, in registers and in the row's dtype.
 template <class T, int E>
 struct Row {
   static constexpr int V = kVector<T>, kChunks = E / V;
@@ -31,32 +31,33 @@ struct Row {
   }
 };
 
-// Where the elements of a lane, one of `size`, lie in a row of cols, from column `start` on; their columns ascend.
+// One lane of a team of `size` lanes, and the columns that it holds of a row of `cols` elements, from column `start`
+// on. A lane's columns ascend.
 struct Lane {
   int rank, size;
   int64_t start, cols;
-  bool vectors;
+  bool vectorized;
 
   template <class T>
   __device__ __forceinline__ int64_t column(int i) const {
     constexpr int V = kVector<T>;
-    return start + (vectors ? (i / V * size + rank) * V + i % V : i * size + rank);
+    return start + (vectorized ? (i / V * size + rank) * V + i % V : i * size + rank);
   }
 
-  // So many of a lane's E elements lie in the row: the first ones.
+  // How many of the lane's E elements exist. They are the first ones; the others lie beyond the row's end.
   template <class T, int E>
-  __device__ __forceinline__ int held() const {
+  __device__ __forceinline__ int valid() const {
     const int left = static_cast<int>(cols - start < size * E ? cols - start : size * E);
-    const int unit = vectors ? kVector<T> : 1;
+    const int unit = vectorized ? kVector<T> : 1;
     return (left / unit + size - 1 - rank) / size * unit;
   }
 
-  // Zeros beyond the row's end.
+  // Loads the lane's elements of a row; zeros beyond the row's end.
   template <int E, class T>
   __device__ __forceinline__ Row<T, E> load(const T* p) const {
     constexpr int V = kVector<T>;
     Row<T, E> row;
-    if (vectors) {
+    if (vectorized) {
 #pragma unroll
       for (int c = 0; c < E / V; c++) {
         const int64_t col = column<T>(c * V);
@@ -74,7 +75,7 @@ struct Lane {
   template <int E, class T>
   __device__ __forceinline__ void store(T* p, const float (&x)[E]) const {
     constexpr int V = kVector<T>;
-    if (vectors) {
+    if (vectorized) {
       Row<T, E> row;
       row.set(x);
 #pragma unroll
@@ -96,11 +97,11 @@ __device__ __forceinline__ float sum_of(const float (&x)[E]) {
   return sum;
 }
 
-// x[k], summed over the team, in every lane. A block's warps meet in `shared`, which the caller does not write again
-// before another barrier.
+// Sums each x[k] over the team; every lane gets the result. A whole block exchanges its warps' sums in `shared`, which
+// must not be written again before another barrier.
 template <int team, int K>
 __device__ __forceinline__ void team_sum(float (&x)[K], float (*shared)[32]) {
-  if constexpr (team != kBlock) {
+  if constexpr (team != kWholeBlock) {
 #pragma unroll
     for (int k = 0; k < K; k++) x[k] = warp_sum<team>(x[k]);
   } else {
@@ -116,27 +117,29 @@ __device__ __forceinline__ void team_sum(float (&x)[K], float (*shared)[32]) {
   }
 }
 
+// E elements per lane, teams of `size` lanes.
 template <int elements, int size>
-struct Shape {
-  static constexpr int E = elements, team = size, teams = size == kBlock ? 1 : kThreads / std::max(size, 1);
+struct TeamShape {
+  static constexpr int E = elements, team = size, teams = size == kWholeBlock ? 1 : kThreads / std::max(size, 1);
 
-  // Of a block: whole warps, no more than a row keeps busy.
+  // Threads of a block: whole warps, and no more than a row keeps busy.
   static int threads(int64_t cols) {
-    return team == kBlock ? static_cast<int>(ceil_div(cols, E * 32) * 32) : kThreads;
+    return team == kWholeBlock ? static_cast<int>(ceil_div(cols, E * 32) * 32) : kThreads;
   }
 };
 
-// body(Shape) with the smallest team that holds a row, up to most elements a lane.
-template <int most, class Body>
-Error by_width(int64_t cols, Body&& body) {
-  if (cols <= 64) return body(Shape<8, 8>{});
-  if (cols <= 128) return body(Shape<8, 16>{});
-  if (cols <= 256) return body(Shape<8, 32>{});
-  if (cols <= 512) return body(Shape<16, 32>{});
-  if (cols <= 768) return body(Shape<24, 32>{});
-  if (cols <= 1024) return body(Shape<32, 32>{});
-  if (cols <= 16 * kMostThreads) return body(Shape<16, kBlock>{});
-  return body(Shape<most, kBlock>{});
+// Calls body(TeamShape) with the smallest team that holds a row of `cols` elements in registers; a whole block has up
+// to max_elements per lane.
+template <int max_elements, class Body>
+Error by_cols(int64_t cols, Body&& body) {
+  if (cols <= 64) return body(TeamShape<8, 8>{});
+  if (cols <= 128) return body(TeamShape<8, 16>{});
+  if (cols <= 256) return body(TeamShape<8, 32>{});
+  if (cols <= 512) return body(TeamShape<16, 32>{});
+  if (cols <= 768) return body(TeamShape<24, 32>{});
+  if (cols <= 1024) return body(TeamShape<32, 32>{});
+  if (cols <= 16 * kMaxThreads) return body(TeamShape<16, kWholeBlock>{});
+  return body(TeamShape<max_elements, kWholeBlock>{});
 }
 
 }  // namespace pygpt::cuda

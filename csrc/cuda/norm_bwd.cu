@@ -3,44 +3,45 @@
 //     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
 //     dw = sum over rows of dy xhat,   db = sum over rows of dy
 //
-// For rms_norm x - mean becomes x, and sum(g) goes. dsum is the gradient that reaches add_layer_norm's sum by
-// its other road; x is that sum then.
+// For rms_norm, x - mean becomes x and the sum(g) term is absent. For add_layer_norm, x is its sum, and dsum is the
+// gradient from the sum's other consumer (the residual stream).
 //
-// Bound by memory: it moves three times the bytes of x, with dsum four times. Blocks stay for many rows: they
-// keep dw and db in registers, copy the next row to shared memory while they work on this one (a lane reads back
-// only what it copied itself, which takes no barrier), and leave one line of sums each for column_sums. How many
-// blocks there are depends on the shape alone; at 16384 x 768 in 16 bits their lines are 4 % of those bytes, written
-// and read once more. Rows too long for that, or for the device's shared memory, are read twice for dx, and once more
-// for dw and for db.
+// The kernel is memory-bound: it moves three times the bytes of x, four times with dsum. Blocks are persistent: each
+// processes many rows and accumulates dw and db in registers. It copies the next row to shared memory while it works on
+// the current one; a lane reads only what it copied itself, so no barrier is needed. At the end each block stores one
+// line of partial sums, which column_sums adds up. The number of blocks depends on the shape alone; for 16384 x 768 in
+// 16 bits the partial sums are 4 % of the traffic. Rows that are too long for this scheme, or for the device's shared
+// memory, are read twice for dx, and again for dw and for db.
 #include "norm.cuh"
 #include "reduce.cuh"
 
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kMostE = 24;                  // elements a lane
-constexpr int64_t kStagedBytes = 24 << 10;  // the longest row held in shared memory
+constexpr int kMaxE = 24;                     // most elements per lane
+constexpr int64_t kMaxStageBytes = 24 << 10;  // longest row that is held in shared memory
 
-// Blocks of `threads` that a multiprocessor's registers hold.
+// The number of blocks of `threads` threads whose registers fit into a multiprocessor.
 template <class T, int E, int team>
-constexpr int resident(int threads) {
-  return team == kBlock ? kMostThreads / threads : E < 32 && sizeof(T) == 2 ? 4 : 3;
+constexpr int min_blocks_per_sm(int threads) {
+  return team == kWholeBlock ? kMaxThreads / threads : E < 32 && sizeof(T) == 2 ? 4 : 3;
 }
 
 template <class T>
-struct Backward {
+struct NormBwdParams {
   int64_t rows, cols, dy_stride, x_stride, dsum_stride;
   const T *dy, *x, *dsum, *weight;
   const float *mean, *rstd;
   T* dx;
-  bool vectors;
-  float *dw, *db;  // for each block of norm_bwd_kernel a line, `line` floats from the last; null: not wanted
-  int64_t line;
+  bool vectorized;
+  float *dw, *db;         // one line of partial sums per block of norm_bwd_kernel; null: not wanted
+  int64_t partial_stride;  // floats from one block's line to the next
 
   __device__ __forceinline__ float mean_of(int64_t row) const { return mean ? mean[row] : 0.f; }
 };
 
-// x -> xhat, dy -> g. g is rounded on its own: in a row of one column g - sum(g) / n is 0.
+// Replaces x by xhat and dy by g. The product g must not be fused into a later addition: in a row of one column
+// g - sum(g) / n must be 0.
 template <int E>
 __device__ __forceinline__ void to_xhat_and_g(float (&x)[E], float (&dy)[E], const float (&w)[E], float mean,
                                               float rstd) {
@@ -51,7 +52,7 @@ __device__ __forceinline__ void to_xhat_and_g(float (&x)[E], float (&dy)[E], con
   }
 }
 
-// Adds g and g xhat to sums.
+// Adds g to sums[0] and g xhat to sums[1].
 template <int E>
 __device__ __forceinline__ void add_terms(const float (&xhat)[E], const float (&g)[E], float (&sums)[2]) {
   float products = 0;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void add_terms(const float (&xhat)[E], const float (&
   sums[1] += products;
 }
 
-// g -> dx.
+// Replaces g by dx.
 template <int E>
 __device__ __forceinline__ void to_dx(float (&g)[E], const float (&xhat)[E], const float (&dsum)[E], float mean_g,
                                       float mean_gx, float rstd) {
@@ -69,10 +70,9 @@ __device__ __forceinline__ void to_dx(float (&g)[E], const float (&xhat)[E], con
   for (int i = 0; i < E; i++) g[i] = (g[i] - mean_g - xhat[i] * mean_gx) * rstd + dsum[i];
 }
 
-// A lane's E elements of a row in shared memory, which no other lane touches: each chunk beside those of the
-// next threads.
+// A lane's E elements of a row in shared memory, which no other lane accesses. Chunk c of all threads is contiguous.
 template <class T, int E>
-struct Part {
+struct LaneRow {
   static constexpr int V = kVector<T>, kChunks = E / V;
   uint4* chunks;
 
@@ -80,9 +80,9 @@ struct Part {
   __device__ __forceinline__ T& element(int i) const { return reinterpret_cast<T*>(&(*this)[i / V])[i % V]; }
   __device__ __forceinline__ void get(int c, float (&x)[V]) const { to_floats<T>((*this)[c], x); }
 
-  // Complete when the copies committed next are; zeros beyond the row's end.
+  // Starts an asynchronous copy, which belongs to the next committed group; zeros beyond the row's end.
   __device__ __forceinline__ void copy_from(const T* row, const Lane& lane) const {
-    if (lane.vectors) {
+    if (lane.vectorized) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
         const int64_t col = lane.column<T>(c * V);
@@ -95,12 +95,12 @@ struct Part {
     }
   }
   __device__ __forceinline__ void copy_to(T* row, const Lane& lane) const {
-    if (lane.vectors) {
+    if (lane.vectorized) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++)
         if (lane.column<T>(c * V) < lane.cols) *reinterpret_cast<uint4*>(row + lane.column<T>(c * V)) = (*this)[c];
     } else {
-      __syncwarp();  // what was written as uint4 is read as T
+      __syncwarp();  // a compiler barrier: the elements were written as uint4 and are read as T
 #pragma unroll 1
       for (int i = 0; i < E; i++)
         if (lane.column<T>(i) < lane.cols) row[lane.column<T>(i)] = element(i);
@@ -112,19 +112,19 @@ struct Part {
   }
 };
 
-// A row on its way.
+// The shared memory of one row: dy, x and dsum, and its statistics in registers.
 template <class T, int E>
-struct Staged {
-  Part<T, E> dy, x, dsum;
+struct Stage {
+  LaneRow<T, E> dy, x, dsum;
   float mean, rstd;
 
-  // The parts follow each other from `shared` on.
-  __device__ __forceinline__ explicit Staged(uint4* shared) {
-    const int part = Part<T, E>::kChunks * blockDim.x;
-    dy.chunks = shared + threadIdx.x, x.chunks = dy.chunks + part, dsum.chunks = x.chunks + part;
+  // The three tensors follow each other in `shared`.
+  __device__ __forceinline__ explicit Stage(uint4* shared) {
+    const int size = LaneRow<T, E>::kChunks * blockDim.x;
+    dy.chunks = shared + threadIdx.x, x.chunks = dy.chunks + size, dsum.chunks = x.chunks + size;
   }
-  // A lane without columns takes zeros from a row that need not be there.
-  __device__ __forceinline__ void start(const Backward<T>& a, const Lane& lane, int64_t row) {
+  // Starts to load a row. A lane whose `cols` is 0 gets zeros and reads nothing, so the row need not exist.
+  __device__ __forceinline__ void start(const NormBwdParams<T>& a, const Lane& lane, int64_t row) {
     dy.copy_from(a.dy + row * a.dy_stride, lane);
     x.copy_from(a.x + row * a.x_stride, lane);
     if (a.dsum) dsum.copy_from(a.dsum + row * a.dsum_stride, lane);
@@ -134,10 +134,11 @@ struct Staged {
   }
 };
 
-// A lane's sums over the block's rows -> the block's line. A block's teams add theirs up in shared first.
+// Stores the column sums of the block's rows in the block's line. Several teams add their sums in shared memory first.
 template <class T, int E, int team>
-__device__ __forceinline__ void store_line(const float (&sums)[E], const Lane& lane, float* shared, float* line) {
-  if constexpr (team == kBlock) {
+__device__ __forceinline__ void store_partial_sums(const float (&sums)[E], const Lane& lane, float* shared,
+                                                   float* line) {
+  if constexpr (team == kWholeBlock) {
 #pragma unroll
     for (int i = 0; i < E; i++)
       if (lane.column<T>(i) < lane.cols) line[lane.column<T>(i)] = sums[i];
@@ -155,31 +156,31 @@ __device__ __forceinline__ void store_line(const float (&sums)[E], const Lane& l
   }
 }
 
-// Dynamic shared memory: the weight, this row and the next; at the end store_line's.
+// Dynamic shared memory holds the weight, the current row and the next; at the end, store_partial_sums uses it.
 template <class T, int E, int team>
-__global__ __launch_bounds__(team == kBlock ? kMostThreads : kThreads,
-                             resident<T, E, team>(kMostThreads)) void norm_bwd_kernel(Backward<T> a) {
+__global__ __launch_bounds__(team == kWholeBlock ? kMaxThreads : kThreads,
+                             min_blocks_per_sm<T, E, team>(kMaxThreads)) void norm_bwd_kernel(NormBwdParams<T> a) {
   constexpr int V = kVector<T>, kChunks = E / V;
   PYGPT_SHARED(float, shared, [2][2][32]);
   PYGPT_DYNAMIC_SHARED(bytes);
-  const int size = team == kBlock ? blockDim.x : team, teams = blockDim.x / size, member = threadIdx.x / size;
+  const int size = team == kWholeBlock ? blockDim.x : team, teams = blockDim.x / size, team_index = threadIdx.x / size;
   const float count = static_cast<float>(a.cols);
-  const Lane lane{static_cast<int>(threadIdx.x % size), size, 0, a.cols, a.vectors};
-  auto lane_at = [&](int64_t row) { return Lane{lane.rank, size, 0, row < a.rows ? a.cols : 0, a.vectors}; };
+  const Lane lane{static_cast<int>(threadIdx.x % size), size, 0, a.cols, a.vectorized};
+  auto lane_at = [&](int64_t row) { return Lane{lane.rank, size, 0, row < a.rows ? a.cols : 0, a.vectorized}; };
 
-  uint4* const parts = reinterpret_cast<uint4*>(bytes);
-  const int part = kChunks * blockDim.x;
-  const Part<T, E> weight{parts + threadIdx.x};
-  Staged<T, E> now(parts + part), next(parts + part * (a.dsum ? 4 : 3));
+  uint4* const chunks = reinterpret_cast<uint4*>(bytes);
+  const int tensor_chunks = kChunks * blockDim.x;
+  const LaneRow<T, E> weight{chunks + threadIdx.x};
+  Stage<T, E> current(chunks + tensor_chunks), next(chunks + tensor_chunks * (a.dsum ? 4 : 3));
   if (a.weight) weight.copy_from(a.weight, lane);
   else weight.fill(1);
 
   float dw[E] = {}, db[E] = {};
-  int parity = 0;  // team_sum's memory alternates
+  int parity = 0;  // team_sum alternates between two buffers
   int64_t first = blockIdx.x * static_cast<int64_t>(teams);
   const int64_t step = gridDim.x * static_cast<int64_t>(teams);
-  for (now.start(a, lane_at(first + member), first + member); first < a.rows; first += step) {
-    const int64_t row = first + member;
+  for (current.start(a, lane_at(first + team_index), first + team_index); first < a.rows; first += step) {
+    const int64_t row = first + team_index;
     next.start(a, lane_at(row + step), row + step);
     ptx::cp_async_wait<1>();
 
@@ -187,8 +188,8 @@ __global__ __launch_bounds__(team == kBlock ? kMostThreads : kThreads,
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
       float dy[V], x[V], w[V], g[V];
-      now.dy.get(c, dy), now.dy.get(c, g), now.x.get(c, x), weight.get(c, w);
-      to_xhat_and_g(x, g, w, now.mean, now.rstd);
+      current.dy.get(c, dy), current.dy.get(c, g), current.x.get(c, x), weight.get(c, w);
+      to_xhat_and_g(x, g, w, current.mean, current.rstd);
       add_terms(x, g, sums);
 #pragma unroll
       for (int v = 0; v < V; v++) {
@@ -197,37 +198,37 @@ __global__ __launch_bounds__(team == kBlock ? kMostThreads : kThreads,
       }
     }
     team_sum<team>(sums, shared[parity]);
-    __syncwarp();  // what follows is read from shared memory again, not kept in registers
+    __syncwarp();  // a compiler barrier: the loop below reads shared memory again, which saves registers
     const float mean_g = a.mean ? sums[0] / count : 0.f, mean_gx = sums[1] / count;
     if (a.dx) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
         float g[V], x[V], w[V], dsum[V] = {};
-        now.dy.get(c, g), now.x.get(c, x), weight.get(c, w);
-        if (a.dsum) now.dsum.get(c, dsum);
-        to_xhat_and_g(x, g, w, now.mean, now.rstd);
-        to_dx(g, x, dsum, mean_g, mean_gx, now.rstd);
-        now.dy[c] = from_floats<T>(g);
+        current.dy.get(c, g), current.x.get(c, x), weight.get(c, w);
+        if (a.dsum) current.dsum.get(c, dsum);
+        to_xhat_and_g(x, g, w, current.mean, current.rstd);
+        to_dx(g, x, dsum, mean_g, mean_gx, current.rstd);
+        current.dy[c] = from_floats<T>(g);
       }
-      now.dy.copy_to(a.dx + row * a.cols, lane_at(row));
+      current.dy.copy_to(a.dx + row * a.cols, lane_at(row));
     }
-    const Staged<T, E> done = now;
-    now = next, next = done, parity ^= 1;
+    const Stage<T, E> done = current;
+    current = next, next = done, parity ^= 1;
   }
   ptx::cp_async_wait<0>();
 
-  float* const lines = reinterpret_cast<float*>(bytes);
-  if (a.dw) store_line<T, E, team>(dw, lane, lines, a.dw + blockIdx.x * a.line);
-  if (a.db) store_line<T, E, team>(db, lane, lines, a.db + blockIdx.x * a.line);
+  float* const team_sums = reinterpret_cast<float*>(bytes);
+  if (a.dw) store_partial_sums<T, E, team>(dw, lane, team_sums, a.dw + blockIdx.x * a.partial_stride);
+  if (a.db) store_partial_sums<T, E, team>(db, lane, team_sums, a.db + blockIdx.x * a.partial_stride);
 }
 
-// dx of a row of any length, by a block.
+// dx of rows of any length; a block processes one row.
 template <class T>
-__global__ __launch_bounds__(kMostThreads, 1) void wide_norm_bwd_kernel(Backward<T> a) {
-  constexpr int E = kWideE;
+__global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_bwd_kernel(NormBwdParams<T> a) {
+  constexpr int E = kLongRowE;
   PYGPT_SHARED(float, shared, [2][32]);
   const int64_t row = blockIdx.x;
-  Lane lane{static_cast<int>(threadIdx.x), kMostThreads, 0, a.cols, a.vectors};
+  Lane lane{static_cast<int>(threadIdx.x), kMaxThreads, 0, a.cols, a.vectorized};
   const float count = static_cast<float>(a.cols), mean = a.mean_of(row), rstd = a.rstd[row];
   float x[E], g[E], sums[2] = {};
   auto load_xhat_and_g = [&] {
@@ -240,13 +241,13 @@ __global__ __launch_bounds__(kMostThreads, 1) void wide_norm_bwd_kernel(Backward
     to_xhat_and_g(x, g, w, mean, rstd);
   };
 
-  for (lane.start = 0; lane.start < a.cols; lane.start += kMostThreads * E) {
+  for (lane.start = 0; lane.start < a.cols; lane.start += kMaxThreads * E) {
     load_xhat_and_g();
     add_terms(x, g, sums);
   }
-  team_sum<kBlock>(sums, shared);
+  team_sum<kWholeBlock>(sums, shared);
   const float mean_g = a.mean ? sums[0] / count : 0.f, mean_gx = sums[1] / count;
-  for (lane.start = 0; lane.start < a.cols; lane.start += kMostThreads * E) {
+  for (lane.start = 0; lane.start < a.cols; lane.start += kMaxThreads * E) {
     float dsum[E] = {};
     load_xhat_and_g();
     if (a.dsum) lane.load<E>(a.dsum + row * a.dsum_stride).get(dsum);
@@ -255,10 +256,10 @@ __global__ __launch_bounds__(kMostThreads, 1) void wide_norm_bwd_kernel(Backward
   }
 }
 
-// The terms of dw, for column_sums.
+// The terms of dw = sum over rows of dy xhat, as a source for column_sums.
 template <class T>
 struct WeightTerms {
-  static constexpr int kWidest = kVector<T>;
+  static constexpr int kVectorWidth = kVector<T>;
   Matrix<T> dy, x;
   const float *mean, *rstd;
 
@@ -271,48 +272,51 @@ struct WeightTerms {
 #pragma unroll
     for (int v = 0; v < V; v++) terms[v] = d[v] * ((terms[v] - shift) * scale);
   }
-  bool takes_vectors() const { return dy.takes_vectors() && x.takes_vectors(); }
+  bool can_vectorize() const { return dy.can_vectorize() && x.can_vectorize(); }
 };
 
-// Blocks that walk the rows: as many as an H100's 132 multiprocessors hold, by registers and by 208 KiB of shared
-// memory, but at least four rounds of rows for each.
-int64_t lines_for(int64_t rounds, int resident, int64_t shared) {
-  return std::min(132 * std::clamp<int64_t>((208 << 10) / shared, 1, resident), ceil_div(rounds, 4));
+// The number of persistent blocks: as many as fit on an H100's 132 multiprocessors, by registers and by 208 KiB of
+// shared memory, but so few that each loops over its rows at least four times. `loops` is the number of loops of one
+// block alone.
+int64_t num_blocks(int64_t loops, int blocks_per_sm, int64_t shared) {
+  return std::min(132 * std::clamp<int64_t>((208 << 10) / shared, 1, blocks_per_sm), ceil_div(loops, 4));
 }
 
 template <class T>
-Error wide_norm_bwd(const Backward<T>& a, T* dw, T* db, const Stream& stream) {
+Error long_row_norm_bwd(const NormBwdParams<T>& a, T* dw, T* db, const Stream& stream) {
   const WeightTerms<T> terms{{a.dy, a.dy_stride}, {a.x, a.x_stride}, a.mean, a.rstd};
   Error error = nullptr;
-  if (a.dx && a.rows) error = launch(wide_norm_bwd_kernel<T>, blocks(a.rows), dim3(kMostThreads), 0, stream, a);
-  if (dw && !error) error = column_sums(terms, a.rows, a.cols, Sums<T>{dw, nullptr, a.cols}, stream);
+  if (a.dx && a.rows) error = launch(long_row_norm_bwd_kernel<T>, make_grid(a.rows), dim3(kMaxThreads), 0, stream, a);
+  if (dw && !error) error = column_sums(terms, a.rows, a.cols, ColumnSums<T>{dw, nullptr, a.cols}, stream);
   if (db && !error) error = column_sums(a.dy, a.rows, a.cols, a.dy_stride, db, stream);
   return error;
 }
 
 template <class T>
 Error norm_bwd(const NormArgs& n, const Stream& stream) {
-  Backward<T> a{n.rows, n.cols, n.dy.stride, n.x.stride, n.dsum.stride, static_cast<const T*>(n.dy.data),
+  NormBwdParams<T> a{n.rows, n.cols, n.dy.stride, n.x.stride, n.dsum.stride, static_cast<const T*>(n.dy.data),
                 static_cast<const T*>(n.x.data), static_cast<const T*>(n.dsum.data), static_cast<const T*>(n.weight),
                 static_cast<const float*>(n.mean), static_cast<const float*>(n.rstd), static_cast<T*>(n.dx)};
   T *const dw = static_cast<T*>(n.dw), *const db = static_cast<T*>(n.db);
-  a.vectors = a.cols % kVector<T> == 0 && takes_vectors(a.dy, a.dy_stride) && takes_vectors(a.x, a.x_stride) &&
-              takes_vectors(a.dsum, a.dsum_stride) && takes_vectors(a.weight) && takes_vectors(a.dx);
-  if (a.cols * static_cast<int64_t>(sizeof(T)) > kStagedBytes) return wide_norm_bwd(a, dw, db, stream);
-  return by_width<kMostE>(a.cols, [&](auto shape) {
+  a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.dy, a.dy_stride) && can_vectorize(a.x, a.x_stride) &&
+              can_vectorize(a.dsum, a.dsum_stride) && can_vectorize(a.weight) && can_vectorize(a.dx);
+  if (a.cols * static_cast<int64_t>(sizeof(T)) > kMaxStageBytes) return long_row_norm_bwd(a, dw, db, stream);
+  return by_cols<kMaxE>(a.cols, [&](auto shape) {
     using S = decltype(shape);
     const int threads = S::threads(a.cols);
     const int64_t shared = (a.dsum ? 7 : 5) * S::E * static_cast<int64_t>(sizeof(T)) * threads;
-    if (shared + 1024 > most_shared(stream)) return wide_norm_bwd(a, dw, db, stream);
-    const int64_t lines = lines_for(ceil_div(a.rows, S::teams), resident<T, S::E, S::team>(threads), shared);
-    a.line = (dw ? a.cols : 0) + (db ? a.cols : 0);
-    float* partials = static_cast<float*>(stream.scratch(lines * a.line * static_cast<int64_t>(sizeof(float))));
+    if (shared + 1024 > max_shared_bytes(stream)) return long_row_norm_bwd(a, dw, db, stream);
+    const int64_t blocks = num_blocks(ceil_div(a.rows, S::teams), min_blocks_per_sm<T, S::E, S::team>(threads), shared);
+    a.partial_stride = (dw ? a.cols : 0) + (db ? a.cols : 0);
+    const int64_t bytes = blocks * a.partial_stride * static_cast<int64_t>(sizeof(float));
+    float* partials = static_cast<float*>(stream.scratch(bytes));
     if (dw) a.dw = partials;
-    if (db) a.db = partials + a.line - a.cols;
+    if (db) a.db = partials + a.partial_stride - a.cols;
     Error error = nullptr;
-    if (lines) error = launch(norm_bwd_kernel<T, S::E, S::team>, blocks(lines), dim3(threads), shared, stream, a);
+    if (blocks) error = launch(norm_bwd_kernel<T, S::E, S::team>, make_grid(blocks), dim3(threads), shared, stream, a);
     if (error) return error;
-    return column_sums(Matrix<float>{partials, a.line}, lines, a.line, Sums<T>{dw ? dw : db, db, a.cols}, stream);
+    return column_sums(Matrix<float>{partials, a.partial_stride}, blocks, a.partial_stride,
+                       ColumnSums<T>{dw ? dw : db, db, a.cols}, stream);
   });
 }
 

@@ -1,9 +1,9 @@
-// What every kernel file includes first: CUDA as nvcc knows it, or as tests/emulator plays it on a CPU.
+// Every kernel file includes this file first. It provides CUDA from nvcc, or its emulation on a CPU (tests/emulator).
 //
-// The same .cu files compile with nvcc and with g++. For that they keep to a few rules:
-//   - no asm outside ptx.cuh, no <<<>>> (launch), no __CUDA_ARCH__ (PYGPT_ARCH);
-//   - shared memory through PYGPT_SHARED and PYGPT_DYNAMIC_SHARED;
-//   - 16-bit numbers are stored and moved as bf16 and f16, computed with as float.
+// The same .cu files compile with nvcc and with g++. They therefore follow these rules:
+//   - asm only in ptx.cuh; launch() instead of <<<>>>; PYGPT_ARCH instead of __CUDA_ARCH__;
+//   - shared memory is declared by PYGPT_SHARED and PYGPT_DYNAMIC_SHARED;
+//   - 16-bit types are stored and moved as bf16 and f16; arithmetic is done in float.
 #pragma once
 #include "../ops.h"
 
@@ -30,12 +30,12 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
 
-template <class T> __device__ T from_float(float x);  // to the nearest, ties to even
+template <class T> __device__ T from_float(float x);  // rounds to nearest, ties to even
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
 
-// Two 16-bit numbers in a register, the first in the low half.
+// Two 16-bit values in a register, the first in the low half.
 template <class T> __device__ uint32_t pack(float low, float high);
 template <> __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
@@ -53,15 +53,15 @@ template <> __device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
   return __half22float2(reinterpret_cast<const __half2&>(both));
 }
 
-// Bytes of shared memory that a block can have here, its static variables included.
-inline int64_t most_shared(const Stream& stream) {
+// The most shared memory that a block can have on this device, in bytes, static variables included.
+inline int64_t max_shared_bytes(const Stream& stream) {
   int bytes = 48 << 10;
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device);
   return bytes;
 }
 
-// Lets a kernel have more shared memory than the usual 48 KB, 1 KB of them for its static variables: once per kernel
-// and device. Other threads may be launching the same kernel.
+// Opts a kernel in to more dynamic shared memory than the default, once per kernel and device. The default limit is
+// 48 KB, of which 1 KB is reserved for static variables. Thread-safe.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t shared, const Stream& stream) {
   if (shared <= (47 << 10)) return cudaSuccess;
@@ -76,20 +76,20 @@ cudaError_t allow_shared(Kernel kernel, size_t shared, const Stream& stream) {
   return e;
 }
 
-// What a launch returned, or what it left behind. CUDA forgets it: the next launch would report it again.
-inline Error launched(cudaError_t e) {
+// The error that a launch returned or left behind. cudaGetLastError also clears it, or the next launch would report it.
+inline Error launch_error(cudaError_t e) {
   const cudaError_t last = cudaGetLastError();
   return e == cudaSuccess && last == cudaSuccess ? nullptr : cudaGetErrorString(e == cudaSuccess ? last : e);
 }
 
-// On the current device, which is the stream's.
+// Launches a kernel on the stream. The stream's device must be the current device.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream& stream,
              Arguments&&... arguments) {
   const cudaError_t e = allow_shared(kernel, shared, stream);
   if (e == cudaSuccess)
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream.handle)>>>(static_cast<Parameters>(arguments)...);
-  return launched(e);
+  return launch_error(e);
 }
 }  // namespace pygpt::cuda
 
@@ -101,7 +101,7 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared
 
 namespace pygpt::cuda {
 
-// body(T{}) for the element type named by dtype.
+// Calls body(T{}), where T is the element type of dtype.
 template <class Body>
 Error by_dtype(DType dtype, Body&& body) {
   switch (dtype) {
@@ -116,10 +116,9 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A grid of x by y.
-inline dim3 blocks(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
+inline dim3 make_grid(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
-// Over the 32 lanes of a warp, or aligned groups of `width` of them; every lane gets the result.
+// Reductions over the 32 lanes of a warp, or over aligned groups of `width` lanes. Every lane gets the result.
 template <int width = 32>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -1,11 +1,11 @@
-// Every PTX instruction that CUDA C++ has no name for: the only inline assembly of the library.
+// Functions for the PTX instructions that CUDA C++ does not offer. This is the library's only inline assembly.
 //
-// tests/emulator plays the same functions on a CPU; tests/emulator/conformance.cu holds the two together.
-// Functions exist where the hardware has the instruction; on sm_75 the few that kernels for any GPU need
-// (cp_async_*, mma_m16n8k16) are built from what it has.
+// tests/emulator implements the same functions on a CPU, and tests/emulator/conformance.cu compares the two. A function
+// exists only for architectures that have the instruction. On sm_75 the functions that kernels for all GPUs need
+// (cp_async_*, mma_m16n8k16) are built from other instructions.
 //
-// Fragments of a 16 x 8 x 16 product over the lanes of a warp, g = lane / 4, t = lane % 4; a register of a
-// and b holds two numbers, the one of the lower k in its low half:
+// Fragments of a 16 x 8 x 16 product in the lanes of a warp, g = lane / 4, t = lane % 4. A register of a or b holds two
+// 16-bit values, the one with the lower k in its low half:
 //   a[0] = A[g    ][2t, 2t+1]     a[2] = A[g    ][2t+8, 2t+9]     b0 = B[2t, 2t+1  ][g]
 //   a[1] = A[g + 8][2t, 2t+1]     a[3] = A[g + 8][2t+8, 2t+9]     b1 = B[2t+8, 2t+9][g]
 //   d[0], d[1] = D[g][2t, 2t+1]   d[2], d[3] = D[g + 8][2t, 2t+1]
@@ -18,10 +18,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- Copies from global to shared memory that the thread does not wait for
+// ---- Asynchronous copies from global to shared memory
 
-// 16 bytes, both addresses aligned to 16; zeros if !valid, and then nothing is read. Other threads see the
-// bytes after cp_async_wait by the thread that issued the copy, and a barrier.
+// Copies 16 bytes; both addresses are aligned to 16. If !valid, nothing is read and zeros are written. Other threads
+// see the bytes after cp_async_wait by the thread that issued the copy and then a barrier.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #if PYGPT_ARCH >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -32,14 +32,14 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 #endif
 }
 
-// Closes a group of the copies issued so far.
+// Makes the copies issued since the last commit a group.
 __device__ __forceinline__ void cp_async_commit() {
 #if PYGPT_ARCH >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most the newest N groups of this thread are under way.
+// Waits until at most the newest N groups of this thread are in flight.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
 #if PYGPT_ARCH >= 800
@@ -49,8 +49,8 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ---- Fragments from shared memory
 
-// 8 x 8 matrices of 16-bit numbers. Lanes 8i .. 8i + 7 point to the eight 16-byte rows of matrix i; r[i] is
-// lane (g, t)'s pair [g][2t, 2t+1] of it, transposed: the pair [2t, 2t+1][g].
+// Loads 8 x 8 matrices of 16-bit elements. Lanes 8i .. 8i + 7 point to the eight 16-byte rows of matrix i. r[i]
+// receives elements [g][2t, 2t+1] of matrix i; in the .trans form, elements [2t, 2t+1][g].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -65,7 +65,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// Two matrices: the pointers of lanes 16 .. 31 are not used.
+// The same for two matrices. The pointers of lanes 16 .. 31 are ignored.
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -82,7 +82,7 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
 
 // ---- Products of a warp
 
-// d += a b, accumulated in float.
+// d += a b, accumulated in float, over the fragments above.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -106,13 +106,14 @@ __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t 
 
 #else
 
-// sm_75 has no bfloat16 in its tensor cores: lane (g, t) fetches rows g and g + 8 of A, columns 2t and 2t + 1 of B.
-// Right and slow; not inlined, for kernels of a hundred products would take minutes to compile.
+// sm_75's tensor cores do not support bfloat16, so lane (g, t) collects rows g and g + 8 of A and columns 2t and 2t + 1
+// of B by shuffles. This is slow. The function is not inlined, because kernels with a hundred products would take
+// minutes to compile.
 template <>
 __device__ __noinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int quad = threadIdx.x & 28, column = 8 * (threadIdx.x & 3);
 #pragma unroll 1
-  for (int k = 0; k < 16; k += 2)  // k, k + 1: in lane k % 8 / 2 of a quad, in its first or second registers
+  for (int k = 0; k < 16; k += 2)  // lane k % 8 / 2 of a quad holds k and k + 1
     for (int i = 0; i < 4; ++i) {
       const int lane = k % 8 / 2;
       const uint32_t of_a = __shfl_sync(0xffffffffu, a[k / 8 * 2 + i / 2], quad + lane);
@@ -122,7 +123,7 @@ __device__ __noinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&
     }
 }
 
-// m16n8k8 twice: registers 0 and 1 of A are the lower half of k.
+// Two m16n8k8 products. Registers 0 and 1 of A hold the lower half of k.
 template <>
 __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%8}, {%0, %1, %2, %3};\n"
@@ -135,7 +136,7 @@ __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t 
 
 // ---- Arithmetic
 
-// 2^x with a relative error of at most 2^-22; subnormals are zero, 0 gives 1 and -inf gives 0.
+// 2^x with a relative error of at most 2^-22. Subnormal inputs and results become zero; 2^0 is 1 and 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -144,20 +145,20 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // ---- Named barriers
 
-// __syncthreads among `threads` threads of the block (a multiple of 32) that name the same barrier, 1 .. 15.
+// A barrier (1 .. 15) for `threads` threads of the block, a multiple of 32.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- What the host prepares for the tensor memory accelerator (hopper.cuh)
+// ---- Tensor maps for the tensor memory accelerator, which the host encodes (hopper.cuh)
 
-// Address bits 4 .. 3 + s of a box in shared memory are XORed with bits 7 .. 6 + s, s the value: 16-byte pieces
-// of eight rows that lie below each other in the matrix fall into different banks. The pattern repeats
-// after 256, 512, 1024 bytes, and a box starts at such an address (128 bytes without swizzle).
+// The swizzle of a box in shared memory. With s the enumerator's value, address bits 4 .. 3 + s are XORed with bits
+// 7 .. 6 + s, so that the 16-byte chunks of a column in eight rows fall into different banks. The pattern repeats after
+// 256, 512 or 1024 bytes, and a box must start at a multiple of this (of 128 bytes without swizzle).
 enum class Swizzle { none, bytes32, bytes64, bytes128 };
 
-// A matrix in global memory as the copy engine knows it: base, sizes, stride, box, swizzle. Filled by
-// encode_2d (hopper.cuh), passed to kernels as `const __grid_constant__ TensorMap`.
+// The description of a matrix in global memory (CUtensorMap): base, sizes, stride, box, swizzle. encode_2d (hopper.cuh)
+// fills it; kernels receive it as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
   unsigned char opaque[128];
 };
@@ -166,9 +167,9 @@ struct alignas(64) TensorMap {
 
 // ---- Barriers in shared memory (sm_90)
 
-// A phase ends when `count` threads have arrived and every byte expected in it has come; then the next begins.
-// Phases have parity 0, 1, 0, ...: mbarrier_wait(bar, p) returns at once unless a phase of parity p is going on,
-// so a fresh barrier lets parity 1 pass: what is waited for as "empty" starts there.
+// A phase ends when `count` threads have arrived and all expected bytes have arrived; then the next phase begins.
+// Phases have parity 0, 1, 0, ... mbarrier_wait(bar, p) blocks while the current phase has parity p. On a fresh barrier
+// a wait for parity 1 therefore returns at once, and waits for "this buffer is empty" start with parity 1.
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
@@ -177,7 +178,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
-// Arrives, and makes the phase wait for that many bytes of tma_load_2d.
+// Arrives, and adds `bytes` to the bytes of tma_load_2d that the phase waits for.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
@@ -195,43 +196,44 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity) {
   } while (!done);
 }
 
-// After mbarrier_init: the rest of the cluster and the copy engine see the barriers (with a block or cluster barrier).
+// After mbarrier_init: makes the barriers visible to the cluster and to TMA. A block or cluster barrier must follow.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Between this thread's plain writes to shared memory and a wgmma or TMA that reads them (with a barrier, if
-// another thread issues it).
+// Orders this thread's ordinary writes to shared memory before a wgmma or TMA that reads them. If another thread issues
+// the wgmma or TMA, a barrier must follow.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- The tensor memory accelerator: one thread copies a box of a matrix (sm_90)
 
-// The box whose first element is in column x, row y; elements outside of the matrix are zeros, and count among
-// the box's bytes, which `bar` is credited with as they come.
+// Loads the box whose first element is in column x, row y. Elements outside the matrix become zeros. All bytes of the
+// box, including these zeros, are reported to `bar` as they arrive.
 __device__ __forceinline__ void tma_load_2d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                ::"r"(shared_address(shared)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
                : "memory");
 }
 
-// Elements outside of the matrix are not written. Written by other threads than the one that stores:
-// fence_proxy_async by each, then a barrier.
+// Stores the box; elements outside the matrix are not written. Each thread that has written to the box must first call
+// fence_proxy_async, and a barrier must follow.
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
                ::"l"(map), "r"(shared_address(shared)), "r"(x), "r"(y)
                : "memory");
 }
 
-// Closes a group of this thread's stores.
+// Makes this thread's stores since the last commit a group.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until at most the newest N groups still read shared memory; before it is used again, or the block ends.
+// Waits until at most the newest N groups still read shared memory. Needed before that memory is reused and before the
+// block ends.
 template <int N>
 __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// ---- Clusters: blocks on one multiprocessor group that reach each other's shared memory (sm_90)
+// ---- Clusters: blocks that can access each other's shared memory (sm_90)
 
 __device__ __forceinline__ int cluster_rank() {
   int rank;
@@ -239,12 +241,12 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
-// Every thread of the cluster arrives, and waits before it arrives again. Also before a block ends whose shared
-// memory another may still use.
+// A barrier of the cluster in two halves. Every thread of the cluster must arrive, and wait before it arrives again. A
+// block must not end while another block may still access its shared memory.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// Where block `rank` of the cluster keeps what lies here at p in shared memory.
+// The address, in the shared memory of block `rank` of the cluster, that corresponds to p in this block's.
 template <class T>
 __device__ __forceinline__ T* map_rank(T* p, int rank) {
   uint64_t mapped;
@@ -258,31 +260,31 @@ __device__ __forceinline__ T* map_rank(T* p, int rank) {
 
 // ---- Products of a warp group: 128 threads, operands in shared memory (sm_90a)
 //
-// d (64 x N) = a (64 x 16) b (16 x N) + d. Warp w of the group holds rows 16w .. 16w + 15, and of those
+// d (64 x N) = a (64 x 16) b (16 x N) + d. Warp w of the group holds rows 16w .. 16w + 15. Counted from row 16w,
 //   d[4j], d[4j + 1] = D[g    ][8j + 2t, 8j + 2t + 1]      g = lane / 4, t = lane % 4, j < N / 8
 //   d[4j + 2], d[4j + 3] = D[g + 8][8j + 2t, 8j + 2t + 1]
-// An a in registers is laid out as for mma_m16n8k16, rows counted from 16w.
+// If a is in registers, its layout is that of mma_m16n8k16, with rows counted from 16w.
 //
-// An operand in shared memory is made of atoms of 8 lines; a line is W = 16, 32, 64 or 128 bytes that lie
-// together (Swizzle none, bytes32, bytes64, bytes128). Line l of an atom starts at its byte W l, and the swizzle
-// permutes the 16-byte pieces as it does for TMA, which therefore writes what wgmma reads.
-//   K-major (a line is a row of A, a column of B, along k):
+// An operand in shared memory consists of atoms of 8 lines. A line is W = 16, 32, 64 or 128 contiguous bytes (Swizzle
+// none, bytes32, bytes64, bytes128). Line l starts at byte W l of its atom. The swizzle permutes 16-byte chunks as TMA
+// does, so TMA writes the layout that wgmma reads.
+//   K-major (a line lies along k: part of a row of A or of a column of B):
 //     stride  = bytes from 8 lines to the next 8, along M or N
-//     leading = bytes from k = 0 .. 7 to k = 8 .. 15 without swizzle; ignored with it, where a line holds both
-//     k16 step i inside of a line: the start address + 32 i
-//   MN-major (a line is W / 2 neighbours along M or N, of one k; trans = true):
-//     with swizzle: leading = bytes from a line's W / 2 columns to the next W / 2; stride = from 8 k to the next 8
-//     without: stride = bytes from 8 columns to the next 8; leading = from 8 k to the next 8
+//     leading = bytes from k = 0 .. 7 to k = 8 .. 15 without swizzle; ignored with swizzle, where a line holds both
+//     the i-th k16 step within a line starts at the start address + 32 i
+//   MN-major (a line is W / 2 neighbours along M or N, for one k; trans = true):
+//     with swizzle:    leading = bytes from W / 2 columns to the next W / 2; stride = bytes from 8 k to the next 8
+//     without swizzle: stride = bytes from 8 columns to the next 8; leading = bytes from 8 k to the next 8
 // Atoms start at multiples of 8 W bytes.
 
-// leading, stride: multiples of 16 below 2^18.
+// leading and stride are multiples of 16 below 2^18.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, int leading, int stride, Swizzle swizzle) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
-  const uint64_t mode = (4 - static_cast<int>(swizzle)) % 4;  // 1 is 128 bytes, 2 is 64, 3 is 32
+  const uint64_t mode = (4 - static_cast<int>(swizzle)) % 4;  // 1: 128 bytes, 2: 64 bytes, 3: 32 bytes
   return field(shared_address(shared)) | field(leading) << 16 | field(stride) << 32 | mode << 62;
 }
 
-// What the compiler keeps in these registers is there now, and what follows is not moved before this point.
+// A compiler barrier for these registers: their values are final here, and later accesses are not moved up.
 template <int n>
 __device__ __forceinline__ void pin(float (&d)[n]) {
 #pragma unroll
@@ -294,27 +296,27 @@ __device__ __forceinline__ void pin(uint32_t (&a)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// Before each group of products. Name the fragments d and a that anything but wgmma has written since the last
-// group; not one that is under way.
+// Needed before each group of products. Pass the fragments d and a that anything but wgmma has written since the last
+// group, but no fragment that is in flight.
 template <class... Fragments>
 __device__ __forceinline__ void wgmma_fence(Fragments&... written) {
   (pin(written), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Closes a group of the products issued so far.
+// Makes the products issued since the last commit a group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most the newest N groups are under way. Name the fragments that are complete thereby and used next:
-// before that, d and a must not be touched, nor the shared memory of a and b written.
+// Waits until at most the newest N groups are in flight. Pass the fragments that are complete after the wait and used
+// next. While a product is in flight, its d and a must not be accessed and its shared memory must not be written.
 template <int N, class... Fragments>
 __device__ __forceinline__ void wgmma_wait(Fragments&... complete) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
   (pin(complete), ...);
 }
 
-// The instruction names every register of d, so each width is spelled out: PYGPT_D<n> are the operands
-// d[0] .. d[n - 1], PYGPT_R<n> their numbers "%0, ... %(n - 1)"; what follows them is numbered by hand.
+// The instruction names every register of d, so each width is spelled out. PYGPT_D<n> are the n operands d[0], d[1],
+// ..., and PYGPT_R<n> are their names "%0, %1, ..."; later operands are numbered by hand.
 #define PYGPT_D8(i)                                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
@@ -346,7 +348,7 @@ __device__ __forceinline__ void wgmma_wait(Fragments&... complete) {
 
 constexpr bool has_wgmma(int n) { return n == 64 || n == 128 || n == 192 || n == 256; }
 
-// Asynchronous: d += a b, or d = a b without accumulate. By descriptor, trans: MN-major.
+// d += a b, or d = a b if !accumulate, asynchronously. a and b are descriptors; transA and transB mean MN-major.
 template <class T, int N, bool transA = false, bool transB = false>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(has_wgmma(N));
@@ -382,8 +384,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], const uint32_t (
 #undef PYGPT_D32_AT
 #undef PYGPT_D8
 
-// The registers of each thread of this warp group, a multiple of 8 in 24 .. 256: a producer gives up what the
-// groups that multiply then take. The kernel's own number comes from __launch_bounds__.
+// Changes the number of registers per thread of this warp group to a multiple of 8 in 24 .. 256. A producer group gives
+// up registers that consumer groups then take. A kernel starts with the number that __launch_bounds__ implies.
 template <int registers>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));

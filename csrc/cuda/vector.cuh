@@ -1,4 +1,4 @@
-// 16 bytes of a tensor at a time: 4 floats, or 8 numbers of 16 bits, as floats.
+// Access to tensors 16 bytes at a time: 4 floats or 8 elements of a 16-bit type, converted to float.
 #pragma once
 #include "platform.cuh"
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint4 from_floats(const float (&x)[kVector<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// V numbers from p on: one, or the 16 bytes at an aligned p.
+// Loads V elements at p: one, or the 16 bytes at an aligned p.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* p, float (&x)[V]) {
   static_assert(V == 1 || V == kVector<T>);
@@ -40,9 +40,9 @@ __device__ __forceinline__ void load(const T* p, float (&x)[V]) {
   else to_floats<T>(*reinterpret_cast<const uint4*>(p), x);
 }
 
-// Whether rows from p on, `stride` elements apart, may be read 16 bytes at a time. Null may.
+// True if rows that start at p and are `stride` elements apart can be accessed 16 bytes at a time, or if p is null.
 template <class T>
-bool takes_vectors(const T* p, int64_t stride = 0) {
+bool can_vectorize(const T* p, int64_t stride = 0) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % kVector<T> == 0;
 }
 

@@ -41,8 +41,7 @@ def _under(schedules, module, name: str, op):
 
 
 def launches(call: Callable) -> list[tuple[str, int, int, int]]:
-    """The launches that ``call()`` makes, none of which runs: (kernel, threads per block, bytes of dynamic shared memory,
-    blocks)."""
+    """The launches that ``call()`` would make: (kernel, threads per block, bytes of dynamic shared memory, blocks)."""
     module = build.load()
     symbols = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
     names = {int(line[:16], 16): line[19:] for line in symbols.splitlines() if line[:1] != " "}

@@ -252,7 +252,7 @@ struct Case {
 std::string name_of(Swizzle s) { return s == Swizzle::none ? "plain" : "swizzle" + std::to_string(16 << int(s)); }
 
 using Kernel = void (*)(const uint32_t*, uint32_t*);
-Case plain(std::string name, int arch, int threads, Kernel kernel, int shared = 0) {
+Case one_block(std::string name, int arch, int threads, Kernel kernel, int shared = 0) {
   return {std::move(name), arch, [=](const uint32_t* in, uint32_t* out) {
     return launch(kernel, dim3(1), dim3(threads), shared, Stream{}, in, out);
   }};
@@ -281,7 +281,7 @@ template <class T, int N, bool trans_a, bool trans_b, Swizzle swizzle, bool in_r
 void add_wgmma(std::vector<Case>& cases) {
   const char *type = std::is_same_v<T, bf16> ? " bf16" : " f16", *major[] = {"k", "mn"};
   const std::string a = in_registers ? "registers" : major[trans_a], b = major[trans_b];
-  cases.push_back(plain("wgmma" + std::string(type) + " n" + std::to_string(N) + " a " + a + " b " + b + " " +
+  cases.push_back(one_block("wgmma" + std::string(type) + " n" + std::to_string(N) + " a " + a + " b " + b + " " +
                             name_of(swizzle),
                         900, 128, wgmma_kernel<T, N, trans_a, trans_b, swizzle, in_registers>, kWgmmaShared));
 }
@@ -300,11 +300,12 @@ void add_wgmma_width(std::vector<Case>& cases) {
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases = {
-      plain("convert bf16", 750, 128, convert_kernel<bf16>), plain("convert f16", 750, 128, convert_kernel<f16>),
-      plain("exp2_approx", 750, 128, exp2_kernel),           plain("shuffle", 750, 32, shuffle_kernel),
-      plain("cp_async", 750, 64, cp_async_kernel),           plain("ldmatrix", 750, 32, ldmatrix_kernel),
-      plain("mma bf16", 750, 32, mma_kernel<bf16>),          plain("mma f16", 750, 32, mma_kernel<f16>),
-      plain("named_barrier", 750, 128, named_barrier_kernel), plain("mbarrier", 900, 64, mbarrier_kernel)};
+      one_block("convert bf16", 750, 128, convert_kernel<bf16>),
+      one_block("convert f16", 750, 128, convert_kernel<f16>),
+      one_block("exp2_approx", 750, 128, exp2_kernel),           one_block("shuffle", 750, 32, shuffle_kernel),
+      one_block("cp_async", 750, 64, cp_async_kernel),           one_block("ldmatrix", 750, 32, ldmatrix_kernel),
+      one_block("mma bf16", 750, 32, mma_kernel<bf16>),          one_block("mma f16", 750, 32, mma_kernel<f16>),
+      one_block("named_barrier", 750, 128, named_barrier_kernel), one_block("mbarrier", 900, 64, mbarrier_kernel)};
   cases.push_back({"cluster", 900, [](const uint32_t* in, uint32_t* out) {
     return launch_cluster(cluster_kernel, dim3(8), dim3(32), dim3(4), 128, Stream{}, in, out);
   }});

@@ -99,10 +99,9 @@ class Cases:
     def gemm(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, b_k_major: bool) -> None:
         """c = a b, where b is (n, k) or (k, n); last dimensions contiguous."""
         (m, k), n = a.shape, c.shape[1]
-        strides = (ctypes.c_int64 * 3)(a.stride(0), b.stride(0), c.stride(0))
-        sizes = (ctypes.c_int64(v) for v in (m, n, k))
+        sizes = (ctypes.c_int64 * 6)(m, n, k, a.stride(0), b.stride(0), c.stride(0))
         flags = ctypes.c_bool(a.dtype == torch.bfloat16), ctypes.c_bool(b_k_major)
-        self._call(self.library.hopper_gemm, a, b, c, *sizes, strides, *flags)
+        self._call(self.library.hopper_gemm, a, b, c, sizes, *flags)
 
     def _call(self, function, *arguments):
         pointers = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in arguments]

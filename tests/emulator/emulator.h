@@ -151,7 +151,7 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 
 namespace pygpt::cuda {
 
-inline int64_t most_shared(const Stream&) { return emulator::shared_limit(); }
+inline int64_t max_shared_bytes(const Stream&) { return emulator::shared_limit(); }
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream&,

@@ -17,10 +17,10 @@ void fill_nan(std::byte* to, size_t bytes) {
 
 // Dynamic shared memory as TMA and wgmma see it. Static variables have only one view.
 struct AsyncView {
-  std::byte* plain = dynamic_shared();
+  std::byte* generic = dynamic_shared();  // the view of ordinary loads and stores (the generic proxy)
   std::vector<std::byte> bytes = std::vector<std::byte>((dynamic_shared_bytes() + 3) / 4 * 4, std::byte(0xFF));
   std::byte* of(std::byte* p) {
-    const size_t offset = p - plain;
+    const size_t offset = p - generic;
     return offset < bytes.size() ? &bytes[offset] : p;
   }
 };
@@ -32,7 +32,7 @@ void copy_word(void* to, const void* from) {
   *static_cast<volatile uint32_t*>(to) = *static_cast<const volatile uint32_t*>(from);
 }
 
-// XORs the address bits above a 16-byte piece with those of its line.
+// The swizzled address: bits 4 and up, which number the 16-byte chunks, are XORed with those of the line.
 size_t swizzled(size_t address, Swizzle swizzle) {
   const size_t mask = ((size_t(1) << int(swizzle)) - 1) << 4;
   return address ^ (address >> 3 & mask);
@@ -50,7 +50,7 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
 
 void fence_proxy_async() {
   AsyncView& view = async_view();
-  for (size_t i = 0; i < view.bytes.size(); i += 4) copy_word(&view.bytes[i], view.plain + i);
+  for (size_t i = 0; i < view.bytes.size(); i += 4) copy_word(&view.bytes[i], view.generic + i);
 }
 
 // ---------------------------------------------------------------- mbarriers
@@ -192,17 +192,15 @@ void tma_store_wait(int pending) {
   if (!pending) count.waited = count.issued;
 }
 
-const char* encode_2d_bytes(TensorMap& map, const void* data, int element, int64_t rows, int64_t cols, int64_t stride,
-                            int box_rows, int box_cols, Swizzle swizzle) {
-  const int64_t limit = int64_t(1) << 32, line = int64_t(box_cols) * element;
-  if (reinterpret_cast<uintptr_t>(data) % 16 || stride * element % 16) return "TMA: rows are not aligned to 16 bytes";
-  if (rows < 1 || cols < 1 || rows > limit || cols > limit) return "TMA: sizes must be 1 .. 2^32";
-  if (stride * element < 0 || stride * element >= int64_t(1) << 40) return "TMA: a stride must be below 2^40 bytes";
-  if (box_rows < 1 || box_cols < 1 || box_rows > 256 || box_cols > 256) return "TMA: box sizes must be 1 .. 256";
+const char* check_map(const TensorMap& m) {
+  const int64_t limit = int64_t(1) << 32, line = int64_t(m.box_cols) * m.element;
+  if (reinterpret_cast<uintptr_t>(m.data) % 16 || m.stride % 16) return "TMA: rows are not aligned to 16 bytes";
+  if (m.rows < 1 || m.cols < 1 || m.rows > limit || m.cols > limit) return "TMA: sizes must be 1 .. 2^32";
+  if (m.stride < 0 || m.stride >= int64_t(1) << 40) return "TMA: a stride must be below 2^40 bytes";
+  if (std::min(m.box_rows, m.box_cols) < 1 || std::max(m.box_rows, m.box_cols) > 256)
+    return "TMA: box sizes must be 1 .. 256";
   if (line % 16) return "TMA: a box's rows must be a multiple of 16 bytes";
-  if (swizzle != Swizzle::none && line != 16 << int(swizzle)) return "TMA: a box must be as wide as its swizzle";
-  const auto* start = static_cast<const std::byte*>(data);
-  map = TensorMap{start, rows, cols, stride * element, box_rows, box_cols, element, swizzle, {}};
+  if (m.swizzle != Swizzle::none && line != 16 << int(m.swizzle)) return "TMA: a box must be as wide as its swizzle";
   return nullptr;
 }
 

@@ -26,7 +26,7 @@ enum class Swizzle { none, bytes32, bytes64, bytes128 };
 struct alignas(64) TensorMap {
   const std::byte* data;
   int64_t rows, cols, stride;  // stride in bytes
-  int box_rows, box_cols, element;
+  int box_rows, box_cols, element;  // element: its size in bytes
   Swizzle swizzle;
   unsigned char unused[80];
   int box_bytes() const { return box_rows * box_cols * element; }
@@ -57,8 +57,7 @@ void wgmma_wait(int pending, Site site);
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
 void* map_rank(const void* shared, int rank, Site site);
-const char* encode_2d_bytes(TensorMap& map, const void* data, int element, int64_t rows, int64_t cols, int64_t stride,
-                            int box_rows, int box_cols, Swizzle swizzle);
+const char* check_map(const TensorMap& map);  // null, or why TMA cannot use the map
 
 // One lane's part of a product.
 struct Wgmma {
@@ -214,7 +213,10 @@ namespace pygpt::cuda {
 template <class T>
 Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
                 int box_cols, ptx::Swizzle swizzle) {
-  return emulator::encode_2d_bytes(map, data, sizeof(T), rows, cols, stride, box_rows, box_cols, swizzle);
+  const auto* bytes = reinterpret_cast<const std::byte*>(data);
+  const int element = sizeof(T);
+  map = ptx::TensorMap{bytes, rows, cols, stride * element, box_rows, box_cols, element, swizzle, {}};
+  return emulator::check_map(map);
 }
 
 template <class... Parameters, class... Arguments>

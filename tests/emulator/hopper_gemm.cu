@@ -1,21 +1,22 @@
-// C = A B on Hopper's own instructions: TMA brings tiles, mbarriers hand them over, wgmma multiplies.
+// C = A B with Hopper's instructions: TMA loads tiles, mbarriers synchronise producer and consumers, wgmma multiplies.
 //
-// A (m, k) and C (m, n) are row-major bf16 or f16; B is given as (n, k) (K-major, a weight) or as (k, n)
-// (MN-major). Any m, n, k; rows aligned to 16 bytes. Accumulated in float.
+// A (m, k) and C (m, n) are row-major bf16 or f16; B is stored as (n, k) (K-major, like a weight) or as (k, n)
+// (MN-major). m, n and k are arbitrary; rows are aligned to 16 bytes. Products are accumulated in float.
 //
-// A block of three warp groups computes a 128 x 128 tile of C. One thread of the first is the producer: it keeps
-// four stages of 64 columns of A and B on their way. The other two are consumers of 64 rows each. A stage is handed
-// over by two barriers:
-//     full[s]    the bytes have come: producer -> consumers (one arrival, which expects the bytes)
-//     empty[s]   both tiles have been read: consumers -> producer (one arrival per consumer warp)
-// Round r of a stage waits for parity r % 2 of full, and for the parity before it of empty. A consumer has up to one
-// group of products under way while it waits for the next stage, and gives a stage back one step late.
+// A block of three warp groups computes a 128 x 128 tile of C. One thread of the first group is the producer, which
+// loads A and B in four stages of 64 columns. The other two groups are consumers, which compute 64 rows each. Two
+// mbarriers synchronise a stage:
+//     full[s]    The bytes have arrived. One arrival, by the producer, which also sets the expected bytes.
+//     empty[s]   Both tiles have been read. One arrival per consumer warp.
+// In its r-th use of a stage, a consumer waits for parity r % 2 of full, and the producer for the opposite parity of
+// empty. A consumer has up to one group of products in flight while it waits for the next stage, so it releases a stage
+// one step late.
 //
-// All tiles lie in rows of 128 bytes with the 128-byte swizzle, eight rows to an atom of 1024 bytes:
-//   A, B (n, k)   row = 64 neighbours along k; the next eight rows (stride) follow; k16 step i starts 32 i bytes on
+// All tiles have rows of 128 bytes with the 128-byte swizzle, eight rows to an atom of 1024 bytes:
+//   A, B (n, k)   row = 64 neighbours along k; the next eight rows (stride) follow; k16 step i starts at + 32 i bytes
 //   B (k, n)      row = 64 neighbours along n, in two boxes (leading: 8192 bytes); the next eight k (stride) follow;
-//                 k16 step i starts 2048 i bytes on
-// Rows and columns outside of the matrices are zeros on the way in, and dropped on the way out.
+//                 k16 step i starts at + 2048 i bytes
+// Elements outside the matrices are loaded as zeros and not stored.
 #include "hopper.cuh"
 
 namespace pygpt::cuda {
@@ -32,7 +33,7 @@ struct Tiles {
   __device__ unsigned char* c(int consumer) const { return a(kStages) + consumer * kTileC / kConsumers; }
 };
 
-// Which stage the i-th tile goes to, and in which round.
+// The stage that the i-th step uses, and how often the stage has been used before.
 struct Turn {
   int stage, round;
   __device__ explicit Turn(int i) : stage(i % kStages), round(i / kStages) {}
@@ -62,14 +63,14 @@ __device__ void produce(const Tiles& tiles, const ptx::TensorMap& a, const ptx::
 
 #if !defined(PYGPT_ARCH) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// d += 64 rows of the stage's tile of A times its tile of B.
+// d += the consumer's 64 rows of the stage's tile of A, times the stage's tile of B.
 template <class T, bool b_k_major>
 __device__ __forceinline__ void multiply(float (&d)[kN / 2], const Tiles& tiles, int stage, int consumer) {
   const uint64_t a = ptx::wgmma_descriptor(tiles.a(stage) + consumer * 64 * kRow, 16, 8 * kRow, kSwizzle);
   const uint64_t b = ptx::wgmma_descriptor(tiles.b(stage), b_k_major ? 16 : 64 * kRow, 8 * kRow, kSwizzle);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kK / 16; ++k)  // a descriptor counts in 16 bytes
+  for (int k = 0; k < kK / 16; ++k)  // descriptors count in units of 16 bytes
     ptx::wgmma_m64k16<T, kN, false, !b_k_major>(d, a + k * 32 / 16, b + k * (b_k_major ? 32 : 16 * kRow) / 16, true);
   ptx::wgmma_commit();
 }
@@ -88,7 +89,7 @@ __device__ __forceinline__ void consume(float (&d)[kN / 2], const Tiles& tiles, 
   ptx::wgmma_wait<0>(d);
 }
 
-// Two boxes of 64 x 64, swizzled by hand as the maps say, then stored by one thread.
+// Writes two boxes of 64 x 64 to shared memory with the swizzle of the tensor map; then one thread stores them.
 template <class T>
 __device__ __forceinline__ void store(const float (&d)[kN / 2], unsigned char* tile, const ptx::TensorMap& c, int row,
                                       int column, int consumer) {
@@ -143,34 +144,35 @@ __global__ void __launch_bounds__((1 + kConsumers) * 128, 1)
 #endif
 }
 
-// Row strides in elements. At least one row, column and step.
+// All sizes are at least 1; row strides in elements.
+struct GemmSizes {
+  int64_t m, n, k, a_stride, b_stride, c_stride;
+};
+
 template <class T, bool b_k_major>
-Error hopper_gemm(const T* a, const T* b, T* c, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
-                  int64_t c_stride, const Stream& stream) {
+Error hopper_gemm(const T* a, const T* b, T* c, const GemmSizes& s, const Stream& stream) {
   ptx::TensorMap map_a, map_b, map_c;
-  if (Error e = encode_2d(map_a, a, m, k, a_stride, kM, kK, kSwizzle)) return e;
-  if (Error e = b_k_major ? encode_2d(map_b, b, n, k, b_stride, kN, kK, kSwizzle)
-                          : encode_2d(map_b, b, k, n, b_stride, kK, 64, kSwizzle))
+  if (Error e = encode_2d(map_a, a, s.m, s.k, s.a_stride, kM, kK, kSwizzle)) return e;
+  if (Error e = b_k_major ? encode_2d(map_b, b, s.n, s.k, s.b_stride, kN, kK, kSwizzle)
+                          : encode_2d(map_b, b, s.k, s.n, s.b_stride, kK, 64, kSwizzle))
     return e;
-  if (Error e = encode_2d(map_c, c, m, n, c_stride, 64, 64, kSwizzle)) return e;
-  const int row_tiles = int(ceil_div(m, kM));
-  return launch(hopper_gemm_kernel<T, b_k_major>, dim3(row_tiles * ceil_div(n, kN)), dim3((1 + kConsumers) * 128),
-                kShared, stream, map_a, map_b, map_c, row_tiles, int(ceil_div(k, kK)));
+  if (Error e = encode_2d(map_c, c, s.m, s.n, s.c_stride, 64, 64, kSwizzle)) return e;
+  const int row_tiles = int(ceil_div(s.m, kM));
+  return launch(hopper_gemm_kernel<T, b_k_major>, dim3(row_tiles * ceil_div(s.n, kN)), dim3((1 + kConsumers) * 128),
+                kShared, stream, map_a, map_b, map_c, row_tiles, int(ceil_div(s.k, kK)));
 }
 
 }  // namespace pygpt::cuda
 
-// c (m, n) = a b, contiguous up to the row strides {a, b, c}; b is (n, k), or (k, n).
+// c (m, n) = a b, with contiguous rows; b is (n, k) if b_k_major, else (k, n).
 extern "C" __attribute__((visibility("default"))) const char* hopper_gemm(const void* a, const void* b, void* c,
-                                                                          int64_t m, int64_t n, int64_t k,
-                                                                          const int64_t* strides, bool is_bf16,
-                                                                          bool b_k_major) {
+                                                                          const pygpt::cuda::GemmSizes& sizes,
+                                                                          bool is_bf16, bool b_k_major) {
   using namespace pygpt::cuda;
   const auto gemm = [&](auto type) {
     using T = decltype(type);
     const auto run = b_k_major ? hopper_gemm<T, true> : hopper_gemm<T, false>;
-    return run(static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), m, n, k, strides[0], strides[1],
-               strides[2], pygpt::cuda::Stream{});
+    return run(static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(c), sizes, Stream{});
   };
   return is_bf16 ? gemm(bf16{}) : gemm(f16{});
 }

@@ -1,4 +1,4 @@
-// Blocks from their start to their end, and launches.
+// The life of a block, and launches.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -121,7 +121,7 @@ void forget(LiveBlock& block) {
   if (checks_races) block.memory.release();
 }
 
-// Runs the blocks of one cluster from their first thread's start to their last one's end.
+// Runs all threads of the blocks of one cluster to their end.
 void run_cluster(uint3 corner) {
   const dim3 size = machine.launch.cluster;
   const int threads = int(volume(machine.launch.block));
@@ -145,7 +145,8 @@ void run_cluster(uint3 corner) {
   for (auto& block : machine.blocks) forget(*block);
 }
 
-// The n-th cluster to run: a permutation of 0 .. count - 1 for every schedule.
+// The order in which clusters run: [n] is the n-th cluster, a permutation of 0 .. count - 1 that the schedule
+// determines.
 struct Sequence {
   uint64_t count, factor = 1, offset = 0;
   explicit Sequence(uint64_t count) : count(count) {

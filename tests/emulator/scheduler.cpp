@@ -44,7 +44,7 @@ Task* pop() {
   return t;
 }
 
-// Moves the threads whose condition holds to the ready ones.
+// Makes the threads ready whose condition has become true.
 void poll() {
   auto& waiting = machine.polled;
   size_t kept = 0;
