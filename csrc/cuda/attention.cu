@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   const int row0 = (int(ceil_div(params.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
   const auto input = [&](const Tensor& t) { return slice_head<const T>(params, t, coord.head); };
-  const KeyWalk<T, D, ROWS, KEYS, THREADS> keys{
-      q_tile + ROWS * D, params.k_len, row0, params.is_causal, input(params.k), input(params.v)};
+  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS>;
+  const Keys keys{q_tile + ROWS * D, params.k_len, row0, params.is_causal, input(params.k), input(params.v)};
   load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.q_len);
   keys.load(0);
   ptx::cp_async_commit();

@@ -159,10 +159,13 @@ __global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_fwd_kernel(NormF
 
 template <class T>
 Error norm_fwd(const NormArgs& n, const Stream& stream) {
-  NormFwdParams<T> a{n.rows, n.cols, n.x.stride, n.residual.stride, static_cast<float>(n.eps),
-               static_cast<const T*>(n.x.data), static_cast<const T*>(n.residual.data), static_cast<const T*>(n.weight),
-               static_cast<const T*>(n.bias), static_cast<T*>(n.y), static_cast<T*>(n.sum), static_cast<float*>(n.mean),
-               static_cast<float*>(n.rstd)};
+  NormFwdParams<T> a{};
+  a.rows = n.rows, a.cols = n.cols, a.eps = static_cast<float>(n.eps);
+  a.x = static_cast<const T*>(n.x.data), a.x_stride = n.x.stride;
+  a.residual = static_cast<const T*>(n.residual.data), a.residual_stride = n.residual.stride;
+  a.weight = static_cast<const T*>(n.weight), a.bias = static_cast<const T*>(n.bias);
+  a.y = static_cast<T*>(n.y), a.sum = static_cast<T*>(n.sum);
+  a.mean = static_cast<float*>(n.mean), a.rstd = static_cast<float*>(n.rstd);
   a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.x, a.x_stride) && can_vectorize(a.weight) &&
               can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.bias) && can_vectorize(a.y) &&
               can_vectorize(a.sum);

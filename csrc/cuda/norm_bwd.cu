@@ -21,7 +21,7 @@ namespace {
 constexpr int kMaxE = 24;                     // most elements per lane
 constexpr int64_t kMaxStageBytes = 24 << 10;  // longest row that is held in shared memory
 
-// The number of blocks of `threads` threads whose registers fit into a multiprocessor.
+// The number of blocks of `threads` threads that must fit into a multiprocessor's registers (for __launch_bounds__).
 template <class T, int E, int team>
 constexpr int min_blocks_per_sm(int threads) {
   return team == kWholeBlock ? kMaxThreads / threads : E < 32 && sizeof(T) == 2 ? 4 : 3;
@@ -34,7 +34,7 @@ struct NormBwdParams {
   const float *mean, *rstd;
   T* dx;
   bool vectorized;
-  float *dw, *db;         // one line of partial sums per block of norm_bwd_kernel; null: not wanted
+  float *dw, *db;          // one line of partial sums per block of norm_bwd_kernel; null: not wanted
   int64_t partial_stride;  // floats from one block's line to the next
 
   __device__ __forceinline__ float mean_of(int64_t row) const { return mean ? mean[row] : 0.f; }
@@ -294,9 +294,13 @@ Error long_row_norm_bwd(const NormBwdParams<T>& a, T* dw, T* db, const Stream& s
 
 template <class T>
 Error norm_bwd(const NormArgs& n, const Stream& stream) {
-  NormBwdParams<T> a{n.rows, n.cols, n.dy.stride, n.x.stride, n.dsum.stride, static_cast<const T*>(n.dy.data),
-                static_cast<const T*>(n.x.data), static_cast<const T*>(n.dsum.data), static_cast<const T*>(n.weight),
-                static_cast<const float*>(n.mean), static_cast<const float*>(n.rstd), static_cast<T*>(n.dx)};
+  NormBwdParams<T> a{};
+  a.rows = n.rows, a.cols = n.cols;
+  a.dy = static_cast<const T*>(n.dy.data), a.dy_stride = n.dy.stride;
+  a.x = static_cast<const T*>(n.x.data), a.x_stride = n.x.stride;
+  a.dsum = static_cast<const T*>(n.dsum.data), a.dsum_stride = n.dsum.stride;
+  a.weight = static_cast<const T*>(n.weight), a.dx = static_cast<T*>(n.dx);
+  a.mean = static_cast<const float*>(n.mean), a.rstd = static_cast<const float*>(n.rstd);
   T *const dw = static_cast<T*>(n.dw), *const db = static_cast<T*>(n.db);
   a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.dy, a.dy_stride) && can_vectorize(a.x, a.x_stride) &&
               can_vectorize(a.dsum, a.dsum_stride) && can_vectorize(a.weight) && can_vectorize(a.dx);

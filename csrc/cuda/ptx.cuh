@@ -209,19 +209,23 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 
 // Loads the box whose first element is in column x, row y. Elements outside the matrix become zeros. All bytes of the
 // box, including these zeros, are reported to `bar` as they arrive.
+// clang-format off
 __device__ __forceinline__ void tma_load_2d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                ::"r"(shared_address(shared)), "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
                : "memory");
 }
+// clang-format on
 
 // Stores the box; elements outside the matrix are not written. Each thread that has written to the box must first call
 // fence_proxy_async, and a barrier must follow.
+// clang-format off
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* shared, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
                ::"l"(map), "r"(shared_address(shared)), "r"(x), "r"(y)
                : "memory");
 }
+// clang-format on
 
 // Makes this thread's stores since the last commit a group.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
