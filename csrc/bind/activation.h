@@ -61,7 +61,7 @@ Results<1> relu_bwd(Call& call, View dy, View y) {
 }
 
 // X(op, its kernel, the number of results without those that only backward reads)
-#define PYGPT_ACTIVATION_OPS(X, device) \
+#define PYGPT_ACTIVATION_OPS(X, device)  \
   X(gelu_fwd, device::activation_fwd, 1) \
   X(gelu_bwd, device::activation_bwd, 1) \
   X(relu_fwd, device::activation_fwd, 1) \

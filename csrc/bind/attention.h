@@ -57,7 +57,7 @@ Results<3> attention_bwd(Call& call, View dout, Maybe dlse, View q, View k, View
 }
 
 // X(op, its kernel, the number of results without those that only backward reads)
-#define PYGPT_ATTENTION_OPS(X, device) \
+#define PYGPT_ATTENTION_OPS(X, device)       \
   X(attention_fwd, device::attention_fwd, 1) \
   X(attention_bwd, device::attention_bwd, 3)
 

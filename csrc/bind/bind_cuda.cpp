@@ -24,12 +24,12 @@ void with_stream(Device device, const std::function<void(const cuda::Stream&)>& 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &handle));
   std::vector<Handle> scratch;
   body({device.index, handle, [&](int64_t bytes) {
-          scratch.push_back(new_tensor(Shape{bytes}, Shape{1}, ScalarType::Byte, device));
-          if (poison) fill_tensor_with_nan(scratch.back().get(), true);
-          void* data;
-          STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.back().get(), &data));
-          return data;
-        }});
+    scratch.push_back(new_tensor(Shape{bytes}, Shape{1}, ScalarType::Byte, device));
+    if (poison) fill_tensor_with_nan(scratch.back().get(), true);
+    void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.back().get(), &data));
+    return data;
+  }});
 }
 
 }  // namespace pygpt::bind

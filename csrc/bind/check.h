@@ -92,8 +92,7 @@ class Call {
     if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
   }
   void count(const Needs& needs, size_t n) const {
-    if (needs.count != n)
-      fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.count));
+    if (needs.count != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.count));
   }
 
   // ---------------------------------------------------------------- results
@@ -143,8 +142,8 @@ class Call {
 
   // ---------------------------------------------------------------- implemented by each front
   virtual View allocate(Shape size, Shape stride, ScalarType type) = 0;  // a result
-  virtual View temporary(Shape size, ScalarType type) = 0;               // contiguous; lives until the call ends
-  virtual View copy(const View& t, Shape stride) = 0;                    // lives until the call ends
+  virtual View temporary(Shape size, ScalarType type) = 0;  // contiguous; lives until the call ends
+  virtual View copy(const View& t, Shape stride) = 0;  // lives until the call ends
   virtual void fill_with_nan(const View& t) = 0;
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
 

@@ -66,8 +66,8 @@ inline View argument(AtenTensorHandle t) {
 inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device device) {
   const auto known = std::find_if(dtype_codes.begin(), dtype_codes.end(), [=](auto& d) { return d.type == type; });
   AtenTensorHandle t;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code,
-                                                         device.type, device.index, &t));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code, device.type, device.index, &t));
   return Handle(t);
 }
 

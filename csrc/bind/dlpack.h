@@ -10,21 +10,27 @@ struct DLDataType {
 };
 struct DLTensor {
   void* data;
-  struct { int32_t type, id; } device;
+  struct {
+    int32_t type, id;
+  } device;
   int32_t ndim;
   DLDataType dtype;
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
 struct DLManaged {
-  struct { uint32_t major, minor; } version;
+  struct {
+    uint32_t major, minor;
+  } version;
   void* context;
   void (*deleter)(DLManaged*);
   uint64_t flags;
   DLTensor tensor;
 };
 struct Exchange {
-  struct { uint32_t major, minor; } version;
+  struct {
+    uint32_t major, minor;
+  } version;
   void* previous;
   int (*allocate)(DLTensor* like, DLManaged** out, void* context, void (*set_error)(void*, const char*, const char*));
   int (*export_)(void* object, DLManaged** out);

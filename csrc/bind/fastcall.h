@@ -260,9 +260,7 @@ struct Builtin<f, first> {
     FastCall call(method.ml_name, returned < results);
     try {
       return to_object(call, f(call, std::get<I>(values)...));
-    } catch (const std::exception&) {
-      return nullptr;
-    }
+    } catch (const std::exception&) { return nullptr; }
   }
 
   static PyObject* to_object(FastCall& call, const Results<results>& views) {
@@ -351,8 +349,8 @@ inline PyObject* connect(PyObject*, PyObject* args) {
   if (PyErr_Occurred()) return nullptr;
   PyObject* functions = PyDict_New();
   bool added = functions;
-#define PYGPT_ADD(op, kernel, results)                                           \
-  added = added && add<Builtin<&op<kernel>, 0>>(functions, ops, #op, #op) &&     \
+#define PYGPT_ADD(op, kernel, results)                                       \
+  added = added && add<Builtin<&op<kernel>, 0>>(functions, ops, #op, #op) && \
           add<Builtin<&op<kernel>, results>>(functions, ops, #op, #op "_results");
   PYGPT_OPS(PYGPT_ADD, cpu)
 #undef PYGPT_ADD

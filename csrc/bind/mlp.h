@@ -108,10 +108,10 @@ Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight
 }
 
 // X(op, its kernel, the number of results without those that only backward reads)
-#define PYGPT_MLP_OPS(X, device) \
+#define PYGPT_MLP_OPS(X, device)       \
   X(linear_fwd, device::linear_fwd, 1) \
   X(linear_bwd, device::linear_bwd, 3) \
-  X(mlp_fwd, device::mlp_fwd, 1) \
+  X(mlp_fwd, device::mlp_fwd, 1)       \
   X(mlp_bwd, device::mlp_bwd, 5)
 
 }  // namespace pygpt::bind

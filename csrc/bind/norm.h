@@ -98,12 +98,12 @@ Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Ne
 }
 
 // X(op, its kernel, the number of results without those that only backward reads)
-#define PYGPT_NORM_OPS(X, device) \
-  X(layer_norm_fwd, device::norm_fwd, 1) \
-  X(layer_norm_bwd, device::norm_bwd, 3) \
+#define PYGPT_NORM_OPS(X, device)            \
+  X(layer_norm_fwd, device::norm_fwd, 1)     \
+  X(layer_norm_bwd, device::norm_bwd, 3)     \
   X(add_layer_norm_fwd, device::norm_fwd, 2) \
   X(add_layer_norm_bwd, device::norm_bwd, 3) \
-  X(rms_norm_fwd, device::norm_fwd, 1) \
+  X(rms_norm_fwd, device::norm_fwd, 1)       \
   X(rms_norm_bwd, device::norm_bwd, 2)
 
 }  // namespace pygpt::bind

@@ -5,6 +5,5 @@
 #include "mlp.h"
 #include "norm.h"
 
-#define PYGPT_OPS(X, device)                                  \
-  PYGPT_ATTENTION_OPS(X, device) PYGPT_MLP_OPS(X, device)     \
-  PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device)
+#define PYGPT_OPS(X, device) \
+  PYGPT_ATTENTION_OPS(X, device) PYGPT_MLP_OPS(X, device) PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device)

@@ -53,7 +53,7 @@ __global__ __launch_bounds__(kThreads, 4) void activation_fwd_kernel(const T* x,
 
 template <Activation act, class T>
 __global__ __launch_bounds__(kThreads, 4) void activation_bwd_kernel(const T* dy, const T* saved, T* dx, int64_t n,
-                                                                  bool vectorized) {
+                                                                     bool vectorized) {
   map_elements<T>(dy, saved, dx, n, vectorized, [](float dy, float s) { return activation_gradient(act, dy, s); });
 }
 

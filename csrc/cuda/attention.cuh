@@ -23,7 +23,9 @@ constexpr float kInf = HUGE_VALF;
 // The fused form of the exponent, fma(x, c, -y) with y as large as x c, is accurate enough while |y| is below this
 // limit (see attention.cu): 2^21 times the type's epsilon. float never uses the fused form.
 template <class T>
-constexpr float kExponentLimit = std::is_same_v<T, bf16> ? 0x1p14f : std::is_same_v<T, f16> ? 0x1p11f : 0.0f;
+constexpr float kExponentLimit = std::is_same_v<T, bf16>  ? 0x1p14f
+                                 : std::is_same_v<T, f16> ? 0x1p11f
+                                                          : 0.0f;
 
 // ---------------------------------------------------------------- parameters
 // A tensor (batch, head, position, channel) of `width` channels; vectorized as in Head.

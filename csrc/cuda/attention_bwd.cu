@@ -100,8 +100,7 @@ struct Exponent {
   bool fused;
   float factor, masked;  // masked: the value of y for which p = 0
   __device__ __forceinline__ Exponent(const Params& params, bool in_limit)
-      : fused(kCanFuse<T> && __all_sync(0xffffffffu, in_limit)),
-        factor(fused ? params.scale_log2 : kLog2e),
+      : fused(kCanFuse<T> && __all_sync(0xffffffffu, in_limit)), factor(fused ? params.scale_log2 : kLog2e),
         masked(copysignf(kInf, fused ? -params.scale_log2 : -1.0f)) {}
 };
 
@@ -179,9 +178,8 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
     if constexpr (with_dv) warp_gemm_nn(dv, p, q_tile(row) + ROWS * D);
     if constexpr (with_dk) {
       float ds[M][N][4];
-      for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-        ds[m][n][i] = kCanFuse<T> ? neg_delta[column] : 0.0f;
-      });
+      for_each_accumulator<M, N>(
+          [&](int m, int n, int i, int, int column) { ds[m][n][i] = kCanFuse<T> ? neg_delta[column] : 0.0f; });
       warp_gemm_nt(ds, v_warp, q_tile(row) + ROWS * D);
       for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
         ds[m][n][i] = p[m][n][i] * (kCanFuse<T> ? ds[m][n][i] : ds[m][n][i] + neg_delta[column]);
@@ -244,9 +242,8 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
     float p[M][N][4] = {}, ds[M][N][4];
     warp_gemm_nt(p, q_warp, keys.k_tile(key));
     if (!exponent.fused)
-      for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
-        p[m][n][i] = __fmul_rn(p[m][n][i], params.scale) - lse[m][i / 2];
-      });
+      for_each_accumulator<M, N>(
+          [&](int m, int n, int i, int, int) { p[m][n][i] = __fmul_rn(p[m][n][i], params.scale) - lse[m][i / 2]; });
     keys.apply_mask(p, key, row, exponent.masked);
     for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
       p[m][n][i] = ptx::exp2_approx(fmaf(p[m][n][i], exponent.factor, -lse_log2[m][i / 2]));

@@ -25,14 +25,14 @@ struct Operand {
 template <class T>
 struct Epilogue {
   T* out;
-  int64_t stride;           // row stride of out, pre and saved
+  int64_t stride;  // row stride of out, pre and saved
   const T* bias = nullptr;  // (N)
   T* pre = nullptr;
   const T* saved = nullptr;
   bool activate = false;
   Activation activation = Activation::relu;
   float* tile_sums = nullptr;  // (ceil(M / tile), N)
-  bool vectorized = false;     // out, bias, pre and saved can be accessed 4 elements at a time
+  bool vectorized = false;  // out, bias, pre and saved can be accessed 4 elements at a time
 };
 
 template <class T>
@@ -42,7 +42,7 @@ struct GemmParams {
   Epilogue<T> epilogue;
   int64_t k_per_split;  // K is split into `splits` parts of k_per_split
   int splits;
-  float* partials;      // (splits, M, N) partial sums, if splits > 1
+  float* partials;  // (splits, M, N) partial sums, if splits > 1
 };
 
 // ---------------------------------------------------------------- vectors of 4
@@ -150,8 +150,7 @@ __device__ void store_tile(const GemmParams<T>& g, const TileCoord& coord, float
   *reinterpret_cast<float4*>(tile + group * TILE + c) = sum;
   __syncthreads();
   if (group || n <= 0) return;
-  for (int other = 1; other < kGroups; other++)
-    sum = sum + *reinterpret_cast<const float4*>(tile + other * TILE + c);
+  for (int other = 1; other < kGroups; other++) sum = sum + *reinterpret_cast<const float4*>(tile + other * TILE + c);
   store4(g.epilogue.tile_sums + coord.m * g.N + j, sum, n, g.N % 4 == 0);
 }
 

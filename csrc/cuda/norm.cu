@@ -17,7 +17,7 @@
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kMaxE = 32;                                  // most elements per lane
+constexpr int kMaxE = 32;  // most elements per lane
 constexpr int64_t kMaxRegisterCols = kMaxE * kMaxThreads;  // longest row that is held in registers
 
 template <class T>
@@ -167,8 +167,8 @@ Error norm_fwd(const NormArgs& n, const Stream& stream) {
   a.y = static_cast<T*>(n.y), a.sum = static_cast<T*>(n.sum);
   a.mean = static_cast<float*>(n.mean), a.rstd = static_cast<float*>(n.rstd);
   a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.x, a.x_stride) && can_vectorize(a.weight) &&
-              can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.bias) && can_vectorize(a.y) &&
-              can_vectorize(a.sum);
+                 can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.bias) && can_vectorize(a.y) &&
+                 can_vectorize(a.sum);
   if (a.cols > kMaxRegisterCols)
     return launch(long_row_norm_fwd_kernel<T>, make_grid(a.rows), dim3(kMaxThreads), 0, stream, a);
   return by_cols<kMaxE>(a.cols, [&](auto shape) {

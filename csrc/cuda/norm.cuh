@@ -10,10 +10,10 @@
 
 namespace pygpt::cuda {
 
-constexpr int kWholeBlock = 0;    // the team size that stands for a whole block
-constexpr int kThreads = 128;     // threads of a block that consists of several teams
+constexpr int kWholeBlock = 0;  // the team size that stands for a whole block
+constexpr int kThreads = 128;  // threads of a block that consists of several teams
 constexpr int kMaxThreads = 512;  // most threads of a block that is one team
-constexpr int kLongRowE = 16;     // elements per lane and pass if the row is too long for registers
+constexpr int kLongRowE = 16;  // elements per lane and pass if the row is too long for registers
 
 // A lane's E elements of a row, in registers and in the row's dtype.
 template <class T, int E>

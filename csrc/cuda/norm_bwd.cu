@@ -18,7 +18,7 @@
 namespace pygpt::cuda {
 namespace {
 
-constexpr int kMaxE = 24;                     // most elements per lane
+constexpr int kMaxE = 24;  // most elements per lane
 constexpr int64_t kMaxStageBytes = 24 << 10;  // longest row that is held in shared memory
 
 // The number of blocks of `threads` threads that must fit into a multiprocessor's registers (for __launch_bounds__).
@@ -34,7 +34,7 @@ struct NormBwdParams {
   const float *mean, *rstd;
   T* dx;
   bool vectorized;
-  float *dw, *db;          // one line of partial sums per block of norm_bwd_kernel; null: not wanted
+  float *dw, *db;  // one line of partial sums per block of norm_bwd_kernel; null: not wanted
   int64_t partial_stride;  // floats from one block's line to the next
 
   __device__ __forceinline__ float mean_of(int64_t row) const { return mean ? mean[row] : 0.f; }
@@ -303,7 +303,7 @@ Error norm_bwd(const NormArgs& n, const Stream& stream) {
   a.mean = static_cast<const float*>(n.mean), a.rstd = static_cast<const float*>(n.rstd);
   T *const dw = static_cast<T*>(n.dw), *const db = static_cast<T*>(n.db);
   a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.dy, a.dy_stride) && can_vectorize(a.x, a.x_stride) &&
-              can_vectorize(a.dsum, a.dsum_stride) && can_vectorize(a.weight) && can_vectorize(a.dx);
+                 can_vectorize(a.dsum, a.dsum_stride) && can_vectorize(a.weight) && can_vectorize(a.dx);
   if (a.cols * static_cast<int64_t>(sizeof(T)) > kMaxStageBytes) return long_row_norm_bwd(a, dw, db, stream);
   return by_cols<kMaxE>(a.cols, [&](auto shape) {
     using S = decltype(shape);

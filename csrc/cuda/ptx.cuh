@@ -338,15 +338,17 @@ __device__ __forceinline__ void wgmma_wait(Fragments&... complete) {
 #define PYGPT_R96                                                                                               \
   PYGPT_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
             "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define PYGPT_R128                                                                                             \
-  PYGPT_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "   \
+#define PYGPT_R128                                                                                           \
+  PYGPT_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
             "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define PYGPT_WGMMA_OF(type, n, regs, scale, inputs, ...)                                                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " scale ", 0;\n"                                                 \
+#define PYGPT_WGMMA_OF(type, n, regs, scale, inputs, ...)                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " scale ", 0;\n"                                                     \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" PYGPT_R##regs "}, " inputs ";\n}" \
-               : PYGPT_D##regs : __VA_ARGS__ : "memory")
-#define PYGPT_WGMMA(n, regs, ...)                                                                   \
-  if constexpr (N == n && std::is_same_v<T, bf16>) PYGPT_WGMMA_OF("bf16", n, regs, __VA_ARGS__);    \
+               : PYGPT_D##regs                                                                                        \
+               : __VA_ARGS__                                                                                          \
+               : "memory")
+#define PYGPT_WGMMA(n, regs, ...)                                                                \
+  if constexpr (N == n && std::is_same_v<T, bf16>) PYGPT_WGMMA_OF("bf16", n, regs, __VA_ARGS__); \
   if constexpr (N == n && std::is_same_v<T, f16>) PYGPT_WGMMA_OF("f16", n, regs, __VA_ARGS__)
 #define PYGPT_INPUTS "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(transA)), "n"(int(transB))
 
@@ -362,8 +364,7 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[N / 2], uint64_t a, uint
   PYGPT_WGMMA(256, 128, "%130", "%128, %129, p, 1, 1, %131, %132", PYGPT_INPUTS);
 }
 #undef PYGPT_INPUTS
-#define PYGPT_INPUTS \
-  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(transB))
+#define PYGPT_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(transB))
 
 // The same with a in registers.
 template <class T, int N, bool transB = false>

@@ -100,7 +100,7 @@ Error column_sums(const Source& source, int64_t rows, int64_t cols, ColumnSums<O
   float* partials = static_cast<float*>(stream.scratch(slices * cols * static_cast<int64_t>(sizeof(float))));
   const ColumnSums<float> parts{partials, nullptr, cols};
   const Error error = vectorized ? sum_slices<V>(source, rows, cols, slice_rows, parts, stream)
-                              : sum_slices<1>(source, rows, cols, slice_rows, parts, stream);
+                                 : sum_slices<1>(source, rows, cols, slice_rows, parts, stream);
   if (error) return error;
   return sum_slices<1>(Matrix<float>{partials, cols}, slices, cols, slices, sums, stream);
 }

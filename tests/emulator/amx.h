@@ -7,12 +7,12 @@
 // cache lines.
 #pragma once
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#include <immintrin.h>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <immintrin.h>
 
 #define __AMX_BF16__ 1
 #undef _tile_loadconfig

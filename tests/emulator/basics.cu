@@ -63,8 +63,8 @@ __global__ void atomics(const int* in, int* out, int) {
 template <class T>
 __global__ void product(const uint32_t* in, float* out, int) {
   const int t = threadIdx.x, g = t / 4, c = t % 4;
-  const uint32_t* a = in;                                           // rows of 8 words
-  const auto* b = reinterpret_cast<const uint16_t*>(in + 128);      // rows of 8 elements
+  const uint32_t* a = in;  // rows of 8 words
+  const auto* b = reinterpret_cast<const uint16_t*>(in + 128);  // rows of 8 elements
   const auto* d0 = reinterpret_cast<const float*>(in + 128 + 64);
   const auto pair = [&](int k) { return b[8 * k + g] | static_cast<uint32_t>(b[8 * (k + 1) + g]) << 16; };
   const uint32_t x[4] = {a[8 * g + c], a[8 * (g + 8) + c], a[8 * g + c + 4], a[8 * (g + 8) + c + 4]};
@@ -140,6 +140,6 @@ Error run_named(const char* name, const void* in, void* out, int n, dim3 grid, d
 extern "C" __attribute__((visibility("default"))) const char* basics(const char* name, const void* in, void* out, int n,
                                                                      const int (&grid)[3], const int (&block)[3],
                                                                      int shared) {
-  const auto size = [](const int (&d)[3]) { return dim3(unsigned(d[0]), unsigned(d[1]), unsigned(d[2])); };
+  const auto size = [](const int(&d)[3]) { return dim3(unsigned(d[0]), unsigned(d[1]), unsigned(d[2])); };
   return pygpt::cuda::run_named(name, in, out, n, size(grid), size(block), shared);
 }

@@ -281,9 +281,9 @@ template <class T, int N, bool trans_a, bool trans_b, Swizzle swizzle, bool in_r
 void add_wgmma(std::vector<Case>& cases) {
   const char *type = std::is_same_v<T, bf16> ? " bf16" : " f16", *major[] = {"k", "mn"};
   const std::string a = in_registers ? "registers" : major[trans_a], b = major[trans_b];
-  cases.push_back(one_block("wgmma" + std::string(type) + " n" + std::to_string(N) + " a " + a + " b " + b + " " +
-                            name_of(swizzle),
-                        900, 128, wgmma_kernel<T, N, trans_a, trans_b, swizzle, in_registers>, kWgmmaShared));
+  cases.push_back(
+      one_block("wgmma" + std::string(type) + " n" + std::to_string(N) + " a " + a + " b " + b + " " + name_of(swizzle),
+                900, 128, wgmma_kernel<T, N, trans_a, trans_b, swizzle, in_registers>, kWgmmaShared));
 }
 template <Swizzle swizzle>
 void add_wgmma_majors(std::vector<Case>& cases) {
@@ -299,13 +299,16 @@ void add_wgmma_width(std::vector<Case>& cases) {
 }
 
 std::vector<Case> all_cases() {
-  std::vector<Case> cases = {
-      one_block("convert bf16", 750, 128, convert_kernel<bf16>),
-      one_block("convert f16", 750, 128, convert_kernel<f16>),
-      one_block("exp2_approx", 750, 128, exp2_kernel),           one_block("shuffle", 750, 32, shuffle_kernel),
-      one_block("cp_async", 750, 64, cp_async_kernel),           one_block("ldmatrix", 750, 32, ldmatrix_kernel),
-      one_block("mma bf16", 750, 32, mma_kernel<bf16>),          one_block("mma f16", 750, 32, mma_kernel<f16>),
-      one_block("named_barrier", 750, 128, named_barrier_kernel), one_block("mbarrier", 900, 64, mbarrier_kernel)};
+  std::vector<Case> cases = {one_block("convert bf16", 750, 128, convert_kernel<bf16>),
+                             one_block("convert f16", 750, 128, convert_kernel<f16>),
+                             one_block("exp2_approx", 750, 128, exp2_kernel),
+                             one_block("shuffle", 750, 32, shuffle_kernel),
+                             one_block("cp_async", 750, 64, cp_async_kernel),
+                             one_block("ldmatrix", 750, 32, ldmatrix_kernel),
+                             one_block("mma bf16", 750, 32, mma_kernel<bf16>),
+                             one_block("mma f16", 750, 32, mma_kernel<f16>),
+                             one_block("named_barrier", 750, 128, named_barrier_kernel),
+                             one_block("mbarrier", 900, 64, mbarrier_kernel)};
   cases.push_back({"cluster", 900, [](const uint32_t* in, uint32_t* out) {
     return launch_cluster(cluster_kernel, dim3(8), dim3(32), dim3(4), 128, Stream{}, in, out);
   }});

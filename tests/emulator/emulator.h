@@ -53,17 +53,17 @@ inline void __nanosleep(unsigned) {}
 
 // ---- Exchange between the lanes of a warp
 
-#define PYGPT_SHUFFLE(name, kind, argument)                                                          \
-  template <class T>                                                                                 \
-  T name(uint32_t mask, T x, argument operand, int width = 32,                                       \
-         pygpt::emulator::Site site = pygpt::emulator::Site::here()) {                               \
-    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));                    \
-    uint64_t bits = 0;                                                                               \
-    std::memcpy(&bits, &x, sizeof x);                                                                \
-    constexpr auto how = pygpt::emulator::Shuffle::kind;                                             \
-    bits = pygpt::emulator::shuffle(how, mask, bits, int(operand), width, site);                     \
-    std::memcpy(&x, &bits, sizeof x);                                                                \
-    return x;                                                                                        \
+#define PYGPT_SHUFFLE(name, kind, argument)                                       \
+  template <class T>                                                              \
+  T name(uint32_t mask, T x, argument operand, int width = 32,                    \
+         pygpt::emulator::Site site = pygpt::emulator::Site::here()) {            \
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8)); \
+    uint64_t bits = 0;                                                            \
+    std::memcpy(&bits, &x, sizeof x);                                             \
+    constexpr auto how = pygpt::emulator::Shuffle::kind;                          \
+    bits = pygpt::emulator::shuffle(how, mask, bits, int(operand), width, site);  \
+    std::memcpy(&x, &bits, sizeof x);                                             \
+    return x;                                                                     \
   }
 PYGPT_SHUFFLE(__shfl_sync, from, int)
 PYGPT_SHUFFLE(__shfl_up_sync, up, unsigned)

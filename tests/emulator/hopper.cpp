@@ -367,12 +367,9 @@ size_t operand_offset(uint64_t descriptor, bool trans, int i, int k) {
   const auto swizzle = Swizzle((4 - int(descriptor >> 62)) % 4);
   const size_t line = size_t(16) << int(swizzle), neighbours = line / 2;
   size_t offset;
-  if (!trans)
-    offset = i / 8 * stride + i % 8 * line + (swizzle == Swizzle::none ? k / 8 * leading + k % 8 * 2 : k * 2);
-  else if (swizzle == Swizzle::none)
-    offset = i / 8 * stride + k / 8 * leading + k % 8 * 16 + i % 8 * 2;
-  else
-    offset = i / neighbours * leading + k / 8 * stride + k % 8 * line + i % neighbours * 2;
+  if (!trans) offset = i / 8 * stride + i % 8 * line + (swizzle == Swizzle::none ? k / 8 * leading + k % 8 * 2 : k * 2);
+  else if (swizzle == Swizzle::none) offset = i / 8 * stride + k / 8 * leading + k % 8 * 16 + i % 8 * 2;
+  else offset = i / neighbours * leading + k / 8 * stride + k % 8 * line + i % neighbours * 2;
   return swizzled(start + offset, swizzle);
 }
 

@@ -289,16 +289,31 @@ struct Case {
   int blocks = 1, threads = 128;
 };
 #define PYGPT_CASE(name, ...) {#name, name<false>, name<true>, ##__VA_ARGS__}
-const Case cases[] = {
-    PYGPT_CASE(no_syncthreads), PYGPT_CASE(no_syncwarp), PYGPT_CASE(shuffle_for_syncwarp),
-    PYGPT_CASE(overwrite_before_read), PYGPT_CASE(uninitialised), PYGPT_CASE(barrier_in_branch),
-    PYGPT_CASE(lane_skips_syncwarp), PYGPT_CASE(blocks_in_order, 4, 32), PYGPT_CASE(no_wait),
-    PYGPT_CASE(wait_for_too_few), PYGPT_CASE(no_commit), PYGPT_CASE(no_barrier_after_wait),
-    PYGPT_CASE(copy_before_barrier), PYGPT_CASE(swapped_registers, 1, 32), PYGPT_CASE(ldmatrix_past_end),
-    PYGPT_CASE(store_past_end), PYGPT_CASE(index_past_end), PYGPT_CASE(global_past_end),
-    PYGPT_CASE(global_read_past_end), PYGPT_CASE(misaligned), PYGPT_CASE(caller_not_in_mask),
-    PYGPT_CASE(lanes_have_ended), PYGPT_CASE(source_not_in_mask), PYGPT_CASE(different_instructions),
-    PYGPT_CASE(different_masks)};
+const Case cases[] = {PYGPT_CASE(no_syncthreads),
+                      PYGPT_CASE(no_syncwarp),
+                      PYGPT_CASE(shuffle_for_syncwarp),
+                      PYGPT_CASE(overwrite_before_read),
+                      PYGPT_CASE(uninitialised),
+                      PYGPT_CASE(barrier_in_branch),
+                      PYGPT_CASE(lane_skips_syncwarp),
+                      PYGPT_CASE(blocks_in_order, 4, 32),
+                      PYGPT_CASE(no_wait),
+                      PYGPT_CASE(wait_for_too_few),
+                      PYGPT_CASE(no_commit),
+                      PYGPT_CASE(no_barrier_after_wait),
+                      PYGPT_CASE(copy_before_barrier),
+                      PYGPT_CASE(swapped_registers, 1, 32),
+                      PYGPT_CASE(ldmatrix_past_end),
+                      PYGPT_CASE(store_past_end),
+                      PYGPT_CASE(index_past_end),
+                      PYGPT_CASE(global_past_end),
+                      PYGPT_CASE(global_read_past_end),
+                      PYGPT_CASE(misaligned),
+                      PYGPT_CASE(caller_not_in_mask),
+                      PYGPT_CASE(lanes_have_ended),
+                      PYGPT_CASE(source_not_in_mask),
+                      PYGPT_CASE(different_instructions),
+                      PYGPT_CASE(different_masks)};
 #undef PYGPT_CASE
 
 }  // namespace

@@ -26,8 +26,7 @@ int bank_cycles(void* const* lanes) {
 template <int count, bool transposed>
 void distribute(void* const (&lanes)[32], uint32_t) {
   uint16_t element[count][8][8];
-  for (int l = 0; l < 8 * count; l++)
-    std::memcpy(element[l / 8][l % 8], static_cast<Load*>(lanes[l])->row->bytes, 16);
+  for (int l = 0; l < 8 * count; l++) std::memcpy(element[l / 8][l % 8], static_cast<Load*>(lanes[l])->row->bytes, 16);
   for (int l = 0; l < 32; l++)
     for (int m = 0; m < count; m++) {
       const int g = l / 4, t = l % 4 * 2;

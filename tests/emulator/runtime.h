@@ -52,19 +52,19 @@ int64_t shared_limit();
 struct Block;
 
 struct Thread : States {
-  uint3 index;   // threadIdx
-  int rank;      // linear index in the block, x fastest
+  uint3 index;  // threadIdx
+  int rank;  // linear index in the block, x fastest
   int warp, lane;
   Block* block;
 };
 
 struct Block : States {
-  uint3 index;           // blockIdx
-  int threads;            // blockDim.x * blockDim.y * blockDim.z
-  int cluster_rank;       // linear index in the cluster, x fastest
+  uint3 index;  // blockIdx
+  int threads;  // blockDim.x * blockDim.y * blockDim.z
+  int cluster_rank;  // linear index in the cluster, x fastest
   Block* const* cluster;  // the cluster's blocks by rank; all stay alive until the last one ends
   int cluster_size;
-  std::byte* shared;      // a shared variable has the same offset in every block of a launch
+  std::byte* shared;  // a shared variable has the same offset in every block of a launch
 };
 
 extern Thread* current;  // the thread that is running
@@ -98,7 +98,7 @@ struct Collective {
   const char* name;
   void (*apply)(void* const (&operands)[32], uint32_t mask);
   bool orders_memory = false;  // the other lanes' earlier writes are visible afterwards
-  bool skips_ended = false;    // lanes that have ended need not arrive
+  bool skips_ended = false;  // lanes that have ended need not arrive
 };
 void collective(const Collective& what, uint32_t mask, void* operand, Site site);
 
@@ -137,7 +137,7 @@ class Groups {
   void early();
   std::vector<Work> works_;
   std::vector<size_t> groups_;  // works_.size() at each commit
-  size_t next_ = 0;             // index of the first work that is not done
+  size_t next_ = 0;  // index of the first work that is not done
 };
 
 // Schedules work that the machine does on its own, once (a bulk copy that completes on an mbarrier): when no thread can

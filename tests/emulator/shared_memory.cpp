@@ -7,9 +7,7 @@ namespace {
 
 constexpr uint32_t kGapWord = 0xFFC5FFC5;  // NaN as float, bf16 and f16
 
-std::byte gap_byte(const std::byte* p) {
-  return std::byte(kGapWord >> reinterpret_cast<uintptr_t>(p) % 4 * 8);
-}
+std::byte gap_byte(const std::byte* p) { return std::byte(kGapWord >> reinterpret_cast<uintptr_t>(p) % 4 * 8); }
 
 void fill_gap(std::byte* begin, std::byte* end) {
   for (; begin < end && reinterpret_cast<uintptr_t>(begin) % 4; begin++) *begin = gap_byte(begin);

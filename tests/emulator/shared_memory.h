@@ -22,7 +22,8 @@ namespace pygpt::emulator {
 constexpr int64_t kSharedLimit = (PYGPT_ARCH >= 900   ? 227
                                   : PYGPT_ARCH == 860 ? 99
                                   : PYGPT_ARCH >= 800 ? 163
-                                                      : 64) * 1024;
+                                                      : 64) *
+                                 1024;
 
 struct SharedVariable {
   const void* key;

@@ -3,12 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
-#define PYGPT_VECTOR_TYPES(base, T, alignment2, alignment4)                                                 \
-  struct alignas(alignment2) base##2 { T x, y; };                                                           \
-  struct base##3 { T x, y, z; };                                                                            \
-  struct alignas(alignment4) base##4 { T x, y, z, w; };                                                     \
-  inline base##2 make_##base##2(T x, T y) { return {x, y}; }                                                \
-  inline base##3 make_##base##3(T x, T y, T z) { return {x, y, z}; }                                        \
+#define PYGPT_VECTOR_TYPES(base, T, alignment2, alignment4)          \
+  struct alignas(alignment2) base##2 { T x, y; };                    \
+  struct base##3 { T x, y, z; };                                     \
+  struct alignas(alignment4) base##4 { T x, y, z, w; };              \
+  inline base##2 make_##base##2(T x, T y) { return {x, y}; }         \
+  inline base##3 make_##base##3(T x, T y, T z) { return {x, y, z}; } \
   inline base##4 make_##base##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 PYGPT_VECTOR_TYPES(char, signed char, 2, 4)
 PYGPT_VECTOR_TYPES(uchar, unsigned char, 2, 4)

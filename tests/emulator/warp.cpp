@@ -8,7 +8,7 @@ void syncwarp(uint32_t mask, Site site) {
 }
 
 uint32_t ballot(uint32_t mask, bool predicate, Site site) {
-  static const Collective op{"a warp vote", [](void* const (&lanes)[32], uint32_t mask) {
+  static const Collective op{"a warp vote", [](void* const(&lanes)[32], uint32_t mask) {
     uint32_t votes = 0;
     for (int i = 0; i < 32; i++)
       if (mask >> i & 1) votes |= *static_cast<uint32_t*>(lanes[i]) << i;
