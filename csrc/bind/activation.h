@@ -14,7 +14,7 @@ template <auto kernel>
 Results<1> activation_fwd(Call& call, View x, Activation activation) {
   const Sizes stride = common_strides(x, x);
   View y = call.empty(x.sizes, stride);
-  x = call.in_order(x, stride);
+  x = call.with_strides(x, stride);
   call.run<kernel>(ActivationArgs{call.dtype(), activation, x.numel(), x.data, y.data, nullptr, nullptr});
   return {y};
 }
@@ -23,7 +23,7 @@ Results<1> activation_fwd(Call& call, View x, Activation activation) {
 template <auto kernel>
 Results<1> activation_bwd(Call& call, View dy, View x, Activation activation, Shape stride) {
   View dx = call.empty(x.sizes, stride);
-  x = call.in_order(x, stride), dy = call.in_order(dy, stride);
+  x = call.with_strides(x, stride), dy = call.with_strides(dy, stride);
   call.run<kernel>(ActivationArgs{call.dtype(), activation, x.numel(), x.data, x.data, dy.data, dx.data});
   return {dx};
 }

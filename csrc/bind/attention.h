@@ -38,16 +38,16 @@ Results<3> attention_bwd(Call& call, View dout, Maybe dlse, View q, View k, View
                          double scale, Needs needs) {
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale);
   const Shape rows = q.sizes.slice(0, 3);
-  call.count(needs, 3);
+  call.check_count(needs, 3);
   call.check("dout", dout, {a.batch, a.heads, a.q_len, a.v_dim});
   call.check("out", out, {a.batch, a.heads, a.q_len, a.v_dim});
   call.check("lse", lse, rows, call.statistics());
   if (dlse) call.check("dlse", *dlse, rows, call.statistics());
   auto gradient = [&](int i, int64_t length, int64_t channels) {
-    return call.wanted(needs[i], {a.batch, a.heads, length, channels}, heads_last_strides(a.heads, length, channels));
+    return call.empty_if(needs[i], {a.batch, a.heads, length, channels}, heads_last_strides(a.heads, length, channels));
   };
   View dq = gradient(0, a.q_len, a.head_dim), dk = gradient(1, a.k_len, a.head_dim), dv = gradient(2, a.k_len, a.v_dim);
-  lse = call.dense(lse), dlse = call.dense(dlse);
+  lse = call.contiguous(lse), dlse = call.contiguous(dlse);
   a.dout = heads(dout), a.out = heads(out), a.lse = lse.data, a.dlse = pointer(dlse);
   if (needs[0]) a.dq = heads(dq);
   if (needs[1]) a.dk = heads(dk);

@@ -91,7 +91,7 @@ class Call {
   void at_least(const char* name, const View& t, int64_t dims) const {
     if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");
   }
-  void count(const Needs& needs, size_t n) const {
+  void check_count(const Needs& needs, size_t n) const {
     if (needs.count != n) fail("needs must have " + std::to_string(n) + " entries, got " + std::to_string(needs.count));
   }
 
@@ -109,19 +109,19 @@ class Call {
   // Contiguous memory that only the kernel uses.
   View scratch(Shape size) { return temporary(size, type_); }
 
-  // A gradient. If it is not needed, it has no elements and its data is null.
-  View wanted(bool need, Shape size, Shape stride) {
+  // A result that may not be needed; then it has no elements and its data is null.
+  View empty_if(bool need, Shape size, Shape stride) {
     if (need) return empty(size, stride);
     View none = empty(Shape{0});
     none.data = nullptr;
     return none;
   }
-  View wanted(bool need, Shape size) { return wanted(need, size, contiguous_strides(size)); }
+  View empty_if(bool need, Shape size) { return empty_if(need, size, contiguous_strides(size)); }
 
   // ---------------------------------------------------------------- arguments in the memory order that kernels require
-  View in_order(const View& t, Shape stride) { return t.has_strides(stride) ? t : copy(t, stride); }
-  View dense(const View& t) { return t.is_contiguous() ? t : copy(t, contiguous_strides(t.sizes)); }
-  Maybe dense(const Maybe& t) { return t ? Maybe(dense(*t)) : t; }
+  View with_strides(const View& t, Shape stride) { return t.has_strides(stride) ? t : copy(t, stride); }
+  View contiguous(const View& t) { return t.is_contiguous() ? t : copy(t, contiguous_strides(t.sizes)); }
+  Maybe contiguous(const Maybe& t) { return t ? Maybe(contiguous(*t)) : t; }
   View as_rows(const View& t) { return is_rows(t) ? t : copy(t, contiguous_strides(t.sizes)); }
   Maybe as_rows(const Maybe& t) { return t ? Maybe(as_rows(*t)) : t; }
 

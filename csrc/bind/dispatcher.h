@@ -173,8 +173,8 @@ template <size_t results, class... Args, Results<results> (*f)(Call&, Args...)>
 struct Boxed<f> {
   static inline const char* op;
 
-  static void call(StableIValue* stack, uint64_t arguments, uint64_t wanted) {
-    if (arguments != sizeof...(Args) || wanted != results)
+  static void call(StableIValue* stack, uint64_t num_args, uint64_t num_results) {
+    if (num_args != sizeof...(Args) || num_results != results)
       throw std::runtime_error(std::string("pygpt.") + op + ": the registered schema is not the kernel's");
     call(stack, std::index_sequence_for<Args...>());
   }

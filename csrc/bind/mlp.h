@@ -24,7 +24,7 @@ Results<1> linear_fwd(Call& call, View x, View weight, Maybe bias) {
   LinearArgs a = linear_args(call, x, weight);
   call.check("bias", bias, {a.out});
   View y = call.empty(with_last(x, a.out));
-  x = call.as_rows(x), weight = call.as_rows(weight), bias = call.dense(bias);
+  x = call.as_rows(x), weight = call.as_rows(weight), bias = call.contiguous(bias);
   a.x = rows(x), a.weight = rows(weight), a.bias = pointer(bias), a.y = rows(y);
   call.run<kernel>(a);
   return {y};
@@ -33,10 +33,10 @@ Results<1> linear_fwd(Call& call, View x, View weight, Maybe bias) {
 template <auto kernel>
 Results<3> linear_bwd(Call& call, View dy, View x, View weight, Needs needs) {
   LinearArgs a = linear_args(call, x, weight);
-  call.count(needs, 3);
+  call.check_count(needs, 3);
   call.check("dy", dy, with_last(x, a.out));
-  View dx = call.wanted(needs[0], x.sizes), dw = call.wanted(needs[1], {a.out, a.in});
-  View db = call.wanted(needs[2], {a.out});
+  View dx = call.empty_if(needs[0], x.sizes), dw = call.empty_if(needs[1], {a.out, a.in});
+  View db = call.empty_if(needs[2], {a.out});
   dy = call.as_rows(dy), x = call.as_rows(x), weight = call.as_rows(weight);
   a.dy = rows(dy), a.x = rows(x), a.weight = rows(weight);
   a.dx = dx.data, a.dw = dw.data, a.db = db.data;
@@ -73,9 +73,9 @@ Results<3> mlp_fwd(Call& call, View x, View fc_weight, Maybe fc_bias, View proj_
   call.check("fc_bias", fc_bias, {a.hidden_dim});
   call.check("proj_bias", proj_bias, {a.out});
   View y = call.empty(with_last(x, a.out)), hidden = call.for_backward(with_last(x, a.hidden_dim));
-  View pre = call.has_backward() ? call.wanted(saves_input(a.activation), with_last(x, a.hidden_dim)) : View{};
+  View pre = call.has_backward() ? call.empty_if(saves_input(a.activation), with_last(x, a.hidden_dim)) : View{};
   x = call.as_rows(x), fc_weight = call.as_rows(fc_weight), proj_weight = call.as_rows(proj_weight);
-  fc_bias = call.dense(fc_bias), proj_bias = call.dense(proj_bias);
+  fc_bias = call.contiguous(fc_bias), proj_bias = call.contiguous(proj_bias);
   a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.fc_bias = pointer(fc_bias), a.proj_bias = pointer(proj_bias);
   a.y = y.data, a.hidden = hidden.data, a.pre = pre.data;
@@ -88,17 +88,17 @@ Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight
                    std::string_view activation, Needs needs) {
   MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, activation);
   const bool reads_pre = saves_input(a.activation), inner = needs[0] || needs[1] || needs[2];
-  call.count(needs, 5);
+  call.check_count(needs, 5);
   call.check("dy", dy, with_last(x, a.out));
   call.check("hidden", hidden, with_last(x, a.hidden_dim));
   if (reads_pre) call.check("pre", pre, hidden.sizes);
-  View dx = call.wanted(needs[0], x.sizes);
-  View dfc_weight = call.wanted(needs[1], fc_weight.sizes), dfc_bias = call.wanted(needs[2], {a.hidden_dim});
-  View dproj_weight = call.wanted(needs[3], proj_weight.sizes), dproj_bias = call.wanted(needs[4], {a.out});
+  View dx = call.empty_if(needs[0], x.sizes);
+  View dfc_weight = call.empty_if(needs[1], fc_weight.sizes), dfc_bias = call.empty_if(needs[2], {a.hidden_dim});
+  View dproj_weight = call.empty_if(needs[3], proj_weight.sizes), dproj_bias = call.empty_if(needs[4], {a.out});
   if (inner) a.dpre = call.scratch(hidden.sizes).data;
   dy = call.as_rows(dy), x = call.as_rows(x), fc_weight = call.as_rows(fc_weight);
-  proj_weight = call.as_rows(proj_weight), hidden = call.dense(hidden);
-  if (reads_pre) a.pre = call.dense(pre).data;
+  proj_weight = call.as_rows(proj_weight), hidden = call.contiguous(hidden);
+  if (reads_pre) a.pre = call.contiguous(pre).data;
   a.dy = rows(dy), a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.hidden = hidden.data;
   a.dx = dx.data, a.dfc_weight = dfc_weight.data, a.dfc_bias = dfc_bias.data;

@@ -26,7 +26,8 @@ Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Ma
   Normed out{call.empty(x.sizes), call.for_backward(leading(x), call.statistics())};
   if (residual) out.sum = call.empty(x.sizes);
   if (with_mean) out.mean = call.for_backward(leading(x), call.statistics());
-  x = call.as_rows(x), residual = call.as_rows(residual), weight = call.dense(weight), bias = call.dense(bias);
+  x = call.as_rows(x), residual = call.as_rows(residual), weight = call.contiguous(weight),
+  bias = call.contiguous(bias);
   a.x = rows(x), a.residual = rows(residual), a.weight = pointer(weight), a.bias = pointer(bias);
   a.y = out.y.data, a.rstd = out.rstd.data, a.sum = out.sum.data, a.mean = out.mean.data;
   call.run<kernel>(a);
@@ -49,10 +50,10 @@ Results<3> norm_bwd(Call& call, NormBwdInputs in, Needs needs) {
   call.check("ds", in.dsum, in.x.sizes);
   if (in.mean) call.check("mean", *in.mean, leading(in.x), call.statistics());
   call.check("rstd", in.rstd, leading(in.x), call.statistics());
-  View dx = call.wanted(needs[0], in.x.sizes), dw = call.wanted(needs[1], {a.cols});
-  View db = in.mean ? call.wanted(needs[2], {a.cols}) : View{};
-  const View dy = call.as_rows(in.dy), x = call.as_rows(in.x), rstd = call.dense(in.rstd);
-  const Maybe dsum = call.as_rows(in.dsum), weight = call.dense(in.weight), mean = call.dense(in.mean);
+  View dx = call.empty_if(needs[0], in.x.sizes), dw = call.empty_if(needs[1], {a.cols});
+  View db = in.mean ? call.empty_if(needs[2], {a.cols}) : View{};
+  const View dy = call.as_rows(in.dy), x = call.as_rows(in.x), rstd = call.contiguous(in.rstd);
+  const Maybe dsum = call.as_rows(in.dsum), weight = call.contiguous(in.weight), mean = call.contiguous(in.mean);
   a.dy = rows(dy), a.dsum = rows(dsum), a.x = rows(x), a.weight = pointer(weight);
   a.mean = const_cast<void*>(pointer(mean)), a.rstd = rstd.data;
   a.dx = dx.data, a.dw = dw.data, a.db = db.data;
@@ -68,7 +69,7 @@ Results<3> layer_norm_fwd(Call& call, View x, Maybe weight, Maybe bias, double e
 
 template <auto kernel>
 Results<3> layer_norm_bwd(Call& call, View dy, View x, Maybe weight, View mean, View rstd, Needs needs) {
-  call.count(needs, 3);
+  call.check_count(needs, 3);
   return norm_bwd<kernel>(call, {dy, {}, x, weight, mean, rstd}, needs);
 }
 
@@ -80,7 +81,7 @@ Results<4> add_layer_norm_fwd(Call& call, View x, View residual, Maybe weight, M
 
 template <auto kernel>
 Results<3> add_layer_norm_bwd(Call& call, View dy, Maybe ds, View s, Maybe weight, View mean, View rstd, Needs needs) {
-  call.count(needs, 3);
+  call.check_count(needs, 3);
   return norm_bwd<kernel>(call, {dy, ds, s, weight, mean, rstd}, needs);
 }
 
@@ -92,7 +93,7 @@ Results<2> rms_norm_fwd(Call& call, View x, Maybe weight, double eps) {
 
 template <auto kernel>
 Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Needs needs) {
-  call.count(needs, 2);
+  call.check_count(needs, 2);
   const auto [dx, dw, db] = norm_bwd<kernel>(call, {dy, {}, x, weight, {}, rstd}, needs);
   return {dx, dw};
 }
