@@ -1,7 +1,7 @@
 """The Triton kernels: a namespace of <op>_fwd and <op>_bwd with the signatures of `pygpt.reference`.
 
-Each op is also registered as torch.ops.pygpt_triton.<op>_fwd/_bwd, with the reference as its fake kernel and the op's own
-gradients (``registered``): torch.compile and modes of torch's dispatcher see those. An ordinary call goes straight to the
+``registered`` has each op as torch.ops.pygpt_triton.<op>_fwd/_bwd too, with the reference as its fake kernel and the
+op's own gradients: torch.compile and modes of torch's dispatcher see these. An ordinary call goes straight to the
 launcher.
 """
 
@@ -23,7 +23,7 @@ registered = register_ops("pygpt_triton", _LAUNCHERS)
 
 
 def _seen_by_modes(name, launcher):
-    """``launcher``, or where a mode of the dispatcher is active the registered op, which it then sees."""
+    """``launcher``, or the registered op while a mode of torch's dispatcher is active, so that the mode sees it."""
     op = below_autograd(getattr(registered, name))
 
     def call(*args):

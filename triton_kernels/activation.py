@@ -1,19 +1,19 @@
-"""gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x), one element at a time.
+"""gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x), elementwise on tensors of any shape.
 
     gelu        x cdf(x)  (Hendrycks and Gimpel 2016)      cdf(x) + x pdf(x)
     gelu_tanh   x sigmoid(2u), 2u = x (U + U3 x^2)         sigmoid(2u) + x sigmoid(2u) sigmoid(-2u) (U + 3 U3 x^2)
     relu        max(x, 0)                                  1 where not y <= 0
     relu2       max(x, 0)^2  (So et al. 2021)              2 x where not x <= 0
 
-cdf and pdf of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus and
-relu2 save x, relu its output y, which the next op keeps anyway.
+cdf and pdf are those of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus and relu2
+save x for backward, relu saves its output y, which the next op keeps anyway.
 
-The exact gelu takes one exponential and one division, and no erf: 0.5 (1 + erf) has no digits left in
-the lower tail. With a = |x| and polynomials H, D, E, fitted for least relative error,
+The exact gelu takes one exponential and one division but no erf, because 0.5 (1 + erf) has no correct digits in the
+lower tail. With a = |x| and polynomials H, D, E that were fitted for the least relative error,
 
     cdf(-a) = exp(-a^2/2) 2^H(a / (a + 7.5)),     cdf(-a) - a pdf(a) = exp(-a^2/2) D(a) / E(a),
 
-and at a the value is 1 minus that at -a.
+and the value at a is 1 minus the value at -a.
 """
 
 import triton
@@ -26,13 +26,13 @@ from .common import LOG2E, Config, Configs, empty, empty_strided, in_order, laun
 
 U = tl.constexpr(1.59576912160573071176)
 U3 = tl.constexpr(1.59576912160573071176 * 0.044715)
-END = tl.constexpr(14.5)  # both tails are 0 from here on
+TAIL_END = tl.constexpr(14.5)  # both tails are 0 beyond it in float32
 
 
 # ------------------------------------------------------------------------------- device functions
 @triton.jit
 def _normal_cdf(x):
-    a = tl.minimum(tl.abs(x), END)
+    a = tl.minimum(tl.abs(x), TAIL_END)
     t = a / (a + 7.5)
     h = -17.917442 * t + 46.454796
     h = h * t - 49.430836
@@ -49,8 +49,8 @@ def _normal_cdf(x):
 
 @triton.jit
 def _gelu_slope(x):
-    """cdf(x) + x pdf(x); NaN at infinity, as PyTorch's."""
-    a = tl.minimum(tl.abs(x), END)
+    """cdf(x) + x pdf(x); at infinity NaN, as PyTorch has it."""
+    a = tl.minimum(tl.abs(x), TAIL_END)
     d = -0.011654989 * a - 0.09460677
     d = d * a - 0.31971186
     d = d * a - 0.47531727
@@ -90,9 +90,9 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def backpropagate(d, saved, NAME: tl.constexpr):
-    """d, the float32 gradient of act's output -> that of its input. saved: float32 y for relu, x for the others.
+    """The float32 gradient d of act's output -> the gradient of its input. saved is y for relu and x for the others.
 
-    The relu family selects rather than multiplies: a NaN or infinity of d stops at a unit that is off.
+    relu and relu2 select rather than multiply, so that NaN or infinity in d does not pass a unit that is off.
     """
     if NAME == "gelu":
         d *= _gelu_slope(saved)
@@ -109,17 +109,17 @@ def backpropagate(d, saved, NAME: tl.constexpr):
 # ------------------------------------------------------------------------------- kernels
 @triton.jit
 def activation_fwd_kernel(x, y, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    out = activate(tl.load(x + at, at < n).to(tl.float32), NAME)
-    tl.store(y + at, to_storage(out, y.dtype.element_ty), at < n)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = activate(tl.load(x + offset, offset < n).to(tl.float32), NAME)
+    tl.store(y + offset, to_storage(out, y.dtype.element_ty), offset < n)
 
 
 @triton.jit
 def activation_bwd_kernel(dy, saved, dx, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(dy + at, at < n).to(tl.float32)
-    out = backpropagate(d, tl.load(saved + at, at < n).to(tl.float32), NAME)
-    tl.store(dx + at, to_storage(out, dx.dtype.element_ty), at < n)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dy + offset, offset < n).to(tl.float32)
+    out = backpropagate(d, tl.load(saved + offset, offset < n).to(tl.float32), NAME)
+    tl.store(dx + offset, to_storage(out, dx.dtype.element_ty), offset < n)
 
 
 # ------------------------------------------------------------------------------- launchers
@@ -128,7 +128,7 @@ FWD, BWD = (Configs("any", tuple(Config({"BLOCK": block}, warps) for block, warp
 
 
 def _elementwise(kernel, configs, name, *inputs, order=None):
-    """kernel over the elements of inputs -> a tensor of their shape, in the memory order of `order`, or of inputs."""
+    """kernel over the elements of inputs -> a tensor of their shape, in the memory order of `order` or of inputs."""
     x = inputs[0]
     if all(t.is_contiguous() for t in inputs):
         out = empty(x, *x.shape)
@@ -158,4 +158,4 @@ def relu_fwd(x):
 
 def relu_bwd(dy, y):
     """dy, y (...) -> dx (...)."""
-    return _elementwise(activation_bwd_kernel, BWD, "relu", dy, y, order=(y, dy))  # as torch's
+    return _elementwise(activation_bwd_kernel, BWD, "relu", dy, y, order=(y, dy))  # the order that torch gives

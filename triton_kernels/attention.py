@@ -1,46 +1,49 @@
 """softmax(scale q k^T) v without the (L, S) matrix in memory: FlashAttention-2 (Dao 2023).
 
-q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev), out (B, H, L, Ev); s = scale q k^T, causal: only j <= i.
+Shapes: q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev), out (B, H, L, Ev). With s = scale q k^T, causal keeps j <= i.
 
-    forward    p_ij = exp(s_ij - m_i), m_i the largest s_ij so far; l_i = sum_j p_ij
-               out_i = sum_j p_ij v_j / l_i,   lse_i = m_i + log l_i        (l, out rescaled as m grows)
+    forward    p_ij = exp(s_ij - m_i), where m_i is the row maximum so far; l_i = sum_j p_ij
+               out_i = sum_j p_ij v_j / l_i,   lse_i = m_i + log l_i        (l and out are rescaled when m grows)
     backward   p = exp(s - lse),   delta_i = sum out_i dout_i - dlse_i
                ds = p (dout v^T - delta),   dv = p^T dout,   dk = scale ds^T q,   dq = scale ds k
 
-Saved: out and lse, one number a row. exp is exp2 with log2(e) folded into the scale. Tiles that causal
-masking leaves empty are not visited, and only those on the diagonal or across the end pay for a mask.
-A row without keys gives out = 0 and lse = -inf.
+Forward saves out and lse, one number a row, because backward recomputes p from them. exp is exp2 with log2(e) folded
+into the scale. Tiles that causal masking leaves empty are skipped, and only tiles on the diagonal or across the end
+are masked. A fully masked row gives out = 0 and lse = -inf.
 
-Backward is deterministic without float atomics: one kernel keeps a tile of k and v and walks the
-queries for dk and dv, another keeps a tile of q and walks the keys for dq. That costs seven products
-where five would do with atomics.
+Backward is deterministic without float atomics: one kernel keeps a tile of k and v and loops over the queries for dk
+and dv, another keeps a tile of q and loops over the keys for dq. This costs seven products where atomics need five.
 
-The largest p of a row must be exactly 1 after rounding to 16 bits: any other rounding would be an error of
-the whole row. There are two ways to compute p from the products s = q k^T, with c = scale log2(e) and m now
-the largest s of the row:
+The largest p of a row must be exactly 1 after rounding to 16 bits, because any other rounding would be an error of
+the whole row. There are two ways to compute p from the products s = q k^T, with c = scale log2(e) and m the row
+maximum of the unscaled s:
 
     exact    forward exp2((s - m) c)                                   backward exp2((s scale - lse) log2(e))
     fused    forward exp2(fma(s, c, -base)), base = round(m c)         backward exp2(fma(s, c, -lse log2(e)))
 
-The exact form gives 1 for scores of any size: backward rounds s scale as forward did when it formed lse. The
-kernels are compiled without fusing products into sums, which would undo that. The fused form takes one
-instruction an element where the exact one takes two or three. It shifts the exponents of a row by the error of
-base, in backward by those of lse, c and lse log2(e): for |base| < 2^n at most 2^(n-25) and, in a row whose
-weight is all on one key, 4.5 2^(n-25). Below LIMIT = 2^21 eps, where eps is that of the storage type, the p of
-that key thus misses 1 by at most eps / 23 and eps / 5, and everything between 1 - eps / 4 and 1 + eps / 2 is
-rounded to 1. out sums the rounded p and l the others; so l is put right by the error of the last base.
+The exact form gives 1 for scores of any size: backward rounds s scale as forward did when it formed lse. The kernels
+are compiled without contracting products and sums into an fma, which would undo this. The fused form takes one
+instruction an element where the exact one takes two or three. It shifts the exponents of a row by the error of base,
+and in backward by the errors of lse, c and lse log2(e): for |base| < 2^n by at most 2^(n-25), and in a row whose
+weight is all on one key by 4.5 2^(n-25). Below LIMIT = 2^21 eps, where eps belongs to the storage type, the p of that
+key thus misses 1 by at most eps / 23 in forward and eps / 5 in backward, and everything between 1 - eps / 4 and
+1 + eps / 2 is rounded to 1. out sums the rounded p and l the unrounded ones, so l is corrected by the error of the
+last base.
 
-float32 always takes the exact form. 16-bit tiles take the fused form where nothing is masked. If some row then
-turns out to be beyond LIMIT, the tile starts over, and the loop of the masked tiles, which always takes the
-exact form, serves it all. Forward looks at the last base of each row alone. An earlier base of larger size was
-below it: either far below, and the p computed from it have shrunk to nothing, or hardly beyond LIMIT, where the
+float32 always takes the exact form. 16-bit tiles take the fused form where nothing is masked. If some row then turns
+out to be beyond LIMIT, the tile starts over, and the loop over the masked tiles, which always takes the exact form,
+covers all keys. Forward looks only at the last base of each row. If an earlier base was larger in size, it was below
+the last one: either far below, and the p computed from it have shrunk to nothing, or hardly beyond LIMIT, where the
 error is not twice as large.
 
-16-bit tiles come through tensor descriptors (TMA) where the device and their alignment allow, else
-through pointers; head dimensions are padded to a power of two inside the tile. float32 products run on
-the ordinary cores, which hold operands in registers: there a product over the head dimension is summed
-in chunks, read again from cache.
+16-bit tiles are loaded through tensor descriptors (TMA) where the device and their alignment allow it, else through
+pointers. Head dimensions are padded to a power of two inside the tile. float32 products run on the CUDA cores, whose
+operands are in registers, so a product over the head dimension is summed in chunks that are read again from cache.
+
+attention_tiles.py has the structs that kernels pass around and what forward and backward share.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,461 +51,397 @@ import triton.language as tl
 
 from pygpt.ops.attention import strides_like_query
 
-from .common import (
-    LN2,
-    LOG2E,
-    TARGETS,
-    Config,
-    Configs,
-    Tiled,
-    bound,
-    dot,
-    empty,
-    empty_strided,
-    fma,
-    launch,
-    target,
-    tileable,
-    to_storage,
+from .attention_configs import DELTA, DKDV, DQ, FWD, WIDE
+from .attention_tiles import (
+    KeyLoop,
+    Operand,
+    Params,
+    RowStats,
+    Tile,
+    TileCoord,
+    any_true,
+    key_range,
+    load_tile,
+    mask_of,
+    product,
+    rows_of_head,
+    store_gradient,
+    store_rows,
+    tile_coord,
 )
+from .common import LN2, LOG2E, Tiled, dot, empty, empty_strided, fma, launch, loop_bound, target, tileable, to_storage
 
-L2_BYTES = 16 << 20  # of keys and values that programs running at one time should share
-
-
-# ------------------------------------------------------------------------------- device functions
-@triton.jit
-def _load_rows(src, b, h, row, rows, b_stride, h_stride, row_stride,
-               WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """ROWS rows of head (b, h) from row on, at most WIDTH elements of each, padded to BLOCK, or WHOLE blocks; zero outside."""
-    if TMA:
-        return src.load([b, h, row, 0]).reshape([ROWS, BLOCK])
-    else:
-        r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
-        at = src + b.to(tl.int64) * b_stride + h.to(tl.int64) * h_stride + r[:, None] * row_stride + c[None, :]
-        if WHOLE:
-            return tl.load(at, (r < rows)[:, None], other=0.0)
-        else:
-            return tl.load(at, (r < rows)[:, None] & (c < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _product(x, y, x_tile, y_tile, b, h, x_row, y_row, x_rows, y_rows, x_b, x_h, x_s, y_b, y_h, y_s,
-             WIDTH: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """x_tile y_tile^T, (X_ROWS, Y_ROWS); with CHUNK, from x and y, so many elements of their rows at a time."""
-    acc = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
-    if CHUNK:
-        for e in range(0, WIDTH, CHUNK):
-            xe = _load_rows(
-                x + e, b, h, x_row, x_rows, x_b, x_h, x_s, WIDTH - e, X_ROWS, CHUNK, False, WIDTH % CHUNK == 0
-            )
-            ye = _load_rows(
-                y + e, b, h, y_row, y_rows, y_b, y_h, y_s, WIDTH - e, Y_ROWS, CHUNK, False, WIDTH % CHUNK == 0
-            )
-            acc = dot(xe, ye.T, acc)
-    else:
-        acc = dot(x_tile, y_tile.T, acc)
-    return acc
-
-
-@triton.jit
-def _store_rows(dst, x, row, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Into rows of WIDTH elements; dst points to the first row of a head."""
-    r, c = row + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, BLOCK)
-    at = dst + r[:, None] * stride + c[None, :]
-    tl.store(at, to_storage(x, dst.dtype.element_ty), (r < rows)[:, None] & (c < WIDTH)[None, :])
-
-
-@triton.jit
-def _store_gradient(dst, x, head, row, rows, heads, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Into rows of a (B, T, H, WIDTH) tensor, seen as (B, H, T, WIDTH)."""
-    first = ((head // heads).to(tl.int64) * rows * heads + head % heads) * WIDTH
-    _store_rows(dst + first, x, row, rows, heads * WIDTH, WIDTH, ROWS, BLOCK)
-
-
-@triton.jit
-def _visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which keys of a tile its rows may attend to: (1, BLOCK_N), if causal (BLOCK_M, BLOCK_N)."""
-    last = S - 1
-    if CAUSAL:
-        last = tl.minimum(last, row + tl.arange(0, BLOCK_M))[:, None]
-    return tl.arange(0, BLOCK_N)[None, :] <= last - col
-
-
-@triton.jit
-def _any(x):
-    """Whether any of x is true. The second maximum, of equal numbers, is one that a whole warp takes together: so the
-    compiler knows that its threads agree, and loops whose bounds depend on the answer keep them in uniform registers."""
-    return tl.max(tl.full([256], 0, tl.int32) + tl.max(x.to(tl.int32), 0), 0) > 0
-
-
-@triton.jit
-def _tile_and_head(tiles, heads, GROUP):
-    """Which tile of which head this program serves: GROUP heads at a time, to share their keys and values
-    in the L2 cache; within a group all heads' first tiles, then their second ones."""
-    first = tl.program_id(0) // (GROUP * tiles) * GROUP
-    within = tl.program_id(0) % (GROUP * tiles)
-    size = tl.minimum(heads - first, GROUP)
-    return within // size, first + within % size
+MAX_HEAD_DIM = 256
+L2_BYTES = 16 << 20  # the keys and values that concurrently running programs should share
 
 
 # ------------------------------------------------------------------------------- forward
+class Softmax(NamedTuple):
+    """The online softmax of a tile of queries."""
+
+    acc: tl.tensor  # (BLOCK_M, BLOCK_EV)
+    row_max: tl.tensor  # of the unscaled scores
+    row_sum: tl.tensor
+
+
 @triton.jit
-def _attend(
-    acc, m, l, qt, q, k, v, b, h, row, begin, end, L, S, c, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, E: tl.constexpr,
-    EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys begin .. end to a tile of rows. m is the largest s so far."""
-    for start in tl.range(bound(begin), bound(end), BLOCK_N):
-        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
-        s = _product(
-            q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
-        )  # fmt: skip
-        if SIGN < 1:
-            s = s * SIGN
-        if MASKED:
-            s = tl.where(_visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N), s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
+def _attend(state, q, k, v, loop, params):
+    """Adds the keys of a loop to the softmax of the tile q of queries."""
+    FUSED: tl.constexpr = params.LIMIT > 0 and not loop.MASKED
+    acc, row_max, row_sum = state.acc, state.row_max, state.row_sum
+    c = params.scale * LOG2E
+    for start in tl.range(loop_bound(loop.begin), loop_bound(loop.end), k.TILE_ROWS):
+        s = product(q, Tile(k, q.at, start, load_tile(k, q.at, start)))
+        if params.SIGN < 1:
+            s = s * params.SIGN
+        if loop.MASKED:
+            s = tl.where(mask_of(q.row, start, params, q.operand.TILE_ROWS, k.TILE_ROWS), s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        new_max_or_0 = tl.where(new_max == float("-inf"), 0.0, new_max)
         if FUSED:
-            p = tl.exp2(fma(s, c, -(base * c)[:, None]))
-            grown = m * c - base * c
+            p = tl.exp2(fma(s, c, -(new_max_or_0 * c)[:, None]))
+            growth = row_max * c - new_max_or_0 * c
         else:
-            p = tl.exp2((s - base[:, None]) * c)
-            grown = (m - base) * c
-        shrink = tl.where(m == float("-inf"), 0.0, tl.exp2(grown))
-        l = l * shrink + tl.sum(p, 1)
-        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
-        acc = dot(to_storage(p, vt.dtype), vt, acc * shrink[:, None])
-        m = top
-    return acc, m, l
+            p = tl.exp2((s - new_max_or_0[:, None]) * c)
+            growth = (row_max - new_max_or_0) * c
+        rescale = tl.where(row_max == float("-inf"), 0.0, tl.exp2(growth))
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        v_data = load_tile(v, q.at, start)
+        acc = dot(to_storage(p, v_data.dtype), v_data, acc * rescale[:, None])
+        row_max = new_max
+    return Softmax(acc, row_max, row_sum)
+
+
+@triton.jit
+def _empty_softmax(q, v):
+    acc = tl.zeros([q.TILE_ROWS, v.TILE_WIDTH], tl.float32)
+    return Softmax(acc, tl.full([q.TILE_ROWS], float("-inf"), tl.float32), tl.zeros([q.TILE_ROWS], tl.float32))
+
+
+@triton.jit
+def _forward(out, lse, q, k, v, params):
+    tiles = tl.cdiv(params.L, q.TILE_ROWS)
+    at = tile_coord(tiles, params)
+    row = (tiles - 1 - at.tile) * q.TILE_ROWS
+    q_data = load_tile(q, at, row)
+    unmasked, end = key_range(row, params, q.TILE_ROWS, k.TILE_ROWS)
+    state = _empty_softmax(q, v)
+    c = params.scale * LOG2E
+    for masked in tl.static_range(2):
+        if masked and params.LIMIT:
+            row_max, row_sum = state.row_max, state.row_sum
+            base = tl.where(row_max == float("-inf"), 0.0, row_max * c)
+            # The fused form summed p relative to base; from here on row_sum is relative to the row maximum.
+            row_sum *= tl.exp2(tl.where(row_max == float("-inf"), 0.0, -fma(row_max, c, -base)))
+            state = Softmax(state.acc, row_max, row_sum)
+            if any_true(tl.abs(base) >= params.LIMIT):
+                unmasked = 0
+                state = _empty_softmax(q, v)
+        begin, stop = (unmasked, end) if masked else (0, unmasked)
+        state = _attend(
+            state, Tile(q, at, row, q_data, params.CHUNK), k, v, KeyLoop(begin, stop, masked), params
+        )  # fmt: skip
+    i = row + tl.arange(0, q.TILE_ROWS)
+    row_sum = state.row_sum
+    natural = state.row_max * params.scale + tl.log2(row_sum) * LN2
+    natural = tl.where(row_sum == 0, float("-inf"), natural)
+    tl.store(rows_of_head(lse, at.head, params.L) + i, natural, i < params.L)
+    acc = state.acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    first = out.source + at.b.to(tl.int64) * out.stride_b + at.h.to(tl.int64) * out.stride_h
+    store_rows(first, out.stride_row, Tile(out, at, row, acc))
 
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_fwd_kernel(
-    out, lse, q, k, v, heads, H, L, S, scale, GROUP, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
+    out, lse, q, k, v, heads, H, L, S, scale, GROUP,
+    q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    out_stride_b, out_stride_h, out_stride_l,
     CAUSAL: tl.constexpr, SIGN: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """A program serves BLOCK_M rows of one head, the longest first. heads = B H; scores are SIGN scale q k^T, scale > 0."""
-    tiles = tl.cdiv(L, BLOCK_M)
-    tile, head = _tile_and_head(tiles, heads, GROUP)
-    row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
-    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
-    whole, end = S, S
-    if CAUSAL:
-        whole, end = tl.minimum(row + 1, S), tl.minimum(row + BLOCK_M, S)
-    whole = whole // BLOCK_N * BLOCK_N  # keys that all rows see
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_EV], tl.float32)
-    c = scale * LOG2E
-    for masked in tl.static_range(2):
-        if masked and LIMIT:
-            base = tl.where(m == float("-inf"), 0.0, m * c)
-            l *= tl.exp2(tl.where(m == float("-inf"), 0.0, -fma(m, c, -base)))  # now relative to m
-            if _any(tl.abs(base) >= LIMIT):
-                whole = 0
-                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                l = tl.zeros([BLOCK_M], tl.float32)
-                acc = tl.zeros([BLOCK_M, BLOCK_EV], tl.float32)
-        acc, m, l = _attend(
-            acc, m, l, qt, q, k, v, b, h, row, whole if masked else 0, end if masked else whole, L, S, c,
-            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, LIMIT > 0 and not masked, masked,
-            CAUSAL, SIGN, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
-        )  # fmt: skip
-    i = row + tl.arange(0, BLOCK_M)
-    natural = m * scale + tl.log2(l) * LN2
-    tl.store(lse + head.to(tl.int64) * L + i, tl.where(l == 0, float("-inf"), natural), i < L)
-    acc = acc / tl.where(l == 0, 1.0, l)[:, None]
-    out += b.to(tl.int64) * o_b + h.to(tl.int64) * o_h
-    _store_rows(out, acc, row, L, o_s, EV, BLOCK_M, BLOCK_EV)
+    """A program computes BLOCK_M queries of one head. The last queries, whose loops are longest, come first."""
+    _forward(
+        Operand(out, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV),
+        lse,
+        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Params(heads, H, L, S, scale, GROUP, CAUSAL, CHUNK, LIMIT, SIGN),
+    )
 
 
 # ------------------------------------------------------------------------------- backward
-@triton.jit
-def attention_delta_kernel(delta, lse2, out, dout, lse, dlse, H, L, o_b, o_h, o_s, d_b, d_h, d_s, l_b, l_h, l_s,
-                           LIMIT: tl.constexpr, EV: tl.constexpr, BLOCK_EV: tl.constexpr,
-                           BLOCK_M: tl.constexpr):  # fmt: skip
-    """delta (B H, L) = rowsum(out dout) - dlse. lse2 (B H, L), for the fused form: lse log2(e), -inf where LIMIT
-    forbids that form, inf for a row without keys."""
-    tiles = tl.cdiv(L, BLOCK_M)
-    head, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_M
-    b, h = head // H, head % H
-    o = _load_rows(out, b, h, row, L, o_b, o_h, o_s, EV, BLOCK_M, BLOCK_EV, False, EV == BLOCK_EV)
-    d = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, False, EV == BLOCK_EV)
-    sums = tl.sum(o.to(tl.float32) * d.to(tl.float32), 1)
-    i = row + tl.arange(0, BLOCK_M)
-    if dlse is not None:
-        sums -= tl.load(dlse + b.to(tl.int64) * l_b + h.to(tl.int64) * l_h + i.to(tl.int64) * l_s, i < L, other=0.0)
-    tl.store(delta + head.to(tl.int64) * L + i, sums, i < L)
-    if LIMIT:
-        x = _load_lse(lse + head.to(tl.int64) * L, i, L)
-        x = tl.where((tl.abs(x * LOG2E) < LIMIT) | (x == float("inf")), x * LOG2E, float("-inf"))
-        tl.store(lse2 + head.to(tl.int64) * L + i, x, i < L)
+class KeySums(NamedTuple):
+    """The accumulators of a tile of keys."""
+
+    dk: tl.tensor  # without the factor scale
+    dv: tl.tensor
+    min_lse2: tl.tensor
+
+
+class RowLoop(NamedTuple):
+    """`tiles` tiles of queries from `begin` on. A MASKED loop jumps to the row `tail` after `diagonal` of them."""
+
+    begin: tl.tensor
+    tiles: tl.tensor
+    diagonal: tl.tensor
+    tail: tl.tensor
+    MASKED: tl.constexpr
 
 
 @triton.jit
 def _load_lse(lse, i, L):
-    """inf, so that p becomes 0, for a row without keys and past the end."""
+    """Loads lse, but inf for fully masked rows and past the end, so that p becomes 0 there."""
     x = tl.load(lse + i, i < L, other=float("inf"))
     return tl.where(x == float("-inf"), float("inf"), x)
 
 
 @triton.jit
-def _gather_rows(
-    dk, dv, least, kt, vt, q, k, v, dout, lse, lse2, delta, b, h, col, begin, tiles, turn, last, L, S, scale,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+def attention_delta_kernel(
+    delta, lse2, out, dout, lse, dlse, H, L, out_stride_b, out_stride_h, out_stride_l,
+    dout_stride_b, dout_stride_h, dout_stride_l, dlse_stride_b, dlse_stride_h, dlse_stride_l,
+    LIMIT: tl.constexpr, EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dk (but for the scale) and dv of a tile of keys: `tiles` tiles of rows from `begin` on, where MASKED
-    `turn` of them and then the one at `last`. FUSED: `least` becomes the smallest lse2 of these rows."""
-    for tile in tl.range(0, bound(tiles)):
-        start = begin + tile * BLOCK_M
-        if MASKED:
-            start = tl.where(tile < turn, start, last)
-        i = start + tl.arange(0, BLOCK_M)
-        qt = _load_rows(q, b, h, start, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
-        st = _product(
-            k, q, kt, qt, b, h, col, start, S, L, k_b, k_h, k_s, q_b, q_h, q_s, E, BLOCK_N, BLOCK_M, CHUNK
-        )  # fmt: skip
+    """delta (B H, L) = rowsum(out dout) - dlse. lse2 (B H, L), for the fused form, is lse log2(e), but -inf where LIMIT
+    forbids that form and inf for a fully masked row."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    at, row = TileCoord(tile, head, head // H, head % H), tile * BLOCK_M
+    o = load_tile(Operand(out, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
+    do = load_tile(Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    i = row + tl.arange(0, BLOCK_M)
+    if dlse is not None:
+        dlse += at.b.to(tl.int64) * dlse_stride_b + at.h.to(tl.int64) * dlse_stride_h
+        row_delta -= tl.load(dlse + i.to(tl.int64) * dlse_stride_l, i < L, other=0.0)
+    tl.store(rows_of_head(delta, head, L) + i, row_delta, i < L)
+    if LIMIT:
+        x = _load_lse(rows_of_head(lse, head, L), i, L)
+        x = tl.where((tl.abs(x * LOG2E) < LIMIT) | (x == float("inf")), x * LOG2E, float("-inf"))
+        tl.store(rows_of_head(lse2, head, L) + i, x, i < L)
+
+
+@triton.jit
+def _accumulate_dkdv(sums, k, v, q, dout, stats, loop, params):
+    """Adds the queries of a loop to the gradients of the tiles k and v."""
+    FUSED: tl.constexpr = params.LIMIT > 0 and not loop.MASKED
+    dk, dv, min_lse2 = sums.dk, sums.dv, sums.min_lse2
+    for tile in tl.range(0, loop_bound(loop.tiles)):
+        start = loop.begin + tile * q.TILE_ROWS
+        if loop.MASKED:
+            start = tl.where(tile < loop.diagonal, start, loop.tail)
+        i = start + tl.arange(0, q.TILE_ROWS)
+        q_data = load_tile(q, k.at, start)
+        st = product(k, Tile(q, k.at, start, q_data))
         if FUSED:
-            row_lse2 = tl.load(lse2 + i)
-            least = tl.minimum(least, row_lse2)
-            pt = tl.exp2(fma(st, scale * LOG2E, -row_lse2[None, :]))
+            lse2 = tl.load(stats.lse2 + i)
+            min_lse2 = tl.minimum(min_lse2, lse2)
+            pt = tl.exp2(fma(st, params.scale * LOG2E, -lse2[None, :]))
         else:
-            pt = tl.exp2((st * scale - _load_lse(lse, i, L)[None, :]) * LOG2E)
-        if MASKED:  # what fills up the last tile must not reach a key that is infinite: 0 * inf
-            seen = (i < L)[None, :]
-            if CAUSAL:
-                seen &= (col + tl.arange(0, BLOCK_N))[:, None] <= i[None, :]
-            pt = tl.where(seen, pt, 0.0)
-        do = _load_rows(dout, b, h, start, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
-        if NEED_V:
-            dv = dot(to_storage(pt, do.dtype), do, dv)
-        if NEED_K:
-            dpt = _product(
-                v, dout, vt, do, b, h, col, start, S, L, v_b, v_h, v_s, d_b, d_h, d_s, EV, BLOCK_N, BLOCK_M, CHUNK
-            )  # fmt: skip
-            dst = pt * (dpt - tl.load(delta + i, i < L, other=0.0)[None, :])
-            dk = dot(to_storage(dst, qt.dtype), qt, dk)
-    return dk, dv, least
+            pt = tl.exp2((st * params.scale - _load_lse(stats.lse, i, params.L)[None, :]) * LOG2E)
+        if loop.MASKED:  # The rows that fill up the last tile must not reach an infinite key, because 0 * inf is NaN.
+            mask = (i < params.L)[None, :]
+            if params.CAUSAL:
+                mask &= (k.row + tl.arange(0, k.operand.TILE_ROWS))[:, None] <= i[None, :]
+            pt = tl.where(mask, pt, 0.0)
+        do_data = load_tile(dout, k.at, start)
+        if params.NEED_DV:
+            dv = dot(to_storage(pt, do_data.dtype), do_data, dv)
+        if params.NEED_DK:
+            dpt = product(v, Tile(dout, k.at, start, do_data))
+            dst = pt * (dpt - tl.load(stats.delta + i, i < params.L, other=0.0)[None, :])
+            dk = dot(to_storage(dst, q_data.dtype), q_data, dk)
+    return KeySums(dk, dv, min_lse2)
+
+
+@triton.jit
+def _empty_key_sums(q, k, v):
+    dk = tl.zeros([k.TILE_ROWS, k.TILE_WIDTH], tl.float32)
+    return KeySums(dk, tl.zeros([k.TILE_ROWS, v.TILE_WIDTH], tl.float32), tl.zeros([q.TILE_ROWS], tl.float32))
+
+
+@triton.jit
+def _backward_keys(dk, dv, q, dout, stats, k, v, params):
+    BLOCK_M: tl.constexpr = q.TILE_ROWS
+    BLOCK_N: tl.constexpr = k.TILE_ROWS
+    at = tile_coord(tl.cdiv(params.S, BLOCK_N), params)
+    col = at.tile * BLOCK_N
+    k_data, v_data = load_tile(k, at, col), load_tile(v, at, col)
+    lse, delta = rows_of_head(stats.lse, at.head, params.L), rows_of_head(stats.delta, at.head, params.L)
+    lse2 = rows_of_head(stats.lse2, at.head, params.L) if params.LIMIT else lse
+    # Queries from `begin` on may attend to some of these keys, those from `unmasked` to `end` to all of them.
+    begin, unmasked, end = 0, 0, params.L // BLOCK_M * BLOCK_M
+    if params.CAUSAL:
+        begin = col // BLOCK_M * BLOCK_M
+        unmasked = tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    diagonal = tl.maximum(tl.minimum(unmasked, end) - begin, 0) // BLOCK_M
+    partial = ((end < params.L) & (begin < params.L)).to(tl.int32)
+    sums = _empty_key_sums(q, k, v)
+    for masked in tl.static_range(2):
+        if masked and params.LIMIT:  # noqa: SIM102 - a constant, and what depends on data
+            if any_true(sums.min_lse2 == float("-inf")):
+                diagonal = tl.maximum(end - begin, 0) // BLOCK_M
+                sums = _empty_key_sums(q, k, v)
+        first = begin if masked else unmasked
+        tiles = diagonal + partial if masked else tl.maximum(end - unmasked, 0) // BLOCK_M
+        sums = _accumulate_dkdv(
+            sums, Tile(k, at, col, k_data, params.CHUNK), Tile(v, at, col, v_data, params.CHUNK), q, dout,
+            RowStats(lse, lse2, delta), RowLoop(first, tiles, diagonal, end, masked), params,
+        )  # fmt: skip
+    if dk is not None:
+        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params.H)
+    if dv is not None:
+        store_gradient(dv, Tile(v, at, col, sums.dv), params.H)
 
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_dkdv_kernel(
     dk, dv, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    dout_stride_b, dout_stride_h, dout_stride_l,
     CAUSAL: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """A program serves BLOCK_N keys of one head, the longest walk first."""
-    tile, head = _tile_and_head(tl.cdiv(S, BLOCK_N), heads, GROUP)
-    col, b, h = tile * BLOCK_N, head // H, head % H
-    kt = _load_rows(k, b, h, col, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
-    vt = _load_rows(v, b, h, col, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
-    lse += head.to(tl.int64) * L
-    delta += head.to(tl.int64) * L
-    if LIMIT:
-        lse2 += head.to(tl.int64) * L
-    begin, whole, end = 0, 0, L // BLOCK_M * BLOCK_M  # all of these keys are seen by rows from whole to end
-    if CAUSAL:
-        begin = col // BLOCK_M * BLOCK_M  # the first row that sees one of them
-        whole = tl.cdiv(col + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    diagonal = tl.maximum(tl.minimum(whole, end) - begin, 0) // BLOCK_M
-    partial = ((end < L) & (begin < L)).to(tl.int32)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
-    least = tl.zeros([BLOCK_M], tl.float32)
-    for masked in tl.static_range(2):
-        if masked and LIMIT:  # noqa: SIM102 - a constant, and what depends on data
-            if _any(least == float("-inf")):
-                diagonal = tl.maximum(end - begin, 0) // BLOCK_M
-                dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-                dv_acc = tl.zeros([BLOCK_N, BLOCK_EV], tl.float32)
-        dk_acc, dv_acc, least = _gather_rows(
-            dk_acc, dv_acc, least, kt, vt, q, k, v, dout, lse, lse2, delta, b, h, col,
-            begin if masked else whole, diagonal + partial if masked else tl.maximum(end - whole, 0) // BLOCK_M,
-            diagonal, end, L, S, scale, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-            LIMIT > 0 and not masked, masked, CAUSAL, dk is not None, dv is not None,
-            E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
-        )  # fmt: skip
-    if dk is not None:
-        _store_gradient(dk, dk_acc * scale, head, col, S, H, E, BLOCK_N, BLOCK_E)
-    if dv is not None:
-        _store_gradient(dv, dv_acc, head, col, S, H, EV, BLOCK_N, BLOCK_EV)
+    """A program computes dk and dv of BLOCK_N keys of one head. The first keys, whose loops are longest, come first."""
+    _backward_keys(
+        dk,
+        dv,
+        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+        RowStats(lse, lse2, delta),
+        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Params(heads, H, L, S, scale, GROUP, CAUSAL, CHUNK, LIMIT, NEED_DK=dk is not None, NEED_DV=dv is not None),
+    )  # fmt: skip
 
 
 @triton.jit
-def _gather_keys(
-    dq, qt, do, q, k, v, dout, lse, delta, b, h, row, begin, end, L, S, scale,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-    FUSED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
-    TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys begin .. end to dq (but for the scale) of a tile of rows. FUSED: lse is their lse2."""
-    for start in tl.range(bound(begin), bound(end), BLOCK_N):
-        kt = _load_rows(k, b, h, start, S, k_b, k_h, k_s, E, BLOCK_N, BLOCK_E, TMA, E == BLOCK_E)
-        s = _product(
-            q, k, qt, kt, b, h, row, start, L, S, q_b, q_h, q_s, k_b, k_h, k_s, E, BLOCK_M, BLOCK_N, CHUNK
-        )  # fmt: skip
+def _accumulate_dq(dq, q, dout, stats, k, v, loop, params):
+    """Adds the keys of a loop to dq, without the factor scale, of the tile q of stats."""
+    FUSED: tl.constexpr = params.LIMIT > 0 and not loop.MASKED
+    for start in tl.range(loop_bound(loop.begin), loop_bound(loop.end), k.TILE_ROWS):
+        k_data = load_tile(k, q.at, start)
+        s = product(q, Tile(k, q.at, start, k_data))
         if FUSED:
-            p = tl.exp2(fma(s, scale * LOG2E, -lse[:, None]))
+            p = tl.exp2(fma(s, params.scale * LOG2E, -stats.lse2[:, None]))
         else:
-            p = tl.exp2((s * scale - lse[:, None]) * LOG2E)
-        if MASKED:
-            p = tl.where(_visible(row, start, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
-        vt = _load_rows(v, b, h, start, S, v_b, v_h, v_s, EV, BLOCK_N, BLOCK_EV, TMA, EV == BLOCK_EV)
-        dp = _product(
-            dout, v, do, vt, b, h, row, start, L, S, d_b, d_h, d_s, v_b, v_h, v_s, EV, BLOCK_M, BLOCK_N, CHUNK
-        )  # fmt: skip
-        dq = dot(to_storage(p * (dp - delta[:, None]), kt.dtype), kt, dq)
+            p = tl.exp2((s * params.scale - stats.lse[:, None]) * LOG2E)
+        if loop.MASKED:
+            p = tl.where(mask_of(q.row, start, params, q.operand.TILE_ROWS, k.TILE_ROWS), p, 0.0)
+        dp = product(dout, Tile(v, q.at, start, load_tile(v, q.at, start)))
+        dq = dot(to_storage(p * (dp - stats.delta[:, None]), k_data.dtype), k_data, dq)
     return dq
+
+
+@triton.jit
+def _backward_queries(dq, q, dout, stats, k, v, params):
+    BLOCK_M: tl.constexpr = q.TILE_ROWS
+    tiles = tl.cdiv(params.L, BLOCK_M)
+    at = tile_coord(tiles, params)
+    row = (tiles - 1 - at.tile) * BLOCK_M
+    i = row + tl.arange(0, BLOCK_M)
+    q_data, do_data = load_tile(q, at, row), load_tile(dout, at, row)
+    lse = _load_lse(rows_of_head(stats.lse, at.head, params.L), i, params.L)
+    lse2 = lse
+    if params.LIMIT:
+        lse2 = tl.load(rows_of_head(stats.lse2, at.head, params.L) + i, i < params.L, other=float("inf"))
+    delta = tl.load(rows_of_head(stats.delta, at.head, params.L) + i, i < params.L, other=0.0)
+    unmasked, end = key_range(row, params, BLOCK_M, k.TILE_ROWS)
+    acc = tl.zeros([BLOCK_M, k.TILE_WIDTH], tl.float32)
+    for masked in tl.static_range(2):
+        if masked and params.LIMIT:  # noqa: SIM102 - a constant, and what depends on data
+            if any_true(lse2 == float("-inf")):
+                unmasked = 0
+                acc = tl.zeros([BLOCK_M, k.TILE_WIDTH], tl.float32)
+        begin, stop = (unmasked, end) if masked else (0, unmasked)
+        acc = _accumulate_dq(
+            acc, Tile(q, at, row, q_data, params.CHUNK), Tile(dout, at, row, do_data, params.CHUNK),
+            RowStats(lse, lse2, delta), k, v, KeyLoop(begin, stop, masked), params,
+        )  # fmt: skip
+    store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H)
 
 
 @triton.jit(do_not_specialize=["GROUP"])
 def attention_dq_kernel(
     dq, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
+    q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    dout_stride_b, dout_stride_h, dout_stride_l,
     CAUSAL: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
-    """A program serves BLOCK_M rows of one head, the longest first."""
-    tiles = tl.cdiv(L, BLOCK_M)
-    tile, head = _tile_and_head(tiles, heads, GROUP)
-    row, b, h = (tiles - 1 - tile) * BLOCK_M, head // H, head % H
-    i = row + tl.arange(0, BLOCK_M)
-    qt = _load_rows(q, b, h, row, L, q_b, q_h, q_s, E, BLOCK_M, BLOCK_E, TMA, E == BLOCK_E)
-    do = _load_rows(dout, b, h, row, L, d_b, d_h, d_s, EV, BLOCK_M, BLOCK_EV, TMA, EV == BLOCK_EV)
-    row_lse = _load_lse(lse + head.to(tl.int64) * L, i, L)
-    row_lse2 = tl.load(lse2 + head.to(tl.int64) * L + i, i < L, other=float("inf")) if LIMIT else row_lse
-    row_delta = tl.load(delta + head.to(tl.int64) * L + i, i < L, other=0.0)
-    whole, end = S, S
-    if CAUSAL:
-        whole, end = tl.minimum(row + 1, S), tl.minimum(row + BLOCK_M, S)
-    whole = whole // BLOCK_N * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for masked in tl.static_range(2):
-        if masked and LIMIT:  # noqa: SIM102 - a constant, and what depends on data
-            if _any(row_lse2 == float("-inf")):
-                whole = 0
-                acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-        acc = _gather_keys(
-            acc, qt, do, q, k, v, dout, row_lse if masked else row_lse2, row_delta, b, h, row,
-            whole if masked else 0, end if masked else whole, L, S, scale,
-            q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, d_b, d_h, d_s,
-            LIMIT > 0 and not masked, masked, CAUSAL, E, EV, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_E, BLOCK_EV,
-        )  # fmt: skip
-    _store_gradient(dq, acc * scale, head, row, L, H, E, BLOCK_M, BLOCK_E)
-
-
-# ------------------------------------------------------------------------------- configurations
-# (BLOCK_M, BLOCK_N, warps, stages), the best first, by (largest padded head dimension, itemsize), or where a
-# target has its own, (..., target). None spills a register: bench/static.py shows it.
-FWD_SHAPES = {
-    (64, 2): ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
-    (64, 2, "sm80"): ((128, 64, 8, 3), (64, 64, 4, 3)),
-    (128, 2): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
-    (128, 2, "sm80"): ((128, 32, 8, 3), (64, 32, 4, 2)),
-    (128, 2, "sm100"): ((128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2)),
-    (128, 2, "gfx942"): ((128, 64, 8, 2), (64, 32, 4, 2)),
-    (256, 2): ((128, 32, 8, 2), (64, 32, 8, 1)),
-    (256, 2, "sm80"): ((64, 64, 8, 1),),
-    (256, 2, "gfx942"): ((64, 32, 8, 2), (32, 32, 8, 2)),
-    (64, 4): ((64, 16, 8, 1), (32, 16, 4, 1)),
-    (128, 4): ((64, 16, 8, 1), (32, 16, 8, 1)),
-    (256, 4): ((32, 16, 8, 1), (16, 16, 8, 1)),
-}
-DKDV_SHAPES = {
-    (64, 2): ((64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)),
-    (64, 2, "sm80"): ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)),
-    (64, 2, "gfx942"): ((32, 128, 8, 1), (32, 64, 4, 2)),
-    (128, 2): ((64, 64, 8, 2), (32, 64, 8, 1)),
-    (128, 2, "sm100"): ((64, 64, 8, 1), (32, 64, 8, 1)),
-    (128, 2, "gfx942"): ((32, 64, 8, 1), (32, 32, 8, 1)),
-    (256, 2): ((32, 128, 8, 2), (32, 64, 8, 2)),
-    (256, 2, "sm80"): ((32, 64, 8, 1), (16, 64, 8, 1)),
-    (256, 2, "gfx942"): ((16, 64, 8, 1), (16, 32, 8, 1)),
-    (64, 4): ((16, 64, 8, 1), (16, 32, 4, 1)),
-    (128, 4): ((16, 32, 8, 1), (16, 16, 8, 1)),
-    (256, 4): ((16, 16, 8, 1),),
-}
-DQ_SHAPES = {
-    (64, 2): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
-    (64, 2, "sm80"): ((128, 64, 8, 2), (64, 32, 4, 2)),
-    (128, 2): ((128, 64, 8, 2), (64, 32, 8, 1)),
-    (128, 2, "sm80"): ((128, 32, 8, 2), (64, 64, 8, 2)),
-    (128, 2, "gfx942"): ((128, 32, 8, 2), (64, 32, 8, 1)),
-    (256, 2): ((128, 32, 8, 2), (64, 32, 8, 2)),
-    (256, 2, "sm80"): ((64, 32, 8, 1),),
-    (256, 2, "gfx942"): ((64, 16, 8, 1), (32, 16, 8, 1)),
-    (64, 4): ((64, 16, 8, 1), (32, 16, 4, 1)),
-    (64, 4, "sm80"): ((32, 16, 8, 1), (32, 16, 4, 1)),
-    (128, 4): ((32, 16, 8, 1), (16, 16, 8, 1)),
-    (256, 4): ((16, 16, 8, 1),),
-}
-
-
-def _table(shapes: dict) -> dict:
-    def configs(name, bucket, itemsize):
-        candidates = shapes.get((bucket, itemsize, name)) or shapes[bucket, itemsize]
-        blocks = [({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in candidates]
-        return Configs(f"{name}, head dimension {bucket}, {itemsize} bytes", tuple(Config(*each) for each in blocks))
-
-    return {(n, *key[:2]): configs(n, *key[:2]) for n in TARGETS for key in shapes if len(key) == 2}
-
-
-FWD, DKDV, DQ = _table(FWD_SHAPES), _table(DKDV_SHAPES), _table(DQ_SHAPES)
-DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
-MAX_HEAD_DIM = 256
-WIDE = 256  # the bucket in which registers hold the sums of dk or of dv, but not of both
+    """A program computes dq of BLOCK_M queries of one head. The last queries, whose loops are longest, come first."""
+    _backward_queries(
+        dq,
+        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+        RowStats(lse, lse2, delta),
+        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Params(heads, H, L, S, scale, GROUP, CAUSAL, CHUNK, LIMIT),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- launchers
+class TiledInput(NamedTuple):
+    """A tensor that a kernel reads in tiles, and the constants that give the tile's height and width."""
+
+    tensor: torch.Tensor
+    rows: str
+    width: str
+
+
+class Pass(NamedTuple):
+    """A kernel, its configurations, and the constant that gives how many queries or keys a program computes."""
+
+    kernel: object
+    configs: dict
+    rows: str
+
+
+FORWARD = Pass(attention_fwd_kernel, FWD, "BLOCK_M")
+BACKWARD_KEYS = Pass(attention_dkdv_kernel, DKDV, "BLOCK_N")
+BACKWARD_QUERIES = Pass(attention_dq_kernel, DQ, "BLOCK_M")
+
+
 def _padded(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
+
+
+def _last_contiguous(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 class _Call:
     """What the kernels of one call have in common."""
 
-    def __init__(self, q, k, v, is_causal, *others):
-        """others: tensors that are read in tiles too."""
+    def __init__(self, q, k, v, is_causal, dout=None):
         (B, H, L, E), (S, EV) = q.shape, v.shape[2:]
         self.H, self.L, self.S, self.heads = H, L, S, B * H
         self.bucket = target(q), max(64, _padded(E), _padded(EV)), q.itemsize
-        q, k, v, *others = (t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (q, k, v, *others))
-        self.q, self.k, self.v, self.others = q, k, v, others
-        self.tma = q.itemsize == 2 and tileable(q, k, v, *others)
-        self.sizes = self.heads, H, L, S
+        tensors = [_last_contiguous(t) for t in ((q, k, v) if dout is None else (q, k, v, dout))]
+        self.tma = q.itemsize == 2 and tileable(*tensors)
+        tiles = (("BLOCK_M", "BLOCK_E"), ("BLOCK_N", "BLOCK_E"), ("BLOCK_N", "BLOCK_EV"), ("BLOCK_M", "BLOCK_EV"))
+        self.inputs = [TiledInput(t, *tile) for t, tile in zip(tensors, tiles, strict=False)]
+        # No more than the heads, because a kernel computes this times the number of tiles in 32 bits.
         self.group = max(1, min(self.heads, L2_BYTES // max(1, S * (E + EV) * q.itemsize)))
-        self.limit = int(2**21 * torch.finfo(q.dtype).eps) if q.itemsize == 2 else 0  # 0: no fused form
+        self.limit = int(2**21 * torch.finfo(q.dtype).eps) if q.itemsize == 2 else 0
         self.constants = {
-            "CAUSAL": is_causal, "LIMIT": self.limit, "E": E, "EV": EV, "TMA": self.tma, "CHUNK": 0 if q.itemsize == 2 else 16,
-            "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
+            "CAUSAL": is_causal, "LIMIT": self.limit, "E": E, "EV": EV, "TMA": self.tma,
+            "CHUNK": 0 if q.itemsize == 2 else 16, "BLOCK_E": _padded(E), "BLOCK_EV": _padded(EV),
         }  # fmt: skip
 
-    def __call__(self, kernel, table, outputs, inputs, scale: float, per: str, rows: int, strides=(), **constants):
-        """inputs: (tensor, its tile's rows, its tile's width); per: the constant that divides rows among programs.
-        strides: of outputs, where the kernel takes them."""
-        tensors = [
-            Tiled(t, (1, 1, tile, self.constants[f"BLOCK_{width}"])) if self.tma and tile else t
-            for t, tile, width in inputs
-        ]
-        strides = [*(s for t, tile, _ in inputs if tile for s in t.stride()[:3]), *strides]
+    def launch(self, kernel: Pass, outputs, scale: float, *, stats=(), strides=(), **constants):
+        """Launches a kernel whose parameters are outputs, inputs, stats, sizes, strides and constants. `strides` are
+        those of outputs, where the kernel takes them."""
+        inputs = [Tiled(t, (1, 1, rows, self.constants[width])) if self.tma else t for t, rows, width in self.inputs]
+        strides = [*(stride for t, *_ in self.inputs for stride in t.stride()[:3]), *strides]
+        length = self.L if kernel.rows == "BLOCK_M" else self.S
         launch(
-            kernel, lambda c: self.heads * triton.cdiv(rows, c[per]), *outputs, *tensors, *self.sizes, scale,
-            self.group, *strides, configs=table[self.bucket], fuse=False, **self.constants, **constants,
+            kernel.kernel, lambda c: self.heads * triton.cdiv(length, c[kernel.rows]), *outputs, *inputs, *stats,
+            self.heads, self.H, self.L, self.S, scale, self.group, *strides,
+            configs=kernel.configs[self.bucket], fuse=False, **self.constants, **constants,
         )  # fmt: skip
-
-
-def _heads_last(like, B, H, T, width):
-    return empty(like, B, T, H, width).transpose(1, 2)
 
 
 def attention_fwd(q, k, v, is_causal, scale):
@@ -511,35 +450,36 @@ def attention_fwd(q, k, v, is_causal, scale):
     B, L, EV = q.shape[0], call.L, v.shape[3]
     out = empty_strided(q, (B, call.H, L, EV), strides_like_query(q, EV))
     lse = empty(q, B, call.H, L, dtype=torch.float32)
-    inputs = (call.q, "BLOCK_M", "E"), (call.k, "BLOCK_N", "E"), (call.v, "BLOCK_N", "EV")
-    zero = abs(scale) < 2.0**-126  # no normal float32
-    sign = 0 if zero else -1 if scale < 0 else 1
-    scale = 1.0 if zero else abs(scale)
-    call(attention_fwd_kernel, FWD, (out, lse), inputs, scale, "BLOCK_M", L, out.stride()[:3], SIGN=sign)
+    vanishes = abs(scale) < 2.0**-126  # no normal float32
+    sign = 0 if vanishes else -1 if scale < 0 else 1
+    scale = 1.0 if vanishes else abs(scale)
+    call.launch(FORWARD, (out, lse), scale, strides=out.stride()[:3], SIGN=sign)
     return out, lse
 
 
-def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
-    """-> dq, dk, dv, laid out (B, T, H, E). dlse (B, H, L) may be None."""
-    call = _Call(q, k, v, is_causal, dout)
-    (dout,) = call.others
-    B, H, L, S, EV = q.shape[0], call.H, call.L, call.S, v.shape[3]
+def _delta(call: _Call, out, dout, lse, dlse):
+    """-> lse2 (B, H, L), or None where there is no fused form, and delta (B, H, L). See `attention_delta_kernel`."""
     delta, lse2 = empty(lse, *lse.shape), empty(lse, *lse.shape) if call.limit else None
+    strides = *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride())
     launch(
-        attention_delta_kernel, lambda c: B * H * triton.cdiv(L, c["BLOCK_M"]),
-        delta, lse2, out, dout, lse, dlse, H, L, *out.stride()[:3], *dout.stride()[:3], *(dlse.stride() if dlse is not None else (0,) * 3),
-        configs=DELTA, LIMIT=call.limit, EV=EV, BLOCK_EV=_padded(EV),
+        attention_delta_kernel, lambda c: call.heads * triton.cdiv(call.L, c["BLOCK_M"]),
+        delta, lse2, out, dout, lse, dlse, call.H, call.L, *strides,
+        configs=DELTA, LIMIT=call.limit, EV=out.shape[3], BLOCK_EV=_padded(out.shape[3]),
     )  # fmt: skip
-    dq, dk, dv = (
-        _heads_last(q, B, H, t.shape[2], t.shape[3]) if need else None for need, t in zip(needs, (q, k, v), strict=True)
-    )
+    return lse2, delta
 
-    rows, keys = "BLOCK_M", "BLOCK_N"
-    inputs = (call.q, rows, "E"), (call.k, keys, "E"), (call.v, keys, "EV"), (dout, rows, "EV")
-    inputs += (lse, None, None), (lse2, None, None), (delta, None, None)
-    for some in ((dk, None), (None, dv)) if call.bucket[1] == WIDE else ((dk, dv),):
-        if any(g is not None for g in some):
-            call(attention_dkdv_kernel, DKDV, some, inputs, scale, keys, S)
+
+def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
+    """-> dq, dk, dv, contiguous as (B, T, H, E). dlse (B, H, L) may be None."""
+    call = _Call(q, k, v, is_causal, dout)
+    stats = lse, *_delta(call, out, call.inputs[3].tensor, lse, dlse)
+    dq, dk, dv = (
+        empty(q, t.shape[0], t.shape[2], call.H, t.shape[3]).transpose(1, 2) if need else None
+        for need, t in zip(needs, (q, k, v), strict=True)
+    )
+    for outputs in ((dk, None), (None, dv)) if call.bucket[1] == WIDE else ((dk, dv),):
+        if any(g is not None for g in outputs):
+            call.launch(BACKWARD_KEYS, outputs, scale, stats=stats)
     if dq is not None:
-        call(attention_dq_kernel, DQ, (dq,), inputs, scale, rows, L)
+        call.launch(BACKWARD_QUERIES, (dq,), scale, stats=stats)
     return tuple(q.new_empty(0) if g is None else g for g in (dq, dk, dv))

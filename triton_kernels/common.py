@@ -1,12 +1,11 @@
-"""What every kernel shares: the types, launching, and the choice of a configuration.
+"""What every kernel shares: types, launching, and the choice of a configuration.
 
-Kernels read 16-bit or float32 tensors and compute in float32. `dot`, `fma`, `to_storage` and `bound` are the
-only places where a kernel depends on where it runs: Triton's interpreter (TRITON_INTERPRET=1, which runs kernels
-in NumPy on CPU tensors) holds bfloat16 as bare bits, multiplies those bits as if they were integers, truncates
-where the hardware rounds to nearest even, rounds an fma twice (before 3.9) and counts with arrays of one element.
-All of it is corrected here;
-tests/test_triton.py shows the errors in Triton itself. For the same reason bfloat16 must be converted
-with ``.to(tl.float32)`` before any arithmetic.
+Kernels read 16-bit or float32 tensors and compute in float32. Triton's interpreter (TRITON_INTERPRET=1, which runs
+kernels in NumPy on CPU tensors) differs from a GPU: it holds bfloat16 as bare bits and multiplies these bits as if they
+were integers, truncates where hardware rounds to nearest even, rounds an fma twice (before 3.9), and passes loop
+bounds as arrays of one element, of which NumPy 2.4 makes no int (docs/measured.md T8). `dot`, `fma`, `to_storage` and
+`loop_bound` correct all of this and are the only places where a kernel depends on where it runs. A kernel must also
+convert bfloat16 with ``.to(tl.float32)`` before any arithmetic. tests/test_triton.py shows the interpreter's errors.
 """
 
 import json
@@ -33,7 +32,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def dot(a, b, acc):
     """acc + a b; float32 in true float32 (never TF32), 16-bit types on the tensor cores.
 
-    There the order of a sum does not depend on which operand comes first; NumPy's does, but not in float64.
+    On tensor cores a sum does not depend on which operand comes first. In NumPy it does, except in float64.
     """
     if IN_NUMPY and a.dtype != tl.float32:
         a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
@@ -55,7 +54,7 @@ def to_storage(x, dtype: tl.constexpr):
 
 @triton.jit
 def fma(x, y, z):
-    """x y + z, rounded once; y is a number. NumPy lacks such an operation, but float64 holds the product exactly."""
+    """x y + z, rounded once; y is a scalar. NumPy has no fma, but float64 holds the product exactly."""
     if IN_NUMPY:
         return (x.to(tl.float64) * tl.cast(y, tl.float32).to(tl.float64) + z.to(tl.float64)).to(tl.float32)
     else:
@@ -63,8 +62,8 @@ def fma(x, y, z):
 
 
 @triton.jit
-def bound(n):
-    """n as an end of tl.range. In the interpreter it may be an array of one element, of which NumPy 2.4 makes no int."""
+def loop_bound(n):
+    """n as a bound of tl.range."""
     if IN_NUMPY and isinstance(n, tl.tensor):
         return n.handle.data.item()
     else:
@@ -74,7 +73,7 @@ def bound(n):
 # ------------------------------------------------------------------------------- configurations
 @dataclass(frozen=True)
 class Config:
-    """Constants of a kernel that change its speed and not its meaning."""
+    """Constants of a kernel that change its speed but not its result."""
 
     blocks: dict
     num_warps: int = 4
@@ -83,43 +82,43 @@ class Config:
 
 @dataclass
 class Configs:
-    """Candidates for one kernel, one kind of device and one bucket of sizes, the best first.
+    """Candidates for one kernel, one target and one bucket of sizes, the best first.
 
-    The first one whose registers and shared memory the device has is used: Triton checks both before
-    anything is launched. PYGPT_AUTOTUNE=1 measures them all instead.
+    The first candidate that fits the device's registers and shared memory is used; Triton checks both before a launch.
+    PYGPT_AUTOTUNE=1 measures all candidates instead.
     """
 
-    name: str  # of the bucket, unique for its kernel
+    name: str  # names the bucket and is unique for its kernel
     candidates: tuple[Config, ...]
     chosen: dict = field(default_factory=dict)  # device -> Config
 
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-TARGETS = ("sm80", "sm90", "sm100", "gfx942")  # what configurations are shipped for
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")  # the devices that configurations are shipped for
 _target: str | None = None  # set by `compiling_for`
 _observe: Callable | None = None
 _targets: dict = {}  # device index -> target
 
 
 def target(t: torch.Tensor) -> str:
-    """Whose configurations serve this tensor's device: the newest of TARGETS that is not newer than it."""
+    """The target whose configurations this tensor's device uses: the newest of TARGETS that is not newer than it."""
     if _target or t.device.type != "cuda":
         return _target or "sm90"
     if t.device.index not in _targets:
         if torch.version.hip:
-            found = "gfx942"
+            name = "gfx942"
         else:
             major = torch.cuda.get_device_capability(t.device)[0]
-            found = "sm90" if major == 9 else "sm100" if major == 10 else "sm80"
-        _targets[t.device.index] = found
+            name = "sm90" if major == 9 else "sm100" if major == 10 else "sm80"
+        _targets[t.device.index] = name
     return _targets[t.device.index]
 
 
 @contextmanager
 def compiling_for(name: str, observe: Callable | None = None):
-    """Launchers inside choose the configurations of this target, whatever the device of their tensors.
+    """Inside, launchers choose the configurations of this target, whatever the device of their tensors.
 
-    With observe(kernel, grid, args, constants, configs) they start nothing: it is called instead.
+    With observe, they start nothing but call observe(kernel, grid, args, constants, configs) instead.
     """
     global _target, _observe
     previous = _target, _observe
@@ -133,9 +132,9 @@ def compiling_for(name: str, observe: Callable | None = None):
 # ------------------------------------------------------------------------------- tensor descriptors
 @dataclass(frozen=True)
 class Tiled:
-    """An argument of `launch`: a tensor that the kernel reads in blocks through a descriptor (TMA).
+    """An argument of `launch`: a tensor that the kernel reads in blocks through a tensor descriptor (TMA).
 
-    block: its shape; a name stands for that constant of the chosen Config.
+    block is the shape of a block; a name in it stands for that constant of the chosen Config.
     """
 
     tensor: torch.Tensor
@@ -151,13 +150,13 @@ class Tiled:
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """Adjacent elements in rows that all begin at multiples of 16 bytes: what wide loads and descriptors need."""
-    steps = [stride * t.itemsize for stride in t.stride()[:-1]]
-    return t.numel() > 0 and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in steps)
+    """Whether elements are adjacent and rows begin at multiples of 16 bytes, as vector loads and descriptors need."""
+    strides = [stride * t.itemsize for stride in t.stride()[:-1]]
+    return t.numel() > 0 and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in strides)
 
 
 def tileable(*tensors: torch.Tensor) -> bool:
-    """Whether descriptors can serve these tensors: aligned, on a device with TMA, within its limits."""
+    """Whether tensor descriptors can read these tensors: the device has TMA, and all are aligned and within limits."""
     return target(tensors[0]) in ("sm90", "sm100") and all(
         aligned(t) and all(0 < stride * t.itemsize < 2**40 for stride in t.stride()) and max(t.shape) < 2**31
         for t in tensors
@@ -168,16 +167,16 @@ def tileable(*tensors: torch.Tensor) -> bool:
 def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, **constants):
     """kernel[grid(blocks)](*args, **constants, **blocks) on the device of the first tensor among args.
 
-    grid: the blocks of the chosen Config -> the number of programs; nothing runs if it is 0.
-    fuse: whether the compiler may turn a product and a sum into an fma.
+    grid maps the blocks of the chosen Config to the number of programs; nothing runs if that is 0.
+    fuse says whether the compiler may contract a product and a sum into an fma.
     """
     constants["enable_fp_fusion"] = fuse
     if _observe is not None:
         return _observe(kernel, grid, args, constants, configs)
     device = _device(args)
     config = configs.chosen.get(device)
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    switch = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if switch else nullcontext():
         if config is not None:
             return _start(kernel, grid, args, constants, config)
         if AUTOTUNE and device.type == "cuda":
@@ -211,23 +210,23 @@ AUTOTUNE = os.environ.get("PYGPT_AUTOTUNE") == "1"
 
 
 def cache_file() -> Path:
-    """Where PYGPT_AUTOTUNE=1 keeps what it found: PYGPT_CACHE_DIR, or pygpt in the user's cache folder."""
+    """The file with the choices of PYGPT_AUTOTUNE=1, in PYGPT_CACHE_DIR or in pygpt in the user's cache folder."""
     folder = os.environ.get("PYGPT_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pygpt"
     return (Path(folder) if folder else base) / "triton.json"
 
 
 def read_cache() -> dict:
-    """{key: index of a candidate}; empty where the file is missing or not what it should be."""
+    """{key: index of a candidate}; empty where the file is missing or invalid."""
     try:
-        found = json.loads(cache_file().read_text())
-        return {k: v for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
+        content = json.loads(cache_file().read_text())
+        return {k: v for k, v in content.items() if isinstance(v, int)} if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def _write_cache(key: str, index: int):
-    """Adds one entry; the file is replaced as a whole. A folder that cannot be written is no error."""
+    """Adds one entry by replacing the whole file. A folder that cannot be written is not an error."""
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,23 +269,23 @@ POISON = os.environ.get("PYGPT_POISON") == "1"
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Memory for a kernel to write, contiguous, on the device of ``like``. With PYGPT_POISON=1 it is NaN until then."""
+    """A contiguous tensor for a kernel to write, on the device of ``like``. PYGPT_POISON=1 fills it with NaN first."""
     t = like.new_empty(shape, dtype=dtype)
     return t.fill_(float("nan")) if POISON else t
 
 
 def empty_strided(like: torch.Tensor, shape, strides) -> torch.Tensor:
-    """The same in another memory order."""
+    """The same as `empty` with the given strides."""
     t = like.new_empty_strided(shape, strides)
     return t.fill_(float("nan")) if POISON else t
 
 
 def in_order(t: torch.Tensor, strides) -> torch.Tensor:
-    """t, or a copy of it, with these strides; those of dimensions with one element don't matter."""
+    """t, or a copy of it, with these strides. Strides of dimensions with one element do not matter."""
     same = all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return t if same else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    """An optional parameter of a kernel that takes no strides for it."""
+    """An optional tensor, contiguous because the kernel takes no strides for it."""
     return None if t is None else t.contiguous()

@@ -1,23 +1,24 @@
-"""linear and mlp, each a chain of one GEMM kernel with a fused epilogue.
+"""linear and mlp, each a chain of launches of one GEMM kernel with a fused epilogue.
 
-    linear   y = x W^T + b                       x (M, K), W (N, K), b (N), y (M, N)
+    linear   y = x W^T + b                       x (M, K), W (N, K), b (N,), y (M, N)
              dx = dy W     dW = dy^T x     db = sum over rows of dy
-    mlp      y = act(x W1^T + b1) W2^T + b2      W1 (H, C), W2 (O, H)
+    mlp      y = act(x W1^T + b1) W2^T + b2      x (M, C), W1 (H, C), b1 (H,), W2 (O, H), b2 (O,), y (M, O)
 
-Forward, bias and activation are applied to the finished tile; kept for backward are hidden = act(pre),
-which dW2 needs, and, but for relu, pre itself, which act' is found from. Backward:
+The epilogue of forward adds the bias to the finished tile and applies the activation. mlp saves hidden = act(pre),
+because dW2 needs it, and for all activations but relu also pre = x W1^T + b1, because act' is computed from it (relu's
+is computed from hidden). Backward:
 
     dW2 = dy^T hidden                            db2 = sum over rows of dy
-    dpre = (dy W2) act'(pre)                     <- in the GEMM's epilogue, with the sums of
+    dpre = (dy W2) act'(pre)                     in the GEMM's epilogue, with the partial sums of
     dW1 = dpre^T x                               db1 = sum over rows of dpre
     dx = dpre W1
 
-A weight gradient is a small matrix with a long inner dimension (the rows): too few tiles for a GPU. It
-is split along that dimension into parts that are summed afterwards, in order; their number depends on
-the shape alone, so the result does not depend on the device.
+A weight gradient is a small matrix with a long inner dimension, the rows, and has too few tiles to fill a GPU. It is
+therefore split along the inner dimension (split-K), and the parts are summed afterwards in a fixed order. Their
+number depends on the shape alone, so the result does not depend on the device.
 
-Operands are read through tensor descriptors (TMA) where the device and their alignment allow, else
-through pointers with any strides. Products accumulate in float32.
+Operands are loaded through tensor descriptors (TMA) where the device and their alignment allow it, else through
+pointers with any strides. Products accumulate in float32.
 """
 
 import itertools
@@ -37,11 +38,11 @@ from .common import (
     Configs,
     Tiled,
     aligned,
-    bound,
     contiguous,
     dot,
     empty,
     launch,
+    loop_bound,
     rows_of,
     target,
     tileable,
@@ -49,88 +50,106 @@ from .common import (
 )
 from .norm import column_sums, sums_over_rows
 
-SUM_ROWS = 64  # rows of a tile that are summed into one line of the partial bias gradient
+SUM_ROWS = 64  # rows of a tile that are summed into one row of the partial bias gradient
 
 
 # ------------------------------------------------------------------------------- the kernel
-@triton.jit
-def _load_tile(
-    src, row, col, rows, cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr, BY: tl.constexpr
-):
-    """The (ROWS, COLS) tile at (row, col) of a (rows, cols) matrix, zero outside.
+class Matrix(NamedTuple):
+    """A (rows, cols) operand that is read in tiles of (TILE_ROWS, TILE_COLS)."""
 
-    BY: "pointer"; or src is a descriptor of the matrix ("row") or of its transpose ("column").
-    """
-    if BY == "pointer":
-        r, c = row + tl.arange(0, ROWS).to(tl.int64), col + tl.arange(0, COLS).to(tl.int64)
-        inside = (r < rows)[:, None] & (c < cols)[None, :]
-        return tl.load(src + r[:, None] * row_stride + c[None, :] * col_stride, inside, other=0.0)
-    elif BY == "row":
-        return src.load([row, col])
+    source: object  # a pointer, or a tensor descriptor
+    rows: tl.tensor
+    cols: tl.tensor
+    row_stride: tl.tensor
+    col_stride: tl.tensor
+    TILE_ROWS: tl.constexpr
+    TILE_COLS: tl.constexpr
+    LOAD: tl.constexpr  # "pointer", or a descriptor of the matrix ("row major") or of its transpose ("column major")
+
+
+@triton.jit
+def _load_tile(x, row, col):
+    """The tile of x at (row, col), zero outside."""
+    if x.LOAD == "pointer":
+        r, c = row + tl.arange(0, x.TILE_ROWS).to(tl.int64), col + tl.arange(0, x.TILE_COLS).to(tl.int64)
+        mask = (r < x.rows)[:, None] & (c < x.cols)[None, :]
+        return tl.load(x.source + r[:, None] * x.row_stride + c[None, :] * x.col_stride, mask, other=0.0)
+    elif x.LOAD == "row major":
+        return x.source.load([row, col])
     else:
-        return src.load([col, row]).T
+        return x.source.load([col, row]).T
+
+
+@triton.jit
+def _tile_coord(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The tile scheduler: GROUP rows of tiles at a time, column by column, so that programs that run at the same time
+    share operands in the L2 cache. Returns the tile's row and column."""
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first + within % height, within // height
 
 
 @triton.jit
 def gemm_kernel(
-    out, a, b, bias, saved, pre, sums, M, N, K, a_rows, a_cols, b_rows, b_cols,
-    A_BY: tl.constexpr, B_BY: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, SUM_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    out, a, b, bias, saved, pre, row_sums, M, N, K, a_row_stride, a_col_stride, b_row_stride, b_col_stride,
+    A_LOAD: tl.constexpr, B_LOAD: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
+    SUM_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (SPLITS, M, N) = epilogue(a (M, K) b (K, N)); a split takes every SPLITS-th part of K.
+    """out (SPLITS, M, N) = epilogue(a (M, K) b (K, N)); split s covers the s-th of SPLITS equal parts of K.
 
-    Epilogue: + bias; pre receives what ACTIVATION is applied to; with saved, the activation's gradient
-    instead; sums (M / SUM_ROWS, N) receives the sums of so many rows each.
+    Epilogue: + bias; pre receives the activation's input; with saved, the product is multiplied by the activation's
+    derivative instead; row_sums (M / SUM_ROWS, N) receives the sums of SUM_ROWS rows each.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (tiles_m * tiles_n), tl.program_id(0) // (tiles_m * tiles_n)
-    # GROUP rows of tiles at a time, column by column: neighbours in time share operands in the L2 cache.
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = tile % (GROUP * tiles_n)
-    m, n = (first + within % height) * BLOCK_M, within // height * BLOCK_N
+    tile_m, tile_n = _tile_coord(tile, tiles_m, tiles_n, GROUP)
+    m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
 
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(bound(split * part), bound(tl.minimum(K, (split + 1) * part)), BLOCK_K):
-        x = _load_tile(a, m, k, M, K, a_rows, a_cols, BLOCK_M, BLOCK_K, A_BY)
-        w = _load_tile(b, k, n, K, N, b_rows, b_cols, BLOCK_K, BLOCK_N, B_BY)
+    for k in tl.range(loop_bound(split * part), loop_bound(tl.minimum(K, (split + 1) * part)), BLOCK_K):
+        # Structs stand where they are used: assigning one to a variable would lose its constants (docs/measured.md T2).
+        x = _load_tile(Matrix(a, M, K, a_row_stride, a_col_stride, BLOCK_M, BLOCK_K, A_LOAD), m, k)
+        w = _load_tile(Matrix(b, K, N, b_row_stride, b_col_stride, BLOCK_K, BLOCK_N, B_LOAD), k, n)
         acc = dot(x, w, acc)
 
     row, col = m + tl.arange(0, BLOCK_M).to(tl.int64), n + tl.arange(0, BLOCK_N)
-    inside = (row < M)[:, None] & (col < N)[None, :]
-    at = row[:, None] * N + col[None, :]
+    mask = (row < M)[:, None] & (col < N)[None, :]
+    offset = row[:, None] * N + col[None, :]
     if bias is not None:
         acc += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
     if pre is not None:
-        tl.store(pre + at, to_storage(acc, pre.dtype.element_ty), inside)
+        tl.store(pre + offset, to_storage(acc, pre.dtype.element_ty), mask)
     if saved is not None:
-        acc = backpropagate(acc, tl.load(saved + at, inside, other=0.0).to(tl.float32), ACTIVATION)
+        acc = backpropagate(acc, tl.load(saved + offset, mask, other=0.0).to(tl.float32), ACTIVATION)
     elif ACTIVATION is not None:
         acc = activate(acc, ACTIVATION)
-    if sums is not None:
+    if row_sums is not None:
         LINES: tl.constexpr = BLOCK_M // SUM_ROWS
         line = m // SUM_ROWS + tl.arange(0, LINES)
-        total = tl.sum(tl.reshape(acc, [LINES, SUM_ROWS, BLOCK_N]), 1)
-        tl.store(sums + line[:, None] * N + col[None, :], total, (line * SUM_ROWS < M)[:, None] & (col < N)[None, :])
+        sums = tl.sum(tl.reshape(acc, [LINES, SUM_ROWS, BLOCK_N]), 1)
+        line_mask = (line * SUM_ROWS < M)[:, None] & (col < N)[None, :]
+        tl.store(row_sums + line[:, None] * N + col[None, :], sums, line_mask)
     out += split.to(tl.int64) * M * N
-    tl.store(out + at, to_storage(acc, out.dtype.element_ty), inside)
+    tl.store(out + offset, to_storage(acc, out.dtype.element_ty), mask)
 
 
 # ------------------------------------------------------------------------------- configurations
 def _candidates(*shapes) -> tuple[Config, ...]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) each."""
+    """Each shape is (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)."""
     return tuple(
         Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, warps, stages)
         for m, n, k, warps, stages in shapes
     )
 
 
-SMALL = 64  # rows up to which a product is bound by reading the weights
-# Of Triton before 3.9, ptxas serializes the wgmma instructions of x W^T in tiles of 128 x 256.
+FEW_ROWS = 64  # up to so many rows, a product is bound by reading the weights
+# Before Triton 3.9, ptxas serializes the wgmma instructions of x W^T in tiles of 128 x 256 (docs/measured.md T5).
 LARGE = (128, 256, 64, 8, 3) if TRITON >= (3, 9) else (256, 128, 64, 8, 3)
-# (target, itemsize, kind) -> candidates. An activation leaves registers for a smaller tile: on sm_90 "fused", forward,
-# fits twice into a multiprocessor; "fused gradient", backward, does not, and loads one tile more ahead instead.
+# (target, itemsize, kind) -> candidates. An activation needs registers, so its tiles are smaller. On sm_90 two programs
+# of "fused", which is forward, fit a multiprocessor. Two of "fused gradient", which is backward, do not, so it
+# prefetches one tile more instead (docs/measured.md T6).
 SHAPES = {
     ("sm80", 2, "plain"): ((128, 128, 64, 8, 3), (128, 256, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("sm80", 2, "fused"): ((128, 128, 64, 8, 3), (64, 64, 32, 4, 3)),
@@ -142,14 +161,17 @@ SHAPES = {
     ("sm80", 4, "plain"): ((64, 64, 16, 4, 2),),
     ("sm90", 4, "plain"): ((128, 64, 16, 8, 3), (64, 64, 16, 4, 3), (64, 64, 16, 4, 2)),
 }
-FEW_ROWS = {2: ((64, 64, 128, 4, 3), (64, 64, 64, 4, 3)), 4: ((64, 32, 32, 4, 3), (64, 32, 16, 4, 2))}
-ODD = {2: ((64, 64, 32, 4, 1), (64, 32, 32, 4, 1)), 4: ((64, 32, 16, 4, 1),)}  # elements are loaded one by one
+FEW_ROWS_SHAPES = {2: ((64, 64, 128, 4, 3), (64, 64, 64, 4, 3)), 4: ((64, 32, 32, 4, 3), (64, 32, 16, 4, 2))}
+UNALIGNED_SHAPES = {
+    2: ((64, 64, 32, 4, 1), (64, 32, 32, 4, 1)),
+    4: ((64, 32, 16, 4, 1),),
+}  # elements are loaded one by one
 
 
 def _configs(name: str, itemsize: int, kind: str) -> Configs:
     like = {"sm100": "sm90", "gfx942": "gfx942" if itemsize == 2 else "sm80"}.get(name, name)
-    if kind in ("few rows", "odd"):
-        shapes = (FEW_ROWS if kind == "few rows" else ODD)[itemsize]
+    if kind in ("few rows", "unaligned"):
+        shapes = (FEW_ROWS_SHAPES if kind == "few rows" else UNALIGNED_SHAPES)[itemsize]
     elif itemsize == 4:
         shapes = SHAPES[like, 4, "plain"]
     else:
@@ -157,47 +179,67 @@ def _configs(name: str, itemsize: int, kind: str) -> Configs:
     return Configs(f"{name}, {itemsize} bytes, {kind}", _candidates(*shapes))
 
 
-KINDS = ("plain", "fused", "fused gradient", "few rows", "odd")
+KINDS = ("plain", "fused", "fused gradient", "few rows", "unaligned")
 GEMM = {key: _configs(*key) for key in itertools.product(TARGETS, (2, 4), KINDS)}
 
 
 # ------------------------------------------------------------------------------- launchers
 class Operand(NamedTuple):
-    """A matrix as `gemm_kernel` takes it."""
+    """A matrix as `gemm_kernel` takes it: see Matrix."""
 
-    source: object
+    source: torch.Tensor | Tiled
     strides: tuple[int, int]
-    by: str
+    load: str
 
 
-def _operand(t: torch.Tensor, blocks: tuple[str, str]) -> Operand:
-    """t is a matrix of any strides, blocks the names of its tile's height and width."""
+class Epilogue(NamedTuple):
+    """What `gemm_kernel` does with the finished tiles."""
+
+    bias: torch.Tensor | None = None
+    saved: torch.Tensor | None = None
+    pre: torch.Tensor | None = None
+    row_sums: torch.Tensor | None = None
+    activation: str | None = None
+
+
+PLAIN = Epilogue()
+
+
+def _operand(t: torch.Tensor, tile: tuple[str, str]) -> Operand:
+    """t is a matrix of any strides; tile names the constants that are its tile's height and width."""
     if tileable(t):
-        return Operand(Tiled(t, blocks), t.stride(), "row")
+        return Operand(Tiled(t, tile), t.stride(), "row major")
     if tileable(t.mT):
-        return Operand(Tiled(t.mT, blocks[::-1]), t.stride(), "column")
+        return Operand(Tiled(t.mT, tile[::-1]), t.stride(), "column major")
     return Operand(t, t.stride(), "pointer")
 
 
-def _gemm(a, b, out, *, bias=None, saved=None, pre=None, sums=None, activation=None, splits=1):
+def _kind(a, b, epilogue: Epilogue) -> str:
+    """Which of KINDS has the configurations for this product."""
+    if not all(aligned(t) or aligned(t.mT) for t in (a, b)):
+        return "unaligned"
+    if a.shape[0] <= FEW_ROWS:
+        return "few rows"
+    return "plain" if epilogue.activation is None else "fused" if epilogue.saved is None else "fused gradient"
+
+
+def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
     """out (splits, M, N), or (M, N) = epilogue(a (M, K) b (K, N)). See `gemm_kernel`."""
     (M, K), N = a.shape, b.shape[1]
     left, right = _operand(a, ("BLOCK_M", "BLOCK_K")), _operand(b, ("BLOCK_K", "BLOCK_N"))
-    odd = not all(aligned(t) or aligned(t.mT) for t in (a, b))
-    fused = "plain" if activation is None else "fused" if saved is None else "fused gradient"
-    kind = "odd" if odd else "few rows" if M <= SMALL else fused
+    bias, saved, pre, row_sums, activation = epilogue
     launch(
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
-        out, left.source, right.source, bias, saved, pre, sums, M, N, K, *left.strides, *right.strides,
-        configs=GEMM[target(a), a.itemsize, kind],
-        A_BY=left.by, B_BY=right.by, ACTIVATION=activation, SPLITS=splits, SUM_ROWS=SUM_ROWS,
+        out, left.source, right.source, bias, saved, pre, row_sums, M, N, K, *left.strides, *right.strides,
+        configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)],
+        A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, SPLITS=splits, SUM_ROWS=SUM_ROWS,
     )  # fmt: skip
     return out
 
 
 def _splits(M: int, N: int, K: int) -> int:
-    """Parts of K, each of at least 1024, so that a weight gradient has some 512 tiles."""
+    """How many parts of K, each of at least 1024, give a weight gradient about 512 tiles."""
     tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
     return max(1, min(512 // max(tiles, 1), K // 1024, 16))
 
@@ -213,7 +255,7 @@ def _weight_gradient(dy, x):
 
 
 def _if(need: bool, gradient, like):
-    """gradient() if it is wanted, else nothing."""
+    """gradient() if it is needed, else an empty tensor."""
     return gradient() if need else like.new_empty(0)
 
 
@@ -221,7 +263,7 @@ def linear_fwd(x, weight, bias):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
     y = empty(x, *x.shape[:-1], weight.shape[0])
     rows = rows_of(x)
-    _gemm(rows, weight.mT, y.view(rows.shape[0], weight.shape[0]), bias=contiguous(bias))
+    _gemm(rows, weight.mT, y.view(rows.shape[0], weight.shape[0]), Epilogue(bias=contiguous(bias)))
     return y
 
 
@@ -240,7 +282,8 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     x2, H = rows_of(x), fc_weight.shape[0]
     hidden = empty(x, *x.shape[:-1], H)
     pre = empty(hidden, *hidden.shape) if activation in SAVES_INPUT else None
-    _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), bias=contiguous(fc_bias), pre=pre, activation=activation)
+    epilogue = Epilogue(bias=contiguous(fc_bias), pre=pre, activation=activation)
+    _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), epilogue)
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, x.new_empty(0) if pre is None else pre
 
 
@@ -254,7 +297,7 @@ def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
         lines = triton.cdiv(dpre.shape[0], SUM_ROWS)
         sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias else None
         saved = pre if activation in SAVES_INPUT else hidden
-        _gemm(dy2, proj_weight, dpre, saved=saved.contiguous(), sums=sums, activation=activation)
+        _gemm(dy2, proj_weight, dpre, Epilogue(saved=saved.contiguous(), row_sums=sums, activation=activation))
     return (
         _if(need_x, lambda: _gemm(dpre, fc_weight, empty(x, *x2.shape)).view(x.shape), x),
         _if(need_fc, lambda: _weight_gradient(dpre, x2), x),

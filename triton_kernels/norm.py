@@ -4,29 +4,29 @@
     dx = rstd (g - sum(g) / N - xhat sum(g xhat) / N) + ds,   g = dy w
     dw = sum over rows of dy xhat,   db = sum over rows of dy
 
-rms_norm has no mean: x - mean becomes x, and sum(g) goes. add_layer_norm first stores s = x + residual,
-rounded to the dtype, and normalises that; ds is the gradient that reaches s by its other road. mean and
-rstd, float32, one each per row, are saved so that backward forms xhat without a reduction.
+rms_norm has no mean: x - mean becomes x, and the term sum(g) / N is absent. add_layer_norm first stores
+s = x + residual, rounded to the dtype, and normalises s; ds is the gradient from the sum's other consumer (the residual
+stream). Forward saves mean and rstd, one float32 number a row each, so that backward computes xhat without a reduction.
 
-The mean is found twice: once plainly, then, with the variance, as the mean of what centring left over
-(corrected two-pass scheme: Chan, Golub and LeVeque 1983). It takes the first mean's rounding error out
-of the variance and of y.
+The mean is computed in two steps: first from x, then, together with the variance, from the mean of the centred values
+(corrected two-pass algorithm: Chan, Golub and LeVeque 1983). This takes the rounding error of the first mean out of
+the variance and out of y.
 
-A row is read once and stays in registers up to FWD_WIDTH and BWD_WIDTH elements; the wide_ kernels read
-a longer one again for each pass. dw and db: PROGRAMS programs at most walk the rows and sum in registers,
-and `column_sums` adds what they found, in order; how many there are depends on the shape alone.
+A row of up to FWD_WIDTH or BWD_WIDTH elements is read once and stays in registers; the wide_ kernels read a longer row
+again for each pass. For dw and db at most PROGRAMS programs loop over the rows and sum in registers, and `column_sums`
+adds their partial sums in a fixed order. The number of programs depends on the shape alone.
 
-Tensors of kernels are (rows, N) with adjacent elements and a stride from row to row; mean, rstd (rows,);
-weight, bias (N,). An optional tensor that is None takes its work out of the kernel.
+Shapes of kernel arguments: tensors are (rows, N) with adjacent elements and a row stride, mean and rstd (rows,), weight
+and bias (N,). Where an optional tensor is None, the kernel is compiled without the work for it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import Config, Configs, bound, contiguous, empty, launch, rows_of, to_storage
+from .common import Config, Configs, contiguous, empty, launch, loop_bound, rows_of, to_storage
 
-FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows held in registers
+FWD_WIDTH, BWD_WIDTH = 16384, 8192  # the longest rows that are kept in registers
 TILE = 2048  # elements of a tile of rows in backward
 PROGRAMS = 256  # at most, that sum dw and db: two for each multiprocessor of an H100
 
@@ -34,7 +34,7 @@ PROGRAMS = 256  # at most, that sum dw and db: two for each multiprocessor of an
 # ------------------------------------------------------------------------------- forward
 @triton.jit
 def _load_sum(x, residual, col, mask):
-    """x, or x + residual rounded to their dtype, in float32; x and residual point to the rows."""
+    """x, or x + residual rounded to their dtype, in float32. Both point to the first column of the rows."""
     loaded = tl.load(x + col, mask, other=0.0)
     value = loaded.to(tl.float32)
     if residual is not None:
@@ -45,7 +45,7 @@ def _load_sum(x, residual, col, mask):
 
 @triton.jit
 def _affine(xhat, weight, bias, col, mask):
-    """xhat weight + bias in columns col."""
+    """xhat weight + bias at the columns col."""
     if weight is not None:
         xhat *= tl.load(weight + col, mask, other=0.0).to(tl.float32)
     if bias is not None:
@@ -54,80 +54,81 @@ def _affine(xhat, weight, bias, col, mask):
 
 
 @triton.jit
-def _variance(squares, left, count):
-    """From the sum of squares of what centring left over, and the mean of it; NaN stays."""
-    variance = squares / count - left * left
+def _variance(squares, residue, count):
+    """The variance from the sum of squares and the mean of the centred values. NaN stays NaN."""
+    variance = squares / count - residue * residue
     return tl.where(variance < 0, 0.0, variance)
 
 
 @triton.jit
 def norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, rows, N, x_stride, residual_stride, eps,
                     ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """A program serves ROWS rows of N <= WIDTH elements. s is written if there is a residual."""
+    """A program normalises ROWS rows of N <= WIDTH elements. s is written if there is a residual."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, WIDTH)[None, :]
-    known, inside = row < rows, (row < rows)[:, None] & (col < N)
+    row_mask, mask = row < rows, (row < rows)[:, None] & (col < N)
     count = tl.cast(N, tl.float32)
     if residual is not None:
         residual += row[:, None] * residual_stride
-    value = _load_sum(x + row[:, None] * x_stride, residual, col, inside)
+    value = _load_sum(x + row[:, None] * x_stride, residual, col, mask)
     if residual is not None:
-        tl.store(s + row[:, None] * N + col, to_storage(value, s.dtype.element_ty), inside)
+        tl.store(s + row[:, None] * N + col, to_storage(value, s.dtype.element_ty), mask)
     if mean is not None:
-        first = tl.div_rn(tl.sum(value, 1), count)
-        value = tl.where(inside, value - first[:, None], 0.0)
-        left = tl.div_rn(tl.sum(value, 1), count)
-        scale = tl.rsqrt(_variance(tl.sum(value * value, 1), left, count) + eps)
-        value -= left[:, None]
-        tl.store(mean + row, first + left, known)
+        coarse_mean = tl.div_rn(tl.sum(value, 1), count)
+        value = tl.where(mask, value - coarse_mean[:, None], 0.0)
+        residue = tl.div_rn(tl.sum(value, 1), count)
+        row_rstd = tl.rsqrt(_variance(tl.sum(value * value, 1), residue, count) + eps)
+        value -= residue[:, None]
+        tl.store(mean + row, coarse_mean + residue, row_mask)
     else:
-        scale = tl.rsqrt(tl.sum(value * value, 1) / count + eps)
-    tl.store(rstd + row, scale, known)
-    out = _affine(value * scale[:, None], weight, bias, col, col < N)
-    tl.store(y + row[:, None] * N + col, to_storage(out, y.dtype.element_ty), inside)
+        row_rstd = tl.rsqrt(tl.sum(value * value, 1) / count + eps)
+    tl.store(rstd + row, row_rstd, row_mask)
+    out = _affine(value * row_rstd[:, None], weight, bias, col, col < N)
+    tl.store(y + row[:, None] * N + col, to_storage(out, y.dtype.element_ty), mask)
 
 
 @triton.jit
 def wide_norm_fwd_kernel(x, residual, weight, bias, s, y, mean, rstd, N, x_stride, residual_stride, eps,
                          BLOCK: tl.constexpr):  # fmt: skip
-    """A program serves one row of any length, BLOCK elements at a time."""
+    """A program normalises one row of any length, BLOCK elements at a time."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     count = tl.cast(N, tl.float32)
     x += row * x_stride
     if residual is not None:
         residual += row * residual_stride
-    first, left = 0.0, 0.0
+    coarse_mean, residue = 0.0, 0.0
     if mean is not None:
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, bound(N), BLOCK):
-            total += _load_sum(x, residual, start + cols, start + cols < N)
-        first = tl.div_rn(tl.sum(total, 0), count)
-    total = tl.zeros([BLOCK], tl.float32)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, loop_bound(N), BLOCK):
+            sums += _load_sum(x, residual, start + cols, start + cols < N)
+        coarse_mean = tl.div_rn(tl.sum(sums, 0), count)
+    sums = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, bound(N), BLOCK):
-        inside = start + cols < N
-        value = tl.where(inside, _load_sum(x, residual, start + cols, inside) - first, 0.0)
-        total += value
+    for start in range(0, loop_bound(N), BLOCK):
+        mask = start + cols < N
+        value = tl.where(mask, _load_sum(x, residual, start + cols, mask) - coarse_mean, 0.0)
+        sums += value
         squares += value * value
     if mean is not None:
-        left = tl.div_rn(tl.sum(total, 0), count)
-        tl.store(mean + row, first + left)
-    scale = tl.rsqrt(_variance(tl.sum(squares, 0), left, count) + eps)
-    tl.store(rstd + row, scale)
-    for start in range(0, bound(N), BLOCK):
+        residue = tl.div_rn(tl.sum(sums, 0), count)
+        tl.store(mean + row, coarse_mean + residue)
+    row_rstd = tl.rsqrt(_variance(tl.sum(squares, 0), residue, count) + eps)
+    tl.store(rstd + row, row_rstd)
+    for start in range(0, loop_bound(N), BLOCK):
         col = start + cols
         value = _load_sum(x, residual, col, col < N)
         if residual is not None:
             tl.store(s + row * N + col, to_storage(value, s.dtype.element_ty), col < N)
-        out = _affine(((value - first) - left) * scale, weight, bias, col, col < N)
+        out = _affine(((value - coarse_mean) - residue) * row_rstd, weight, bias, col, col < N)
         tl.store(y + row * N + col, to_storage(out, y.dtype.element_ty), col < N)
 
 
 # ------------------------------------------------------------------------------- backward
 @triton.jit
 def _load_xhat(x, mean, rstd, col, mask):
-    """x, mean and rstd point to the rows, or are a row's; where mask is off, dy must be 0."""
+    """xhat from a pointer x to the first column of the rows, and the mean and rstd of the rows. Where mask is false,
+    xhat has no meaning and dy must be 0."""
     value = tl.load(x + col, mask, other=0.0).to(tl.float32)
     if mean is not None:
         value -= mean
@@ -137,32 +138,32 @@ def _load_xhat(x, mean, rstd, col, mask):
 @triton.jit
 def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dw, db, rows, N, dy_stride, ds_stride, x_stride,
                     ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """dx, and the sums of dw and db over the rows this program walks, a line of (programs, N) float32 each.
+    """dx, and this program's partial sums of dw and db, which are one row each of (programs, N) float32 tensors.
 
-    WIDTH columns belong to a program. dx needs whole rows: WIDTH >= N unless dx is None.
+    A program loops over tiles of ROWS rows and WIDTH columns. dx needs whole rows, so WIDTH >= N unless dx is None.
     """
     slices = tl.cdiv(N, WIDTH)
     program, programs = tl.program_id(0) // slices, tl.num_programs(0) // slices
     col = (tl.program_id(0) % slices) * WIDTH + tl.arange(0, WIDTH)
-    columns = (col < N)[None, :]
+    col_mask = (col < N)[None, :]
     dw_sum = tl.zeros([ROWS, WIDTH], tl.float32)
     db_sum = tl.zeros([ROWS, WIDTH], tl.float32)
     count = tl.cast(N, tl.float32)
     if weight is not None:
         w = tl.load(weight + col, col < N, other=0.0).to(tl.float32)[None, :]
-    for tile in tl.range(bound(program), bound(tl.cdiv(rows, ROWS)), bound(programs), num_stages=STAGES):
+    for tile in tl.range(loop_bound(program), loop_bound(tl.cdiv(rows, ROWS)), loop_bound(programs), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        known = row < rows
-        inside = known[:, None] & columns
-        d = tl.load(dy + row[:, None] * dy_stride + col[None, :], inside, other=0.0).to(tl.float32)
+        row_mask = row < rows
+        mask = row_mask[:, None] & col_mask
+        d = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask, other=0.0).to(tl.float32)
         if db is not None:
             db_sum += d
         if dx is not None or dw is not None:
-            scale = tl.load(rstd + row, known, other=0.0)[:, None]
-            shift = None
+            row_rstd = tl.load(rstd + row, row_mask, other=0.0)[:, None]
+            row_mean = None
             if mean is not None:
-                shift = tl.load(mean + row, known, other=0.0)[:, None]
-            xhat = _load_xhat(x + row[:, None] * x_stride, shift, scale, col[None, :], inside)
+                row_mean = tl.load(mean + row, row_mask, other=0.0)[:, None]
+            xhat = _load_xhat(x + row[:, None] * x_stride, row_mean, row_rstd, col[None, :], mask)
         if dw is not None:
             dw_sum += d * xhat
         if dx is not None:
@@ -171,15 +172,15 @@ def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dw, db, rows, N, dy_strid
             out = d - xhat * (tl.sum(d * xhat, 1) / count)[:, None]
             if mean is not None:
                 out -= (tl.sum(d, 1) / count)[:, None]
-            out *= scale
+            out *= row_rstd
             if ds is not None:
-                out += tl.load(ds + row[:, None] * ds_stride + col[None, :], inside, other=0.0).to(tl.float32)
-            tl.store(dx + row[:, None] * N + col[None, :], to_storage(out, dx.dtype.element_ty), inside)
-    line = program.to(tl.int64) * N + col
+                out += tl.load(ds + row[:, None] * ds_stride + col[None, :], mask, other=0.0).to(tl.float32)
+            tl.store(dx + row[:, None] * N + col[None, :], to_storage(out, dx.dtype.element_ty), mask)
+    offset = program.to(tl.int64) * N + col
     if dw is not None:
-        tl.store(dw + line, tl.sum(dw_sum, 0), col < N)
+        tl.store(dw + offset, tl.sum(dw_sum, 0), col < N)
     if db is not None:
-        tl.store(db + line, tl.sum(db_sum, 0), col < N)
+        tl.store(db + offset, tl.sum(db_sum, 0), col < N)
 
 
 @triton.jit
@@ -189,27 +190,27 @@ def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, N, dy_stride, ds_str
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     count = tl.cast(N, tl.float32)
-    scale = tl.load(rstd + row)
-    shift = None
+    row_rstd = tl.load(rstd + row)
+    row_mean = None
     if mean is not None:
-        shift = tl.load(mean + row)
+        row_mean = tl.load(mean + row)
     dy += row * dy_stride
     x += row * x_stride
     g_sum = tl.zeros([BLOCK], tl.float32)
     gx_sum = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, bound(N), BLOCK):
+    for start in range(0, loop_bound(N), BLOCK):
         col = start + cols
         g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
         g_sum += g
-        gx_sum += g * _load_xhat(x, shift, scale, col, col < N)
+        gx_sum += g * _load_xhat(x, row_mean, row_rstd, col, col < N)
     g_mean, gx_mean = tl.sum(g_sum, 0) / count, tl.sum(gx_sum, 0) / count
-    for start in range(0, bound(N), BLOCK):
+    for start in range(0, loop_bound(N), BLOCK):
         col = start + cols
         g = _affine(tl.load(dy + col, col < N, other=0.0).to(tl.float32), weight, None, col, col < N)
-        out = g - _load_xhat(x, shift, scale, col, col < N) * gx_mean
+        out = g - _load_xhat(x, row_mean, row_rstd, col, col < N) * gx_mean
         if mean is not None:
             out -= g_mean
-        out *= scale
+        out *= row_rstd
         if ds is not None:
             out += tl.load(ds + row * ds_stride + col, col < N, other=0.0).to(tl.float32)
         tl.store(dx + row * N + col, to_storage(out, dx.dtype.element_ty), col < N)
@@ -217,11 +218,12 @@ def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, N, dy_stride, ds_str
 
 @triton.jit
 def _column_sum(partials, out, P, N, col, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums the P rows of partials in tiles of LINES rows."""
     total = tl.zeros([LINES, BLOCK], tl.float32)
-    for start in range(0, bound(P), LINES):
+    for start in range(0, loop_bound(P), LINES):
         line = start + tl.arange(0, LINES).to(tl.int64)
-        inside = (line < P)[:, None] & (col < N)[None, :]
-        total += tl.load(partials + line[:, None] * N + col[None, :], inside, other=0.0)
+        mask = (line < P)[:, None] & (col < N)[None, :]
+        total += tl.load(partials + line[:, None] * N + col[None, :], mask, other=0.0)
     tl.store(out + col, to_storage(tl.sum(total, 0), out.dtype.element_ty), col < N)
 
 
@@ -239,7 +241,7 @@ WIDTHS = [2**k for k in range(4, 15)]  # buckets: the width rounded up
 
 
 def _fwd_configs(width: int, itemsize: int) -> Configs:
-    """64 bytes a lane. A row of up to 2 KiB fits one warp, which needs no shared memory to reduce it."""
+    """Each thread holds 64 bytes. A row of up to 2 KiB fits one warp, which reduces it without shared memory."""
     warps = min(max(width * itemsize // 2048, 1), 16)
     if width <= 256:
         shapes = ((2048 // width, 4), (1024 // width, 4), (4096 // width, 8))
@@ -250,7 +252,8 @@ def _fwd_configs(width: int, itemsize: int) -> Configs:
 
 
 def _bwd_configs(width: int) -> Configs:
-    """8 to 16 elements a lane, of which each takes about five registers; the next tiles are loaded ahead."""
+    """Each thread holds 8 to 16 elements, each of which takes about five registers (docs/measured.md T7). The kernel
+    prefetches the next tiles."""
     warps = 16 if width > 4096 else 8
     blocks = {"ROWS": max(TILE // width, 1), "WIDTH": width}
     depths = (2, 1) if width > 4096 else (2,)
@@ -259,8 +262,8 @@ def _bwd_configs(width: int) -> Configs:
 
 FWD = {(width, size): _fwd_configs(width, size) for width in WIDTHS if width <= FWD_WIDTH for size in (2, 4)}
 BWD = {width: _bwd_configs(width) for width in WIDTHS if width <= BWD_WIDTH}
-WIDE = tuple(Config({"BLOCK": block}, warps) for block, warps in ((2048, 8), (4096, 16)))
-WIDE_FWD, WIDE_BWD = Configs("wide", WIDE), Configs("wide", WIDE)
+_WIDE = tuple(Config({"BLOCK": block}, warps) for block, warps in ((2048, 8), (4096, 16)))
+WIDE_FWD, WIDE_BWD = Configs("wide", _WIDE), Configs("wide", _WIDE)
 WIDE_SUMS = Configs("sums", (Config({"ROWS": 16, "WIDTH": 256, "STAGES": 2}, 8),))
 MANY_LINES = Configs("many", (Config({"LINES": 128, "BLOCK": 16}, 4), Config({"LINES": 64, "BLOCK": 32}, 4)))
 FEW_LINES = Configs("few", (Config({"LINES": 16, "BLOCK": 128}, 4), Config({"LINES": 8, "BLOCK": 256}, 4)))
@@ -272,7 +275,7 @@ def _bucket(width: int) -> int:
 
 # ------------------------------------------------------------------------------- launchers
 def column_sums(*partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """One or two contiguous float32 (P, N) of one shape -> the sums of their columns, (N,) each, in a fixed order."""
+    """One or two contiguous float32 (P, N) tensors -> the sums of their columns, (N,) each, added in a fixed order."""
     P, N = partials[0].shape
     outs = [empty(p, N, dtype=dtype) for p in partials]
     a, b = (*partials, None)[:2]
