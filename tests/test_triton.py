@@ -4,7 +4,9 @@ Parity with float64 is in test_parity.py, torch.compile in test_compile.py. With
 in Triton's interpreter, and the last test compiles every kernel for GPUs that are not there.
 """
 
+import itertools
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -22,12 +24,11 @@ from pygpt.dispatch import OPS, TABLE
 
 if TABLE["triton"].missing:
     pytest.fail(TABLE["triton"].missing, pytrace=False)
-from pygpt.triton_kernels import common
+from pygpt.triton_kernels import attention, attention_tiles, common, norm
 
 KERNELS = TABLE["triton"].kernels
 DEVICE = TABLE["triton"].devices[0]
 NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
-TYPICAL = list(cases.variants(cases.TYPICAL))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +58,7 @@ def test_schema_is_that_of_the_compiled_op(name):
     assert plain(registered(name)._schema) == plain(getattr(torch.ops.pygpt, name).default._schema)
 
 
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", cases.variants(cases.TINY), ids=cases.ids)
 def test_opcheck(op, dims, generator):
     args, grads = draw(op, dims, torch.float32, generator)
     for name, call in cases.kernel_calls(op, args, grads, KERNELS):
@@ -65,12 +66,20 @@ def test_opcheck(op, dims, generator):
 
 
 # ------------------------------------------------------------------------------- every path
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("target", common.TARGETS)
+def targets_and_dtypes():
+    """The configurations of float16 are those of bfloat16, and those of float32 are the same on all targets but sm80.
+    What sm90 has is tested in test_parity.py too, where it is the default. So the rest is for `make test-all`."""
+    for target, dtype in itertools.product(common.TARGETS, DTYPES):
+        quick = dtype == torch.bfloat16 or target == "sm80"
+        yield pytest.param(target, dtype, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("target, dtype", targets_and_dtypes(), ids=cases.ids)
 @pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
 def test_every_targets_configurations(op, target, dtype, generator):
     """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
-    dims = {"attention_lse": {"B": 1, "H": 2, "L": 150, "S": 140, "E": 64, "causal": 1}, "linear": {"M": 130, "K": 96}}
+    L, S = (70, 40) if dtype == torch.float32 else (150, 140)  # two tiles or more
+    dims = {"attention_lse": {"B": 1, "H": 2, "L": L, "S": S, "E": 64, "causal": 1}, "linear": {"M": 130, "K": 96}}
     with common.compiling_for(target):
         assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
         dims = dims.get(op, {"M": 130, "C": 48, "H": 136})
@@ -128,6 +137,182 @@ def test_a_scale_that_vanishes_in_float32_is_zero(scale, generator):
     torch.testing.assert_close(KERNELS.attention_fwd(q, q, q, True, scale)[0], mean)
 
 
+# ------------------------------------------------------------------------------- attention's tile scheduler
+@pytest.mark.parametrize("L", [2**17, 2**28])
+def test_groups_of_heads_are_no_larger_than_the_heads(L):
+    """GROUP times the tiles of a head is computed in 32 bits. One key is shared by any number of heads."""
+    launched = []
+
+    def observe(kernel, grid, args, *_):
+        launched.append(dict(zip(kernel.arg_names, args, strict=False)))
+
+    with common.compiling_for("sm90", observe):
+        q, k = (torch.empty(1, 3, n, 16, dtype=torch.bfloat16, device="meta") for n in (L, 1))
+        out, lse = KERNELS.attention_fwd(q, k, k, False, 1.0)
+        KERNELS.attention_bwd(out, None, q, k, k, out, lse, False, 1.0, [True] * 3)
+    assert [call["GROUP"] for call in launched if "GROUP" in call] == [3, 3, 3]
+
+
+@triton.jit
+def _tile_coord(result, tiles, heads, H, GROUP):
+    at = attention_tiles.tile_coord(tiles, attention_tiles.Params(heads, H, 0, 0, 0.0, GROUP, False, 0, 0))
+    result += tl.program_id(0) * 4
+    tl.store(result, at.tile)
+    tl.store(result + 1, at.head)
+    tl.store(result + 2, at.b)
+    tl.store(result + 3, at.h)
+
+
+@pytest.mark.parametrize("tiles, B, H, group", [(3, 2, 3, 4), (1, 1, 5, 2), (4, 1, 1, 1), (2, 7, 1, 3), (5, 2, 2, 4)])
+def test_tiles_are_scheduled_in_groups_of_heads(tiles, B, H, group):
+    """Each tile of each head once: a group's heads share their first tiles, then their second ones."""
+    heads = B * H
+    result = torch.zeros(tiles * heads, 4, dtype=torch.int32, device=DEVICE)
+    _tile_coord[(tiles * heads,)](result, tiles, heads, H, group)
+    groups = [range(first, min(first + group, heads)) for first in range(0, heads, group)]
+    assert result.tolist() == [
+        [tile, head, head // H, head % H] for some in groups for tile in range(tiles) for head in some
+    ]
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+def test_a_partial_group_of_heads(causal, generator, monkeypatch):
+    """Six heads in groups of four, of two tiles each."""
+    dims = {"B": 2, "H": 3, "L": 150, "S": 140, "E": 16, "causal": causal}
+    groups = set()
+
+    def launch(kernel, grid, *args, **how):
+        groups.add(dict(zip(kernel.arg_names, args, strict=False)).get("GROUP"))
+        common.launch(kernel, grid, *args, **how)
+
+    monkeypatch.setattr(attention, "launch", launch)
+    monkeypatch.setattr(attention, "L2_BYTES", 4 * 140 * (16 + 16) * 2)
+    cases.assert_exact("attention", dims, torch.bfloat16, generator, "triton", device=DEVICE)
+    assert groups == {4, None}  # the kernel of delta has none
+
+
+# ------------------------------------------------------------------------------- offsets beyond 32 bits
+EVEN, HALF, ODD = 2**31 + 16, 2**30 + 16, 2**31 + 11  # strides in elements; EVEN and HALF keep rows aligned to 16 bytes
+FAR = [(EVEN, torch.bfloat16), (HALF, torch.bfloat16), (HALF, torch.float32), (ODD, torch.bfloat16)]
+
+
+def sparse(elements, dtype):
+    """A large zero tensor. On a CPU only the pages that are touched exist."""
+    size = elements * dtype.itemsize
+    if DEVICE == "cpu":
+        no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python has since 3.11
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        return torch.frombuffer(memory, dtype=dtype)
+    if torch.cuda.mem_get_info()[0] < size + 2**30:
+        pytest.skip(f"needs {size >> 30} GB of GPU memory")
+    return torch.zeros(elements, dtype=dtype, device=DEVICE)
+
+
+class FarApart:
+    """Draws tensors that have a large stride along one dimension and are dense along the others, all in one memory."""
+
+    def __init__(self, stride, length, dtype, generator):
+        self.stride, self.length, self.generator, self.used = stride, length, generator, 0
+        self.memory = sparse((length - 1) * stride + 2**17, dtype)
+
+    def __call__(self, *shape, far=0):
+        dense = [n for d, n in enumerate(shape) if d != far]
+        strides = list(torch.empty(dense, device="meta").stride())
+        t = self.memory.as_strided(shape, [*strides[:far], self.stride, *strides[far:]], self.used)
+        self.used += -(-math.prod(dense) // 16) * 16
+        assert shape[far] <= self.length and self.used <= 2**17
+        return t.copy_(torch.randn(shape, generator=self.generator))
+
+
+def near(t):
+    """A copy with a small stride instead of the large one, and rows that are aligned alike."""
+    if not isinstance(t, torch.Tensor) or max(t.stride()) < 2**30:
+        return t
+    small = -(-t.numel() // 16) * 16 + max(t.stride()) % 16
+    return t.new_empty_strided(t.shape, [min(stride, small) for stride in t.stride()]).copy_(t)
+
+
+def assert_same_when_near(name, *args):
+    ours, want = (verify.as_tuple(getattr(KERNELS, name)(*each)) for each in (args, map(near, args)))
+    for a, b in zip(ours, want, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("in_registers", [True, False])
+@pytest.mark.parametrize("stride, dtype", FAR, ids=cases.ids)
+def test_norms_of_rows_that_are_far_apart(stride, dtype, in_registers, generator, monkeypatch):
+    if not in_registers:  # then rows are read again for each pass
+        monkeypatch.setattr(norm, "FWD_WIDTH", 0)
+        monkeypatch.setattr(norm, "BWD_WIDTH", 0)
+    draw_far = FarApart(stride, 5, dtype, generator)
+    x, residual, dy, ds = (draw_far(5, 64) for _ in range(4))
+    w, mean, rstd = (torch.rand(n, generator=generator).to(DEVICE) for n in (64, 5, 5))
+    assert_same_when_near("add_layer_norm_fwd", x, residual, w.to(dtype), w.to(dtype), 1e-5)
+    assert_same_when_near("add_layer_norm_bwd", dy, ds, x, w.to(dtype), mean, rstd, [True] * 3)
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90"])  # through pointers and through descriptors
+@pytest.mark.parametrize("stride, dtype", FAR, ids=cases.ids)
+def test_products_of_rows_that_are_far_apart(stride, dtype, target, generator):
+    draw_far = FarApart(stride, 17, dtype, generator)
+    x, dy, w, hidden, proj = (draw_far(*shape) for shape in ((17, 32), (17, 16), (16, 32), (17, 16), (16, 16)))
+    with common.compiling_for(target):
+        assert_same_when_near("linear_fwd", x, w, None)
+        assert_same_when_near("linear_bwd", dy, x, w, [True] * 3)
+        assert_same_when_near("mlp_fwd", x, w, None, proj, None, "gelu")
+        assert_same_when_near("mlp_bwd", dy, x, w, proj, hidden, hidden, "gelu", [True] * 5)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])  # sequences, heads or positions
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+@pytest.mark.parametrize("stride, dtype", FAR, ids=cases.ids)
+def test_attention_of_what_is_far_apart(stride, dtype, target, far, generator):
+    draw_far, draw_statistics = (FarApart(stride, 5, each, generator) for each in (dtype, torch.float32))
+    shape = [5 if d == far else n for d, n in enumerate((1, 2, 5, 16))]
+    q, k, v, out, dout = (draw_far(*shape, far=far) for _ in range(5))
+    lse, dlse = torch.rand(shape[:3], generator=generator).to(DEVICE), draw_statistics(*shape[:3], far=far)
+    with common.compiling_for(target):
+        assert_same_when_near("attention_fwd", q, k, v, True, 0.3)
+        assert_same_when_near("attention_bwd", dout, dlse, q, k, v, out, lse, True, 0.3, [True] * 3)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_an_output_of_attention_that_is_far_apart(far, generator, monkeypatch):
+    """Outputs are dense, but those of a large call are as large."""
+    shape = [5 if d == far else n for d, n in enumerate((1, 2, 5, 16))]
+    q = torch.randn(shape, generator=generator).bfloat16().to(DEVICE)
+    want = KERNELS.attention_fwd(q, q, q, False, 0.3)
+    draw_far = FarApart(HALF, 5, torch.bfloat16, generator)
+    monkeypatch.setattr(attention, "empty_strided", lambda *_: draw_far(*shape, far=far))
+    assert all(map(torch.equal, KERNELS.attention_fwd(q, q, q, False, 0.3), want))
+
+
+@triton.jit
+def _store_one_row(grad, stats, length, head, row, H, L, WIDTH: tl.constexpr):
+    ones = tl.full([1, WIDTH], 1.0, tl.float32)
+    attention_tiles.store_gradient(
+        grad,
+        attention_tiles.Tile(
+            attention_tiles.Operand(grad, length, 0, 0, 0, WIDTH, 1, WIDTH),
+            attention_tiles.TileCoord(0, head, head // H, head % H),
+            row,
+            ones,
+        ),
+        H,
+    )
+    tl.store(attention_tiles.rows_of_head(stats, head, L), 1.0)
+
+
+@pytest.mark.parametrize("head, row", [(3, 0), (0, 2**17 - 1), (3, 2**17 - 1)])
+def test_gradients_and_statistics_of_attention_past_32_bits(head, row):
+    """The addresses in (B, T, H, WIDTH) gradients and in (B H, L) statistics that are large themselves."""
+    B, T, H, width, L = 2, 2**17, 2, 2**14, 2**30
+    grad, stats = sparse(B * T * H * width, torch.bfloat16), sparse(B * H * L, torch.float32)
+    _store_one_row[(1,)](grad, stats, T, head, row, H, L, width)
+    assert grad.view(B, T, H, width)[head // H, row, head % H].eq(1).all()
+    assert stats[head * L] == 1
+
+
 # ------------------------------------------------------------------------------- launching
 class Recorded:
     """Stands for a kernel; refuses the configurations it is told to."""
@@ -164,20 +349,6 @@ def test_what_does_not_fit_gives_way_to_the_next(monkeypatch):
 def test_nothing_fits():
     with pytest.raises(RuntimeError, match="no configuration of recorded fits .*shared memory"):
         start(Recorded(64, 32, 16), configurations())
-
-
-def test_groups_of_heads_are_no_larger_than_the_heads():
-    """GROUP times the tiles of a head is computed in 32 bits."""
-    launched = []
-
-    def observe(kernel, grid, args, *_):
-        launched.append(dict(zip(kernel.arg_names, args, strict=False)))
-
-    with common.compiling_for("sm90", observe):
-        q, k = (torch.empty(1, 3, n, 16, dtype=torch.bfloat16, device="meta") for n in (2**28, 1))
-        out, lse = KERNELS.attention_fwd(q, k, k, False, 1.0)
-        KERNELS.attention_bwd(out, None, q, k, k, out, lse, False, 1.0, [True] * 3)
-    assert [call["GROUP"] for call in launched if "GROUP" in call] == [3, 3, 3]
 
 
 def test_an_empty_grid_starts_nothing():
@@ -333,10 +504,13 @@ def compile_all(*options, **how):
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("target", common.TARGETS)
-def test_first_choices_compile(target):
-    """No error, no spill, no more shared memory than there is, and tensor cores for 16-bit products, not serialized."""
-    compile_all("--targets", target, "--jobs", "1")
+@pytest.mark.parametrize("target, dtype", [*((target, "bf16") for target in common.TARGETS), ("sm80", "fp32")])
+def test_first_choices_compile(target, dtype):
+    """No error, no spill, no more shared memory than there is, and tensor cores for 16-bit products, not serialized.
+
+    sm80 has the least shared memory of the NVIDIA targets. float32 on the others is for `make test-all`, below.
+    """
+    compile_all("--targets", target, "--dtypes", dtype, "--jobs", "1")
 
 
 @needs_oldest_triton
