@@ -78,7 +78,7 @@ def targets_and_dtypes():
 @pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
 def test_every_targets_configurations(op, target, dtype, generator):
     """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
-    L, S = (70, 40) if dtype == torch.float32 else (150, 140)  # two tiles or more
+    L, S = (70, 70) if dtype == torch.float32 else (150, 140)  # two tiles or more each way
     dims = {"attention_lse": {"B": 1, "H": 2, "L": L, "S": S, "E": 64, "causal": 1}, "linear": {"M": 130, "K": 96}}
     with common.compiling_for(target):
         assert common.tileable(torch.zeros(16, 64, dtype=dtype)) == (target in ("sm90", "sm100"))
@@ -194,6 +194,7 @@ def test_a_partial_group_of_heads(causal, generator, monkeypatch):
 # ------------------------------------------------------------------------------- offsets beyond 32 bits
 EVEN, HALF, ODD = 2**31 + 16, 2**30 + 16, 2**31 + 11  # strides in elements; EVEN and HALF keep rows aligned to 16 bytes
 FAR = [(EVEN, torch.bfloat16), (HALF, torch.bfloat16), (HALF, torch.float32), (ODD, torch.bfloat16)]
+POINTERS, DESCRIPTORS = [(*far, "sm80") for far in FAR], [(*far, "sm90") for far in FAR[:2]]
 
 
 def sparse(elements, dtype):
@@ -251,8 +252,7 @@ def test_norms_of_rows_that_are_far_apart(stride, dtype, in_registers, generator
     assert_same_when_near("add_layer_norm_bwd", dy, ds, x, w.to(dtype), mean, rstd, [True] * 3)
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90"])  # through pointers and through descriptors
-@pytest.mark.parametrize("stride, dtype", FAR, ids=cases.ids)
+@pytest.mark.parametrize("stride, dtype, target", POINTERS + DESCRIPTORS, ids=cases.ids)
 def test_products_of_rows_that_are_far_apart(stride, dtype, target, generator):
     draw_far = FarApart(stride, 17, dtype, generator)
     x, dy, w, hidden, proj = (draw_far(*shape) for shape in ((17, 32), (17, 16), (16, 32), (17, 16), (16, 16)))
@@ -264,8 +264,7 @@ def test_products_of_rows_that_are_far_apart(stride, dtype, target, generator):
 
 
 @pytest.mark.parametrize("far", [0, 1, 2])  # sequences, heads or positions
-@pytest.mark.parametrize("target", ["sm80", "sm90"])
-@pytest.mark.parametrize("stride, dtype", FAR, ids=cases.ids)
+@pytest.mark.parametrize("stride, dtype, target", POINTERS + DESCRIPTORS, ids=cases.ids)
 def test_attention_of_what_is_far_apart(stride, dtype, target, far, generator):
     draw_far, draw_statistics = (FarApart(stride, 5, each, generator) for each in (dtype, torch.float32))
     shape = [5 if d == far else n for d, n in enumerate((1, 2, 5, 16))]
