@@ -58,7 +58,7 @@ def test_schema_is_that_of_the_compiled_op(name):
     assert plain(registered(name)._schema) == plain(getattr(torch.ops.pygpt, name).default._schema)
 
 
-@pytest.mark.parametrize("op, dims", cases.variants(cases.TINY), ids=cases.ids)
+@pytest.mark.parametrize("op, dims", list(cases.variants(cases.TINY)), ids=cases.ids)
 def test_opcheck(op, dims, generator):
     args, grads = draw(op, dims, torch.float32, generator)
     for name, call in cases.kernel_calls(op, args, grads, KERNELS):
@@ -74,7 +74,7 @@ def targets_and_dtypes():
         yield pytest.param(target, dtype, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("target, dtype", targets_and_dtypes(), ids=cases.ids)
+@pytest.mark.parametrize("target, dtype", list(targets_and_dtypes()), ids=cases.ids)
 @pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
 def test_every_targets_configurations(op, target, dtype, generator):
     """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
