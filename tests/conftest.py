@@ -10,13 +10,13 @@ n-th case of a test (all of them in `make test-all`). With a GPU, they run on it
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+
+from tests import processes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -111,14 +111,28 @@ def kernels(backend):
     return named(backend).kernels
 
 
+@pytest.fixture(scope="session")
+def forks():
+    server = processes.Forks()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def run_python():
-    """Runs Python source in a fresh process with the given arguments and environment variables."""
+def run_python(forks):
+    """Runs Python source in a process that has imported torch, with the given arguments and environment variables."""
 
     def run(source: str, *args: str, **environment: str):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
-        return subprocess.run(
-            [sys.executable, "-c", source, *args], env=env, check=False, capture_output=True, text=True, timeout=600
-        )
+        return forks.run(source, args, {**os.environ, "PYTHONPATH": processes.search_path(), **environment})
+
+    return run
+
+
+@pytest.fixture
+def run_new_python():
+    """Likewise, in a process that has imported nothing."""
+
+    def run(source: str, *args: str, **environment: str):
+        return processes.run_new(source, args, {**os.environ, "PYTHONPATH": processes.search_path(), **environment})
 
     return run

@@ -145,9 +145,9 @@ print(conformance.integer_gemm(cases, 200, 150, 390, torch.bfloat16, True))
 
 
 @pytest.mark.parametrize("bug", [None, "no barrier before the store"])
-def test_race_checker_sees_tma_and_wgmma(bug, run_python):
+def test_race_checker_sees_tma_and_wgmma(bug, run_new_python):
     file = planted(bug) if bug else GEMM
-    done = run_python(RACES, str(file), **build.environment("thread"))
+    done = run_new_python(RACES, str(file), **build.environment("thread"))
     assert ("data race" in done.stderr) == bool(bug), done.stderr[-3000:]
     assert bug or (done.returncode == 0 and done.stdout == "True\n"), done.stdout + done.stderr[-3000:]
 

@@ -21,11 +21,11 @@ DEAR = {
 
 
 @pytest.fixture
-def imported(run_python):
+def imported(run_new_python):
     """Runs IMPORTS where there is no GPU and Triton isn't interpreted: (CPU seconds for torch, for pygpt), new modules."""
 
     def run(**environment):
-        done = run_python(IMPORTS, **{"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "", **environment})
+        done = run_new_python(IMPORTS, **{"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "", **environment})
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
