@@ -56,7 +56,8 @@ def assert_saved(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name, line", [
-    ("SIGINT", "interrupted"), ("SIGTERM", "stopped by SIGTERM"), ("SIGHUP", "stopped by SIGHUP"),
+    ("SIGINT", "interrupted"), ("SIGTERM", "stopped by SIGTERM"),
+    pytest.param("SIGHUP", "stopped by SIGHUP", marks=pytest.mark.slow),  # a closed terminal sends it, below
 ])  # fmt: skip
 def test_a_signal_saves_the_run(name, line, start, tmp_path):
     process = start()
@@ -79,7 +80,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("first, second, code", [
-    ("SIGTERM", "SIGTERM", -15), ("SIGHUP", "SIGTERM", -15), ("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGHUP", -1),
+    ("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGHUP", -1),
+    *(pytest.param(first, "SIGTERM", -15, marks=pytest.mark.slow) for first in ("SIGTERM", "SIGHUP")),
 ])  # fmt: skip
 def test_a_second_signal_acts_at_once(first, second, code, tmp_path):
     """The first waits for the end of the step."""
