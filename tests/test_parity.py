@@ -34,8 +34,15 @@ def every(table):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", every(cases.CASES))
-def test_shapes(op, dims, dtype, backend, device, generator):
-    cases.assert_exact(op, dims, dtype, generator, backend, device=device)
+def test_shapes(op, dims, dtype, compiled, device, generator):
+    cases.assert_exact(op, dims, dtype, generator, compiled, device=device)
+
+
+@pytest.mark.parametrize("op, dims", [*cases.variants(cases.TYPICAL), *cases.FEW.items()], ids=cases.ids)
+def test_the_fallback_is_pytorchs_own(op, dims, generator):
+    """By its own name, and as exact as itself."""
+    (row, *_) = rows = verify.measure(op, dims, torch.float32, generator, "torch")
+    assert row.backend == "torch" and all(row.passed for row in rows)
 
 
 @pytest.mark.slow
@@ -50,8 +57,8 @@ def test_many_shapes(op, dims, dtype, compiled, device, generator):
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("op, dims", [*cases.variants(cases.TYPICAL), *cases.FEW.items()], ids=cases.ids)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
-def test_layouts(layout, op, dims, dtype, backend, device, generator):
-    cases.assert_exact(op, dims, dtype, generator, backend, view=layout, device=device)
+def test_layouts(layout, op, dims, dtype, compiled, device, generator):
+    cases.assert_exact(op, dims, dtype, generator, compiled, view=layout, device=device)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
@@ -73,7 +80,7 @@ def apart(args):
     "dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)]
 )
 @pytest.mark.parametrize("op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "gelu"])
-def test_large_values(op, dtype, size, backend, device, generator, monkeypatch):
+def test_large_values(op, dtype, size, compiled, device, generator, monkeypatch):
     """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
 
     def large(t):
@@ -81,15 +88,15 @@ def test_large_values(op, dtype, size, backend, device, generator, monkeypatch):
 
     if op.startswith("attention"):
         monkeypatch.setitem(verify.SPECS, op, replace(verify.SPECS[op], settled=apart))
-    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=large, device=device)
+    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, compiled, view=large, device=device)
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 60.0), (torch.float16, 22.0)], ids=cases.ids)
 @pytest.mark.parametrize("op", ["attention", "attention_lse"])
-def test_scores_around_the_limit(op, dtype, size, backend, device, generator, monkeypatch):
+def test_scores_around_the_limit(op, dtype, size, compiled, device, generator, monkeypatch):
     """Exponents of about 2^21 eps, where GPU kernels turn from fused to separate products and sums."""
     monkeypatch.setitem(verify.SPECS, op, replace(verify.SPECS[op], settled=apart))
-    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, backend, view=lambda t: t * size, device=device)
+    cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, compiled, view=lambda t: t * size, device=device)
 
 
 # Scores up to which the CUDA kernels compute p by one multiply-add: see attention.cu. (float never does.)
@@ -166,25 +173,25 @@ def assert_same_kinds(op, args, grads, backend, where):
     [v for v in (*cases.variants(cases.TYPICAL), *cases.FEW.items()) if v[0] != "attention_lse"],
     ids=cases.ids,
 )
-def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, backend, device, generator):
+def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, compiled, device, generator):
     dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
     args, grads = verify.draw(op, dims, dtype, generator, device=device)
     for at in (i for i, a in enumerate(args) if isinstance(a, torch.Tensor)):
         spoilt = [a.clone() if i == at else a for i, a in enumerate(args)]
         one = spoilt[at].view(-1)[torch.randint(spoilt[at].numel(), (), generator=generator)]
         one.copy_(cases.fullest_nan(one.dtype) if math.isnan(value) else torch.tensor(value, dtype=one.dtype))
-        assert_same_kinds(op, spoilt, grads, backend, f"{value} in argument {at}")
+        assert_same_kinds(op, spoilt, grads, compiled, f"{value} in argument {at}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("L, S", [(3, 300), (70, 85), (71, 85)])
-def test_an_infinite_key_that_no_query_sees(L, S, dtype, backend, device, generator):
+def test_an_infinite_key_that_no_query_sees(L, S, dtype, compiled, device, generator):
     """Its gradient is 0, whatever fills up the last tile of queries."""
     dims = {"B": 1, "H": 2, "L": L, "S": S, "E": 24}
     (q, k, *rest), grads = verify.draw("attention", dims, dtype, generator, device=device)
     q[..., 0].abs_()
     k[:, :, S // 2, 0] = -torch.inf
-    assert_same_kinds("attention", (q, k, *rest), grads, backend, "an infinite key")
+    assert_same_kinds("attention", (q, k, *rest), grads, compiled, "an infinite key")
 
 
 SUBSET = """
