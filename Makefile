@@ -26,10 +26,10 @@ demo: $(VENV)/built-for-demo
 	$(BIN)/pygpt demo
 
 test: build
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-all: build $(OLDEST_TRITON)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 oldest-triton: build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/test_triton.py
