@@ -27,6 +27,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
 
+pytest_plugins = ["tests.crash"]
 BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,cuda,torch").split(",")
 ON_GPU = ("triton", "cuda")
 
