@@ -149,7 +149,7 @@ EVEN = {
     "relu": {"M": (5, 3, 64)},
 }
 EVEN_FEW = {
-    "attention": {"B": 2, "H": 2, "L": 3, "S": 304, "E": 16, "Ev": 24, "causal": 0},
+    "attention": {"B": 2, "H": 2, "L": 3, "S": 144, "E": 16, "Ev": 24, "causal": 0},
     "linear": {"M": 3, "K": 32, "N": 24},
     "mlp": {"M": (1, 3), "C": 24, "H": 48, "O": 16, "activation": "relu2"},
 }
