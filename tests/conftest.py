@@ -73,20 +73,31 @@ def device(request):
     return "cuda" if under_test(request) in ON_GPU and torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def emulated(monkeypatch):
+    """Makes the emulator the backend "cuda", with the options of emulator.kernels, until the test ends."""
+    from pygpt import verify
+    from pygpt.dispatch import TABLE
+    from tests import emulator
+
+    def use(**options):
+        kernels = emulator.kernels(**options)
+        monkeypatch.setitem(TABLE, "cuda", replace(TABLE["cuda"], kernels=kernels, missing="", devices=("cpu",)))
+        monkeypatch.setattr(verify, "ELEMENTS", 1)
+
+    return use
+
+
 @pytest.fixture(autouse=True)
 def without_a_gpu(request, monkeypatch):
     """The CUDA kernels come from the emulator. A direction that passes is drawn once; one that fails, as often as ever."""
     from pygpt import verify
-    from pygpt.dispatch import TABLE
 
     if torch.cuda.is_available() or (name := under_test(request)) not in ON_GPU:
         return
-    monkeypatch.setattr(verify, "ELEMENTS", 1)
     if name == "cuda":
-        from tests import emulator
-
-        row = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
-        monkeypatch.setitem(TABLE, "cuda", row)
+        request.getfixturevalue("emulated")()
+    monkeypatch.setattr(verify, "ELEMENTS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,15 @@ import re
 import subprocess
 import sys
 
+import cases
 import numpy as np
 import pytest
 import torch
 
-from tests.emulator import SCHEDULES, build
+from tests import emulator
+from tests.emulator import build
 
+SCHEDULES = (*emulator.SCHEDULES, "ahead")
 INT, FLOAT = np.int32, np.float32
 SEEDS = range(3)
 
@@ -175,7 +178,7 @@ def test_a_crash_is_an_error_and_the_next_launch_works(basics, name):
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="'fifo', 'reversed' or 'random', got 'lifo'"):
+    with pytest.raises(ValueError, match="'fifo', 'reversed', 'random' or 'ahead', got 'lifo'"):
         build.load_tests("basics").schedule("lifo")
 
 
@@ -186,8 +189,9 @@ BY_VALUES = {
     "no_syncthreads": (),
     "no_syncwarp": (),
     "overwrite_before_read": (),
+    "one_buffer_for_two_rounds": ("fifo", "reversed", "random"),
     "uninitialised": (),
-    "blocks_in_order": ("fifo",),
+    "blocks_in_order": ("fifo", "ahead"),
     "no_wait": (),
     "wait_for_too_few": (),
     "no_commit": (),
@@ -201,7 +205,7 @@ BY_ERROR = {
     "lane_skips_syncwarp": r"(?s)deadlock.*__syncwarp.*31 threads \(0..4, 6..31\).*__syncthreads.*\(5, 32..127\)",
     "ldmatrix_past_end": "ldmatrix from no variable in shared memory",
     "store_past_end": "went 1 bytes past the end of s",
-    "misaligned": "a crash .* not aligned",
+    "misaligned": r"planted_bugs.cu:\d+: an access at 4 modulo 16",
     "caller_not_in_mask": "the caller, lane [0-9]+, is not in its mask",
     "lanes_have_ended": "have ended|which ended",
     "different_instructions": "while other lanes wait for this one in __shfl",
@@ -209,7 +213,6 @@ BY_ERROR = {
 }
 BY_UNDEFINED = {
     "index_past_end": r"planted_bugs.cu:\d+: index \d+ is out of the array's bounds",
-    "misaligned": r"planted_bugs.cu:\d+: an access at 4 modulo 16",
 }
 BY_ADDRESS = ("store_past_end", "global_past_end", "global_read_past_end")
 BY_THREAD = (
@@ -217,6 +220,7 @@ BY_THREAD = (
     "no_syncwarp",
     "shuffle_for_syncwarp",
     "overwrite_before_read",
+    "one_buffer_for_two_rounds",
     "blocks_in_order",
     "no_barrier_after_wait",
     "copy_before_barrier",
@@ -323,24 +327,41 @@ def test_the_thread_sanitizer_tells():
         assert re.search(rf"#0 {name}<true>.*planted_bugs.cu:\d+", parts[f"{name}=1"])
 
 
-# ---------------------------------------------------------------- the library's kernels under the sanitizers
+# ---------------------------------------------------------------- the library's kernels: another schedule, other builds
+
+WORK = [  # more than one tile, step or row for every warp and block
+    *cases.variants(cases.TYPICAL),
+    ("attention", {"L": 130, "S": 130, "E": 64, "causal": 1}),
+    ("linear", {"M": 130, "K": 264, "N": 136}),
+    ("layer_norm", {"M": 2, "N": 4099}),
+    ("rms_norm", {"M": 8, "N": 1100}),
+    ("rms_norm", {"M": 2, "N": 17_000}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", WORK, ids=cases.ids)
+def test_kernels_with_one_warp_ahead(op, dims, dtype, emulated, generator):
+    emulated(schedules=("fifo", "ahead"))
+    cases.assert_exact(op, dims, dtype, generator, "cuda")
+
 
 KERNELS = """
 import sys
 from dataclasses import replace
-import cases, torch
+import cases, test_emulator, test_norm, torch
 from pygpt import verify
 from pygpt.dispatch import TABLE
 from tests import emulator
 
-TABLE["cuda"] = replace(TABLE["cuda"], kernels=emulator.kernels(sys.argv[1]), missing="", devices=("cpu",))
+kernels = emulator.kernels(sys.argv[1])
+TABLE["cuda"] = replace(TABLE["cuda"], kernels=kernels, missing="", devices=("cpu",))
 torch.set_num_threads(1)
 verify.ELEMENTS = 1
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
-large = ("attention", {"L": 130, "S": 130, "E": 64, "causal": 1}), ("linear", {"M": 130, "K": 264, "N": 136})
-wide = ("layer_norm", {"M": 2, "N": 4099}), ("rms_norm", {"M": 2, "N": 17_000})
 every = [(dtype, view) for dtype in (torch.bfloat16, torch.float32) for view in (cases.contiguous, cases.embedded)]
-for op, dims in (*cases.variants(cases.TYPICAL), *large, *wide):
+test_norm.assert_a_single_column_has_no_gradient(kernels, torch.float32, generator)
+for op, dims in test_emulator.WORK:
     for dtype, view in every[::2] if sys.argv[1] == "thread" else every:  # each access costs it 20 times as much
         cases.assert_exact(op, dims, dtype, generator, "cuda", view=view)
     print(op, dims, flush=True)
@@ -349,9 +370,9 @@ print("all right")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["undefined", "address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["undefined", "address", "thread", "contracted"])
 def test_kernels_under_a_sanitizer(sanitizer, seed):
-    """Every kernel, under every schedule, within the rule of parity."""
+    """Every kernel, under every schedule, within the rule of parity. "contracted" has products and sums fused."""
     done = run_sanitized(sanitizer, KERNELS, str(seed))
     assert done.returncode == 0 and "all right" in done.stdout, done.stderr[-5000:]
     assert "Sanitizer" not in done.stderr, done.stderr[:5000]

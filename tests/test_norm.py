@@ -1,7 +1,5 @@
 """layer_norm, add_layer_norm and rms_norm: the meaning and the errors of their arguments."""
 
-from dataclasses import replace
-
 import cases
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import verify
-from pygpt.dispatch import TABLE
 from pygpt.functional import add_layer_norm, layer_norm, rms_norm
 
 
@@ -108,6 +105,19 @@ def test_constant_rows(width, value, dtype, backend):
     assert dx.isfinite().all()
 
 
+def assert_a_single_column_has_no_gradient(kernels, dtype, generator):
+    """Exactly: g is rounded before it is averaged, so that it is its own mean."""
+    dy, x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((50, 1), (50, 1), (1,)))
+    _, mean, rstd = kernels.layer_norm_fwd(x, weight, None, 1e-5)
+    dx, *_ = kernels.layer_norm_bwd(dy, x, weight, mean, rstd, [True] * 3)
+    assert not dx.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=cases.ids)
+def test_a_single_column_has_no_gradient(dtype, kernels, generator):
+    assert_a_single_column_has_no_gradient(kernels, dtype, generator)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("width", [1, 3, 13])
 def test_what_lies_beside_a_short_row(width, dtype, kernels):
@@ -172,13 +182,9 @@ def test_bad_arguments(function, args, error, message, backend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of devices with less shared memory, emulated")
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 1000), (torch.bfloat16, 12288)], ids=str)
-def test_the_shared_memory_of_smaller_gpus(dtype, width, monkeypatch, generator):
+def test_the_shared_memory_of_smaller_gpus(dtype, width, emulated, monkeypatch, generator):
     """A100s have 163 KB a block, RTX cards 99: where the staged rows of backward don't fit, they are read twice."""
-    from tests import emulator
-
-    cuda = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
-    monkeypatch.setitem(TABLE, "cuda", cuda)
-    monkeypatch.setattr(verify, "ELEMENTS", 1)
+    emulated()
     for kilobytes in (163, 99):
         monkeypatch.setenv("PYGPT_EMULATED_SHARED", str(kilobytes << 10))
         cases.assert_exact("add_layer_norm", {"M": 3, "N": width}, dtype, generator, "cuda")

@@ -54,10 +54,10 @@ def launches(call: Callable) -> list[tuple[str, int, int, int]]:
 
 
 @functools.cache
-def kernels(sanitizer: str | None = None) -> SimpleNamespace:
+def kernels(sanitizer: str | None = None, schedules: tuple[str, ...] = SCHEDULES) -> SimpleNamespace:
     from pygpt.dispatch import KERNEL_NAMES  # imported late, so that conformance.py runs without pygpt
 
     module = build.load(sanitizer)
-    schedules = SCHEDULES[-1:] if sanitizer == "thread" else SCHEDULES  # the race checker needs only one schedule
+    schedules = schedules[-1:] if sanitizer == "thread" else schedules  # the race checker needs only one schedule
     ops = {name: getattr(torch.ops.pygpt_emulator, name).default for name in KERNEL_NAMES}
     return SimpleNamespace(**{name: _under(schedules, module, name, op) for name, op in ops.items()})

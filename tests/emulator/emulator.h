@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <tuple>
 #include <type_traits>
@@ -152,6 +153,10 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 namespace pygpt::cuda {
 
 inline int64_t max_shared_bytes(const Stream&) { return emulator::shared_limit(); }
+inline int64_t l2_to_share() {  // or PYGPT_EMULATED_L2, in bytes
+  const char* bytes = std::getenv("PYGPT_EMULATED_L2");
+  return bytes ? std::atoll(bytes) : 16 << 20;
+}
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Stream&,

@@ -11,7 +11,8 @@ void schedule(const std::string& name, uint64_t seed) {
   if (name == "fifo") return emulator::set_schedule(emulator::Order::fifo, seed);
   if (name == "reversed") return emulator::set_schedule(emulator::Order::reversed, seed);
   if (name == "random") return emulator::set_schedule(emulator::Order::random, seed);
-  throw pybind11::value_error("schedule must be 'fifo', 'reversed' or 'random', got '" + name + "'");
+  if (name == "ahead") return emulator::set_schedule(emulator::Order::ahead, seed);
+  throw pybind11::value_error("schedule must be 'fifo', 'reversed', 'random' or 'ahead', got '" + name + "'");
 }
 
 pybind11::dict statistics() {
@@ -38,7 +39,8 @@ pybind11::list launches() {
 
 PYBIND11_MODULE(pygpt_emulator, m) {
   m.def("schedule", schedule, pybind11::arg("name"), pybind11::arg("seed") = 0,
-        "Sets the order of threads, blocks and asynchronous work for later launches: 'fifo', 'reversed' or 'random'.");
+        "Sets the order of threads, blocks and asynchronous work for later launches: 'fifo', 'reversed', 'random' or "
+        "'ahead', under which the running warp goes on for as long as it can.");
   m.def("statistics", statistics, "The events counted since the last reset_statistics().");
   m.def("record", emulator::record, "Later launches are recorded and do not run (True), or run again (False).");
   m.def("launches", launches,

@@ -54,6 +54,23 @@ __global__ void overwrite_before_read(const float*, float* out) {
   s[127 - t] = -1;
 }
 
+// Two rounds need two buffers: a warp that is a round ahead of the others overwrites the sums that they are to read. No
+// warp gets that far where the scheduler gives every thread its turn.
+template <bool bug>
+__global__ void one_buffer_for_two_rounds(const float*, float* out) {
+  PYGPT_SHARED(float, s, [2][4]);
+  const int t = thread();
+  float sum = 0;
+  for (int round = 0; round < 2; round++) {
+    float* buffer = s[bug ? 0 : round];
+    if (t % 32 == 0) buffer[t / 32] = t / 32 + round;
+    __syncthreads();
+    for (int warp = 0; warp < 4; warp++) sum += buffer[warp] - warp;
+    for (int i = 0; i < 16; i++) __syncwarp();
+  }
+  out[t] = t + sum - 4;
+}
+
 template <bool bug>
 __global__ void uninitialised(const float*, float* out) {
   PYGPT_SHARED(float, s, [128]);
@@ -293,6 +310,7 @@ const Case cases[] = {PYGPT_CASE(no_syncthreads),
                       PYGPT_CASE(no_syncwarp),
                       PYGPT_CASE(shuffle_for_syncwarp),
                       PYGPT_CASE(overwrite_before_read),
+                      PYGPT_CASE(one_buffer_for_two_rounds),
                       PYGPT_CASE(uninitialised),
                       PYGPT_CASE(barrier_in_branch),
                       PYGPT_CASE(lane_skips_syncwarp),

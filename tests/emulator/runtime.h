@@ -163,7 +163,7 @@ bool is_shared(const void* p, size_t bytes);
 
 // ---- The order of events
 
-enum class Order { fifo, reversed, random };
+enum class Order { fifo, reversed, random, ahead };
 void set_schedule(Order order, uint64_t seed);
 Order order();
 uint64_t random_below(uint64_t n);  // the next number of the schedule's own sequence

@@ -35,10 +35,22 @@ void do_deferred(size_t i) {
 
 namespace {
 
+// The position, among the ready threads, of one of the running thread's warp; of any thread if none is ready.
+size_t of_running_warp() {
+  const auto& ring = machine.ready;
+  for (size_t i = 0; current && i < machine.count; i++) {
+    const Task* t = ring[(machine.first + i) % ring.size()];
+    if (t->block == current->block && t->warp == current->warp) return i;
+  }
+  return random_below(machine.count);
+}
+
 Task* pop() {
   auto& ring = machine.ready;
-  if (machine.order == Order::random)
-    std::swap(ring[machine.first], ring[(machine.first + random_below(machine.count)) % ring.size()]);
+  if (machine.order == Order::random || machine.order == Order::ahead) {
+    const size_t chosen = machine.order == Order::ahead ? of_running_warp() : random_below(machine.count);
+    std::swap(ring[machine.first], ring[(machine.first + chosen) % ring.size()]);
+  }
   Task* t = ring[machine.first];
   machine.first = (machine.first + 1) % ring.size(), machine.count--;
   return t;
@@ -56,7 +68,8 @@ void poll() {
 
 bool do_one_deferred() {
   const size_t n = machine.deferred.size();
-  if (n) do_deferred(machine.order == Order::fifo ? 0 : machine.order == Order::reversed ? n - 1 : random_below(n));
+  const bool in_order = machine.order == Order::fifo || machine.order == Order::ahead;
+  if (n) do_deferred(in_order ? 0 : machine.order == Order::reversed ? n - 1 : random_below(n));
   return n != 0;
 }
 
@@ -87,6 +100,7 @@ Task* next() {
     if (random_below(2)) do_one_deferred();
     poll();
   }
+  if (machine.order == Order::ahead) poll();
   while (!machine.count) {
     poll();
     if (!machine.count && !do_one_deferred()) stop(deadlock());
