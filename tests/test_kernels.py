@@ -116,3 +116,35 @@ def test_more_heads_than_a_grid_is_high(compiled, device, generator):
         assert {name.partition("<")[0].split("::")[-1] for name, *_ in launched} >= {"attention_fwd_kernel"}, launched
     else:
         cases.assert_exact("attention", dims, torch.bfloat16, generator, compiled, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator checks launches without running them")
+def test_cuda_grids_for_millions_of_rows():
+    """No sum over rows has more slices than a grid is high."""
+    from tests import emulator
+
+    emulator.build.load()
+    ops, rows = torch.ops.pygpt_emulator, 5_000_000
+    x, weight, bias = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((rows, 8), (8, 8), (8,)))
+    statistics, wide = torch.empty(rows), torch.empty(1, 20_000, dtype=torch.bfloat16).expand(rows, 20_000)
+    for call in (
+        lambda: ops.linear_fwd(x, weight, bias),
+        lambda: ops.linear_bwd(x, x, weight, [True] * 3),
+        lambda: ops.mlp_fwd(x, weight, bias, weight, bias, "gelu"),
+        lambda: ops.layer_norm_fwd(x, bias, bias, 1e-5),
+        lambda: ops.layer_norm_bwd(x, x, bias, statistics, statistics, [True] * 3),
+        lambda: ops.layer_norm_bwd(wide, wide, None, statistics, statistics, [False, True, True]),
+        lambda: ops.gelu_fwd(x, "none"),
+    ):
+        assert emulator.launches(call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator has an L2 cache of any size")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=cases.ids)
+@pytest.mark.parametrize("causal", [0, 1])
+def test_cuda_groups_of_heads(causal, dtype, emulated, monkeypatch, generator):
+    """Six heads in groups of four, whose keys and values share the L2 cache: the last group is a partial one."""
+    emulated()
+    dims = {"B": 2, "H": 3, "L": 150, "S": 150, "E": 16, "causal": causal}
+    monkeypatch.setenv("PYGPT_EMULATED_L2", str(4 * 150 * 2 * 16 * dtype.itemsize))
+    cases.assert_exact("attention_lse", dims, dtype, generator, "cuda")

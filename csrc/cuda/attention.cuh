@@ -123,13 +123,13 @@ Error by_head_dim(int64_t head_dim, Body&& body) {
 template <class T>
 Error launch_tiles(void (*kernel)(Params), Params params, int64_t outer_len, int64_t inner_len, const TileShape& shape,
                    int shared, const Stream& stream) {
-  constexpr int64_t kL2Bytes = 16 << 20, kMaxTiles = 1 << 30;
+  constexpr int64_t kMaxTiles = 1 << 30;
   const int64_t tiles = ceil_div(outer_len, shape.tile_m()) * params.total_heads;
   if (tiles == 0) return nullptr;
   if (std::max({tiles, outer_len, inner_len}) > kMaxTiles) return "attention: more than 2^30 positions or tiles";
   const int64_t head_bytes = inner_len * (params.q.width + params.v.width) * static_cast<int64_t>(sizeof(T));
   params.head_group =
-      static_cast<int>(std::clamp<int64_t>(kL2Bytes / std::max<int64_t>(head_bytes, 1), 1, params.total_heads));
+      static_cast<int>(std::clamp<int64_t>(shared_l2_bytes() / std::max<int64_t>(head_bytes, 1), 1, params.total_heads));
   return launch(kernel, make_grid(tiles), dim3(shape.threads()), shared, stream, params);
 }
 

@@ -60,6 +60,9 @@ inline int64_t max_shared_bytes(const Stream& stream) {
   return bytes;
 }
 
+// Bytes of the L2 cache that blocks running at the same time may fill with what they share.
+inline int64_t shared_l2_bytes() { return 16 << 20; }
+
 // Opts a kernel in to more dynamic shared memory than the default, once per kernel and device. The default limit is
 // 48 KB, of which 1 KB is reserved for static variables. Thread-safe.
 template <class Kernel>

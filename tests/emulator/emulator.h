@@ -153,7 +153,7 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 namespace pygpt::cuda {
 
 inline int64_t max_shared_bytes(const Stream&) { return emulator::shared_limit(); }
-inline int64_t l2_to_share() {  // or PYGPT_EMULATED_L2, in bytes
+inline int64_t shared_l2_bytes() {  // or PYGPT_EMULATED_L2, in bytes
   const char* bytes = std::getenv("PYGPT_EMULATED_L2");
   return bytes ? std::atoll(bytes) : 16 << 20;
 }
