@@ -34,11 +34,22 @@ sys.path[1:1] = _request["environment"].get("PYTHONPATH", "").split(os.pathsep)
 sys.argv[1:] = _request["arguments"]
 exec(compile(_request["source"], "<string>", "exec"))
 """
-MODULE = """
+OF_MODULE = """
 import runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+OF_SCRIPT = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def source_of(command) -> list[str]:
+    """Python source, and its arguments, for what stands on a command line after "python"."""
+    first, *rest = map(str, command)
+    return rest if first == "-c" else [OF_MODULE, *rest] if first == "-m" else [OF_SCRIPT, first, *rest]
 
 
 class Forks:

@@ -17,6 +17,7 @@ from pygpt import checkpoint as checkpoints
 from pygpt import cli
 from pygpt.data import Corpus
 from pygpt.dispatch import OPS, TABLE
+from tests import processes
 
 TINY = [
     "--n-layer=1",
@@ -386,6 +387,12 @@ def test_a_log_that_is_none(line, checkpoint, capsys):
 
 
 # ------------------------------------------------------------------------------- as a process
+@pytest.fixture
+def forked(run_python):
+    """Runs what stands on a command line after "python"."""
+    return lambda *command, **environment: run_python(*processes.source_of(command), **environment)
+
+
 def process(*arguments, **environment) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])} | environment
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, check=False)
@@ -442,22 +449,22 @@ def test_without_numpy(checkpoint, text, tmp_path):
         assert (found.returncode, found.stderr) == (0, b"") and found.stdout
 
 
-def test_without_rich(text, tmp_path):
+def test_without_rich(text, tmp_path, forked):
     """Tables are plain, and a run in a terminal prints lines."""
     for arguments in (
         ["verify", "--ops=relu", "--dtypes=float32"],
         ["train", *TINY, "--data", text, f"--out={tmp_path / 'run'}"],
     ):
-        found = process("-c", WITHOUT, "rich", *arguments)
-        assert (found.returncode, found.stderr) == (0, b"") and found.stdout
+        found = forked("-c", WITHOUT, "rich", *arguments)
+        assert (found.returncode, found.stderr) == (0, "") and found.stdout
     code = "import sys; sys.stdout.isatty = lambda: True\n" + WITHOUT
-    found = process("-c", code, "rich", "train", "--force", *TINY, "--data", text, f"--out={tmp_path / 'run'}")
-    assert found.returncode == 0 and b"training  2/2" in found.stdout
+    found = forked("-c", code, "rich", "train", "--force", *TINY, "--data", text, f"--out={tmp_path / 'run'}")
+    assert found.returncode == 0 and "training  2/2" in found.stdout
 
 
-def test_without_safetensors(tmp_path):
-    found = process("-c", WITHOUT, "safetensors", "generate", str(tmp_path))
-    assert (found.returncode, found.stderr.count(b"\n")) == (2, 1) and b"this command needs safetensors" in found.stderr
+def test_without_safetensors(tmp_path, forked):
+    found = forked("-c", WITHOUT, "safetensors", "generate", str(tmp_path))
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1) and "this command needs safetensors" in found.stderr
 
 
 def test_a_missing_module_of_ours_is_no_bad_input(monkeypatch):
@@ -489,11 +496,11 @@ def test_out_of_memory(monkeypatch, capsys):
         assert refused(capsys, "info") == f"pygpt: error: {line}\n"
 
 
-def test_a_wrong_backend_in_the_environment_of_a_process():
+def test_a_wrong_backend_in_the_environment_of_a_process(forked):
     for command in ("info", "bench"):
-        found = process("-m", "pygpt", command, PYGPT_BACKEND="cpu")
-        assert (found.returncode, found.stdout, found.stderr.count(b"\n")) == (2, b"", 1), found.stderr
-        assert b"unknown backend 'cpu'; known: cpp" in found.stderr
+        found = forked("-m", "pygpt", command, PYGPT_BACKEND="cpu")
+        assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.stderr
+        assert "unknown backend 'cpu'; known: cpp" in found.stderr
 
 
 @pytest.mark.parametrize("setting", ["0", "-1", "two", "1.5", "0x4", "9" * 30])
@@ -535,10 +542,8 @@ def test_compile_without_a_compiler(tmp_path, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_module_as_a_process(tmp_path):
-    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])}
-    command = [sys.executable, "-m", "pygpt", "generate", str(tmp_path / "nothing")]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def test_module_as_a_process(tmp_path, forked):
+    result = forked("-m", "pygpt", "generate", tmp_path / "nothing")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"pygpt: error: no checkpoint at {tmp_path / 'nothing'}\n"
 

@@ -1,25 +1,18 @@
 """A wrong value of an environment variable: an exception for a program, one line and code 2 for the command line."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-import pygpt
 from pygpt.dispatch import TABLE
 from pygpt.info import gather
+from tests import processes
 
-ROOT = Path(pygpt.__file__).parents[1]
 WRONG = [name for name in ("nonsense", "AVX2", "amx") if name not in gather()["cpu_capabilities"]]
 
 
-def run(*command, **environment):
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run(run_python):
+    """Runs what stands on a command line after "python"."""
+    return lambda *command, **environment: run_python(*processes.source_of(command), **environment)
 
 
 @pytest.fixture
@@ -30,7 +23,7 @@ def script(tmp_path):
     return path
 
 
-def assert_refused(name, *command):
+def assert_refused(run, name, *command):
     found = run(*command, PYGPT_CPU_CAPABILITY=name)
     assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.stderr
     assert found.stderr.startswith(
@@ -39,21 +32,21 @@ def assert_refused(name, *command):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_instruction_set(name):
-    assert_refused(name, "-m", "pygpt", "info")
+def test_a_wrong_instruction_set(name, run):
+    assert_refused(run, name, "-m", "pygpt", "info")
 
 
-def test_every_way_to_the_command_line(script):
+def test_every_way_to_the_command_line(script, run):
     for command in ([script, "info"], ["-m", "bench", "--list"], ["-m", "pygpt"]):
-        assert_refused("nonsense", *command)
+        assert_refused(run, "nonsense", *command)
 
 
-def test_a_program_gets_the_exception():
+def test_a_program_gets_the_exception(run):
     found = run("-c", "import pygpt", PYGPT_CPU_CAPABILITY="nonsense")
     assert found.returncode == 1 and "RuntimeError: pygpt: PYGPT_CPU_CAPABILITY" in found.stderr
 
 
-def test_a_right_instruction_set():
+def test_a_right_instruction_set(run):
     found = run("-m", "pygpt", "info", PYGPT_CPU_CAPABILITY="baseline")
     assert (found.returncode, found.stderr) == (0, "") and "baseline (available" in found.stdout
 
@@ -64,7 +57,7 @@ MISSING = [name for name, row in TABLE.items() if row.missing]
 @pytest.mark.parametrize(
     "name, why", [("nonsense", "unknown backend"), *((name, "not available") for name in MISSING[:1])]
 )
-def test_a_wrong_backend(name, why, script):
+def test_a_wrong_backend(name, why, script, run):
     """Refused at import, not at the first op."""
     for command in (["-m", "pygpt", "info"], [script, "info"]):
         found = run(*command, PYGPT_BACKEND=name)
