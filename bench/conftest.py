@@ -6,8 +6,9 @@ import pytest
 
 from pygpt.data import UsageError
 
-from . import report, results, run
 from .options import add_row_options, complete
+from .show import report, results
+from .timing import run
 
 
 def pytest_addoption(parser):

@@ -18,12 +18,15 @@ import torch
 import pygpt
 from pygpt.dispatch import TABLE
 
-from . import expected, gpu_rows, gpu_timer, report
-from .gpu_rows import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying
-from .harness import Work, caller
-from .ops import DIRECTIONS, DTYPES, OPS
+from .cases import expected
+from .cases import gpu as gpu_rows
+from .cases.gpu import PEERS, SDPA, Group, Refused, play_cuda_on_the_cpu, trying
+from .cases.ops import DIRECTIONS, DTYPES, OPS
+from .first_light.steps import TimeUp, stop
 from .options import some_of
-from .steps import TimeUp, stop
+from .show import report
+from .timing import cuda as gpu_timer
+from .timing.clocks import Work, caller
 
 COMPILE_SHARE = 0.35  # of the budget, at most
 ENOUGH = 6.0  # seconds that must be left to begin a group

@@ -7,8 +7,8 @@ import torch
 
 from pygpt.data import UsageError
 
-from . import gpt
-from .ops import DIRECTIONS, DTYPES, OPS, SWEEP, custom
+from .cases import gpt
+from .cases.ops import DIRECTIONS, DTYPES, OPS, SWEEP, custom
 
 EVERY_OP, EVERY_DIRECTION = (*OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
 QUICK_BUDGET = 90  # seconds; the last row begins before, and a run ends within two minutes
@@ -45,7 +45,7 @@ def positive(kind):
 
 def add_row_options(add):
     """``add`` is ArgumentParser.add_argument, or the like of pytest."""
-    from .peers import PEERS
+    from .cases.peers import PEERS
 
     peers = some_of((*PEERS, "all", "none"), alone=("all", "none"))
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors are (default: cpu)")
@@ -67,7 +67,8 @@ def add_row_options(add):
 
 def complete(options):
     """Fills in what follows from other options and looks up who is there. UsageError names what can't be had."""
-    from . import gpu_rows, peers
+    from .cases import gpu as gpu_rows
+    from .cases import peers
 
     o = options
     if o.device == "cuda" and not torch.cuda.is_available():

@@ -1,7 +1,8 @@
 """The rows as pytest's items: `pygpt bench`, or `pytest bench/suite.py` with its own options."""
 
-from . import gpt, ops, run
-from .candidates import Row
+from .cases import gpt, ops
+from .timing import run
+from .timing.candidates import Row
 
 
 def cases(options) -> list[ops.Case]:
@@ -11,7 +12,7 @@ def cases(options) -> list[ops.Case]:
     if options.sweep:
         return ops.sweep(options.sweep)
     if options.device == "cuda":
-        from . import gpu_rows
+        from .cases import gpu as gpu_rows
 
         found = list(dict.fromkeys(group.case for group in gpu_rows.plan(options.ops)))
     else:

@@ -10,9 +10,12 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import command, gpt, harness, ops, plots, results
+from bench import cli as command
+from bench.cases import gpt, ops
 from bench.options import complete
-from bench.results import Result
+from bench.show import plots, results
+from bench.show.results import Result
+from bench.timing import clocks as harness
 from pygpt import cli
 
 PEAKS = harness.Peaks({"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}, "guess", 10.0, 10.0, 1.0)

@@ -13,8 +13,11 @@ import torch
 from bench_small import FEW, PEAKS, ROOT, TINY, bench, document, plain, rows, small
 
 import pygpt
-from bench import candidates, command, compare, gpt, ops, peers, plots, readme, report, results
-from bench.results import Entry, Result
+from bench import cli as command
+from bench.cases import gpt, ops, peers
+from bench.show import compare, plots, readme, report, results
+from bench.show.results import Entry, Result
+from bench.timing import candidates
 from pygpt.data import UsageError
 
 __all__ = ["plain", "small"]  # fixtures

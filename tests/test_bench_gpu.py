@@ -18,8 +18,13 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import expected, gpu, gpu_checks, gpu_rows, gpu_timer, ops, report
-from bench.gpu_rows import Group, Refused
+from bench import gpu
+from bench.cases import expected, ops
+from bench.cases import gpu as gpu_rows
+from bench.cases.gpu import Group, Refused
+from bench.first_light import checks as gpu_checks
+from bench.show import report
+from bench.timing import cuda as gpu_timer
 from pygpt.dispatch import TABLE
 
 DRY = ["--device=cpu", "--quick", "--seconds=0.001", "--peers=eager", "--ops=relu", "--backends=cpp"]
@@ -381,7 +386,7 @@ import sys
 for name in ("rich", "cpuinfo", "safetensors", "matplotlib", "xdist", "pytest_benchmark", "tinygrad", "micrograd"):
     sys.modules[name] = None
 from bench import gpu
-import bench.first_light, bench.gpu_checks, pygpt, pygpt.verify
+import bench.first_light, bench.first_light.checks, pygpt, pygpt.verify
 sys.path.insert(0, "tests")
 import conftest, cases
 sys.exit(gpu.main({DRY!r}))

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as TF
 from bench_small import PEAKS, TINY, options, small
 
-from bench import candidates, gpt, gpu_timer, harness, memory, ops, peers, suite
-from bench.gpu_rows import Refused
+from bench import suite
+from bench.cases import gpt, ops, peers
+from bench.cases.gpu import Refused
+from bench.timing import candidates, memory
+from bench.timing import clocks as harness
+from bench.timing import cuda as gpu_timer
 
 __all__ = ["small"]  # fixtures
 

@@ -16,8 +16,12 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import expected, first_light, gpu_checks, gpu_rows, steps
-from bench.steps import REFUSED, Runner, Step
+from bench.cases import expected
+from bench.cases import gpu as gpu_rows
+from bench.first_light import checks as gpu_checks
+from bench.first_light import plan as first_light
+from bench.first_light import steps
+from bench.first_light.steps import REFUSED, Runner, Step
 
 
 def source(name: str, code: str, seconds: float = 60, **how) -> Step:
@@ -68,7 +72,7 @@ def test_a_killed_run_leaves_what_it_found(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from bench.steps import Runner, Step
+from bench.first_light.steps import Runner, Step
 runner = Runner(Path({str(tmp_path)!r}), 100, {{"device": "cpu"}})
 runner.run(Step("first", 9, (sys.executable, "-c", "print('known')")))
 runner.run(Step("second", 99, (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")))
@@ -250,7 +254,7 @@ def test_compile_ahead_fills_tritons_cache(tmp_path):
     """What it compiles, a second run finds; a kernel that does not compile is named."""
     code = """
 import sys, torch
-from bench import compile_ahead as c
+from bench.first_light import compile_ahead as c
 from pygpt import triton_kernels as k
 def relu():
     yield lambda: k.relu_fwd(torch.empty(64, 48, dtype=torch.bfloat16, device="meta")), False
@@ -274,7 +278,8 @@ if __name__ == "__main__":
 def test_what_is_timed_was_compiled_ahead(run_python):
     """The kernels of the candidates step, for its own tensors, are among those that are compiled before."""
     source = """
-from bench import compile_ahead as c, gpu_rows
+from bench.cases import gpu as gpu_rows
+from bench.first_light import compile_ahead as c
 import torch
 from pygpt import triton_kernels
 from pygpt.triton_kernels import attention

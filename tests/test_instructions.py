@@ -1,11 +1,11 @@
-"""The kernels execute no more instructions than bench/instructions.json says, and more would be noticed."""
+"""The kernels execute no more instructions than bench/instructions/figures.json says, and more would be noticed."""
 
 import json
 
 import pytest
 
-from bench import instructions
-from bench.instructions import MARGIN, Case
+from bench.instructions import count as instructions
+from bench.instructions.count import MARGIN, Case
 
 FIGURES = {"relu_fwd": 10_000, "relu_bwd": 20_000}
 CASES = [Case(name, 5_000, n) for name, n in FIGURES.items()]

@@ -1,4 +1,4 @@
-"""bench.static --predict: the model of time, on short listings whose answers are known, and on our own kernels."""
+"""bench.compiled --predict: the model of time, on short listings whose answers are known, and on our own kernels."""
 
 import json
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import expected, pipes, predict, schedule
+from bench.cases import expected
+from bench.compiled import pipes, predict, schedule
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,7 +178,7 @@ def test_every_row_is_one_of_the_gpu_benchmarks():
 
 def run(*options):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static", "--predict", *options]
+    command = [sys.executable, "-m", "bench.compiled", "--predict", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 

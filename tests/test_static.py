@@ -1,8 +1,8 @@
-"""bench.static's reading of NVIDIA's machine code, on short listings that it must judge right."""
+"""bench.compiled's reading of NVIDIA's machine code, on short listings that it must judge right."""
 
 import pytest
 
-from bench import gpu_code
+from bench.compiled import sass as gpu_code
 
 
 def sass(listing: str) -> str:

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from bench.gpu_code import tool
 from bench.steps import die_with_parent
 

@@ -134,7 +134,7 @@ class GpuClock:
     device = "cuda"
 
     def __init__(self):
-        from . import gpu_timer
+        from . import cuda as gpu_timer
 
         self.by, self.timer = gpu_timer, gpu_timer.CudaTimer()
 

@@ -13,10 +13,13 @@ import torch
 from pygpt import verify
 from pygpt.dispatch import TABLE, choose
 
-from . import gpt, gpu_rows, harness, memory, ops
-from .gpu_rows import Refused
-from .harness import Peaks, Work
-from .peers import Peer
+from ..cases import gpt, ops
+from ..cases import gpu as gpu_rows
+from ..cases.gpu import Refused
+from ..cases.peers import Peer
+from . import clocks as harness
+from . import memory
+from .clocks import Peaks, Work
 
 OFF = 0.05  # a distance far above any rounding: another computation
 

@@ -1,8 +1,8 @@
 """Counts what the CPU kernels execute: `python -m bench.instructions`, a guard against slow-downs without a clock.
 
-instructions.cpp calls every kernel at small fixed shapes on one thread; valgrind's callgrind counts the instructions of
+driver.cpp calls every kernel at small fixed shapes on one thread; valgrind's callgrind counts the instructions of
 each call. A busy machine changes nothing: one compiler's code gives the same counts in every run. They are held
-against instructions.json, which has figures per compiler (by major version) and instruction set. Exit code 1 where a
+against figures.json, which has figures per compiler (by major version) and instruction set. Exit code 1 where a
 case executes more than MARGIN above its figure, or has none; where the figures lack the compiler, nothing is held.
 
 The margin: one instruction more in a step of the GEMM's inner loop must not pass, and that is 3.4 % of the large
@@ -31,9 +31,9 @@ from unittest import mock
 
 from pygpt.files import atomic
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "bench" / "instructions.cpp"
-FIGURES = ROOT / "bench" / "instructions.json"
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = Path(__file__).with_name("driver.cpp")
+FIGURES = Path(__file__).with_name("figures.json")
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 MARGIN = 0.02
 

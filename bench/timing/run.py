@@ -12,9 +12,11 @@ import pytest
 
 from pygpt.progress import Progress
 
-from . import candidates, harness, report, results
+from ..cases.gpu import reason
+from ..show import report, results
+from . import candidates
+from . import clocks as harness
 from .candidates import Row
-from .gpu_rows import reason
 
 
 def of(config) -> "Run | None":

@@ -1,4 +1,4 @@
-"""What the first minutes on a GPU check, one check a process: ``python -m bench.gpu_checks NAME --out FILE``.
+"""What the first minutes on a GPU check, one check a process: ``python -m bench.first_light.checks NAME --out FILE``.
 
     versions    what is installed and loads, and what the GPU is
     verify      `pygpt verify` of one backend, every row kept as soon as it is known
@@ -33,7 +33,9 @@ from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 from pygpt.info import gather
 
-from . import gpu_code, gpu_rows, gpu_timer
+from ..cases import gpu as gpu_rows
+from ..compiled import sass as gpu_code
+from ..timing import cuda as gpu_timer
 from .steps import NO_GPU, REFUSED, ROOT
 
 TINY = {"attention": {"B": 1, "H": 2, "L": 24, "E": 16, "Ev": 16}, "mlp": {"M": 16, "C": 16, "H": 32}}
@@ -291,7 +293,7 @@ def sanitize(options) -> int:
         command += [
             sys.executable,
             "-m",
-            "bench.gpu_checks",
+            "bench.first_light.checks",
             "verify",
             "--tiny",
             f"--backend={backend}",
@@ -346,7 +348,7 @@ CHECK |= {"sanitize": sanitize}
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_checks", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.first_light.checks", description=__doc__.split("\n\n")[0])
     parser.add_argument("check", choices=CHECK)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what was found, as JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")

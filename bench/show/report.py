@@ -17,7 +17,7 @@ from pygpt.files import atomic
 from pygpt.progress import table as aligned
 
 NOISE = 0.03  # the margin of the check: what a ratio of two medians still moves by between quiet runs
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 VARIABLES = (  # what lowers the instruction set of ours and of each library
     "PYGPT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
     "TORCHINDUCTOR_CPP_MARCH",

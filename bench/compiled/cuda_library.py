@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .gpu_code import DEVICES, Function, Result, functions
-from .launches import calls
+from .calls import calls
+from .sass import DEVICES, Function, Result, functions
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = ("HMMA", "HGMMA")  # mma.sync and wgmma in machine code

@@ -1,4 +1,4 @@
-"""What every GPU kernel asks of a GPU that need not be there: `python -m bench.static`.
+"""What every GPU kernel asks of a GPU that need not be there: `python -m bench.compiled`.
 
 Triton kernels are compiled for each target, each shipped configuration; CUDA kernels were, by nvcc, when
 the package was built. The table shows what a GPU would be given: registers and bytes spilled by a thread,
@@ -23,8 +23,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 from pygpt.files import atomic
 
-from .gpu_code import DEVICES, table
-from .options import some_of
+from ..options import some_of
+from .sass import DEVICES, table
 
 BACKENDS = ("triton", "cuda")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -39,10 +39,10 @@ def missing(backend: str) -> str:
 
 def results(backend: str, options) -> list:
     if backend == "cuda":
-        from . import static_cuda
+        from . import cuda_library as static_cuda
 
         return static_cuda.inspect(options.targets, options.dtypes, options.only)
-    from . import static_triton
+    from . import triton_jobs as static_triton
 
     todo = [
         job
@@ -56,7 +56,7 @@ def results(backend: str, options) -> list:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--backends", type=some_of(BACKENDS), metavar="A,B", help="triton, cuda or both; default: those there are")
     add("--targets", type=some_of(DEVICES), default=list(DEVICES), metavar="A,B", help=f"some of {', '.join(DEVICES)}")
@@ -80,7 +80,8 @@ def main() -> int:
         if why and options.backends:
             parser.error(f"{name}: {why}")
     if options.predict:
-        from . import expected, predict
+        from ..cases import expected
+        from . import predict
 
         there = [name for name, why in reasons.items() if not why]
         return predict.show(there, options.only, options.measured or expected.newest())

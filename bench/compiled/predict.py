@@ -1,4 +1,4 @@
-"""Rates to expect of an H100 that is not there: `python -m bench.static --predict`.
+"""Rates to expect of an H100 that is not there: `python -m bench.compiled --predict`.
 
 A call's time is the sum of its kernels'. The ones that do the work (products, norms) are played through by schedule.py,
 with the trips of their loops from the shape:
@@ -20,9 +20,11 @@ from pathlib import Path
 
 import torch
 
-from . import expected, gpu_rows, ops, pipes, schedule
-from .expected import EXPECTED, Expected
-from .gpu_code import DEVICES, Function, Result
+from ..cases import expected, ops
+from ..cases import gpu as gpu_rows
+from ..cases.expected import EXPECTED, Expected
+from . import pipes, schedule
+from .sass import DEVICES, Function, Result
 
 TARGET = "sm90"
 WORK = re.compile(r"attention_(fwd|dkdv|dq)|(mma_)?gemm|norm_(fwd|bwd)")  # kernels that are played through
@@ -84,7 +86,7 @@ def case(row: Expected) -> ops.Case:
 def triton_launches(row: Expected) -> list[Launch]:
     from pygpt import triton_kernels
 
-    from . import static_triton as st
+    from . import triton_jobs as st
 
     found = []
     for job in st.launched(row.op, call(triton_kernels, row, "meta"), TARGET, "bf16"):
@@ -97,7 +99,7 @@ def triton_launches(row: Expected) -> list[Launch]:
 
 @functools.cache
 def library() -> dict[str, Function]:
-    from . import static_cuda as sc
+    from . import cuda_library as sc
 
     found = sc.demangled(Path(find_spec("pygpt._cuda").origin), f"sm_{DEVICES[TARGET].arch}")
     return {sc.plain(name): function for name, function in found}
@@ -106,7 +108,7 @@ def library() -> dict[str, Function]:
 def cuda_launches(row: Expected) -> list[Launch]:
     from tests import emulator
 
-    from . import static_cuda as sc
+    from . import cuda_library as sc
 
     found = []
     for name, threads, shared, blocks in emulator.launches(call(torch.ops.pygpt_emulator, row, "cpu")):

@@ -70,7 +70,7 @@ class Plan:
                     Step(
                         "compile",
                         60,
-                        python("bench.compile_ahead", "--out", compile_ahead, *less),
+                        python("bench.first_light.compile_ahead", "--out", compile_ahead, *less),
                         result="compiled in",
                     )
                 ],
@@ -81,7 +81,7 @@ class Plan:
             ],
             [[self.check("verify", 30, self.interpreted, "--backend", "triton")]],
             [[self.table("benchmark", 85, *benchmark, "--budget=70", "--json", rows)]],
-            [[Step("expected", 10, python("bench.expected", rows))]],
+            [[Step("expected", 10, python("bench.cases.expected", rows))]],
             [[self.check("candidates", 40, self.interpreted)]],
         ]
 
@@ -111,7 +111,7 @@ class Plan:
         return [[steps]] if steps else []
 
     def check(self, name: str, seconds: float, environment=(), *arguments) -> Step:
-        command = python("bench.gpu_checks", name, "--out", self.out / f"{name}.json", *self.device, *arguments)
+        command = python("bench.first_light.checks", name, "--out", self.out / f"{name}.json", *self.device, *arguments)
         return Step(" ".join([name, *arguments[1:]]), seconds, command, environment)
 
     def table(self, name: str, seconds: float, *arguments, optional=False) -> Step:

@@ -15,9 +15,9 @@ import torch
 
 from pygpt import verify
 
-from . import gpu_rows
-from .gpu_rows import Group, Refused
-from .memory import available
+from ..timing.memory import available
+from . import gpu as gpu_rows
+from .gpu import Group, Refused
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels into Triton's cache before they are needed: ``python -m bench.compile_ahead --out FILE``.
+"""Compiles Triton kernels into Triton's cache before they are needed: ``python -m bench.first_light.compile_ahead --out FILE``.
 
 The launchers run on meta tensors, which have sizes and strides but no data; what they would launch is compiled
 instead, in one process a core: every call of `pygpt verify`, every row of the quick benchmark, and every candidate of
@@ -29,9 +29,10 @@ from pygpt import triton_kernels, verify
 from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
-from . import gpu_rows, steps
-from .gpu_code import DEVICES
-from .harness import once
+from ..cases import gpu as gpu_rows
+from ..compiled.sass import DEVICES
+from ..timing.clocks import once
+from . import steps
 
 META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("meta",))
 
@@ -180,7 +181,9 @@ def compile_one(job: Job) -> tuple[str, float, str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compile_ahead", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.first_light.compile_ahead", description=__doc__.split("\n\n")[0]
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="what was compiled, as JSON")
     add("--what", default=",".join(CALLS), metavar="A,B", help=f"some of {', '.join(CALLS)} (default: all)")

@@ -24,8 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pygpt import triton_kernels as kernels
 
-from .gpu_code import DEVICES, Function, Result, functions, serialized
-from .launches import calls
+from .calls import calls
+from .sass import DEVICES, Function, Result, functions, serialized
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
@@ -128,7 +128,7 @@ def _assemble(make_cubin, ptx, metadata):
 
 knobs.runtime.add_stages_inspection_hook = _keep_ptxas_log
 knobs.nvidia.dump_ptxas_log = True
-knobs.cache.dir = str(Path(knobs.cache.dir) / "bench.static")  # Triton 3.6 does not ask for a key
+knobs.cache.dir = str(Path(knobs.cache.dir) / "bench.compiled")  # Triton 3.6 does not ask for a key
 
 
 def compile_job(job: Job) -> Result:

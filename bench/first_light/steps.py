@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REFUSED = 75  # EX_TEMPFAIL of sysexits.h
 NO_GPU = 2
 CHANGES_WHAT_IS_CHECKED = ("TRITON_INTERPRET", "PYGPT_BACKEND", "PYGPT_POISON", "PYGPT_AUTOTUNE")  # variables

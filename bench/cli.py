@@ -15,7 +15,7 @@ from pygpt.data import UsageError
 from pygpt.files import locked, must_be_folder
 
 from .options import add_row_options, complete
-from .report import VARIABLES
+from .show.report import VARIABLES
 
 FOLDER = Path(__file__).parent
 ISA = {  # what each library is told (report.VARIABLES), so that all sides use the same instructions
@@ -47,16 +47,16 @@ def add_arguments(parser):
 
 def run(o) -> int:
     if o.compare:
-        from . import compare
+        from .show import compare
 
         return compare.show(*o.compare)
     if o.update_readme:
-        from . import readme
+        from .show import readme
 
         return readme.update()
     curves = training_curves(o.training or [])
     if o.render:
-        from . import results
+        from .show import results
 
         document = results.read(o.render)
         with locked(o.out):
@@ -67,7 +67,7 @@ def run(o) -> int:
 def training_curves(paths: list[Path]) -> dict[str, tuple[list, list]]:
     if not paths:
         return {}
-    from . import plots
+    from .show import plots
 
     return {label: curve for path in paths for label, curve in plots.training_curves(path).items()}
 
@@ -83,7 +83,8 @@ def measure(o, curves) -> int:
     complete(o)
     if o.check and "eager" not in o.peers:
         raise UsageError("--check judges by PyTorch eager, which --peers leaves out")
-    from . import report, suite
+    from . import suite
+    from .show import report
 
     if not suite.rows(o):
         raise UsageError("no row is left: these ops have no such dtype, direction or standard row")
@@ -105,7 +106,7 @@ def measure(o, curves) -> int:
 
 def _measure(o, curves, path: Path) -> int:
     """The run itself, once it is known that its files can be written."""
-    from . import report, results
+    from .show import report, results
 
     code, document = session(o, lambda document: results.write(path, document))
     if document is None:
@@ -140,7 +141,7 @@ def session(o, save, items=("",)) -> tuple[int, dict | None]:
     """One pytest run of suite.py, or of some of its ``items`` -> exit code, document."""
     import pytest
 
-    from .run import Run
+    from .timing.run import Run
 
     run = Run(o, save)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop: as Ctrl-C, keep what there is
@@ -154,7 +155,7 @@ def session(o, save, items=("",)) -> tuple[int, dict | None]:
 
 def check(o, code: int, document: dict) -> tuple[int, dict]:
     """Measures the rows below the first bar again, up to ATTEMPTS times; then says which stay there."""
-    from . import report, results
+    from .show import report, results
     from .suite import row_id
 
     def below():
@@ -191,7 +192,7 @@ def listing(o, rows) -> int:
 # ------------------------------------------------------------------------------- what it leaves
 def finish(document: dict, o, curves) -> int:
     """Table, plots and page -> exit code."""
-    from . import page, plots, report, results
+    from .show import page, plots, report, results
 
     rows, about = results.rows(document), results.about(document)
     report.show(rows, about)

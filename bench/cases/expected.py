@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .report import RESULTS
+from ..show.report import RESULTS
 
 # (op, part of the shape) -> forward, backward, on Hopper. Bars in TB/s were set for the H200's copy rate.
 H200_COPY = 4.3
@@ -97,8 +97,8 @@ def beside(result: Path) -> Iterator[tuple[Expected, str, float | None]]:
 
 
 def main() -> int:
-    """``python -m bench.expected RESULT``: what was measured beside what was expected."""
-    parser = argparse.ArgumentParser(prog="python -m bench.expected", description=main.__doc__)
+    """``python -m bench.cases.expected RESULT``: what was measured beside what was expected."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cases.expected", description=main.__doc__)
     parser.add_argument("result", type=Path, help="a result of bench.gpu, as JSON")
     result = parser.parse_args().result
     try:

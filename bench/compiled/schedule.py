@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from . import pipes
-from .gpu_code import _control_flow, _dominators
 from .pipes import Instruction
+from .sass import _control_flow, _dominators
 
 PLAYED = 8  # times that a loop is played through; the rest goes on as the last ones did
 BLOCKS = 2  # that are timed, one after the other in each place of a multiprocessor

@@ -12,7 +12,7 @@ import torch.nn.functional as TF
 
 from pygpt import functional as F
 
-from .harness import Work
+from ..timing.clocks import Work
 
 ACTIVATIONS = {
     "gelu": TF.gelu,

@@ -7,7 +7,7 @@ from pygpt.files import atomic
 
 from . import plots, report, results
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- speed: written by pygpt bench --update-readme -->", "<!-- end of speed -->"
 SHOWN = {"ratios": "speed over PyTorch eager's", "speed": "speed by sequence length", "roofline": "roofline"}
 

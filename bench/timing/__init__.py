@@ -1,0 +1,1 @@
+"""How a row is measured: candidates, clocks, memory, and the file that a run leaves."""
