@@ -117,10 +117,10 @@ def _module(command: str) -> ModuleType:
     if command != "bench":
         return importlib.import_module(f".{command}", __package__)
     checkout = Path(__file__).resolve().parents[1]  # in a checkout, bench/ is beside the package
-    if (checkout / "bench" / "command.py").is_file():
+    if (checkout / "bench" / "cli.py").is_file():
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
-        return importlib.import_module("bench.command")
+        return importlib.import_module("bench.cli")
     if importlib.util.find_spec("pygpt.bench") is None:
         raise UsageError("the benchmarks are not installed; a checkout of pygpt has them in bench/")
-    return importlib.import_module("pygpt.bench.command")
+    return importlib.import_module("pygpt.bench.cli")
