@@ -2,7 +2,7 @@
 #             Without a GPU it builds no CUDA kernels, and it installs only what it needs
 # make test   the whole test suite          make test-all   with the heavier sweeps too
 # make oldest-triton   the Triton kernels with the oldest Triton that they support and the newest NumPy: compiled, and
-#             held to bench.static; interpreted, and held to their tests
+#             held to bench.compiled; interpreted, and held to their tests
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing (7 minutes at

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_code
+from bench.compiled import sass as gpu_code
 from tests.emulator import SCHEDULES, build, conformance
 
 GEMM, CASES = conformance.SOURCES[1], conformance.SOURCES[0]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bench.harness import last_level_cache
 
+from bench.timing.clocks import last_level_cache
 from pygpt.dispatch import TABLE
 
 cpp = TABLE["cpp"].kernels

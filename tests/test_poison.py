@@ -53,11 +53,11 @@ def test_cpu_kernels_write_everything_and_read_nothing_before(capability):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU every test runs poisoned: see bench/first_light.py")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU every test runs poisoned: see bench/first_light")
 @pytest.mark.parametrize("name", PREPARE)
 def test_gpu_kernels_write_everything_and_read_nothing_before(name, tmp_path):
     environment = {**os.environ, "PYGPT_POISON": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench.gpu_checks", "verify", "--device=cpu", f"--backend={name}",
+    command = [sys.executable, "-m", "bench.first_light.checks", "verify", "--device=cpu", f"--backend={name}",
                f"--out={tmp_path / 'rows.json'}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr

@@ -487,7 +487,7 @@ needs_oldest_triton = pytest.mark.skipif(
 
 
 def wrong_kernels(*command, triton_from: Path | None = None) -> str:
-    """The lines of bench.static's table that are wrong."""
+    """The lines of bench.compiled's table that are wrong."""
     environment = os.environ | ({"PYTHONPATH": str(triton_from)} if triton_from else {})
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1500
@@ -499,7 +499,7 @@ def wrong_kernels(*command, triton_from: Path | None = None) -> str:
 
 
 def compile_all(*options, **how):
-    wrong = wrong_kernels("-m", "bench.static", "--backends", "triton", *options, **how)
+    wrong = wrong_kernels("-m", "bench.compiled", "--backends", "triton", *options, **how)
     assert not wrong, wrong
 
 
@@ -524,7 +524,7 @@ def test_first_choices_compile_with_oldest_triton(target):
 def test_what_oldest_triton_serializes_is_seen():
     """A tile of the plain GEMM that ptxas serializes there, which is why it is not the first choice there."""
     program = """
-from bench import static
+from bench.compiled import table as static
 from pygpt.triton_kernels import mlp
 mlp.GEMM["sm90", 2, "plain"].candidates = mlp._candidates((128, 256, 64, 8, 3))
 raise SystemExit(static.main())

@@ -25,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench.gpu_code import tool
-from bench.steps import die_with_parent
+
+from bench.compiled.sass import tool
+from bench.first_light.steps import die_with_parent
 
 from . import build
 
