@@ -11,20 +11,20 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import cli as command
-from bench.cases import gpt, ops
-from bench.options import complete
-from bench.show import plots, results
-from bench.show.results import Result
-from bench.timing import clocks as harness
+from bench.cases import gpt, ops, shapes
+from bench.show import plots
+from bench.timing import clocks, machine, race, results
+from bench.timing.results import Result
 from pygpt import cli
 
-PEAKS = harness.Peaks({"float32": 100.0, "bfloat16": 100.0, "float16": 100.0}, "guess", 10.0, 10.0, 1.0)
+DTYPES = tuple(ops.DTYPES)
+PEAKS = clocks.Peaks(dict.fromkeys(DTYPES, 100.0), dict.fromkeys(DTYPES, "guess"), 10.0, 10.0, 1.0)
 TINY = [
-    ops.case(ops.attention, 1, 2, 16, 16, 8, True, standard=ops.ALL),
-    ops.case(ops.attention, 1, 2, 32, 32, 8, True, standard=ops.ALL),
-    ops.case(ops.linear, 8, 16, 24, standard=ops.ALL),
-    ops.case(ops.layer_norm, 8, 16, standard=ops.ALL),
-    ops.case(ops.relu, 8, 16, standard=ops.ALL),
+    ops.case(ops.attention, 1, 2, 16, 16, 8, True, standard=DTYPES),
+    ops.case(ops.attention, 1, 2, 32, 32, 8, True, standard=DTYPES),
+    ops.case(ops.linear, 8, 16, 24, standard=DTYPES),
+    ops.case(ops.layer_norm, 8, 16, standard=DTYPES),
+    ops.case(ops.relu, 8, 16, standard=DTYPES),
 ]
 FEW = ["--backends=torch", "--peers=eager", "--seconds=1e-9", "--dtypes=float32", "--out=out"]
 
@@ -32,18 +32,13 @@ FEW = ["--backends=torch", "--peers=eager", "--seconds=1e-9", "--dtypes=float32"
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """A small suite on a machine known beforehand, in an empty folder."""
-    import cpuinfo
-    import pytest_benchmark.plugin
-
-    known = {"brand_raw": "Some CPU", "flags": ["avx2"]}
-    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: dict(known))
-    monkeypatch.setattr(pytest_benchmark.plugin, "get_commit_info", lambda name: {"id": "abc"})
-    monkeypatch.setattr(harness, "measure_peaks", lambda dtypes, quick: PEAKS)
-    monkeypatch.setattr(harness, "BLOCK", 1e-6)
-    monkeypatch.setattr(harness, "LEAST", {float("inf"): 5})
-    monkeypatch.setattr(harness.CpuClock, "estimate", lambda self, call: harness._block(call, 2))
-    monkeypatch.setattr(harness, "last_level_cache", lambda: 1)
-    monkeypatch.setattr(ops, "CASES", TINY)
+    monkeypatch.setattr(machine, "cpu", lambda: ("Some CPU", {"avx2"}))
+    monkeypatch.setattr(clocks.CpuClock, "peaks", lambda self, dtypes, quick: PEAKS)
+    monkeypatch.setattr(clocks, "BLOCK", 1e-6)
+    monkeypatch.setattr(race, "FEWEST", {float("inf"): 5})
+    monkeypatch.setattr(clocks.CpuClock, "estimate", lambda self, call: self.once(call, 2))
+    monkeypatch.setattr(clocks, "last_level_cache", lambda: 1)
+    monkeypatch.setattr(shapes, "CPU", TINY)
     monkeypatch.setattr(gpt, "CASES", [])
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would measure nothing
     monkeypatch.delenv("PYGPT_BACKEND", raising=False)
@@ -65,10 +60,10 @@ def document(path="out/bench.json") -> dict:
 
 
 def rows(path="out/bench.json") -> list[Result]:
-    return results.rows(results.read(Path(path)))
+    return results.results(results.read(Path(path)))
 
 
 def options(*arguments):
     parser = cli._Parser()
     command.add_arguments(parser)
-    return complete(parser.parse_args([*FEW, *arguments]))
+    return command.complete(parser.parse_args([*FEW, *arguments]))

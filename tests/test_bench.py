@@ -14,10 +14,11 @@ from bench_small import FEW, PEAKS, ROOT, TINY, bench, document, plain, rows, sm
 
 import pygpt
 from bench import cli as command
-from bench.cases import gpt, ops, peers
-from bench.show import compare, plots, readme, report, results
-from bench.show.results import Entry, Result
-from bench.timing import candidates
+from bench.cases import goals, gpt, ops, peers, shapes
+from bench.cases import rows as case_rows
+from bench.show import compare, plots, readme, table
+from bench.timing import candidates, results
+from bench.timing.results import Entry, Result
 from pygpt.data import UsageError
 
 __all__ = ["plain", "small"]  # fixtures
@@ -36,10 +37,9 @@ def test_a_run_and_what_it_leaves(capsys, tmp_path):
         assert ours.name == "torch" and 0 < ours.q1 <= ours.ms <= ours.q3 and ours.rounds == 5 and ours.memory >= 0
         case = next(c for c in TINY if (c.op, c.shape) == (row.op, row.shape))
         work = case.setup(torch.randn, *case.args)
-        amount = work.amount[row.direction == "backward"] * (4 if work.bound == "memory" else 1)
-        assert ours.rate == pytest.approx(amount / ours.ms / 1e6, rel=1e-3)
+        assert ours.rate == pytest.approx(work.amount_of(row.direction) / ours.ms / 1e6, rel=1e-3)
         assert ours.share == pytest.approx(ours.rate / (PEAKS.copy if work.bound == "memory" else 100.0))
-        assert f"{row.op} " in out and results.verdict(row, ours) in out
+        assert f"{row.op} " in out and results.verdict(row, ours) in out and table.fastest_peer(row, ours) in out
     assert saved["machine_info"]["cpu"] == {"brand_raw": "Some CPU"} and "node" not in saved["machine_info"]
     assert saved["pygpt"]["machine"]["command"].startswith("pygpt bench --backends=torch")
     names = {p.name for p in Path("out").iterdir() if not p.name.startswith(".")}
@@ -123,17 +123,17 @@ def test_one_rows_error_costs_that_row(plain, monkeypatch, capsys):
 
 
 def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "CASES", [ops.case(ops.relu, 8, 16)])
+    monkeypatch.setattr(shapes, "CPU", [ops.case(ops.relu, 8, 16)])
     wrong = replace(peers.PEERS["eager"], ops={"*": lambda work, dims: lambda x: x.relu() * 1.2})
     monkeypatch.setitem(peers.PEERS, "liger", wrong)
     assert bench(*FEW, "--peers=eager,liger", "--directions=forward") == 0
     assert set(rows()[0].entries) == {"torch", "eager"}
-    assert "liger: its result is 20% off PyTorch's in float32: another computation" in capsys.readouterr().out
-    monkeypatch.setattr(candidates.gpu_rows, "ours", lambda name, work: lambda x: x * float("nan"))
-    assert bench(*FEW, "--directions=forward") == 1
-    assert (
-        rows() == [] and "FAILED: relu 8 x 16 float32 forward torch: its result is nan% off" in capsys.readouterr().out
-    )
+    assert "liger: its result is 20% off PyTorch's: another computation" in capsys.readouterr().out
+    for wrong, error in ((lambda x: x.relu() * 1.01, "1.0e-02"), (lambda x: x * float("nan"), "nan")):
+        monkeypatch.setattr(candidates, "on_backend", lambda name, function, wrong=wrong: wrong)
+        assert bench(*FEW, "--directions=forward") == 1
+        said = f"FAILED: relu 8 x 16 float32 forward torch: WRONG: error {error}"
+        assert rows() == [] and said in capsys.readouterr().out
 
 
 def test_budget(plain, capsys):
@@ -168,7 +168,7 @@ def test_a_model_that_computes_something_else(setup, plain, monkeypatch, capsys)
 
 
 def test_decoding_repeats_one_place():
-    row = candidates.Row(gpt.case(gpt.decode, (1, 2, 16), 2, 8, 7), "bfloat16", "token")
+    row = case_rows.Row(gpt.case(gpt.decode, (1, 2, 16), 2, 8, 7), "bfloat16", "token")
     call, tokens, peak = gpt.candidate(row, "cpu", "torch", PEAKS)
     seen = []
     with torch.nn.modules.module.register_module_forward_hook(
@@ -182,7 +182,7 @@ def test_decoding_repeats_one_place():
 @pytest.mark.parametrize("wanted, code, times", [(0.0, 0, 1), (1e9, 1, 1 + command.ATTEMPTS)])
 def test_check(wanted, code, times, plain, monkeypatch, capsys):
     sessions, session = [], command.session
-    monkeypatch.setattr(report, "bar", lambda row: wanted)
+    monkeypatch.setattr(goals, "first_bar", lambda row, machine: goals.Bar(wanted, "x eager"))
     monkeypatch.setattr(command, "session", lambda o, *args: sessions.append(o.seconds) or session(o, *args))
     assert bench(*FEW, "--ops=relu", "--check") == code
     assert sessions == [1e-9 * factor for factor in (1, 2, 4, 6)][:times] and len(rows()) == 2
@@ -265,16 +265,28 @@ def test_verdict(ours, peer, spread, word):
     mine = entry("cpp", ours, spread, ours=True)
     entries = {e.name: e for e in (mine, entry("a", 9.0), entry("b", peer, spread))}
     row = Result("relu", "1", "float32", "forward", entries=entries)
-    assert results.verdict(row, mine) == word
+    assert results.verdict(row, mine) == word.split()[0]
     assert results.verdict(replace(row, entries={"cpp": mine}), mine) == "alone"
+
+
+@pytest.mark.parametrize("peak, share", [(2.0, 0.5), (None, None), (0.5, None)])
+def test_a_share_of_what_is_a_limit(peak, share):
+    """A row that ran faster than the measured peak was not limited by it."""
+    facts = {"op": "relu", "shape": "1", "dtype": "float32", "direction": "forward", "candidate": "cpp", "ours": True}
+    stats = {"median": 1.0, "q1": 1.0, "q3": 1.0, "rounds": 5}
+    (row,) = results.results({"benchmarks": [
+        {"extra_info": facts | {"unit": "GB/s", "amount": 1.0, "peak": peak}, "stats": stats}
+    ]})  # fmt: skip
+    assert row.ours[0].rate == 1.0 and row.ours[0].share == share
+    assert table.percent(share) == ("50%" if share else "")
 
 
 def test_a_single_round_is_marked():
     mine = entry("cpp", 1.0, ours=True, rate=1.0, unit="GB/s", share=0.5)
     once = replace(entry("eager", 85.0), rounds=1)
     row = Result("relu", "1", "float32", "forward", True, entries={"cpp": mine, "eager": once, "b": entry("b", 1.5)})
-    assert [report.ratio(row, mine, peer) for peer in ("eager", "b", "c")] == ["~85.00", "1.50", ""]
-    assert "~85.00x eager, 1.50x b; faster" in report.line(row)
+    assert [table.ratio(row, mine, peer) for peer in ("eager", "b", "c")] == ["~85.00", "1.50", ""]
+    assert "~85.00x eager, 1.50x b; faster" in table.line(row)
 
 
 def edited(path, factor, ours=True, noise=1.0):
@@ -315,21 +327,6 @@ def test_compare(plain, capsys):
     assert bench("--compare", "a.json", "b.json") == 2 and "no row in common" in capsys.readouterr().err
 
 
-def test_files_of_the_gpu_benchmarks(capsys):
-    peer = {"ms": 2.0, "q1_ms": 1.9, "q3_ms": 2.1}
-    row = {"op": "relu", "shape": "4 x 4", "dtype": "bfloat16", "direction": "forward", "backend": "cuda"}
-    row |= {"ms": 1.0, "q1_ms": 0.9, "q3_ms": 1.1, "rounds": 7, "rate": 3.0, "unit": "TB/s", "share_of_limit": 0.7}
-    row |= {"peers": {"eager": peer}}
-    m = {"gpu": "Some GPU", "torch": "2.13", "date": "2026-11-22", "command": "", "skipped": {"why": ["a", "b"]}}
-    others = [row | {"backend": "triton", "ms": 0.8}, row | {"shape": "x", "failed": "no"}]
-    report.save(Path("gpu.json"), [row, *others], m)
-    (found,) = rows("gpu.json")
-    assert [e.name for e in found.ours] == ["cuda", "triton"] and found.best_peer.ms == 2.0
-    assert bench("--render", "gpu.json", "--out=out") == 1  # a row failed
-    assert "Some GPU" in Path("out/report.html").read_text() and "why (2 rows)" in capsys.readouterr().out
-    assert bench("--compare", "gpu.json", "gpu.json") == 0
-
-
 # ------------------------------------------------------------------------------- the README
 def test_readme(plain, monkeypatch, capsys):
     folder, page = Path("bench/results").absolute(), Path("README.md").absolute()
@@ -343,33 +340,33 @@ def test_readme(plain, monkeypatch, capsys):
     monkeypatch.setattr(plots, "write", lambda figure, path: path.write_text("<svg/>"))
     page.write_text("before\n")
     with pytest.raises(UsageError, match="must have the lines"):
-        readme.update(page, folder)
+        readme.update((page,), folder)
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    assert readme.update(page, folder) == 0
+    assert readme.update((page,), folder) == 0
     text = page.read_text()
     assert (
         text.startswith(f"before\n{readme.BEGIN}\n") and text.endswith(f"{readme.END}\nafter\n") and "old" not in text
     )
-    cell = r"[\d.]+x \(\d+%\)"
-    assert re.search(rf"\| attention, B1 H2 T16 D8 causal \| {cell} \| {cell} \|", text)
+    cells = r"[\d.]+x( \(\d+%\))? \| eager [\d.]+"
+    assert re.search(rf"\| attention, B1 H2 T16 D8 causal \| {cells} \| {cells} \|", text)
     assert "![speed over PyTorch eager's](bench/results/plots/ratios.svg)" in text and "training" not in text
     assert "[z.json](bench/results/z.json)" in text and (folder / "plots" / "ratios.svg").exists()
-    readme.update(page, folder)
+    readme.update((page,), folder)
     assert page.read_text() == text
     (folder / "z.json").unlink(), (folder / "a-old.json").unlink()
     with pytest.raises(UsageError, match="no run in pytest-benchmark's format"):
-        readme.update(page, folder)
+        readme.update((page,), folder)
     assert page.read_text() == text
 
 
 def test_the_readme_has_a_place_for_it():
-    text = (ROOT / "README.md").read_text()
+    text = "".join(page.read_text() for page in readme.PAGES if page.exists())
     assert text.count(readme.BEGIN) == 1 == text.count(readme.END)
 
 
 def test_saved_in_a_checkout_only(plain, monkeypatch, capsys):
     folder = Path("results").absolute()
-    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(results, "RESULTS", folder)
     assert bench(*FEW, "--ops=relu", "--save") == 2
     assert "only a checkout has" in capsys.readouterr().err
     folder.mkdir()
@@ -377,11 +374,10 @@ def test_saved_in_a_checkout_only(plain, monkeypatch, capsys):
     (path,) = folder.iterdir()
     assert path.name.startswith("some-cpu-") and rows(path) == rows()
     first = path.read_bytes()
-    assert (
-        bench(*FEW, "--ops=relu", "--save", "--budget=1e-9") == 1 and len(list(folder.iterdir())) == 1
-    )  # nothing measured
-    assert bench(*FEW, "--ops=relu", "--save") == 0
-    assert len(list(folder.iterdir())) == 2 and path.read_bytes() == first
+    assert bench(*FEW, "--ops=relu", "--save", "--budget=1e-9") == 1 and path.read_bytes() == first  # nothing measured
+    assert bench(*FEW, "--ops=relu", "--save") == 0 and path.read_bytes() != first  # no history
+    assert bench(*FEW, "--ops=relu", "--save=16 bits") == 0
+    assert {each.name for each in folder.iterdir()} == {path.name, f"{path.stem}-16-bits.json"}
 
 
 def test_isa_starts_again_under_its_variables(monkeypatch):

@@ -1,5 +1,6 @@
-"""bench.gpu on CPU: how it times, checks, skips and reports. No figure is judged here."""
+"""The benchmarks on a GPU, tried without one: clock, rows, check, and what a run leaves. No figure is judged."""
 
+import argparse
 import gc
 import itertools
 import json
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +21,17 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import gpu
-from bench.cases import expected, ops
-from bench.cases import gpu as gpu_rows
-from bench.cases.gpu import Group, Refused
-from bench.first_light import checks as gpu_checks
-from bench.show import report
-from bench.timing import cuda as gpu_timer
+from bench import cli
+from bench.cases import goals, ops, peers, shapes
+from bench.cases import rows as case_rows
+from bench.cases.refusal import Refused, reason, trying
+from bench.first_light import checks
+from bench.timing import candidates, check, clocks, nvidia, race, results
+from bench.timing.run import Run
+from pygpt import cli as pygpt_cli
 from pygpt.dispatch import TABLE
 
-DRY = ["--device=cpu", "--quick", "--seconds=0.001", "--peers=eager", "--ops=relu", "--backends=cpp"]
+DRY = ["--rehearse", "--quick", "--seconds=0.001", "--peers=eager", "--ops=relu", "--backends=cpp"]
 needs_cpp = pytest.mark.skipif(bool(TABLE["cpp"].missing), reason="the dry run measures the C++ ops")
 
 
@@ -41,29 +45,37 @@ def undo():
 
 
 # ------------------------------------------------------------------------------- timing
-class FakeTimer(gpu_timer.CpuTimer):
-    """Takes its times from the calls themselves: each returns its (device, host) milliseconds."""
+class FakeClock(clocks.CudaClock):
+    """Without a GPU; takes its times from the calls themselves, each of which returns (device, host) seconds."""
 
-    flush_ms = 1.0
+    flush = 1e-3
 
     def __init__(self):
         self.seen = []
 
-    def time(self, calls):
-        self.seen.append(calls)
-        return [call() for call, _ in calls]
+    def time(self, blocks):
+        self.seen.append(blocks)
+        return [block.call() for block in blocks]
 
 
-def test_race_is_interleaved_and_fair():
-    timer, calls = FakeTimer(), {name: lambda n=n: (n, 0.1) for n, name in enumerate("abc", 1)}
-    timings = gpu_timer.race(timer, calls, seconds=1.0)
-    rounds = [seen for seen in timer.seen if len(seen) > 1]
-    cost = 1 + 2 + 3 + 3 * (1.5 * 0.1 + 0.03) + 3 * 1.0
-    assert len(rounds) == int(1000 / cost)
-    assert all(sorted(c()[0] for c, _ in seen) == [1, 2, 3] for seen in rounds)
-    assert len({tuple(c()[0] for c, _ in seen) for seen in rounds}) > 3  # orders
-    assert {name: set(t.device) for name, t in timings.items()} == {"a": {1}, "b": {2}, "c": {3}}
-    assert len(gpu_timer.race(FakeTimer(), {"slow": lambda: (1e6, 0.0)}, 1.0)["slow"].device) == timer.least_rounds
+def test_a_block_has_a_head_start():
+    clock, calls = FakeClock(), {name: lambda n=n: (n / 1e3, 1e-4) for n, name in enumerate("abc", 1)}
+    blocks = {name: clock.block(call) for name, call in calls.items()}
+    head_start = 1.5e-4 + 3e-5
+    assert blocks["b"].head_start == pytest.approx(head_start)
+    assert blocks["b"].seconds == pytest.approx(2e-3 + head_start + 1e-3)
+    clock.seen.clear()
+    times = race.race(clock, blocks, seconds=0.1)
+    assert len(clock.seen) == int(0.1 / (2e-3 + head_start + 1e-3))
+    assert {name: set(t.device) for name, t in times.items()} == {"a": {1e-3}, "b": {2e-3}, "c": {3e-3}}
+    assert not times["a"].launch_bound
+
+
+def test_a_late_host_is_noticed():
+    block = clocks.Block(None, head_start=2e-4)
+    assert clocks.Times(block, [3.0], [1e-4, 3e-4, 3e-4]).launch_bound
+    assert not clocks.Times(block, [3.0], [1e-4, 1e-4, 3e-4]).launch_bound
+    assert not clocks.Times(clocks.Block(None), [3.0], [0.0]).launch_bound  # a CPU has no head start
 
 
 def test_what_is_queued_on_a_gpu(monkeypatch):
@@ -89,18 +101,13 @@ def test_what_is_queued_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("wait"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(L2_cache_size=50 << 20))
     monkeypatch.setattr(torch, "empty", lambda size, **how: Buffer() if size == 256 << 20 else None)
-    timer = gpu_timer.CudaTimer()
-    assert timer.cycles_per_ms == 10_000_000 / 5.0 and timer.flush_ms == 5.0
+    clock = clocks.CudaClock()
+    assert clock.cycles == 1e7 / 5e-3 and clock.flush == 5e-3
     queue.clear()
-    found = timer.time([(lambda: queue.append("a"), 0.5), (lambda: queue.append("b"), 0.0)])
+    blocks = [clocks.Block(lambda: queue.append("a"), head_start=5e-4), clocks.Block(lambda: queue.append("b"))]
+    found = clock.time(blocks)
     assert queue == ["wait", 1_000_000, "flush", "event", "a", "event", "flush", "event", "b", "event", "wait"]
-    assert [device for device, _ in found] == [5.0, 5.0] and all(0 <= host < 1000 for _, host in found)
-
-
-def test_summary():
-    times = gpu_timer.Timing(lead=0.2, device=[3.0, 1.0, 2.0, 5.0, 4.0], host=[0.1, 0.1, 0.3])
-    assert times.summary() == {"ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0, "host_ms": 0.1}
-    assert gpu_timer.Timing(0.2, [1.0], [0.3]).summary()["launch_bound"]
+    assert [device for device, _ in found] == [5e-3, 5e-3] and all(0 <= host < 1 for _, host in found)
 
 
 @pytest.mark.parametrize("known", ["clocks_event_reasons.active", "clocks_throttle_reasons.active", "none"])
@@ -110,7 +117,7 @@ def test_clocks(known, tmp_path, monkeypatch):
     fake.write_text(f'#!/bin/sh\ncase "$*" in *{known}*) echo "{answer}";; *) exit 2;; esac\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = gpu_timer.clocks()
+    found = nvidia.clocks()
     if known == "none":
         assert found == {}
     else:
@@ -118,25 +125,34 @@ def test_clocks(known, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------- rows
-def test_plan():
-    groups = gpu_rows.plan()
-    assert len(set(groups)) == len(groups) and {g.case.op for g in groups} == set(ops.OPS)
-    for op in ops.OPS:
-        assert {g.dtype for g in groups if g.case.op == op} == set(ops.DTYPES)
-    for group in groups:  # every set-up function gets its arguments, and has something to count
-        work = group.case.setup(lambda *shape: torch.empty(shape, device="meta"), *group.case.args)
-        assert min(work.amount) > 0
-    for tiny in (False, True):
-        quick = gpu_rows.plan(quick=True, tiny=tiny)
-        assert {g.case.op for g in quick} == set(ops.OPS) and {g.dtype for g in quick} == {"bfloat16"}
-        assert tiny or {g.case for g in quick} >= set(gpu_rows.PREDICTED)
-    assert {g.case.op for g in gpu_rows.plan(["gelu"], ["float16"])} == {"gelu"}
-    small = gpu_rows.plan(tiny=True)
-    assert len({str(g) for g in small}) == len(small) and any(g.compiled for g in small)
+def requested(*arguments):
+    """Options of `pygpt bench`, complete but for the device, which need not be there."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    cuda = "--device=cuda" in arguments
+    options = cli.complete(parser.parse_args([*(a for a in arguments if a != "--device=cuda"), "--backends=torch"]))
+    options.device = "cuda" if cuda else "cpu"
+    return options
+
+
+def test_rows_on_a_gpu():
+    found = case_rows.rows(requested("--device=cuda", "--directions=forward,backward"))
+    assert len(set(found)) == len(found) and {row.case.op for row in found} == set(shapes.OPS)
+    dtypes = [row.dtype for row in found]
+    assert sorted(dtypes, key=("bfloat16", "float32", "float16").index) == dtypes
+    assert {row.case for row in found if row.dtype == "float16"} == set(shapes.first_of_each_op(shapes.GPU))
+    for case in shapes.GPU:  # every set-up function gets its arguments, and has something to count
+        assert min(case.setup(lambda *shape: torch.empty(shape, device="meta"), *case.args).amount) > 0
+    quick = case_rows.rows(requested("--device=cuda", "--quick", "--dtypes=bfloat16", "--directions=forward"))
+    assert {row.case for row in quick} == {*shapes.first_of_each_op(shapes.GPU), *shapes.PREDICTED}
+    assert {(e.op, e.shape) for e in goals.EXPECTED} == {(c.op, c.shape) for c in shapes.PREDICTED}
+    small = case_rows.rows(requested("--rehearse"))
+    assert {row.case.op for row in small} == set(shapes.OPS) and len({str(row) for row in small}) == len(small)
+    assert all(c.setup(torch.empty, *c.args).tensors[0].numel() < 2000 for c in {row.case for row in small})
 
 
 def test_bars():
-    bar = expected.bar
+    bar = goals.hopper_bar
     assert bar("attention", "B16 H25 T1024 D64 causal", "bfloat16", "forward", "NVIDIA H200", 4.3) == 290
     assert bar("attention", "B2 H32 T8192 D128 causal", "bfloat16", "backward", "NVIDIA H100", 3.0) == 380
     assert bar("attention", "B2 H32 T8192 D128 full", "bfloat16", "forward", "NVIDIA H200", 4.3) is None
@@ -147,13 +163,6 @@ def test_bars():
     assert bar("layer_norm", "16384 x 768", "bfloat16", "forward", "NVIDIA A100", 1.5) is None
 
 
-def test_math_is_refused_where_scores_do_not_fit():
-    group = Group(gpu_rows._attention(2, 32, 8192, 128), "bfloat16")
-    with pytest.raises(Refused, match="17 GB of scores"):
-        gpu_rows.sdpa("math", group)
-    gpu_rows.sdpa("flash", group)
-
-
 def test_reasons():
     def refuse():
         for text in ("Flash attention kernel not used because:", "wants Half", "CuDNN has been runtime disabled."):
@@ -161,10 +170,10 @@ def test_reasons():
         raise RuntimeError("No available kernel. Aborting execution.")
 
     with pytest.raises(Refused, match="^wants Half$"):
-        gpu_rows.trying(refuse)
-    assert gpu_rows.reason(ValueError("first\nsecond")) == "first"
-    assert gpu_rows.reason(ValueError()) == "ValueError"
-    assert len(gpu_rows.reason(ValueError("x" * 999))) == 200
+        trying(refuse)
+    assert reason(ValueError("first\nsecond")) == "first"
+    assert reason(ValueError()) == "ValueError"
+    assert len(reason(ValueError("x" * 999))) == 200
 
 
 # ------------------------------------------------------------------------------- the check
@@ -173,11 +182,11 @@ def _work(dtype=torch.bfloat16, T=256):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_check_passes_what_is_right(dtype):
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+def test_check_passes_what_is_right(dtype, direction):
     work = _work(dtype)
-    found = gpu_rows.check({"a": work.eager, "b": gpu_rows.ours("torch", work)}, work)
-    assert not any(c.wrong for ways in found.values() for c in ways.values())
-    assert found["a"]["forward"].difference == 0 and 0 < found["a"]["forward"].error < 0.01
+    found = check.Reference(work, direction).judge(candidates.on_backend("torch", work.ours), work.tensors, ours=True)
+    assert not found.wrong and 0 < found.eager < 0.01 and found.ours < 0.01
 
 
 def _spoil(how):
@@ -209,10 +218,17 @@ def test_check_finds_what_is_wrong():
         return t
 
     nan.__name__ = "forward"
-    for how, wrong in ((forward, (True, False)), (backward, (False, True)), (nan, (True, False))):
+    for how, wrong in ((forward, "forward"), (backward, "backward"), (nan, "forward")):
         spoil = _spoil(how)
-        found = gpu_rows.check({"bad": lambda q, k, v, s=spoil: s(work.eager(q, k, v))}, work)["bad"]
-        assert tuple(found[way].wrong for way in ops.DIRECTIONS) == wrong, how.__name__
+        for direction in ops.DIRECTIONS:
+            reference = check.Reference(work, direction)
+            bad = lambda q, k, v, spoil=spoil: spoil(work.eager(q, k, v))
+            judge = partial(reference.judge, bad, work.tensors, ours=True)
+            if direction == wrong:
+                with pytest.raises(Refused, match="^WRONG: error"):
+                    judge()
+            else:
+                assert not judge().wrong
 
 
 def test_check_finds_tf32():
@@ -220,176 +236,168 @@ def test_check_finds_tf32():
     tf32 = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in work.tensors]
     y, exact = work.eager(*tf32), work.eager(*work.tensors)
     wide = work.eager(*(t.double() for t in work.tensors))
-    assert gpu_rows.compare(y, exact, wide).wrong and not gpu_rows.compare(exact, exact, wide).wrong
+    assert check.compare(y, exact, wide).wrong and not check.compare(exact, exact, wide).wrong
 
 
-def test_check_reports_failures_and_types():
-    work = _work()
-
-    def broken(*tensors):
-        raise RuntimeError("out of resources: shared memory\nmore")
-
-    found = gpu_rows.check({"broken": broken, "fine": work.eager}, work)
-    assert str(found["broken"]) == "out of resources: shared memory" and not found["fine"]["forward"].wrong
-    x = torch.randn(3, 4)
-    assert gpu_rows.compare(x.double(), x, x.double()).wrong and gpu_rows.compare(x[:2], x, x.double()).wrong
-    zero = torch.zeros(3, 4)
-    assert not gpu_rows.compare(zero, zero, zero.double()).wrong
-    assert gpu_rows.compare(x, zero, zero.double()).wrong
+def test_check_looks_at_dtypes_and_zeros():
+    x, zero = torch.randn(3, 4), torch.zeros(3, 4)
+    assert check.compare(x.double(), x, x.double()).wrong and not check.compare(x, x, x.double()).wrong
+    assert not check.compare(zero, zero, zero.double()).wrong and check.compare(x, zero, zero.double()).wrong
 
 
 # ------------------------------------------------------------------------------- a run
-def _run(*flags, timer=None, now=None, names=("torch",)):
-    options = gpu.parse([*DRY, *flags])
-    groups = gpu_rows.plan(options.ops, options.dtypes, options.quick, tiny=True)
-    clock = {} if now is None else {"now": now}
-    return gpu.Run(options, timer or gpu_timer.CpuTimer(), list(names), groups, **clock)
+def _run(*flags, rows=None, **how) -> Run:
+    options = requested("--rehearse", "--quick", "--seconds=0.001", "--peers=eager", *flags)
+    run = Run(options, **how)
+    run.measure(case_rows.rows(options) if rows is None else rows)
+    return run
+
+
+def measured(run: Run) -> list[str]:
+    return list(dict.fromkeys(b["group"] for b in run.benchmarks))
+
+
+@pytest.fixture(autouse=True)
+def known_peaks(monkeypatch):
+    peaks = clocks.Peaks(dict.fromkeys(ops.DTYPES, 100.0), dict.fromkeys(ops.DTYPES, "guess"), 10.0, 10.0)
+    monkeypatch.setattr(clocks.CpuClock, "peaks", lambda self, dtypes, quick: peaks)
+    monkeypatch.delenv("PYGPT_BACKEND", raising=False)
 
 
 def test_the_budget_cuts_the_tail():
-    run = _run("--ops=relu,gelu,linear", "--budget=10", now=itertools.count(0, 0.5).__next__)
-    run.measure()
-    done = [row["op"] for row in run.rows]
-    assert done and done == [g.case.op for g in run.groups for _ in ops.DIRECTIONS][: len(done)]
-    assert run.skipped == {"the budget of 10 s": [str(g) for g in run.groups[len(done) // 2 :]]}
-    assert len(done) < 2 * len(run.groups)
+    wanted = case_rows.rows(requested("--rehearse", "--quick", "--ops=relu,gelu,linear"))
+    ticks = itertools.chain([0] * 12, itertools.repeat(11))
+    run = _run("--ops=relu,gelu,linear", "--budget=10", now=ticks.__next__)
+    done = measured(run)
+    assert done and done == [str(row) for row in wanted][: len(done)] and len(done) < len(wanted)
+    assert run.about["left_out"] == [str(row) for row in wanted][len(done) :]
 
 
 def test_compile_has_a_share(monkeypatch):
-    monkeypatch.setattr(gpu_rows, "compiled", lambda work: work.eager)
-    run = _run("--ops=mlp", "--peers=compile", "--budget=1000")
-    run.compile_left = 0
-    run.measure()
-    assert [row["best_peer"] for row in run.rows] == [None, None] and run.rows[0]["ratio"] is None
-    assert len(run.skipped["torch.compile has used its share of the budget"]) == 2
-    run = _run("--ops=mlp", "--peers=compile", "--budget=1000")
-    run.measure()
-    assert [row["best_peer"] for row in run.rows] == ["compile"] * 2 and run.compile_left < 350
+    peer = replace(peers.PEERS["compile"], ops=peers.PEERS["eager"].ops, program="")
+    monkeypatch.setitem(peers.PEERS, "compile", peer)
+    run = _run("--ops=mlp", "--peers=eager,compile", "--budget=1000")
+    assert len(run.benchmarks) == 6 and 0 < run.compile_left < 350
+    row = case_rows.rows(run.options)[0]
+    run.compile_left, run.benchmarks = 0, []
+    run.about["left_out"] = [str(row)]
+    run.row(row)
+    assert len(run.benchmarks) == 2 and "compile: it has used its share of the budget" in run.about["refused"]
 
 
-def test_a_broken_device_ends_the_run():
-    class Breaks(gpu_timer.CpuTimer):
-        calls = 0
+def test_a_broken_device_ends_the_run(monkeypatch):
+    def broken(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        def release(self):
-            self.calls += 1
-            if self.calls > 1:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    run = _run("--ops=relu,gelu,linear", timer=Breaks())
-    run.measure()
-    assert "illegal memory access" in run.rows[-1]["failed"]
-    (why,) = run.skipped
-    assert "unusable" in why and len(run.skipped[why]) == 2  # the group it happened in, and the rest
+    monkeypatch.setattr(clocks.CpuClock, "release", broken)
+    run = _run("--ops=relu,gelu,linear")
+    assert run.stopped == "broken" and len(run.about["left_out"]) == len(case_rows.rows(run.options)) - 1
+    assert "illegal memory access" in run.about["failed"][-1]["why"]
 
 
-def test_sigterm_keeps_what_there_is(monkeypatch):
-    run, rows = _run("--ops=relu,gelu"), []
-    signal.signal(signal.SIGTERM, gpu.stop)
+@needs_cpp
+def test_sigterm_keeps_what_there_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    prepare, seen = candidates.prepare, []
 
-    def show(row):
-        rows.append(row)
-        if len(rows) == 3:
+    def third_time(*args):
+        seen.append(args[0])
+        if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(*args)
 
-    run.measure(show)
-    assert len(run.rows) == 3 and "SIGTERM" in next(iter(run.skipped))
-
-
-def test_one_groups_error_costs_that_group():
-    run = _run("--ops=relu,gelu", "--budget=1000")
-    bad = SimpleNamespace(op="gelu", shape="bad", args=(), setup=lambda make: make(-1))
-    no_memory = torch.OutOfMemoryError("no memory")
-    oom = SimpleNamespace(op="gelu", shape="huge", args=(), setup=lambda make: _raise(no_memory))
-    run.groups = [Group(bad, "bfloat16"), Group(oom, "bfloat16"), *run.groups]
-    run.measure()
-    assert "failed" in run.rows[0] and not any("failed" in row for row in run.rows[1:]) and len(run.rows) == 5
-    assert run.skipped == {"no memory": ["gelu huge bfloat16"]}
+    monkeypatch.setattr(candidates, "prepare", third_time)
+    assert pygpt_cli.main(["bench", *DRY, "--ops=relu,gelu"]) == 130
+    assert len(results.results(results.read(tmp_path / "out/bench/bench.json"))) == 2
 
 
-def _raise(error):
-    raise error
+def test_one_rows_error_costs_that_row():
+    def error(make):
+        raise RuntimeError("no such shape")
+
+    def huge(make):
+        raise torch.OutOfMemoryError("no memory")
+
+    good = case_rows.rows(requested("--rehearse", "--quick", "--ops=relu"))
+    bad = [case_rows.Row(ops.Case(setup, (), "bad"), "bfloat16", "forward") for setup in (error, huge)]
+    run = _run(rows=[*bad, *good])
+    assert measured(run) == [str(row) for row in good]
+    assert [row["why"] for row in run.about["failed"]] == ["no such shape"]
+    assert run.about["refused"] == {"no memory": ["huge bad bfloat16 forward"]}
 
 
 @needs_cpp
-def test_dry_run(capsys, tmp_path):
+def test_rehearsal(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "new" / "rows.json"
-    assert gpu.main([*DRY, f"--json={path}"]) == 0
-    out, saved = capsys.readouterr().out, json.loads(path.read_text())
-    assert "0 WRONG, 0 FAILED" in out and f"wrote {path}" in out and list(path.parent.iterdir()) == [path]
-    assert [row["direction"] for row in saved["rows"] if row["backend"] == "cpp"] == ["forward", "backward"]
-    row = saved["rows"][0]
-    assert row["q1_ms"] <= row["ms"] <= row["q3_ms"] and row["wrong"] is False and row["unit"] == "TB/s"
-    assert row["ratio"] == pytest.approx(row["peers"]["eager"]["ms"] / row["ms"], rel=1e-3)
-    assert row["share_of_limit"] == pytest.approx(row["rate"] / saved["machine"]["limits"]["copy"], rel=1e-3)
-    lines = out[: out.index("\n\n")].splitlines()[1:]
-    assert len({line.index(word) for line, word in zip(lines, ("best", "eager", "eager"), strict=False)}) <= 2
-    assert saved["machine"]["skipped"] == json.loads(json.dumps(saved["machine"]["skipped"]))
+    assert pygpt_cli.main(["bench", *DRY, f"--json={path}"]) == 0
+    out, found = capsys.readouterr().out, results.read(path)
+    assert "2 rows in" in out and "0 FAILED" in out and f"wrote {path}" in out and list(path.parent.iterdir()) == [path]
+    rows = results.results(found)
+    assert [(row.dtype, row.direction) for row in rows] == [("bfloat16", "forward"), ("bfloat16", "backward")]
+    facts = found["benchmarks"][0]["extra_info"]
+    assert facts["candidate"] == "cpp" and facts["error"] <= 4 * facts["eager_error"] + 0.01
+    (ours,) = rows[0].ours
+    assert ours.q1 <= ours.ms <= ours.q3 and ours.unit == "GB/s"
+    assert rows[0].ratio(ours) == pytest.approx(rows[0].entries["eager"].ms / ours.ms)
+    assert found["pygpt"]["machine"]["rehearsal"] is True
+    assert pygpt_cli.main(["bench", *DRY, "--save"]) == 2 and "no result" in capsys.readouterr().err
 
 
 @needs_cpp
-def test_a_wrong_kernel_cannot_look_fast(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_rows, "ours", lambda name, work: lambda x: torch.relu(x) * 1.1)
-    assert gpu.main(DRY) == 1
-    assert "WRONG: error 1.0e-01" in capsys.readouterr().out
-    monkeypatch.setattr(gpu_rows, "ours", lambda name, work: lambda x: _raise(RuntimeError("no such kernel")))
-    assert gpu.main(DRY) == 1
-    out = capsys.readouterr().out
-    assert "FAILED: no such kernel" in out and "2 FAILED" in out
+def test_prepare_times_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pygpt_cli.main(["bench", *DRY, "--prepare"]) == 0
+    assert not list(tmp_path.iterdir()) and " ms" not in capsys.readouterr().out
 
 
-def test_check_judges_the_first_bar():
-    row = {"rate": 300.0, "bar": 290, "wrong": False, "ratio": 1.2}
-    assert gpu.met(row) and not gpu.met(row | {"rate": 289.0}) and not gpu.met(row | {"wrong": True})
-    assert gpu.met(row | {"bar": None}) is None and gpu.met({"failed": "x"}) is None
-    assert gpu.verdict(row) == "faster"
-    assert [gpu.verdict(row | {"ratio": r}) for r in (1.04, 1.02, 0.98, 0.96)] == ["faster", "even", "even", "slower"]
-    assert gpu.verdict(row | {"ratio": 0.5, "launch_bound": True}) == "slower, launch-bound"
-    assert gpu.verdict({"ratio": None}) == ", unchecked"
-    for flags, code in (((), 0), (("--check",), 1)):
-        run = _run(*flags)
-        run.rows = [row | {"rate": 1.0}]
-        assert gpu.finish(run, {}, run.options) == code
+@pytest.mark.parametrize("ratio, rate, passes", [(1.2, 300e3, True), (1.2, 289e3, False), (0.5, 300e3, True)])
+def test_the_first_bar_of_a_gpu(ratio, rate, passes):
+    ours = results.Entry("cuda", True, 1.0, 1.0, 1.0, 9, rate, "GFLOP/s")
+    eager = results.Entry("eager", False, ratio, ratio, ratio, 9)
+    row = results.Result("attention", "B16 H12 T1024 D64 causal", "bfloat16", "forward", True,
+                         entries={"cuda": ours, "eager": eager})  # fmt: skip
+    assert goals.passes(row, {"gpu": "NVIDIA H200", "copy_peak_gbs": 4300.0}) is passes
+    assert goals.passes(row, {"gpu": "NVIDIA A100", "copy_peak_gbs": 1500.0}) is None
+    assert goals.passes(replace(row, dtype="float32"), {}) is (ratio > 1)
 
 
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for main, arguments in ((gpu.main, []), (gpu_checks.main, ["versions", "--out=nowhere"])):
-        assert main(arguments) == 2
-        out = capsys.readouterr().out
-        assert "no GPU: torch" in out and len(out.splitlines()) == 1
-    with pytest.raises(SystemExit):
-        gpu.parse(["--device=cpu", "--save"])
+    assert checks.main(["versions", "--out=nowhere"]) == 2
+    assert "no GPU: torch" in capsys.readouterr().out
+    assert pygpt_cli.main(["bench", "--device=cuda"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
 
 
-def test_the_file():
+def test_where_results_are_saved():
     m = {"gpu": "NVIDIA H200", "date": "2026-11-22 10:00:00+0000"}
-    assert report.default_path(m) == ROOT / "bench/results/nvidia-h200-2026-11-22.json"
+    assert results.saved_path(m, "") == ROOT / "bench/results/nvidia-h200.json"
     m = {"cpu": "AMD EPYC", "isa_ours": "not built", "date": "2026-11-22 10:00:00+0000"}
-    assert report.default_path(m).name == "amd-epyc-not-built-2026-11-22.json"
+    assert results.saved_path(m, "sweep").name == "amd-epyc-not-built-sweep.json"
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "rows.json"
     with pytest.raises(TypeError):
-        report.save(path, [{"a": object()}], {})
+        results.write(path, {"benchmarks": [{"a": object()}], "pygpt": {}})
     assert list(tmp_path.iterdir()) == []
-    report.save(path, [{"error": float("inf"), "peers": {"eager": {"ms": 1 / 3}}}], {"limits": {"copy": 2 / 3}})
-    assert json.loads(path.read_text())["rows"] == [{"error": None, "peers": {"eager": {"ms": 0.33333}}}]
+    results.write(path, {"benchmarks": [{"error": float("inf"), "ms": 1 / 3}], "pygpt": {"copy": 2 / 3}})
+    assert json.loads(path.read_text())["benchmarks"] == [{"error": None, "ms": 0.33333}]
 
 
 @needs_cpp
-def test_without_optional_modules():
+def test_without_optional_modules(tmp_path):
     """rich, cpuinfo and the rest are not needed: neither here nor by what the GPU tests import."""
     source = f"""
 import sys
-for name in ("rich", "cpuinfo", "safetensors", "matplotlib", "xdist", "pytest_benchmark", "tinygrad", "micrograd"):
+for name in ("rich", "cpuinfo", "safetensors", "matplotlib", "xdist", "pytest_benchmark", "tinygrad", "jinja2"):
     sys.modules[name] = None
-from bench import gpu
-import bench.first_light, bench.first_light.checks, pygpt, pygpt.verify
+from pygpt import cli
+import bench.first_light.plan, bench.first_light.checks, pygpt.verify
 sys.path.insert(0, "tests")
 import conftest, cases
-sys.exit(gpu.main({DRY!r}))
+sys.exit(cli.main(["bench", "--out={tmp_path}", *{DRY!r}]))
 """
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

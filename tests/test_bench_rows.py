@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as TF
 from bench_small import PEAKS, TINY, options, small
 
-from bench import suite
-from bench.cases import gpt, ops, peers
-from bench.cases.gpu import Refused
-from bench.timing import candidates, memory
-from bench.timing import clocks as harness
-from bench.timing import cuda as gpu_timer
+from bench.cases import gpt, ops, peers, shapes
+from bench.cases import rows as case_rows
+from bench.cases.refusal import Refused
+from bench.timing import candidates, check, clocks, memory, race
 
 __all__ = ["small"]  # fixtures
 
@@ -23,64 +21,63 @@ __all__ = ["small"]  # fixtures
 # ------------------------------------------------------------------------------- rows
 def test_the_suite(monkeypatch):
     monkeypatch.undo()
-    every = suite.rows(options("--dtypes=float32,bfloat16,float16"))
-    assert {row.case.op for row in every} == {*ops.OPS, *gpt.DIRECTIONS} and len(set(every)) == len(every)
+    every = case_rows.rows(options("--dtypes=float32,bfloat16,float16"))
+    assert {row.case.op for row in every} == {*shapes.OPS, *gpt.DIRECTIONS} and len(set(every)) == len(every)
     standard = [row.dtype in row.case.standard for row in every]
     assert standard == sorted(standard, reverse=True)  # what matters most comes first
-    assert all(row.dtype in row.case.standard for row in suite.rows(options("--only-standard")))
-    quick = suite.rows(options("--quick"))
-    assert len(quick) == 2 * len(ops.OPS) + len(gpt.DIRECTIONS) and {row.dtype for row in quick} == {"float32"}
+    assert all(row.dtype in row.case.standard for row in case_rows.rows(options("--only-standard")))
+    quick = case_rows.rows(options("--quick"))
+    assert len(quick) == 2 * len(shapes.OPS) + len(gpt.DIRECTIONS) and {row.dtype for row in quick} == {"float32"}
     assert options("--quick").budget < 120
-    lengths = [row.case.dims["L"] for row in suite.rows(options("--sweep", "--directions=backward"))]
+    lengths = [row.case.dims["L"] for row in case_rows.rows(options("--sweep", "--directions=backward"))]
     assert lengths == [256, 512, 1024, 2048, 4096, 8192, 16384]
-    assert len(suite.rows(options("--sweep=600", "--directions=forward"))) == 2
+    assert len(case_rows.rows(options("--sweep=600", "--directions=forward"))) == 2
 
 
 def test_custom_shapes():
-    (case,) = ops.custom("T=20,H=3,causal=0", ops.OPS)
+    (case,) = shapes.custom("T=20,H=3,causal=0", shapes.OPS)
     dims = {"B": 1, "H": 3, "L": 20, "S": 20, "D": 8, "causal": False}
     assert case.shape == "B1 H3 T20 D8 full" and case.dims == dims
-    assert [c.shape for c in ops.custom("N=5", ops.OPS)] == ["8 x 16 -> 5", "5 x 16", "5 x 16"]
-    assert ops.custom("L=1,T=9", ["attention"])[0].shape == "B1 H2 L1 S9 D8 causal"
+    assert [c.shape for c in shapes.custom("N=5", shapes.OPS)] == ["8 x 16 -> 5", "5 x 16", "5 x 16"]
+    assert shapes.custom("L=1,T=9", ["attention"])[0].shape == "B1 H2 L1 S9 D8 causal"
 
 
-def test_turns_are_fair(monkeypatch):
-    turns = []
-    monkeypatch.setattr(harness, "_block", lambda call, calls: turns.append(call()) or 0.01)
-    calls = {name: lambda n=name: n for name in "abc"}
-    times = harness.CpuClock().race(calls, dict.fromkeys(calls, 0.01), seconds=0.1)
-    rounds = [tuple(turns[i : i + 3]) for i in range(0, len(turns), 3)]
-    assert len(rounds) == 10 and {tuple(sorted(r)) for r in rounds} == {("a", "b", "c")} and len(set(rounds)) > 3
-    assert all(len(t.seconds) == 10 and t.calls == 1 for t in times.values())
+class FakeClock(clocks.CpuClock):
+    """Takes the seconds of a block from the call itself."""
+
+    def __init__(self):
+        self.seen = []
+
+    def time(self, blocks):
+        self.seen.append([block.call for block in blocks])
+        return [(block.seconds, 0.0) for block in blocks]
 
 
-def test_the_clock_of_a_gpu(monkeypatch):
-    """Over gpu_timer.py, whose own timer needs a GPU; the dry run's stands in."""
-    monkeypatch.setattr(gpu_timer, "CudaTimer", gpu_timer.CpuTimer)
-    clock, calls = harness.GpuClock(), dict.fromkeys("ab", lambda: None)
-    times = clock.race(calls, {name: clock.estimate(call) for name, call in calls.items()}, 1e-9)
-    assert all(t.calls == 1 and len(t.seconds) == 2 and max(t.seconds) < 0.1 for t in times.values())
-    found = clock.peaks(("float32",), quick=True)
-    assert set(found.flops) == {"float32"} and min(found.copy, *found.flops.values()) > 0
+def test_turns_are_fair():
+    clock, blocks = FakeClock(), {name: clocks.Block(name, seconds=0.01) for name in "abc"}
+    times = race.race(clock, blocks, seconds=0.1)
+    assert len(clock.seen) == 10 and {tuple(sorted(r)) for r in clock.seen} == {("a", "b", "c")}
+    assert len(set(map(tuple, clock.seen))) > 3  # orders
+    assert all(len(t.device) == 10 for t in times.values())
 
 
 def test_candidates_take_turns_with_inputs(monkeypatch):
-    monkeypatch.setattr(harness, "last_level_cache", lambda: 1 << 20)
     o, seen = options("--ops=relu"), {"eager": [], "torch": []}
-    work = ops.relu(torch.randn, 8, 16)
+    work, drawn = ops.relu(torch.randn, 8, 16), []
     for name, pick in (("eager", "eager"), ("torch", "ours")):
         record = lambda x, n=name: seen[n].append(x.data_ptr()) or x.relu()
         work = replace(work, **{pick: record})
-    drawn = [replace(work, tensors=(torch.randn(8, 16),)) for _ in range(8)]
-    monkeypatch.setattr(harness, "input_sets", lambda setup: drawn)
-    monkeypatch.setattr(candidates.gpu_rows, "ours", lambda name, work: work.ours)
-    found = candidates.prepare(
-        candidates.Row(TINY[-1], "float32", "forward"), o.backends, o.peers, PEAKS, harness.CpuClock()
-    )
+    draw = lambda make: drawn.append(replace(work, tensors=(torch.randn(8, 16),))) or drawn[-1]
+    monkeypatch.setattr(clocks, "last_level_cache", lambda: 4 * 8 * 16 * 4)
+    monkeypatch.setattr(candidates, "on_backend", lambda name, function: function)
+    row = case_rows.Row(ops.Case(draw, (), ""), "float32", "forward")
+    monkeypatch.setattr(ops.Case, "op", "relu")
+    found = candidates.prepare(row, o.backends, o.peers, PEAKS, clocks.CpuClock())
+    assert len(drawn) == 8
     for each in seen.values():
         each.clear()
     for _ in range(8):
-        found.calls["torch"](), found.calls["eager"]()
+        found.blocks["torch"].call(), found.blocks["eager"].call()
     assert len(set(seen["torch"])) == 8 == len(set(seen["eager"]))
     assert all(a != b for a, b in zip(seen["torch"], seen["eager"], strict=True))
 
@@ -90,27 +87,26 @@ def test_candidates_take_turns_with_inputs(monkeypatch):
     ((0.2, 20.0), (5, 1)), ((3.0, 20.0), (1, 1)), ((20.0, 0.2), (1, 5)),
 ])  # fmt: skip
 def test_the_slow_are_in_few_rounds(blocks, rounds, monkeypatch):
-    monkeypatch.undo()  # LEAST
-    cost = dict(enumerate(blocks))
-    assert harness.rounds_of(cost, seconds=0.75) == dict(enumerate(rounds))
-    clock, seen = harness.CpuClock(), []
-    monkeypatch.setattr(harness, "_block", lambda call, calls: seen.append(call) or cost[call])
-    times = clock.race({name: name for name in cost}, cost, 0.75)
-    assert tuple(len(t.seconds) for t in times.values()) == rounds == tuple(map(seen.count, cost))
-    assert set(seen[: len(cost)]) == set(cost)  # the first round has all
+    monkeypatch.undo()  # FEWEST
+    cost, clock = dict(enumerate(blocks)), FakeClock()
+    assert race.rounds_of(cost, seconds=0.75) == dict(enumerate(rounds))
+    times = race.race(clock, {name: clocks.Block(name, seconds=seconds) for name, seconds in cost.items()}, 0.75)
+    assert tuple(len(t.device) for t in times.values()) == rounds
+    assert set(clock.seen[0]) == set(cost)  # the first round has all
 
 
 def test_a_slow_peer_is_called_four_times(monkeypatch):
     """A call can take half a minute: once for its results, its time, its memory, and against ours."""
-    calls, eager = [], lambda x: calls.append(1) or x.relu()
+    calls, eager = [], lambda x: calls.append(x.dtype) or x.relu()
     work = replace(ops.relu(torch.randn, 8, 16), eager=eager)
-    monkeypatch.setattr(harness.CpuClock, "estimate", lambda self, call: call() or 20.0)
+    monkeypatch.setattr(clocks.CpuClock, "estimate", lambda self, call: call() or 20.0)
     o = options()
-    clock, row = harness.CpuClock(), candidates.Row(ops.Case(lambda make: work, (), ""), "float32", "forward")
+    clock, row = clocks.CpuClock(), case_rows.Row(ops.Case(lambda make: work, (), ""), "float32", "forward")
     found = candidates.prepare(row, [], o.peers, PEAKS, clock)
     monkeypatch.undo()
-    clock.race(found.calls, found.estimates, 0.75)
-    assert found.estimates == {"eager": 20.0} and len(calls) == 1 + 4  # and in float32
+    race.race(clock, found.blocks, 0.75)
+    assert found.blocks["eager"].seconds == 20.0
+    assert calls.count(torch.float32) == 4 and calls.count(torch.float64) == 1
 
 
 # ------------------------------------------------------------------------------- memory
@@ -178,6 +174,15 @@ def two_linears(x, w1, b1, w2, b2):
 
 
 FAKES = {
+    "flash-attn-4": {
+        "flash_attn.cute": {"flash_attn_func": lambda q, k, v, causal: (sdpa_inside(q, k, v, causal), None)},
+    },
+    "quack": {
+        "quack.rmsnorm": {
+            "rmsnorm": lambda x, w, eps: rms(x, w, eps),
+            "layernorm_fwd": lambda x, w, b, eps: TF.layer_norm(x, w.shape, w, b, eps),
+        }
+    },
     "flash-attn": {"flash_attn": {"flash_attn_func": sdpa_inside}},
     "xformers": {
         "xformers.ops": {
@@ -210,18 +215,24 @@ def agrees(peer, case, direction="forward"):
     work = case.setup(torch.randn, *case.args)
     function = peer.function(case.op, direction, work, case.dims)
     tensors = peer.convert(work.tensors)
-    wanted = candidates.results(work.eager, work.tensors, direction)
-    got = candidates.results(lambda *ts: peer.export(function(*ts)), tensors, direction)
-    return candidates.difference(got, wanted, wanted) == ""
+    reference = check.Reference(work, direction)
+    return not reference.judge(lambda *ts: peer.export(function(*ts)), tensors, ours=False).ours > check.OFF
 
 
 def test_another_computation():
-    exact, half_off, bad = (torch.full((1, 4), x) for x in (1.0, 1.5, 1.6))
-    fine = lambda got, theirs: candidates.difference(got, theirs, exact) == ""
-    assert fine(exact, exact) and fine(exact * 1.04, exact) and fine(exact, half_off) and fine(half_off, half_off)
-    assert not any(
-        (fine(half_off, exact), fine(bad, half_off), fine(exact * torch.nan, exact), fine(exact[:, :3], exact))
-    )
+    reference = check.Reference(ops.relu(torch.ones, 1, 4), "forward")
+
+    def fine(got, eager=1.0):
+        reference.eager = (torch.full((1, 4), eager),)
+        try:
+            reference.judge(lambda x: got, reference.tensors, ours=False)
+        except Refused:
+            return False
+        return True
+
+    exact = torch.ones(1, 4)
+    assert fine(exact) and fine(exact * 1.04) and fine(exact, 1.5) and fine(exact * 1.5, 1.5)
+    assert not any((fine(exact * 1.5), fine(exact * 1.6, 1.5), fine(exact * torch.nan), fine(exact[:, :3])))
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -238,7 +249,9 @@ def test_adapters(name, monkeypatch):
             setattr(sys.modules[parent], last, sys.modules[path])
     peer = peers.PEERS[name]
     served = [case for case in SHAPES if case.op in peer.ops and not (name == "flash-attn" and "norm" in case.op)]
-    assert served and all(agrees(peer, case, way) for case in served for way in ops.DIRECTIONS)
+    backward = [case for case in served if (name, case.op) != ("quack", "layer_norm")]  # it has no backward
+    assert served and all(agrees(peer, case) for case in served)
+    assert backward and all(agrees(peer, case, "backward") for case in backward)
 
 
 def test_adapters_of_pytorch():
@@ -262,6 +275,14 @@ def test_adapters_of_tinygrad():
             peers.PEERS["tinygrad"].convert((torch.ones(2, dtype=torch.bfloat16),))
 
 
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "jax"])
+def test_adapters_of_what_is_installed(name):
+    peer = peers.PEERS[name]
+    if why := peer.absent("cpu"):
+        pytest.skip(why)
+    assert all(agrees(peer, case) for case in SHAPES if peer.serves(case.op))
+
+
 def test_absent_peers_say_why(monkeypatch):
     monkeypatch.setattr(peers, "_importable", lambda name: name == "xformers")
     monkeypatch.setattr(peers.shutil, "which", lambda name: None)
@@ -271,4 +292,6 @@ def test_absent_peers_say_why(monkeypatch):
     assert "is not installed" in absent["compile"]
     monkeypatch.setattr(peers.shutil, "which", lambda name: name)
     assert "--peers compile" in peers.chosen(None, "cpu")[1]["compile"]
+    assert set(peers.chosen(["default", "compile"], "cpu")[0]) == set(peers.chosen(None, "cpu")[0]) | {"compile"}
+    assert peers.chosen([], "cpu") == ({}, {})
     assert "compile" in peers.chosen(list(peers.PEERS), "cpu")[0]

@@ -1,4 +1,4 @@
-"""The first minutes on a GPU, rehearsed: steps under time limits, what a killed run leaves, and each step's own work."""
+"""The first minutes on a GPU, rehearsed: steps under time limits, what a killed run leaves, each step's work."""
 
 import json
 import os
@@ -16,8 +16,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.cases import expected
-from bench.cases import gpu as gpu_rows
+from bench.cases import goals, shapes
 from bench.first_light import checks as gpu_checks
 from bench.first_light import plan as first_light
 from bench.first_light import steps
@@ -42,7 +41,8 @@ def test_no_step_takes_another_down(tmp_path, capfd):
     runner.run(Step("absent", 5, ("/nowhere/at/all",)))
     runner.run(source("optional", "exit(1)", optional=True))
     found = summary(tmp_path)
-    assert [(s["verdict"], s["result"]) for s in found.values() if s["step"] not in ("refused", "silent", "absent")] == [
+    names = ("good", "bad", "crash", "optional")
+    assert [(found[name]["verdict"], found[name]["result"]) for name in names] == [
         ("ok", "3 rows in 1 s"), ("failed (9)", "why"), ("failed (-6)", "x"), ("failed (1)", "no result")
     ]  # fmt: skip
     assert found["refused"]["verdict"] == "refused" and found["silent"]["verdict"] == "ok"
@@ -52,17 +52,18 @@ def test_no_step_takes_another_down(tmp_path, capfd):
 
 
 def test_steps_end_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 1.0)
-    polite = "import time\ntry: print('on', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed')"
-    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    monkeypatch.setattr(steps, "GRACE", 0.5)
+    polite = "trap 'echo 3 passed; exit' INT; echo on; sleep 60 & wait"
+    deaf = "trap '' TERM; echo on; sleep 60"
+    shell = lambda name, code, **how: Step(name, 2, ("/bin/sh", "-c", code), **how)
     began = time.monotonic()
     runner = Runner(tmp_path, 30)
-    runner.run(source("polite", polite, 4, stop=signal.SIGINT), source("deaf", deaf, 4))
+    runner.run(shell("polite", polite, stop=signal.SIGINT), shell("deaf", deaf))
     found = summary(tmp_path)
     assert (found["polite"]["verdict"], found["polite"]["result"]) == ("out of time", "3 passed")
     assert (found["deaf"]["verdict"], found["deaf"]["exit_code"]) == ("out of time", -signal.SIGKILL)
     assert time.monotonic() - began < 25
-    runner.end = time.monotonic() + 1.5
+    runner.end = time.monotonic() + 1.0
     runner.run(source("late", "print(1)"))
     assert summary(tmp_path)["late"]["verdict"] == "skipped"
 
@@ -75,7 +76,8 @@ from pathlib import Path
 from bench.first_light.steps import Runner, Step
 runner = Runner(Path({str(tmp_path)!r}), 100, {{"device": "cpu"}})
 runner.run(Step("first", 9, (sys.executable, "-c", "print('known')")))
-runner.run(Step("second", 99, (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(99)")))
+sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(99)"
+runner.run(Step("second", 99, (sys.executable, "-c", sleeps)))
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stdout if line.startswith("[second] "))
@@ -183,7 +185,7 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
     kernels = SimpleNamespace(**{n: getattr(reference, n) for n in names} | {"relu_fwd": off, "gelu_fwd": raises})
     row = replace(TABLE["cuda"], kernels=kernels, missing="", devices=("cpu",), dtypes=(torch.float32,))
     monkeypatch.setitem(TABLE, "cuda", row)
-    monkeypatch.setattr(gpu_rows, "play_cuda_on_the_cpu", lambda: None)
+    monkeypatch.setattr(gpu_checks, "play_cuda_on_the_cpu", lambda: None)
     out = tmp_path / "verify.json"
     for broken in ("{", "[1]"):
         out.write_text(broken)
@@ -198,18 +200,19 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
 
 
 def test_measurements_stand_beside_what_was_expected(tmp_path, monkeypatch, capsys):
-    row = expected.EXPECTED[0]
-    measured = {"op": row.op, "shape": row.shape, "direction": row.direction, "dtype": "bfloat16", "backend": "cuda"}
-    rows = [measured | {"rate": 105.0}, measured | {"backend": "triton", "rate": 999.0, "wrong": True}]
+    row = goals.EXPECTED[0]
+    facts = {"op": row.op, "shape": row.shape, "direction": row.direction, "dtype": "bfloat16", "ours": True}
+    facts |= {"candidate": "cuda", "unit": "GFLOP/s", "amount": 105e3, "peak": None}
+    stats = {"median": 1.0, "q1": 1.0, "q3": 1.0, "rounds": 5}
     path = tmp_path / "benchmark.json"
-    path.write_text(json.dumps({"machine": {}, "rows": rows}))
-    found = {backend: rate for each, backend, rate in expected.beside(path) if each is row}
-    assert found == {"triton": None, "cuda": 105.0}  # a wrong kernel's rate is none
-    monkeypatch.setattr(sys, "argv", ["expected", str(path)])
-    assert expected.main() == 0
+    machine = {"machine": {"date": "2026-12-01"}}
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": facts, "stats": stats}], "pygpt": machine}))
+    found = {backend: rate for each, backend, rate in goals.beside(path) if each is row}
+    assert found == {"triton": None, "cuda": 105.0}
+    monkeypatch.setattr(sys, "argv", ["goals", str(path)])
+    assert goals.main() == 0
     assert f"measured 105, {105 / row.by_hand['cuda']:.2f} of the estimate" in capsys.readouterr().out
-    quick = {(g.case.op, g.case.shape) for g in gpu_rows.plan(quick=True)}
-    assert {(row.op, row.shape) for row in expected.EXPECTED} <= quick
+    assert {(row.op, row.shape) for row in goals.EXPECTED} <= {(case.op, case.shape) for case in shapes.PREDICTED}
 
 
 @pytest.mark.parametrize(
@@ -254,40 +257,38 @@ def test_compile_ahead_fills_tritons_cache(tmp_path):
     """What it compiles, a second run finds; a kernel that does not compile is named."""
     code = """
 import sys, torch
+from pathlib import Path
 from bench.first_light import compile_ahead as c
 from pygpt import triton_kernels as k
 def relu():
     yield lambda: k.relu_fwd(torch.empty(64, 48, dtype=torch.bfloat16, device="meta")), False
 c.CALLS["relu"] = relu
-if __name__ == "__main__":
-    sys.exit(c.main(["--what=relu", "--jobs=1", "--out=" + sys.argv[1]]))
+cubins = []
+for n in range(2):
+    assert c.main(["--what=relu", "--jobs=1", f"--out={sys.argv[1]}/{n}.json"]) == 0
+    cubins.append({path: path.stat().st_mtime_ns for path in Path(sys.argv[1], "cache").rglob("*.cubin")})
+assert cubins[0] == cubins[1] and len(cubins[0]) == 1, cubins
 """
-    script = tmp_path / "script.py"
-    script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    for _ in range(2):
-        done = subprocess.run([sys.executable, script, tmp_path / "found.json"], env=environment, text=True, check=False,
-                              capture_output=True)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = json.loads((tmp_path / "found.json").read_text())
-        assert (found["kernels"], found["compiled"], found["wrong"]) == (1, 1, [])
-        cached = {path.parent.name for path in (tmp_path / "cache").rglob("*.cubin")}
-        assert len(cached) == 1
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, env=environment, text=True, check=False, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)]
+    assert all((found["kernels"], found["compiled"], found["wrong"]) == (1, 1, []) for found in runs)
 
 
 def test_what_is_timed_was_compiled_ahead(run_python):
     """The kernels of the candidates step, for its own tensors, are among those that are compiled before."""
     source = """
-from bench.cases import gpu as gpu_rows
-from bench.first_light import compile_ahead as c
+from bench.first_light import attention_calls, compile_ahead as c
 import torch
 from pygpt import triton_kernels
 from pygpt.triton_kernels import attention
 ahead = {job.key for job in c.jobs("sm90", ["candidates"])}
-B, H, T = gpu_rows.ATTENTION[64]
+B, H, T = attention_calls.SHAPES[64]
 def timed():
     q = torch.empty(B, H, T, 64, dtype=torch.bfloat16, device="meta")
-    yield lambda: [call() for call in gpu_rows.attention_calls(triton_kernels, q, q, q, q).values()], True
+    yield lambda: [call() for call in attention_calls.calls(triton_kernels, q, q, q, q).values()], True
 c.CALLS = {"timed": timed}
 needed = {job.key for job in c.jobs("sm90", ["timed"])}
 print(len(needed), needed <= ahead, len(ahead))

@@ -10,7 +10,8 @@ import torch
 
 import pygpt
 
-from .ops import DTYPES, Case
+from . import ops
+from .ops import Case
 
 BATCHES = 4
 
@@ -39,7 +40,7 @@ CASES = [  # vocabulary: bytes, Shakespeare's characters, GPT-2's
     case(gpt, GPT2, 1, 512, 50304),
     case(decode, GPT2, 1, 512, 50304),
 ]
-USUAL = ("float32", "bfloat16")  # dtypes
+DTYPES = ("float32", "bfloat16")
 DIRECTIONS = {"gpt": "step", "decode": "token"}
 
 
@@ -75,7 +76,7 @@ def serving(name: str):
 
 
 def trainer(dims: dict, dtype: str, device: str, name: str, peaks):
-    """Trains a model by one step on its next batch. Peak: the FLOPs of float32."""
+    """Trains a model by one step on its next batch. Peak: the FLOPs of the dtype in which it multiplies."""
     model = model_of(dims, device).train()
     forward = torch.compile(model) if name == "compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
@@ -92,14 +93,16 @@ def trainer(dims: dict, dtype: str, device: str, name: str, peaks):
         optimizer.zero_grad(set_to_none=True)
         return loss.detach(), farthest
 
-    return step, B * T, peaks.flops["float32"] * 1e9 / flops_per_token(model)
+    return step, B * T, peaks.flops[dtype] * 1e9 / flops_per_token(model)
 
 
 def decoder(dims: dict, dtype: str, device: str, name: str, peaks):
-    """Decodes one token after ``block`` others, always the same place. Peak: all weights, keys
-    and values read at the speed of `Tensor.sum`."""
+    """Decodes one token after ``block`` others, always at the same position.
+
+    Peak: all weights, keys and values are read at the speed of `Tensor.sum`.
+    """
     B, T = dims["batch"], dims["block"]
-    model = model_of(dims, device, room=1).to(DTYPES[dtype]).eval()
+    model = model_of(dims, device, room=1).to(ops.DTYPES[dtype]).eval()
     tokens = torch.randint(dims["vocabulary"], (B, T + 1), device=device)
     caches = model.new_caches()
 

@@ -1,10 +1,7 @@
-"""What is measured of every op: the shapes, our call, the same in plain PyTorch, and the work in it.
-
-One set-up function per op gives its inputs, both calls, and the FLOPs or the elements moved. CASES are
-the shapes; those marked standard are held to the first bar (see README.md).
-"""
+"""The ops: for each, a set-up function with the inputs, our call, the same in plain PyTorch, and the work in it."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +9,8 @@ import torch.nn.functional as TF
 
 from pygpt import functional as F
 
-from ..timing.clocks import Work
-
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIRECTIONS = ("forward", "backward")
 ACTIVATIONS = {
     "gelu": TF.gelu,
     "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
@@ -22,110 +19,33 @@ ACTIVATIONS = {
 }
 
 
-# ------------------------------------------------------------------------------- set-up, one per op
-def attention(make, B, H, L, S, D, causal):
-    """4 B H L S D FLOPs (two GEMMs), only what lies below the diagonal if causal; backward 2.5 times (five)."""
-    pairs = L * S if not causal else sum(min(i + 1, S) for i in range(L))
-    flops = 4 * B * H * pairs * D
+@dataclass(frozen=True)
+class Work:
+    """One op on one set of inputs."""
 
-    def ours(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    ours: Callable  # ours(*tensors) -> a tensor or a tuple of them
+    eager: Callable  # the same in plain PyTorch
+    tensors: tuple
+    amount: tuple[float, float]  # forward, backward: FLOPs, or elements read and written
+    bound: str = "compute"  # or "memory"
 
-    def eager(q, k, v):
-        return TF.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    return Work(ours, eager, (make(B, H, L, D), make(B, H, S, D), make(B, H, S, D)), (flops, 2.5 * flops))
-
-
-def linear(make, M, K, N):
-    """2 M N K; backward two such GEMMs."""
-    flops = 2 * M * N * K
-    return Work(F.linear, TF.linear, (make(M, K), make(N, K) * K**-0.5, make(N)), (flops, 2 * flops))
-
-
-def mlp(make, B, T, C, activation):
-    """C -> 4C -> C: two GEMMs; backward four. The activation counts nothing."""
-    H, act = 4 * C, ACTIVATIONS[activation]
-    flops = 2 * 2 * B * T * C * H
-    tensors = make(B, T, C), make(H, C) * C**-0.5, make(H), make(C, H) * H**-0.5, make(C)
-
-    def ours(x, fc_weight, fc_bias, proj_weight, proj_bias):
-        return F.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
-
-    def eager(x, fc_weight, fc_bias, proj_weight, proj_bias):
-        return TF.linear(act(TF.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
-
-    return Work(ours, eager, tensors, (flops, 2 * flops))
-
-
-def layer_norm(make, N, C):
-    """x, y; backward dy, x, dx."""
-
-    def ours(x, weight, bias):
-        return F.layer_norm(x, (C,), weight, bias)
-
-    def eager(x, weight, bias):
-        return TF.layer_norm(x, (C,), weight, bias)
-
-    return Work(ours, eager, (make(N, C), make(C), make(C)), (2 * N * C, 3 * N * C), "memory")
-
-
-def add_layer_norm(make, N, C):
-    """x, residual, y, sum; backward dy, dsum, sum and the one gradient of both."""
-
-    def ours(x, residual, weight, bias):
-        return F.add_layer_norm(x, residual, (C,), weight, bias)
-
-    def eager(x, residual, weight, bias):
-        s = x + residual
-        return TF.layer_norm(s, (C,), weight, bias), s
-
-    return Work(ours, eager, (make(N, C), make(N, C), make(C), make(C)), (4 * N * C, 4 * N * C), "memory")
-
-
-def rms_norm(make, N, C):
-    """As layer_norm."""
-
-    def ours(x, weight):
-        return F.rms_norm(x, (C,), weight)
-
-    def eager(x, weight):
-        return TF.rms_norm(x, (C,), weight)
-
-    return Work(ours, eager, (make(N, C), make(C)), (2 * N * C, 3 * N * C), "memory")
-
-
-def gelu(make, N, C, approximate):
-    """x, y; backward dy, x, dx."""
-
-    def ours(x):
-        return F.gelu(x, approximate)
-
-    def eager(x):
-        return TF.gelu(x, approximate=approximate)
-
-    return Work(ours, eager, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
-
-
-def relu(make, N, C):
-    """x, y; backward dy, y, dx."""
-    return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
-
-
-# ------------------------------------------------------------------------------- the shapes
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DIRECTIONS = ("forward", "backward")
+    def amount_of(self, direction: str) -> float:
+        """FLOPs of a call where compute bounds it, else bytes."""
+        size = self.tensors[0].element_size() if self.bound == "memory" else 1
+        return self.amount[direction == "backward"] * size
 
 
 @dataclass(frozen=True)
 class Case:
-    setup: object  # a function above
-    args: tuple  # after ``make``
+    """An op on one shape."""
+
+    setup: Callable  # a function below
+    args: tuple  # its arguments after `make`
     shape: str
-    standard: tuple = ()  # the dtypes in which it is a standard row
+    standard: tuple = ()  # the dtypes in which it is a standard row, which --check judges
 
     @property
-    def op(self):
+    def op(self) -> str:
         return self.setup.__name__
 
     @property
@@ -133,13 +53,13 @@ class Case:
         return dict(zip(dimensions(self.setup), self.args, strict=True))
 
 
-def dimensions(setup) -> tuple[str, ...]:
-    """The names of a set-up function's arguments after ``make``."""
+def dimensions(setup: Callable) -> tuple[str, ...]:
+    """The names of a set-up function's arguments after `make`."""
     return tuple(inspect.signature(setup).parameters)[1:]
 
 
-def case(setup, *args, standard: tuple = ()) -> Case:
-    """A Case under the name its shape has everywhere."""
+def case(setup: Callable, *args, standard: tuple = ()) -> Case:
+    """A Case whose shape has its standard name."""
     d = dict(zip(dimensions(setup), args, strict=True))
     match setup.__name__:
         case "attention":
@@ -154,78 +74,91 @@ def case(setup, *args, standard: tuple = ()) -> Case:
     return Case(setup, args, shape, standard)
 
 
-ALL, FLOAT32 = tuple(DTYPES), ("float32",)
-CASES = [
-    case(attention, 1, 12, 1024, 1024, 64, True, standard=ALL),
-    case(attention, 1, 12, 1024, 1024, 64, False, standard=ALL),
-    case(attention, 1, 12, 4096, 4096, 64, True, standard=FLOAT32),
-    case(attention, 1, 12, 2048, 2048, 128, False, standard=FLOAT32),
-    case(attention, 1, 12, 64, 64, 64, True),
-    case(attention, 1, 12, 1, 1024, 64, False),
-    case(attention, 2, 3, 77, 133, 40, False),
-    case(linear, 4096, 768, 3072, standard=ALL),
-    case(linear, 4096, 3072, 768, standard=ALL),
-    case(linear, 8, 768, 3072),
-    case(linear, 1001, 333, 517),
-    case(mlp, 8, 512, 768, "gelu_tanh", standard=ALL),
-    case(mlp, 8, 512, 768, "gelu", standard=FLOAT32),
-    case(mlp, 8, 512, 768, "relu", standard=FLOAT32),
-    case(mlp, 8, 512, 768, "relu2"),
-    case(mlp, 1, 8, 384, "gelu_tanh"),
-    *(
-        case(norm, rows, cols, standard=standard)
-        for norm in (layer_norm, add_layer_norm, rms_norm)
-        for rows, cols, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
-    ),
-    case(gelu, 4096, 3072, "none", standard=ALL),
-    case(gelu, 4096, 3072, "tanh", standard=ALL),
-    case(gelu, 8, 64, "none"),
-    case(relu, 4096, 3072, standard=ALL),
-    case(relu, 1001, 333),
-]
-OPS = tuple(dict.fromkeys(case.op for case in CASES))
-SWEEP = [256 << i for i in range(7)]  # sequence lengths
+# ------------------------------------------------------------------------------- set-up functions, one per op
+def attention(make, B, H, L, S, D, causal):
+    """4 B H L S D FLOPs (two GEMMs), if causal only those below the diagonal; backward 2.5 times (five GEMMs)."""
+    pairs = L * S if not causal else sum(min(i + 1, S) for i in range(L))
+    flops = 4 * B * H * pairs * D
+
+    def ours(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def eager(q, k, v):
+        return TF.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return Work(ours, eager, (make(B, H, L, D), make(B, H, S, D), make(B, H, S, D)), (flops, 2.5 * flops))
 
 
-def sweep(longest: int) -> list[Case]:
-    """Causal attention at growing length: how time and memory grow."""
-    return [case(attention, 1, 12, T, T, 64, True) for T in SWEEP if T <= longest]
+def linear(make, M, K, N):
+    """2 M N K FLOPs; backward has two such GEMMs."""
+    flops = 2 * M * N * K
+    return Work(F.linear, TF.linear, (make(M, K), make(N, K) * K**-0.5, make(N)), (flops, 2 * flops))
 
 
-def custom(text: str, ops) -> list[Case]:
-    """``B=1,H=12,T=512,D=64`` for every op in ``ops`` that has these dimensions; the others come from its first case.
+def mlp(make, B, T, C, activation):
+    """C -> 4C -> C: two GEMMs, backward four. The activation is not counted."""
+    H, act = 4 * C, ACTIVATIONS[activation]
+    flops = 2 * 2 * B * T * C * H
+    tensors = make(B, T, C), make(H, C) * C**-0.5, make(H), make(C, H) * H**-0.5, make(C)
 
-    T is L and S of attention. ValueError says what is wrong.
-    """
-    pairs = [part.partition("=") for part in text.split(",")]
-    if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
-        raise ValueError(f"wants KEY=VALUE,..., got {bad[0] or text!r}")
-    given = {key: value for key, _, value in pairs}
-    found = []
-    for first in {case.op: case for case in reversed(CASES) if case.op in ops}.values():
-        wanted = dict(given)
-        if first.op == "attention" and "T" in wanted:
-            length = wanted.pop("T")
-            wanted = {"L": length, "S": length} | wanted
-        if set(wanted) <= set(first.dims):
-            dims = first.dims | {key: _value(key, value, first.dims[key]) for key, value in wanted.items()}
-            found.append(case(first.setup, *dims.values()))
-    if not found:
-        known = "; ".join(f"{s.__name__}: {', '.join(dimensions(s))}" for s in SETUPS if s.__name__ in ops)
-        raise ValueError(f"no op has the dimensions {', '.join(given)}; they are {known}")
-    return found[::-1]
+    def ours(x, fc_weight, fc_bias, proj_weight, proj_bias):
+        return F.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+
+    def eager(x, fc_weight, fc_bias, proj_weight, proj_bias):
+        return TF.linear(act(TF.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+
+    return Work(ours, eager, tensors, (flops, 2 * flops))
 
 
-SETUPS = tuple(dict.fromkeys(case.setup for case in CASES))
-WORDS = {"activation": tuple(ACTIVATIONS), "approximate": ("none", "tanh"), "causal": ("0", "1")}
+def layer_norm(make, N, C):
+    """Forward moves x and y; backward dy, x and dx."""
+
+    def ours(x, weight, bias):
+        return F.layer_norm(x, (C,), weight, bias)
+
+    def eager(x, weight, bias):
+        return TF.layer_norm(x, (C,), weight, bias)
+
+    return Work(ours, eager, (make(N, C), make(C), make(C)), (2 * N * C, 3 * N * C), "memory")
 
 
-def _value(key: str, text: str, default):
-    """One value of a custom shape, read as what ``default`` is."""
-    if key in WORDS:
-        if text not in WORDS[key]:
-            raise ValueError(f"{key} must be one of {', '.join(WORDS[key])}; got {text!r}")
-        return text == "1" if isinstance(default, bool) else text
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{key} must be a positive integer, got {text!r}")
-    return int(text)
+def add_layer_norm(make, N, C):
+    """Forward moves x, residual, y and sum; backward dy, dsum, sum and the one gradient of both."""
+
+    def ours(x, residual, weight, bias):
+        return F.add_layer_norm(x, residual, (C,), weight, bias)
+
+    def eager(x, residual, weight, bias):
+        s = x + residual
+        return TF.layer_norm(s, (C,), weight, bias), s
+
+    return Work(ours, eager, (make(N, C), make(N, C), make(C), make(C)), (4 * N * C, 4 * N * C), "memory")
+
+
+def rms_norm(make, N, C):
+    """Moves what layer_norm does."""
+
+    def ours(x, weight):
+        return F.rms_norm(x, (C,), weight)
+
+    def eager(x, weight):
+        return TF.rms_norm(x, (C,), weight)
+
+    return Work(ours, eager, (make(N, C), make(C)), (2 * N * C, 3 * N * C), "memory")
+
+
+def gelu(make, N, C, approximate):
+    """Forward moves x and y; backward dy, x and dx."""
+
+    def ours(x):
+        return F.gelu(x, approximate)
+
+    def eager(x):
+        return TF.gelu(x, approximate=approximate)
+
+    return Work(ours, eager, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
+
+
+def relu(make, N, C):
+    """Forward moves x and y; backward dy, y and dx."""
+    return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")

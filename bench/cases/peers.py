@@ -1,8 +1,8 @@
-"""What pygpt is measured against: for each library, a small adapter per op, or why there is none.
+"""What pygpt is measured against: for each library, a small adapter per op, or the reason why there is none.
 
-An adapter takes (work, dims) and returns a function of the op's tensors that PyTorch can differentiate.
-It raises gpu_rows.Refused where the library cannot serve the shape. Whatever an adapter returns is held
-against PyTorch's result before it is timed (candidates.py), so a wrong one cannot look fast.
+An adapter takes (work, dims) and returns a function of the op's tensors that PyTorch can differentiate. It raises
+Refused where the library cannot serve the shape. What the function returns is held against PyTorch's result before it
+is timed (timing/check.py).
 """
 
 import os
@@ -12,26 +12,26 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
-
-from pygpt import verify
+import torch.nn.functional as TF
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..timing.memory import available
-from . import gpu as gpu_rows
-from .gpu import Group, Refused
+from . import compilers
+from .refusal import Refused
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One library. ``ops`` holds an adapter per op, or one under "*" for all."""
+    """One library. ``ops`` has an adapter per op, or one under "*" for all."""
 
     ops: dict[str, Callable]
-    module: str = ""  # to be found by import; empty: comes with PyTorch
+    module: str = ""  # what to import; empty: it comes with PyTorch
     package: str = ""  # what to install
     devices: tuple[str, ...] = ("cpu", "cuda")
     directions: tuple[str, ...] = ("forward", "backward")
-    slow: bool = False  # compiles for every shape: used only where it is named
-    program: str = ""  # that it needs for the CPU
-    convert: Callable = field(default=lambda tensors: tensors)  # PyTorch's tensors -> the library's
+    slow: bool = False  # takes long to compile for every shape, so that it is used only where it is named
+    program: str = ""  # a compiler that it needs for the CPU
+    convert: Callable = field(default=lambda tensors: tensors)  # from PyTorch's tensors to the library's
     export: Callable = field(default=lambda result: result)  # and back
 
     def absent(self, device: str) -> str:
@@ -61,13 +61,28 @@ def _importable(module: str) -> bool:
 
 
 # ------------------------------------------------------------------------------- PyTorch
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
 def _sdpa(name):
+    """PyTorch's attention with one of its backends forced."""
+
     def adapt(work, dims):
         B, H, L, S = (dims[key] for key in "BHLS")
-        here = available() if work.tensors[0].device.type == "cpu" else None
-        if name == "math" and here is not None and (need := 8 * 4 * B * H * L * S) > here:
-            raise Refused(f"would need some {need / 1e9:.0f} GB for copies of the scores, of {here / 1e9:.0f} GB")
-        return gpu_rows.sdpa(name, Group(gpu_rows.Case(None, tuple(dims.values()), ""), ""))
+        memory, needed = available(work.tensors[0].device.type), 8 * 4 * B * H * L * S
+        if name == "math" and memory is not None and needed > memory:
+            raise Refused(f"would need some {needed / 1e9:.0f} GB for copies of the scores, of {memory / 1e9:.0f} GB")
+
+        def call(q, k, v):
+            with sdpa_kernel(SDPA[name]):
+                return TF.scaled_dot_product_attention(q, k, v, is_causal=dims["causal"])
+
+        return call
 
     return adapt
 
@@ -100,6 +115,19 @@ def _flash_attention(work, dims):
     if dims["causal"] and dims["L"] != dims["S"]:
         raise Refused("its causal mask is aligned to the bottom right")
     return _heads_inside(lambda q, k, v: flash_attn_func(q, k, v, causal=dims["causal"]))
+
+
+def _flash_attention_4(work, dims):
+    from flash_attn.cute import flash_attn_func
+
+    if dims["causal"] and dims["L"] != dims["S"]:
+        raise Refused("its causal mask is aligned to the bottom right")
+
+    def attention(q, k, v):
+        found = flash_attn_func(q, k, v, causal=dims["causal"])
+        return found[0] if isinstance(found, tuple) else found  # some versions return lse too
+
+    return _heads_inside(attention)
 
 
 def _flash_norm(op):
@@ -148,6 +176,19 @@ def _te_attention(work, dims):
     return _heads_inside(lambda q, k, v: module(q, k, v).unflatten(-1, heads))
 
 
+def _quack_rms_norm(work, dims):
+    from quack.rmsnorm import rmsnorm
+
+    return lambda x, weight: rmsnorm(x, weight, eps=_eps(x))
+
+
+def _quack_layer_norm(work, dims):
+    from quack.rmsnorm import layernorm_fwd
+
+    weight, bias = (t.float() for t in work.tensors[1:])  # it takes them in float32 only
+    return lambda x, *_: layernorm_fwd(x, weight, bias, eps=1e-5)
+
+
 def _apex_layer_norm(work, dims):
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
@@ -174,75 +215,11 @@ def _apex_mlp(work, dims):
     return call
 
 
-# ------------------------------------------------------------------------------- tinygrad
-def _tinygrad_tensors(tensors):
-    from tinygrad import Device, Tensor
-
-    if tensors[0].dtype == torch.bfloat16:
-        raise Refused("NumPy, which carries the tensors over, has no bfloat16")
-    return tuple(Tensor(t.cpu().numpy(), device=Device.DEFAULT).realize() for t in tensors)
-
-
-def _tinygrad_export(result):
-    found = [torch.from_numpy(t.numpy()) for t in verify.as_tuple(result)]
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def _tinygrad(expression):
-    """``expression``(dims, *tensors), compiled at its second call and replayed from the third."""
-
-    def adapt(work, dims):
-        from tinygrad import Device, TinyJit
-
-        @TinyJit
-        def jitted(*tensors):
-            result = expression(dims, *tensors)
-            return tuple(t.realize() for t in result) if isinstance(result, tuple) else result.realize()
-
-        for _ in range(2):
-            jitted(*_tinygrad_tensors(work.tensors))
-
-        def call(*tensors):
-            result = jitted(*tensors)
-            Device[Device.DEFAULT].synchronize()
-            return result
-
-        return call
-
-    return adapt
-
-
-def _tinygrad_gelu(x, approximate):
-    return x.gelu() if approximate == "tanh" else 0.5 * x * (1 + (x / 2**0.5).erf())
-
-
-def _tinygrad_mlp(dims, x, fc_weight, fc_bias, proj_weight, proj_bias):
-    act = {
-        "gelu": lambda h: _tinygrad_gelu(h, "none"),
-        "gelu_tanh": lambda h: h.gelu(),
-        "relu": lambda h: h.relu(),
-        "relu2": lambda h: h.relu().square(),
-    }[dims["activation"]]
-    return act(x.linear(fc_weight.T, fc_bias)).linear(proj_weight.T, proj_bias)
-
-
-TINYGRAD = {
-    "attention": lambda dims, q, k, v: q.scaled_dot_product_attention(k, v, is_causal=dims["causal"]),
-    "linear": lambda dims, x, weight, bias: x.linear(weight.T, bias),
-    "mlp": _tinygrad_mlp,
-    "layer_norm": lambda dims, x, weight, bias: x.layernorm(eps=1e-5) * weight + bias,
-    "add_layer_norm": lambda dims, x, r, weight, bias: ((x + r).layernorm(eps=1e-5) * weight + bias, x + r),
-    "rms_norm": lambda dims, x, weight: x * (x.square().mean(-1, keepdim=True) + 2**-23).rsqrt() * weight,
-    "gelu": lambda dims, x: _tinygrad_gelu(x, dims["approximate"]),
-    "relu": lambda dims, x: x.relu(),
-}
-
-
 # ------------------------------------------------------------------------------- the table
-GPU = ("cuda",)
+CPU, GPU, FORWARD = ("cpu",), ("cuda",), ("forward",)
 PEERS = {
     "eager": Peer({"*": lambda work, dims: work.eager}),
-    "compile": Peer({"*": lambda work, dims: gpu_rows.compiled(work)}, program=os.environ.get("CXX", "g++"), slow=True),
+    "compile": Peer({"*": compilers.with_inductor}, program=os.environ.get("CXX", "g++"), slow=True),
     **{f"sdpa-{name}": Peer({"attention": _sdpa(name)}) for name in ("flash", "math")},
     **{f"sdpa-{name}": Peer({"attention": _sdpa(name)}, devices=GPU) for name in ("efficient", "cudnn")},
     "liger": Peer(
@@ -252,6 +229,8 @@ PEERS = {
         {"attention": _flash_attention} | {op: _flash_norm(op) for op in ("layer_norm", "add_layer_norm", "rms_norm")},
         "flash_attn", "flash-attn", GPU,
     ),
+    "flash-attn-4": Peer({"attention": _flash_attention_4}, "flash_attn.cute", "flash-attn-4", GPU),
+    "quack": Peer({"layer_norm": _quack_layer_norm, "rms_norm": _quack_rms_norm}, "quack", "quack-kernels", GPU),
     "xformers": Peer({"attention": _xformers_attention}, "xformers", "xformers", GPU),
     "transformer-engine": Peer(
         {
@@ -266,23 +245,44 @@ PEERS = {
         {"layer_norm": _apex_layer_norm, "rms_norm": _apex_rms_norm, "mlp": _apex_mlp},
         "apex.normalization", "NVIDIA's apex", GPU,
     ),
+    "zentorch": Peer(
+        {"*": compilers.with_zentorch}, "zentorch", "zentorch", CPU, FORWARD, slow=True,
+        program=os.environ.get("CXX", "g++"),
+    ),
+    "openvino": Peer(
+        {"*": compilers.with_openvino}, "openvino", "openvino", CPU, FORWARD,
+        convert=compilers.to_numpy, export=compilers.from_numpy,
+    ),
+    "onnxruntime": Peer(
+        dict.fromkeys(compilers.ONNX, compilers.with_onnxruntime), "onnxruntime", "onnxruntime", CPU, FORWARD,
+        convert=compilers.to_numpy, export=compilers.from_numpy,
+    ),
+    "jax": Peer(
+        {op: compilers.with_jax(expression) for op, expression in compilers.JAX.items()},
+        "jax", "jax", CPU, FORWARD,
+        convert=compilers.to_jax, export=compilers.from_jax,
+    ),
     "tinygrad": Peer(
-        {op: _tinygrad(expression) for op, expression in TINYGRAD.items()}, "tinygrad", "tinygrad",
-        directions=("forward",), slow=True, program=os.environ.get("CC", "clang"),
-        convert=_tinygrad_tensors, export=_tinygrad_export,
+        {op: compilers.with_tinygrad(expression) for op, expression in compilers.TINYGRAD.items()},
+        "tinygrad", "tinygrad", directions=FORWARD, slow=True, program=os.environ.get("CC", "clang"),
+        convert=compilers.to_tinygrad, export=compilers.from_tinygrad,
     ),
 }  # fmt: skip
 
 
 def chosen(names: list[str] | None, device: str) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers to use, and why each other one is not. ``names``: those asked for; None: all that are quick."""
+    """The peers to use, and why each other one is not used.
+
+    ``names``: those requested. None, or "default" among them: all that compile quickly.
+    """
     used, absent = {}, {}
     for name, peer in PEERS.items():
-        if names is not None and name not in names:
+        named = name in (names or ())
+        if not named and names is not None and "default" not in names:
             continue
         why = peer.absent(device)
-        if not why and names is None and peer.slow:
-            why = f"compiles for every shape; ask for it by name (--peers {name},... or --peers all)"
+        if not why and peer.slow and not named:
+            why = f"takes long to compile for every shape; request it by name (--peers {name},... or --peers all)"
         if why:
             absent[name] = why
         else:

@@ -1,4 +1,4 @@
-"""Calls that between them launch every kernel of a GPU backend, in every way it does, for the tables of static.py."""
+"""Calls that together launch every kernel of a GPU backend, with every tile and split that it has."""
 
 from collections.abc import Callable, Iterator
 
@@ -39,7 +39,7 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
         yield f"attention {E}" + (f",{EV}" if EV != E else ""), lambda E=E, EV=EV: attention(E, EV)
     for activation in ("gelu", "relu2") if wide else ("gelu",):
         yield f"mlp {activation}", lambda activation=activation: mlp(16384, 768, 3072, activation)
-    for M in (4, 16, 256):  # few rows have kernels and tiles of their own; few tiles are split
+    for M in (4, 16, 256):  # for few rows there are other kernels and tiles; K is split where tiles are few
         yield f"mlp {M} rows", lambda M=M: mlp(M, 768, 3072, "gelu_tanh")
     if wide:
         yield "mlp odd", lambda: mlp(1000, 771, 517, "gelu")

@@ -1,9 +1,8 @@
 """What nvcc made of every CUDA kernel: read from the library pygpt._cuda, for the GPUs it was built for.
 
-Registers, spills and instructions stand in the library (ptxas' messages do not: that it serializes wgmma instructions
-is seen by its waits); how many threads and how much shared memory a launch
-asks for is decided by the launchers, which run here without a GPU: the emulator of tests/emulator notes what
-they would launch, and launches nothing.
+The library has registers, spills and instructions. It does not have ptxas' messages, so that serialized wgmma
+instructions are recognized by their waits. The launchers decide how many threads and how much shared memory a launch
+requests: they run without a GPU, and the emulator of tests/emulator records what they would launch.
 """
 
 import re
@@ -32,7 +31,7 @@ def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
                 name = plain(name)
                 for target in targets:
                     arch = f"sm_{DEVICES[target].arch}"
-                    function = compiled.get((name, f"{arch}a")) or compiled.get((name, arch))  # as the GPU would choose
+                    function = compiled.get((name, f"{arch}a")) or compiled.get((name, arch))
                     if function and (name, target, block, shared) not in seen:
                         seen.add((name, target, block, shared))
                         found.append(result(call, name, dtype, target, block, shared, function))

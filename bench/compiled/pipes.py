@@ -1,4 +1,4 @@
-"""What an instruction of an H100 costs: its pipe, how long it keeps that pipe, and when its result is there.
+"""What an instruction of an H100 costs: its pipe, how long it occupies the pipe, and when its result is ready.
 
 A multiprocessor has four sub-cores. Each issues one warp's instruction a cycle, and has its own tensor core and its
 own lanes for everything but memory, which the four share. All times are cycles of one sub-core.
@@ -16,7 +16,7 @@ MMA_SYNC = 0.64  # of the datasheet's 989: measured on an H100 as 0.63 to 0.65 (
 MEMORY = 3.0e12  # bytes/s of a large copy, read plus write; 3.35 by the datasheet
 L2 = 8.1e12  # bytes/s into shared memory. Reads of all different lines measure 5.5; blocks that read the same operand
 #   at one time share requests: 689 TFLOP/s of Triton's 128 x 256 tiles without multicast (tritonbench) take 8.1
-DIRTY = 25e6  # bytes in the L2 cache, half of it, that others wrote: a call pays for writing them back (see bench.gpu)
+DIRTY = 25e6  # bytes of others in the L2 cache, half of it, whose write-back a call pays for (docs/measured.md B4)
 LAUNCH = 2e-6  # s from the end of one kernel to full speed of the next, in a stream that is never empty
 
 
@@ -29,7 +29,7 @@ def per_cycle(rate: float) -> float:
 LANES = {"fma": 128, "alu": 64, "mufu": 16, "uniform": 64}
 SHARED_BYTES = 128  # a cycle, of shared memory and of the path to the L1 cache
 # Cycles of work that can wait in a queue while its warp goes on (NVIDIA's profiler speaks of an MIO queue). Its length
-# is not published: four ldmatrix.x4. With 32 or 128 cycles Triton's rows move by 2 % at most, CUDA C++'s GEMMs by 20 %.
+# is not published: four ldmatrix.x4 are assumed (docs/measured.md B4).
 QUEUE = {"mufu": 64, "shared": 64}
 PIPES = ("tensor", "mufu", "fma", "alu", "shared", "uniform", "issue")
 
@@ -72,7 +72,7 @@ class Instruction:
 
     @cached_property
     def name(self) -> str:
-        """With suffixes, without a predicate."""
+        """The opcode with its suffixes, without a predicate."""
         return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
 
     @cached_property
@@ -81,7 +81,7 @@ class Instruction:
 
     @cached_property
     def pipe(self) -> str:
-        """Of an opcode that is not known, only the issue slot: see `unknown`."""
+        """The issue slot for an opcode that is in no list; see `unknown`."""
         pipe = PIPE_OF.get(self.op, "issue")
         return "fma" if pipe == "imad" else pipe
 
@@ -92,13 +92,13 @@ class Instruction:
 
     @cached_property
     def special(self) -> bool:
-        """Whether it starts or awaits something that is neither in the scoreboards nor in the stall counts."""
+        """Whether it starts or awaits something that neither scoreboards nor stall counts describe."""
         names = ("UTMALDG", "LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP.DEPBAR", "SYNCS.PHASECHK", "BAR.SYNC")
         return self.name.startswith(names) or (self.op == "HGMMA" and "gsb0" in self.text)
 
     @cached_property
     def flop(self) -> int:
-        """Of a warp's share of a product: a quarter of what a warp group's wgmma does."""
+        """FLOP of one warp: a quarter of those of a warp group's wgmma."""
         if self.op not in ("HMMA", "HGMMA"):
             return 0
         shape = re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)
@@ -123,21 +123,21 @@ class Instruction:
 
     @cached_property
     def width(self) -> int:
-        """Bytes a lane moves."""
+        """Bytes that a lane moves."""
         if self.op in ("LDSM", "STSM"):
             return 4 * int((re.search(r"\.(\d)$", self.name) or re.search(r"()", "1"))[1] or 1)
         wide = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.name)
         return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[wide[1]] if wide else 4
 
     def latency(self, memory: float) -> float:
-        """memory: of a load from global memory."""
+        """Cycles. ``memory``: those of a load from global memory."""
         if self.op in ("LDG", "LD", "LDGSTS", "ATOMG", "LDL"):
             return memory
         return LATENCY.get(self.op, OTHER_LATENCY) + (self.busy if self.pipe in ("mufu", "shared") else 0)
 
 
 def decode(sass: str) -> dict[int, Instruction]:
-    """address -> instruction; of a listing with encodings, as cuobjdump -sass prints it."""
+    """address -> instruction, from a listing with encodings as cuobjdump -sass prints it."""
     found = {}
     pattern = r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/"
     for at, text, high in re.findall(pattern, sass):

@@ -1,13 +1,13 @@
-"""Rates to expect of an H100 that is not there: `python -m bench.compiled --predict`.
+"""Rates to expect of an H100, on a machine without one: `python -m bench.compiled --predict`.
 
-A call's time is the sum of its kernels'. The ones that do the work (products, norms) are played through by schedule.py,
+A call's time is the sum of its kernels'. Those that do the work (products, norms) are simulated by schedule.py,
 with the trips of their loops from the shape:
 
     time = max(cycles of a block on a multiprocessor * blocks / 132 / clock, bytes / memory's bandwidth) + launch
 
 where the last wave counts whole, with the blocks that it has, if all do the same work. The others (column sums,
 attention's delta) count by their bytes and their launch. Every number about the machine is in pipes.py, and serves all
-rows alike; bench/README.md names the two that were set after the first comparison.
+rows alike; docs/measured.md B4 names the two that were set after the first comparison.
 """
 
 import functools
@@ -20,16 +20,15 @@ from pathlib import Path
 
 import torch
 
-from ..cases import expected, ops
-from ..cases import gpu as gpu_rows
-from ..cases.expected import EXPECTED, Expected
+from ..cases import goals, ops, shapes
+from ..cases.goals import EXPECTED, Expected
 from . import pipes, schedule
 from .sass import DEVICES, Function, Result
 
 TARGET = "sm90"
-WORK = re.compile(r"attention_(fwd|dkdv|dq)|(mma_)?gemm|norm_(fwd|bwd)")  # kernels that are played through
+WORK = re.compile(r"attention_(fwd|dkdv|dq)|(mma_)?gemm|norm_(fwd|bwd)")  # kernels that are simulated
 ELEMENT = 2  # bytes
-PRODUCTS = {"attention_fwd": 2, "attention_dkdv": 4, "attention_dq": 3}  # of a tile of scores
+PRODUCTS = {"attention_fwd": 2, "attention_dkdv": 4, "attention_dq": 3}  # matrix products for each tile of scores
 
 
 # ------------------------------------------------------------------------------- what is launched
@@ -79,21 +78,21 @@ def call(kernels, row: Expected, device: str) -> Callable:
 
 
 def case(row: Expected) -> ops.Case:
-    """The row as bench.gpu has it."""
-    return next(c for c, _ in gpu_rows.BFLOAT16 if (c.op, c.shape) == (row.op, row.shape))
+    """The row as the benchmarks have it."""
+    return next(c for c in shapes.GPU if (c.op, c.shape) == (row.op, row.shape))
 
 
 def triton_launches(row: Expected) -> list[Launch]:
     from pygpt import triton_kernels
 
-    from . import triton_jobs as st
+    from . import triton_jobs
 
+    triton_jobs.triton.runtime.driver.set_active(triton_jobs.NoGpu(TARGET))
     found = []
-    for job in st.launched(row.op, call(triton_kernels, row, "meta"), TARGET, "bf16"):
-        compiled = st.compiled_job(job)
-        kernel, warps = job.kernel.removesuffix("_kernel"), job.options["num_warps"]
-        code = st.machine_code(compiled)
-        found.append(Launch(kernel, "", code, warps, compiled.metadata.shared, job.programs, job.blocks))
+    for job in triton_jobs.launched(call(triton_kernels, row, "meta"), TARGET):
+        compiled, config = job.compile(), job.config
+        code, kernel = triton_jobs.machine_code(compiled), job.kernel.removesuffix("_kernel")
+        found.append(Launch(kernel, "", code, config.num_warps, compiled.metadata.shared, job.programs, config.blocks))
     return found
 
 
@@ -123,7 +122,7 @@ LAUNCHES = {"triton": triton_launches, "cuda": cuda_launches}
 
 # ------------------------------------------------------------------------------- how often each loop runs
 def attention_trips(rows: int, length: int, step: int) -> tuple[float, float]:
-    """Steps without and with a mask that a tile of `rows` queries takes on average, causal. So do tiles of keys."""
+    """Average steps without and with a mask of a tile of `rows` queries, causal. Tiles of keys take as many."""
     firsts = range(0, length, rows)
     whole = [(row + 1) // step for row in firsts]
     seen = [math.ceil(min(row + rows, length) / step) for row in firsts]
@@ -131,17 +130,17 @@ def attention_trips(rows: int, length: int, step: int) -> tuple[float, float]:
 
 
 def set_trips(items: list, launch: Launch, row: Expected) -> float:
-    """Fills in the loops' trips; bytes of a tile that one UTMALDG brings."""
+    """Fills in the trips of the loops -> bytes of the tile that one UTMALDG loads."""
     loops, args = schedule.loops(items), case(row).args
     main = sorted((loop for loop in loops if loop.flop), key=lambda loop: len(list(schedule.flat(loop.short))))
     if row.op == "attention":
         B, H, T, _, D, _ = args
         rows = T * B * H // launch.blocks
         step = main[0].flop * launch.warps // (2 * PRODUCTS[launch.kernel] * rows * D)
-        if len(main) > 1:  # a loop of its own for the masked steps
+        if len(main) > 1:  # the masked steps have another loop
             whole, masked = attention_trips(rows, T, step)
             main[0].trips, main[1].trips = [whole, 0], [masked, 0]
-        else:  # each warp masks, and leaves out, its own rows' steps
+        else:  # each warp masks and skips steps by its own rows
             main[0].trips = list(attention_trips(rows // launch.warps, T, step))
         return step * D * ELEMENT
     if row.op == "mlp":
@@ -169,7 +168,7 @@ def tile_of(launch: Launch) -> tuple[int, int]:
 
 
 def splits(launch: Launch, row: Expected) -> int:
-    """Parts of K of a GEMM, of which only weight gradients have more than one."""
+    """Into how many parts K is split, which only the GEMMs of weight gradients do."""
     m, n = tile_of(launch)
     C = case(row).args[2]
     return max(1, launch.blocks * m * n // (4 * C * C)) if is_weight_gradient(launch, row) else 1
@@ -183,7 +182,7 @@ def is_weight_gradient(launch: Launch, row: Expected) -> bool:
 
 # ------------------------------------------------------------------------------- bytes, and branches
 def memory_bytes(launch: Launch, row: Expected) -> float:
-    """The least a kernel moves: its operands and results once."""
+    """The least that a kernel moves: each operand and result once."""
     args = case(row).args
     if row.op == "attention":
         B, H, T, _, D, _ = args
@@ -203,8 +202,8 @@ def memory_bytes(launch: Launch, row: Expected) -> float:
 
 
 def preferences(launch: Launch, row: Expected) -> dict[str, float]:
-    """Which branches run where CUDA C++ decides at run time: by the instructions that are theirs. See schedule.way."""
-    if launch.kernel.startswith("norm") and not launch.tile:  # no residual, and no gradient from one
+    """Instructions that mark the branches which run, where CUDA C++ decides at run time. See schedule.way."""
+    if launch.kernel.startswith("norm") and not launch.tile:  # without a residual
         backward = launch.kernel == "norm_bwd"
         return {"LDGSTS": -1, "LDG.E.U16": -10, "SHFL": 10} if backward else {"F2FP": -1, "STG.E.128": 5}
     if launch.kernel != "mma_gemm":
@@ -221,7 +220,7 @@ def preferences(launch: Launch, row: Expected) -> dict[str, float]:
 # ------------------------------------------------------------------------------- time
 @dataclass
 class Kernel:
-    """A kernel that is played through, and what that gave."""
+    """A kernel that was simulated, and the result."""
 
     launch: Launch
     time: schedule.Time
@@ -232,7 +231,7 @@ class Kernel:
 
     @property
     def bound(self) -> str:
-        """The busiest pipe and its share of the time; below half it binds less than what warps wait for in turn."""
+        """The busiest pipe and its share of the time; where that is below half, waiting warps bind more."""
         pipe = max(self.time.share, key=self.time.share.get)
         busiest = f"{pipe} {self.time.share[pipe]:.0%}"
         return "memory" if self.by_memory else busiest if self.time.share[pipe] >= 0.5 else f"waits; {busiest}"
@@ -264,7 +263,7 @@ def kernel_time(launch: Launch, row: Expected) -> Kernel:
     time = schedule.block_time(items, on)
     waves, rest = divmod(launch.blocks, on.blocks * pipes.MULTIPROCESSORS)
     cycles = waves * on.blocks * time.block
-    if row.op == "attention":  # blocks of all lengths, the longest first: they end together
+    if row.op == "attention":  # the longest blocks start first, so that all end together
         cycles = launch.blocks / pipes.MULTIPROCESSORS * time.block
     elif rest:
         last = replace(on, blocks=math.ceil(rest / pipes.MULTIPROCESSORS))
@@ -294,14 +293,13 @@ def predict(row: Expected, backend: str) -> Prediction:
 
 
 def amount(row: Expected) -> float:
-    """FLOP, of norms bytes: as bench.gpu counts them."""
+    """FLOP, of norms bytes, as the benchmarks count them."""
     shape = lambda *size: torch.empty(size, device="meta", dtype=torch.bfloat16)
-    work = case(row).setup(shape, *case(row).args)
-    return work.amount[row.direction == "backward"] * (ELEMENT if work.bound == "memory" else 1)
+    return case(row).setup(shape, *case(row).args).amount_of(row.direction)
 
 
 def predictions(backends: list[str], only: str) -> list[Prediction]:
-    """Of all rows whose op starts with ``only``, on each of ``backends``."""
+    """Predictions of all rows whose op starts with ``only``, on each backend."""
     return [predict(row, backend) for row in EXPECTED for backend in backends if row.op.startswith(only)]
 
 
@@ -310,10 +308,10 @@ def rates(found: list[Prediction], result: Path | None) -> str:
     """Predictions beside estimates, bars, goals, peers and what a GPU measured; TFLOP/s, of norms TB/s."""
     head = "op,shape,direction,ours,predicted,by hand,ratio,bar,goal,best peer,measured,of predicted,bound by"
     lines = [head.split(",")]
-    measured = expected.measured(result) if result else {}
+    measured = goals.measured(result) if result else {}
     for p in found:
         row, hand = p.row, p.row.by_hand[p.backend]
-        bar = expected.bar(row.op, row.shape, "bfloat16", row.direction, "H100", pipes.MEMORY / 1e12)
+        bar = goals.hopper_bar(row.op, row.shape, "bfloat16", row.direction, "H100", pipes.MEMORY / 1e12)
         got = measured.get((row.op, row.shape, row.direction, p.backend))
         numbers = [f"{p.rate:.3g}", f"{hand:g}", f"{p.rate / hand:.2f}", f"{bar:.3g}", f"{row.goal:g}", f"{row.peer:g}"]
         numbers += [f"{got:.3g}", f"{got / p.rate:.2f}"] if got else ["", ""]
@@ -323,7 +321,7 @@ def rates(found: list[Prediction], result: Path | None) -> str:
 
 
 def steps(found: list[Prediction]) -> str:
-    """The kernels that were played through: cycles of a multiprocessor for a block's step through its main loop."""
+    """The kernels that were simulated: cycles that one step of a block's main loop takes on a multiprocessor."""
     shown = ("tensor", "mufu", "fma", "alu", "shared", "issue")
     head = ["op", "shape", "direction", "ours", "kernel", "blocks", "warps", "instructions", "steps", "cycles", *shown]
     lines = [[*head, "us", "bound by"]]
@@ -345,7 +343,7 @@ NEAR = 0.25
 
 
 def agreement(found: list[Prediction]) -> str:
-    """How many estimates by hand the model meets."""
+    """How many estimates by hand agree with the model."""
     near = [abs(p.rate / p.row.by_hand[p.backend] - 1) <= NEAR for p in found]
     return f"{sum(near)} of {len(near)} estimates by hand are within {NEAR:.0%} of the prediction"
 

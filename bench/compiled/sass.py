@@ -29,7 +29,7 @@ DEVICES = {
     "sm100": Device(100, 227 << 10, 228 << 10, "tcgen05.mma"),
     "gfx942": Device("gfx942", 64 << 10, 64 << 10, "v_mfma", 4 * 512 * 64, warp=64),
 }
-FEW_BYTES = 64  # of stack, that may hold registers across a loop
+FEW_BYTES = 64  # of stack: so many may hold registers across a loop
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Result:
     blocks_per_sm: int = 0
     occupancy: float = 0.0
     products: str = ""
-    serialized: str = ""  # how one sees that wgmma instructions wait for each other
+    serialized: str = ""  # the sign that wgmma instructions wait for each other
     wrong: str = ""
 
     def judge(self, must: str = ""):
-        """Fills in how many blocks fit, and what is wrong. ``must``: the instruction its products should be."""
+        """Fills in how many blocks fit, and what is wrong. ``must``: the instruction that its products must use."""
         device = DEVICES[self.target]
         threads = self.warps * device.warp
         by_registers = device.registers // (max(-(-self.registers // 8) * 8, 8) * threads)
@@ -118,14 +118,14 @@ class Function:
 
 
 def tool(name: str, *places: Path) -> str | None:
-    """A program of the CUDA toolkit: of PATH, of CUDA_HOME, where the toolkit usually is, or else in ``places``."""
+    """A program of the CUDA toolkit, searched in PATH, CUDA_HOME, the toolkit's usual folder, and then ``places``."""
     homes = filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))
     folders = [None, *(Path(home) / "bin" for home in (*homes, "/usr/local/cuda")), *places]
     return next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
 
 
 def cuobjdump() -> str:
-    """The toolkit's, else the one that Triton brings."""
+    """The toolkit's program; without a toolkit, the one that Triton brings."""
     triton = find_spec("triton")
     found = tool("cuobjdump", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []))
     if found is None:
@@ -192,7 +192,7 @@ def loops(sass: str) -> list[Loop]:
     dominators = _dominators(predecessors)
     bodies: dict[int, set[int]] = {}  # a loop's first block -> all its blocks
     for header, before in enumerate(predecessors):
-        todo = [block for block in before if header in dominators[block]]  # they branch back
+        todo = [block for block in before if header in dominators[block]]  # its latches
         if todo:
             body = bodies[header] = {header}
         while todo:
@@ -221,12 +221,12 @@ def serializes_wgmma(loop: Loop) -> bool:
 
 
 def serialized(log: str) -> str:
-    """The numbers of ptxas' messages that it serializes wgmma instructions, such as C7515."""
+    """The numbers of the messages in which ptxas reports serialized wgmma instructions, such as C7515."""
     return " ".join(dict.fromkeys(re.findall(r"\((C\d+)\)[^\n]*wgmma\S* instructions are serialized", log)))
 
 
 def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
-    """Basic blocks, and the numbers of the blocks that can run right before each; of a called function, its callers."""
+    """Basic blocks, and for each the numbers of those that can run right before it (for a function, its callers)."""
     jump = re.compile(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)")
     always = re.compile(r"BRA\S* 0x|(?:EXIT|RET|BRX|JMX)\b")  # without a predicate: nothing falls through
     targets = {at: int(m[1], 16) for at, text in code if (m := jump.search(text))}
@@ -247,7 +247,7 @@ def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str
 
 
 def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
-    """For each block those that every way to it leads through, itself included."""
+    """For each block its dominators: the blocks on every path to it, itself included."""
     everything = set(range(len(predecessors)))
     found = [everything if n and before else {n} for n, before in enumerate(predecessors)]
     previous = None

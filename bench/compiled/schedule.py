@@ -1,18 +1,17 @@
-"""How long a kernel's blocks keep a multiprocessor: its machine code is played through, cycle by cycle.
+"""How long a kernel's blocks occupy a multiprocessor: its machine code is simulated, cycle by cycle.
 
-One sub-core of four is played: they do the same. The warps of all blocks that fit at a time share its pipes; in each
-cycle the warp that could go first issues its next instruction, where
+One of the four sub-cores is simulated, because all do the same. The warps of all blocks that fit at a time share its
+pipes. In each cycle the warp that is ready first issues its next instruction. A warp is ready when
 
-    the stall count before it has passed, and the scoreboards it waits for are free (ptxas wrote both),
-    its pipe is free, and no other warp issued in this cycle,
-    a barrier has everyone, a wait for wgmma (`WARPGROUP.DEPBAR`) has its products, a wait for a tile its bytes.
+    the stall count of its last instruction has passed, and the scoreboards it waits for are free (ptxas wrote both),
+    its pipe is free, and no other warp has issued in this cycle,
+    what it waits for has happened: a barrier, wgmma's products (`WARPGROUP.DEPBAR`), or the bytes of a tile.
 
-Nothing is said about how pipes overlap: that follows. A product that is waited for at once adds to what comes after it,
-as does everything in a block that is alone; two blocks fill each other's gaps as far as their warps come out of step.
+How far pipes overlap is a result of this and no assumption: a product that is waited for at once delays what follows,
+and two blocks fill each other's gaps as far as their warps are out of step.
 
-Tiles come from the L2 cache at its bandwidth, each after TMA_LATENCY (cp.async: the latency of a load), and are waited
-for in the order in which they were asked for. Left out: bank conflicts, instruction fetch, branches that warps take
-apart, registers' bank conflicts.
+Tiles come from the L2 cache at its bandwidth, each after TMA_LATENCY (cp.async: the latency of a load), in the order in
+which they were requested. Not modelled: bank conflicts, instruction fetch, divergent branches.
 """
 
 from collections import deque
@@ -23,18 +22,18 @@ from . import pipes
 from .pipes import Instruction
 from .sass import _control_flow, _dominators
 
-PLAYED = 8  # times that a loop is played through; the rest goes on as the last ones did
-BLOCKS = 2  # that are timed, one after the other in each place of a multiprocessor
+PLAYED = 8  # times that a loop is simulated; the rest is extrapolated
+BLOCKS = 2  # blocks that are timed, one after the other in each place of a multiprocessor
 
 
 # ------------------------------------------------------------------------------- the way through a kernel
 @dataclass
 class Loop:
-    """One time through a loop: instructions and inner loops. short: with as few of them as the products allow."""
+    """One iteration: instructions and inner loops. short: the shortest path through it that makes the products."""
 
     short: list
     long: list
-    trips: list[float] = field(default_factory=lambda: [1.0, 0.0])  # by the short way, then by the long one
+    trips: list[float] = field(default_factory=lambda: [1.0, 0.0])  # by the short path, and by the long one
 
     @property
     def flop(self) -> int:
@@ -89,7 +88,7 @@ def way(sass: str, prefer: dict[str, float]) -> list:
         def from_(n):
             if n in known:
                 return known[n]
-            known[n] = None  # a cycle that is no loop leads nowhere
+            known[n] = None  # a cycle that is no natural loop is no path
             if n in bodies and n != start:
                 loop = Loop(*(route(bodies[n], n, latches[n], sign)[1] for sign in (-1e-2, 1e-2)))
                 items, ways = [loop], {m for b in bodies[n] for m in after[b]} - bodies[n]
@@ -116,7 +115,7 @@ def loops(items: list) -> list[Loop]:
 
 
 def main_loop(items: list) -> Loop | None:
-    """The one that makes products, the shorter where a second one masks them; else the longest."""
+    """The loop that makes the products, the shorter one where another masks them; else the longest loop."""
     by_size = sorted(loops(items), key=lambda loop: len(list(flat(loop.short))), reverse=True)
     with_products = [loop for loop in by_size if loop.flop]
     return with_products[-1] if with_products else by_size[0] if by_size else None
@@ -125,11 +124,11 @@ def main_loop(items: list) -> Loop | None:
 # ------------------------------------------------------------------------------- playing
 @dataclass
 class Residency:
-    """What is on a multiprocessor at one time."""
+    """What a multiprocessor holds at one time."""
 
     blocks: int
     warps: int  # of a block
-    load_bytes: Callable[[Instruction], float]  # that a block gets by one asynchronous load
+    load_bytes: Callable[[Instruction], float]  # bytes that one asynchronous load brings to a block
     memory: float = pipes.L2_LATENCY  # cycles of a load
 
 
@@ -138,10 +137,10 @@ class _Warp:
 
     def __init__(self, place: "_Place", code: list[Instruction], ready: float):
         self.place, self.code, self.next, self.ready = place, code, 0, ready
-        self.free = [0.0] * 6  # when each scoreboard is
+        self.free = [0.0] * 6  # when each scoreboard becomes free
         self.products = deque()  # when each committed group of wgmma ends
-        self.copies, self.copied = deque(), 0.0  # the same of cp.async; when the last copy is there
-        self.tiles = 0  # waited for so far
+        self.copies, self.copied = deque(), 0.0  # when each group of cp.async ends; when the last copy arrives
+        self.tiles = 0  # tiles waited for so far
 
     def earliest(self, pipe_free: dict[str, float]) -> float:
         """When the next instruction can be issued, if no other warp is."""
@@ -153,7 +152,7 @@ class _Warp:
 
 
 class _Place:
-    """Where one block after the other runs: the programs that are left, the warps of the block that is there."""
+    """A place where blocks run one after the other: the programs that remain, the warps of the current block."""
 
     def __init__(self, programs: list[list[Instruction]], warps: int):
         self.programs, self.size, self.ends = programs, warps, []
@@ -179,7 +178,7 @@ def play(programs: list[list[list[Instruction]]], on: Residency, tiles_per_wait:
             if warp.ready < when and (t := warp.earliest(free)) < when:
                 when, w = t, warp
         i, place, now = w.code[w.next], w.place, max(when, free["issue"])
-        start = max(now, free[i.pipe])  # later than now where it waits in a queue
+        start = max(now, free[i.pipe])  # later than now if it waits in a queue
         free["issue"] = now + 1
         free[i.pipe] = max(start + i.busy, free[i.pipe])
         w.ready = now + i.stall
@@ -226,7 +225,7 @@ def play(programs: list[list[list[Instruction]]], on: Residency, tiles_per_wait:
 
 
 def _drained(groups: deque, wait: Instruction) -> float:
-    """When no more groups than the instruction allows are under way."""
+    """When at most as many groups are pending as the instruction allows."""
     when = 0.0
     while len(groups) > int(wait.text.rsplit("0x", 1)[1], 16):
         when = max(when, groups.popleft())
@@ -234,7 +233,7 @@ def _drained(groups: deque, wait: Instruction) -> float:
 
 
 def unroll(items, most: int = 10**9) -> list[Instruction]:
-    """What a block issues; each loop at most so often."""
+    """The instructions that a block issues, with at most ``most`` iterations of each loop."""
     found = []
     for item in items:
         if isinstance(item, Loop):
@@ -248,30 +247,30 @@ def unroll(items, most: int = 10**9) -> list[Instruction]:
 
 @dataclass
 class Time:
-    """Of one block where as many run as fit, in cycles of the multiprocessor that it has to itself."""
+    """Of one block while as many run as fit: cycles of a multiprocessor divided by the blocks on it."""
 
     block: float
-    step: float  # once through the main loop; of a kernel without one, the block
+    step: float  # one iteration of the main loop; without one, the block
     busy: dict[str, float]  # of a step, the cycles of each pipe
     share: dict[str, float]  # of a whole block, the part of its cycles in which each pipe works
 
 
 def block_time(items: list, on: Residency) -> Time:
-    places = max(on.blocks * min(on.warps, 4) // 4, 1)  # a block of less than four warps is on some sub-cores only
+    places = max(on.blocks * min(on.warps, 4) // 4, 1)  # a block of less than four warps leaves sub-cores idle
     per_core, main = max(on.warps // 4, 1), main_loop(items)
     names = [i.name for i in flat(main.short if main else ())]
     tiles, waits = (sum(name.startswith(start) for name in names) for start in ("UTMALDG", "SYNCS.PHASECHK"))
     ratio = tiles / waits if tiles and waits else 1.0
 
     def steady(loop: Loop, body: list) -> float:
-        """Cycles of one more time through a loop. What stands before it has asked for the first tiles."""
+        """Cycles of one more iteration of a loop. The code before it has requested the first tiles."""
         before = [i for i in items[: items.index(loop)] if isinstance(i, Instruction)]
         once = unroll(body)
         few, many = (play([[before + once * n]] * places, on, ratio) for n in (PLAYED, 3 * PLAYED))
         return sum(m[-1] - f[-1] for f, m in zip(few, many, strict=True)) / places / (2 * PLAYED)
 
     short = unroll(items, PLAYED)
-    # The places start out of step, as they are after a while: each with a different part of a block.
+    # Each place starts with a different part of a block: in a long run, blocks are out of step.
     ends = play([[short[len(short) * p // places :], *[short] * BLOCKS] for p in range(places)], on, ratio)
     cycles = sum(e[-1] - e[0] for e in ends) / BLOCKS / places
     for loop in loops(items):
@@ -284,7 +283,7 @@ def block_time(items: list, on: Residency) -> Time:
 
 
 def busy(items: list, warps: int) -> dict[str, float]:
-    """Cycles of each pipe for so many warps."""
+    """Cycles for which ``warps`` warps occupy each pipe."""
     found = dict.fromkeys(pipes.PIPES, 0.0)
     for i, times in _counted(items):
         found["issue"] += times * warps

@@ -1,13 +1,13 @@
-"""What every GPU kernel asks of a GPU that need not be there: `python -m bench.compiled`.
+"""What every GPU kernel needs of a GPU, on a machine without one: `python -m bench.compiled`.
 
-Triton kernels are compiled for each target, each shipped configuration; CUDA kernels were, by nvcc, when
-the package was built. The table shows what a GPU would be given: registers and bytes spilled by a thread,
-shared memory, warps, how many blocks fit a multiprocessor at a time and the share of its threads they
-fill (occupancy), the tensor-core instructions, and whether they wait for each other (serialized). Exit code
-1 if something does not compile, spills registers in a loop (or many anywhere), needs more shared memory than
-the device has, multiplies 16-bit numbers without tensor cores, or serializes wgmma instructions.
+Triton kernels are compiled for each target with their shipped configurations; nvcc compiled the CUDA kernels when the
+package was built. The table shows registers and spilled bytes of a thread, shared memory, warps, how many blocks fit a
+multiprocessor and which share of its threads they fill (occupancy), the tensor-core instructions, and whether these
+wait for each other (serialized). Exit code 1 if a kernel does not compile, spills registers in a loop (or many
+anywhere), needs more shared memory than the device has, multiplies 16-bit values without tensor cores, or serializes
+wgmma instructions.
 
-With --predict, instead: what an H100 should reach in bfloat16, from the machine code of the main loops (predict.py).
+--predict instead shows what an H100 should reach in bfloat16, from the machine code of the main loops (predict.py).
 """
 
 import argparse
@@ -23,7 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 from pygpt.files import atomic
 
-from ..options import some_of
+from ..cli import some_of
 from .sass import DEVICES, table
 
 BACKENDS = ("triton", "cuda")
@@ -31,7 +31,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def missing(backend: str) -> str:
-    """Why there is nothing to show of a backend; empty if there is."""
+    """Why a backend has no compiled kernels here; empty if it has."""
     if backend == "triton":
         return "" if find_spec("triton") else "Triton is not installed"
     return "" if find_spec("pygpt._cuda") else "the CUDA kernels were not built (no nvcc)"
@@ -39,20 +39,20 @@ def missing(backend: str) -> str:
 
 def results(backend: str, options) -> list:
     if backend == "cuda":
-        from . import cuda_library as static_cuda
+        from . import cuda_library
 
-        return static_cuda.inspect(options.targets, options.dtypes, options.only)
-    from . import triton_jobs as static_triton
+        return cuda_library.inspect(options.targets, options.dtypes, options.only)
+    from . import triton_jobs
 
-    todo = [
+    jobs = [
         job
         for target in options.targets
         for dtype in options.dtypes
-        for job in static_triton.jobs(target, dtype, options.all)
-        if job.call.startswith(options.only)
+        for job in triton_jobs.jobs(target, dtype, options.all)
+        if job[0].startswith(options.only)
     ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        return list(pool.map(static_triton.compile_job, todo))
+    with ProcessPoolExecutor(options.jobs, initializer=triton_jobs.keep_ptxas_log) as pool:
+        return list(pool.map(triton_jobs.inspect, *zip(*jobs, strict=True))) if jobs else []
 
 
 def main() -> int:
@@ -72,7 +72,7 @@ def main() -> int:
         "--measured",
         type=Path,
         metavar="PATH",
-        help="beside them: a result of bench.gpu; default: the newest of an H100",
+        help="beside them: the file of a run; default: an H100's in bench/results",
     )
     options = parser.parse_args()
     reasons = {name: missing(name) for name in options.backends or BACKENDS}
@@ -80,11 +80,11 @@ def main() -> int:
         if why and options.backends:
             parser.error(f"{name}: {why}")
     if options.predict:
-        from ..cases import expected
+        from ..cases import goals
         from . import predict
 
         there = [name for name, why in reasons.items() if not why]
-        return predict.show(there, options.only, options.measured or expected.newest())
+        return predict.show(there, options.only, options.measured or goals.newest())
     found = {name: results(name, options) for name, why in reasons.items() if not why}
     wrong = 0
     for name, rows in found.items():

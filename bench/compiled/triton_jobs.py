@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of every kernel, for GPUs that need not be there.
+"""What Triton's compiler makes of every kernel, for GPUs that need not be present.
 
-The launchers of pygpt.triton_kernels run on meta tensors, which have shapes and strides but no data;
-what they would launch is compiled instead, each shipped configuration, for each target.
+The launchers of pygpt.triton_kernels run on meta tensors, which have shapes and strides but no data. What they would
+launch is compiled instead, by Triton's own path of a launch, for a target that a stand-in for its driver names.
 """
 
 import io
@@ -19,96 +19,110 @@ import triton
 from pygpt.triton_kernels import common
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pygpt import triton_kernels as kernels
 
 from .calls import calls
 from .sass import DEVICES, Function, Result, functions, serialized
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DTYPES = {name: dtype for dtype, name in TYPES.items()}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ------------------------------------------------------------------------------- what is launched
 @dataclass(frozen=True)
 class Job:
-    """One kernel as it would be launched with one configuration."""
+    """One kernel with one configuration, for arguments like these."""
 
-    call: str
-    dtype: str
-    target: str
-    module: str
     kernel: str
-    signature: dict
-    constants: dict
-    aligned: tuple  # arguments known to be divisible by 16
-    blocks: dict
-    options: dict  # of the compiler
-    products: bool  # whether it multiplies 16-bit matrices
+    module: str
+    arguments: tuple
+    constants: tuple
+    config: common.Config
     programs: int = field(compare=False)  # that are launched
 
+    @property
+    def key(self) -> tuple:
+        """Equal for two jobs that Triton compiles to the same code: kinds of arguments count, values do not."""
+        return self.kernel, tuple(map(_kind, self.arguments)), self.constants, repr(self.config)
 
-def jobs(target: str, dtype: str, wide: bool) -> Iterator[Job]:
-    """Every launch of `calls`, with every candidate configuration (only the first unless wide)."""
-    seen = set()
-    for call, run in calls(kernels, DTYPES[dtype], "meta", wide):
-        for job in launched(call, run, target, dtype, wide):
-            if (key := repr(replace(job, call="", programs=0))) not in seen:
-                seen.add(key)
-                yield job
+    def compile(self):
+        """Triton's compiled kernel, for the target of its active driver. Raises whatever the compiler does."""
+        config = self.config
+        arguments = [a.descriptor(config.blocks) if isinstance(a, common.Tiled) else a for a in self.arguments]
+        kernel = getattr(sys.modules[self.module], self.kernel)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        return kernel.warmup(*arguments, grid=(1,), **dict(self.constants), **config.blocks, **options)
 
 
-def launched(call: str, run: Callable, target: str, dtype: str, wide: bool = False) -> Iterator[Job]:
-    """What run() launches, in order, with each candidate configuration (only the first unless wide)."""
+def _kind(argument):
+    if isinstance(argument, common.Tiled):
+        return "descriptor", argument.tensor.dtype, argument.block
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        return argument == 1, argument % 16 == 0, argument >= 2**31
+    return type(argument)
+
+
+def _detached(argument):
+    """A tensor of a graph cannot be sent to another process."""
+    if isinstance(argument, common.Tiled):
+        return replace(argument, tensor=argument.tensor.detach())
+    return argument.detach() if isinstance(argument, torch.Tensor) else argument
+
+
+def launched(run: Callable, target: str, every_candidate: bool = False) -> Iterator[Job]:
+    """What run() launches, in order, with the first candidate configuration or with every one."""
     found = []
     with common.compiling_for(target, lambda *launch: found.append(launch)):
         run()
-    for kernel, grid, args, constants, configs in found:
-        for config in configs.candidates[: None if wide else 1]:
-            yield _job(call, target, DTYPES[dtype], kernel, grid(config.blocks), args, constants, config)
+    for kernel, grid, arguments, constants, configs in found:
+        arguments, constants = tuple(map(_detached, arguments)), tuple(constants.items())
+        for config in configs.candidates[: None if every_candidate else 1]:
+            programs = grid(config.blocks)
+            yield Job(kernel.__name__, kernel.fn.__module__, arguments, constants, config, programs)
 
 
-def _job(call, target, dtype, kernel, programs, args, constants, config) -> Job:
-    named = dict(zip(kernel.arg_names, args, strict=False)) | constants | config.blocks
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    options["enable_fp_fusion"] = named.pop("enable_fp_fusion")
-    fixed = {p.name for p in kernel.params if p.is_constexpr}
-    free = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, known, aligned = {}, {}, []
-    for name in kernel.arg_names:
-        value = named[name]
-        if isinstance(value, common.Tiled):
-            value = value.descriptor(config.blocks)
-        if name in fixed or value is None or (isinstance(value, int) and value == 1) and name not in free:
-            signature[name], known[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            aligned.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and name not in free:
-                aligned.append(name)
-    products = (
-        dtype.itemsize == 2 and kernel.__name__.startswith(("gemm", "attention")) and "delta" not in kernel.__name__
-    )
-    return Job(
-        call, TYPES[dtype], target, kernel.fn.__module__, kernel.__name__, signature, known, tuple(aligned),
-        config.blocks, options, products, programs,
-    )  # fmt: skip
+def jobs(target: str, dtype: str, wide: bool) -> Iterator[tuple[str, str, str, Job]]:
+    """(call, dtype, target, job) of every launch of `calls`, without repetitions. wide: with every candidate."""
+    seen = set()
+    for call, run in calls(kernels, DTYPES[dtype], "meta", wide):
+        for job in launched(run, target, wide):
+            if job.key not in seen:
+                seen.add(job.key)
+                yield call, dtype, target, job
 
 
 # ------------------------------------------------------------------------------- compiling
-def _keep_ptxas_log(*stage_arguments):
-    """A hook of Triton's: ptxas' messages become part of what Triton's cache knows of a kernel.
+class NoGpu:
+    """Stands for Triton's driver on a machine without a GPU: it names a target and launches nothing."""
 
-    Without arguments Triton asks what to add to the cache's key.
-    """
+    def __init__(self, target: str):
+        device = DEVICES[target]
+        self.name = target
+        self.target = GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.warp)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        """Triton keeps what it has compiled by device, so each target is a device."""
+        return self.name
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def keep_ptxas_log():
+    """From now on ptxas' messages are part of what Triton keeps of a kernel, in a cache of their own."""
+    knobs.runtime.add_stages_inspection_hook = _with_log
+    knobs.nvidia.dump_ptxas_log = True
+    if Path(knobs.cache.dir).name != "bench.compiled":  # Triton 3.6 does not ask for a key
+        knobs.cache.dir = str(Path(knobs.cache.dir) / "bench.compiled")
+
+
+def _with_log(*stage_arguments):
+    """A hook of Triton's. Without arguments Triton asks what to add to the cache's key."""
     if not stage_arguments:
         return ("ptxas log",) * 2
     stages = stage_arguments[1]
@@ -126,45 +140,28 @@ def _assemble(make_cubin, ptx, metadata):
     return cubin
 
 
-knobs.runtime.add_stages_inspection_hook = _keep_ptxas_log
-knobs.nvidia.dump_ptxas_log = True
-knobs.cache.dir = str(Path(knobs.cache.dir) / "bench.compiled")  # Triton 3.6 does not ask for a key
-
-
-def compile_job(job: Job) -> Result:
-    device, blocks = DEVICES[job.target], ",".join(str(v) for v in job.blocks.values())
-    tma = " TMA" if any(t.startswith("tensordesc") for t in job.signature.values()) else ""
+def inspect(call: str, dtype: str, target: str, job: Job) -> Result:
+    """A line of the table."""
+    device, config = DEVICES[target], job.config
+    tma = " TMA" if any(isinstance(a, common.Tiled) for a in job.arguments) else ""
+    blocks = ",".join(map(str, config.blocks.values()))
     result = Result(
-        job.call, job.kernel.removesuffix("_kernel"), job.dtype, job.target,
-        f"{blocks} w{job.options['num_warps']} s{job.options['num_stages']}{tma}", job.options["num_warps"],
+        call, job.kernel.removesuffix("_kernel"), dtype, target,
+        f"{blocks} w{config.num_warps} s{config.num_stages}{tma}", config.num_warps,
     )  # fmt: skip
+    triton.runtime.driver.set_active(NoGpu(target))
     try:
-        compiled = compiled_job(job)
+        compiled = job.compile()
     except Exception as e:  # noqa: BLE001 - of many kinds
         result.wrong = f"does not compile: {type(e).__name__}: {str(e).strip().rpartition(chr(10))[2]}"
         return result
     result.shared = compiled.metadata.shared
-    inspect = _inspect_nvidia if isinstance(device.arch, int) else _inspect_amd
-    assembly = inspect(compiled, result)
+    assembly = (_inspect_nvidia if isinstance(device.arch, int) else _inspect_amd)(compiled, result)
     used = [(name, assembly.count(name)) for name in dict.fromkeys((device.tensor_core, "mma.sync"))]
     result.products = " ".join(f"{count} {name}" for name, count in used if count)
-    result.judge(device.tensor_core if job.products else "")
+    multiplies = job.kernel.startswith(("gemm", "attention")) and "delta" not in job.kernel
+    result.judge(device.tensor_core if multiplies and dtype != "fp32" else "")
     return result
-
-
-def compiled_job(job: Job):
-    """Triton's compiled kernel. Raises whatever the compiler does."""
-    device = DEVICES[job.target]
-    kernel = getattr(sys.modules[job.module], job.kernel)
-    place = kernel.arg_names.index
-    source = ASTSource(
-        fn=kernel,
-        signature=job.signature,
-        constexprs={(place(name),): value for name, value in job.constants.items()},
-        attrs={(place(name),): [["tt.divisibility", 16]] for name in job.aligned},
-    )
-    gpu = GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.warp)
-    return triton.compile(source, target=gpu, options=job.options)
 
 
 def machine_code(compiled) -> Function:

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,10 +34,12 @@ from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 from pygpt.info import gather
 
-from ..cases import gpu as gpu_rows
-from ..compiled import sass as gpu_code
-from ..timing import cuda as gpu_timer
-from .steps import NO_GPU, REFUSED, ROOT
+from ..cli import play_cuda_on_the_cpu
+from ..compiled.sass import tool
+from ..timing.clocks import Block, CpuClock, CudaClock
+from ..timing.nvidia import clocks
+from . import attention_calls
+from .steps import NO_GPU, REFUSED, ROOT, python
 
 TINY = {"attention": {"B": 1, "H": 2, "L": 24, "E": 16, "Ev": 16}, "mlp": {"M": 16, "C": 16, "H": 32}}
 TINY |= {"attention_lse": TINY["attention"], "linear": {"M": 16, "K": 16}, "gelu": {"M": 64}, "relu": {"M": 64}}
@@ -49,7 +52,7 @@ def write(path: Path, found):
 
 
 def read(path: Path) -> dict:
-    """What `write` has written; empty where there is nothing of the kind."""
+    """What `write` has written; empty if the file is missing or broken."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -70,8 +73,8 @@ def versions(options) -> int:
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"multiprocessors": properties.multi_processor_count, "l2_mb": properties.L2_cache_size / 1e6}
-        found |= {"memory_gb": properties.total_memory / 1e9, "clocks": gpu_timer.clocks()}
-        torch.ones(8, device="cuda").sum().item()  # the context comes up
+        found |= {"memory_gb": properties.total_memory / 1e9, "clocks": clocks()}
+        torch.ones(8, device="cuda").sum().item()  # creates the context
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     backends = {name: row.missing or row.device_objection(device) for name, row in TABLE.items()}
     # Triton compiles its launchers with a C compiler, and pytest finds the tests' emulator as a module
@@ -99,7 +102,7 @@ def verify_backend(options) -> int:
     kept = read(options.out)  # the other backend's
     tiny = options.tiny
     if tiny:
-        verify.ELEMENTS = 1  # a direction that passes is drawn once: an emulated call takes long
+        verify.ELEMENTS = 1  # an emulated call takes long, so that a direction which passes is drawn once
     for op, spec in verify.SPECS.items():
         for dims in ({**spec.shapes[0], **TINY[op]},) if tiny else spec.shapes:
             for dtype in row.dtypes:
@@ -132,21 +135,21 @@ def candidates(options) -> int:
     from pygpt.triton_kernels import attention, common
 
     rehearsal, found = options.device == "cpu", []
-    timer = gpu_timer.CpuTimer() if rehearsal else gpu_timer.CudaTimer()
+    clock = CpuClock() if rehearsal else CudaClock()
     tables = {"fwd": attention.FWD, "dkdv": attention.DKDV, "dq": attention.DQ}
     for bucket, itemsize in sorted({key[1:] for key in attention.FWD}, key=lambda key: (key[1], key[0])):
-        B, H, T = (1, 1, 20) if rehearsal else gpu_rows.ATTENTION[bucket]
+        B, H, T = (1, 1, 20) if rehearsal else attention_calls.SHAPES[bucket]
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         q, k, v, dout = (torch.randn(B, H, T, bucket, device=options.device).to(dtype) for _ in range(4))
         about = {"head_dim": bucket, "dtype": str(dtype).removeprefix("torch."), "B": B, "H": H, "T": T}
-        for kernel, call in gpu_rows.attention_calls(TABLE["triton"].kernels, q, k, v, dout).items():
+        for kernel, call in attention_calls.calls(TABLE["triton"].kernels, q, k, v, dout).items():
             configs = tables[kernel][common.target(q), bucket, itemsize]
             for candidate in configs.candidates:
                 configs.chosen[q.device] = candidate
                 found.append({"kernel": kernel, **about, "config": list(candidate.blocks.values())})
                 found[-1]["config"] += [candidate.num_warps, candidate.num_stages]
                 products = PRODUCTS[kernel] + (kernel == "dkdv" and bucket == attention.WIDE)
-                found[-1] |= time_once(timer, call, products * B * H * T * T * bucket)
+                found[-1] |= time_once(clock, call, products * B * H * T * T * bucket)
                 write(options.out, {"target": common.target(q), "triton": common.triton.__version__, "rows": found})
                 print(", ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
                 if why := unusable():
@@ -169,13 +172,14 @@ def unusable() -> str:
         return f"the device is unusable after an error: {str(e).splitlines()[0]}"
 
 
-def time_once(timer, call: Callable, flops: float) -> dict:
-    """The best of a few warm calls, or why there is none."""
+def time_once(clock, call: Callable, flops: float) -> dict:
+    """The best of a few warm calls, or the reason why it cannot be timed."""
     try:
-        timer.time([(call, 0.0)])
-        ms = min(each[0] for each in timer.time([(call, 1.0)] * timer.least_rounds))
+        clock.time([Block(call)])
+        repeats = 5 if clock.device == "cuda" else 2
+        ms = 1e3 * min(device for device, _ in clock.time([Block(call, head_start=1e-3)] * repeats))
         return {"ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
-    except Exception as e:  # noqa: BLE001 - of many kinds
+    except Exception as e:  # noqa: BLE001 - it becomes the row's result
         word = "refused" if "OutOfResources" in type(e).__name__ else "failed"
         return {word: f"{type(e).__name__}: {str(e).splitlines()[0]}"}
 
@@ -239,7 +243,7 @@ def _gpt(device: str = "cuda"):
 
 
 def on_a_side_stream() -> str:
-    """Forward and backward on another stream, behind a long wait there: on the wrong stream they would be too early."""
+    """Forward and backward on another stream, after a long wait: work on the wrong stream would come too early."""
     step = _gpt()
     want = [t.clone() for t in step()]
     torch.cuda.synchronize()
@@ -279,26 +283,23 @@ SANITIZER_SECONDS = 50
 
 
 def sanitize(options) -> int:
-    """`verify`, small, under each check. A machine that refuses the tool is reported, not failed."""
-    tool = gpu_code.tool("compute-sanitizer")
-    if tool is None or options.device == "cpu":
-        print("no compute-sanitizer here" if tool is None else "no GPU to watch")
+    """Small runs of `verify` under each check. Where the machine refuses the tool, that is reported and no failure."""
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None or options.device == "cpu":
+        print("no compute-sanitizer here" if sanitizer is None else "no GPU to watch")
         return REFUSED
-    found, rows = {}, f"{options.out}.rows"
+    with tempfile.TemporaryDirectory() as folder:
+        return _sanitize(sanitizer, options.out, Path(folder, "rows.json"))
+
+
+def _sanitize(sanitizer: str, out: Path, rows: Path) -> int:
+    found = {}
     for check, backend in SANITIZED:
         began = time.monotonic()
-        command = [tool, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
+        command = [sanitizer, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
         for name in our_kernels(backend):
             command += ["--kernel-name", f"kernel_substring={name}"]
-        command += [
-            sys.executable,
-            "-m",
-            "bench.first_light.checks",
-            "verify",
-            "--tiny",
-            f"--backend={backend}",
-            f"--out={rows}",
-        ]
+        command += python("bench.first_light.checks", "verify", "--tiny", f"--backend={backend}", f"--out={rows}")
         try:
             done = subprocess.run(
                 command, cwd=ROOT, check=False, timeout=SANITIZER_SECONDS, text=True, errors="replace",
@@ -311,15 +312,14 @@ def sanitize(options) -> int:
         lines = [line for line in lines if line.startswith("=========")] or lines[-20:]
         name, verdict = f"{check} {backend}", sanitizer_verdict(code, lines)
         found[name] = {"verdict": verdict, "exit": code, "seconds": time.monotonic() - began, "lines": lines[:200]}
-        write(options.out, found)
+        write(out, found)
         print("\n".join([*lines[:40], f"{name}: {verdict}"]), flush=True)
-    Path(rows).unlink(missing_ok=True)
     print("; ".join(f"{name}: {each['verdict']}" for name, each in found.items()))
     verdicts = {each["verdict"] for each in found.values()}
     return 1 if "failed" in verdicts else 0 if "ok" in verdicts else REFUSED
 
 
-SANITIZER_FOUND = 9  # its exit code where it has found something
+SANITIZER_FOUND = 9  # its exit code for an error in a kernel
 
 
 def our_kernels(backend: str) -> list[str]:
@@ -363,7 +363,7 @@ def main(argv=None) -> int:
         print(f"no GPU: torch {torch.__version__} in {sys.executable} sees none (--device cpu is a rehearsal)")
         return NO_GPU
     if options.device == "cpu" and options.backend == "cuda" and options.check == "verify":
-        gpu_rows.play_cuda_on_the_cpu()
+        play_cuda_on_the_cpu()
     torch.set_float32_matmul_precision("highest")
     return CHECK[options.check](options)
 

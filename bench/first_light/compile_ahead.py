@@ -1,4 +1,4 @@
-"""Compiles Triton kernels into Triton's cache before they are needed: ``python -m bench.first_light.compile_ahead --out FILE``.
+"""Compiles Triton kernels before they are needed: ``python -m bench.first_light.compile_ahead --out FILE``.
 
 The launchers run on meta tensors, which have sizes and strides but no data; what they would launch is compiled
 instead, in one process a core: every call of `pygpt verify`, every row of the quick benchmark, and every candidate of
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when Triton is imported
@@ -29,45 +29,14 @@ from pygpt import triton_kernels, verify
 from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
-from ..cases import gpu as gpu_rows
+from ..cases import shapes
 from ..compiled.sass import DEVICES
-from ..timing.clocks import once
-from . import steps
+from ..compiled.triton_jobs import Job, NoGpu, launched
+from ..timing.calls import once
+from ..timing.candidates import on_backend
+from . import attention_calls, steps
 
 META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("meta",))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel with one configuration, for arguments like these."""
-
-    kernel: str
-    module: str
-    arguments: tuple
-    constants: tuple
-    config: common.Config
-
-    @property
-    def key(self) -> tuple:
-        """Equal for two jobs that Triton compiles to the same code: kinds of arguments count, values do not."""
-        return self.kernel, tuple(map(_kind, self.arguments)), self.constants, repr(self.config)
-
-
-def _kind(argument):
-    if isinstance(argument, common.Tiled):
-        return "descriptor", argument.tensor.dtype, argument.block
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype
-    if isinstance(argument, int) and not isinstance(argument, bool):
-        return argument == 1, argument % 16 == 0, argument >= 2**31
-    return type(argument)
-
-
-def _detached(argument):
-    """A tensor of a graph cannot be sent to another process."""
-    if isinstance(argument, common.Tiled):
-        return replace(argument, tensor=argument.tensor.detach())
-    return argument.detach() if isinstance(argument, torch.Tensor) else argument
 
 
 # ------------------------------------------------------------------------------- what is launched
@@ -76,31 +45,25 @@ def jobs(target: str, wanted: list[str]) -> Iterator[Job]:
     seen = set()
     for name in wanted:
         for call, every_candidate in CALLS[name]():
-            launches = []
-            with common.compiling_for(target, lambda *launch, launches=launches: launches.append(launch)):
-                call()
-            for kernel, _, arguments, constants, configs in launches:
-                for config in configs.candidates[: None if every_candidate else 1]:
-                    constant = tuple(constants.items())
-                    job = Job(kernel.__name__, kernel.fn.__module__, tuple(map(_detached, arguments)), constant, config)
-                    if job.key not in seen:
-                        seen.add(job.key)
-                        yield job
+            for job in launched(call, target, every_candidate):
+                if job.key not in seen:
+                    seen.add(job.key)
+                    yield job
 
 
 def of_candidates() -> Iterator:
     """Attention's launches for every bucket of head dimensions, each with all of its candidates."""
     for bucket, itemsize in sorted({key[1:] for key in attention.FWD}, reverse=True):
-        B, H, T = gpu_rows.ATTENTION[bucket]
+        B, H, T = attention_calls.SHAPES[bucket]
         q = torch.empty(B, H, T, bucket, dtype=torch.float32 if itemsize == 4 else torch.bfloat16, device="meta")
-        yield lambda q=q: [call() for call in gpu_rows.attention_calls(triton_kernels, q, q, q, q).values()], True
+        yield lambda q=q: [call() for call in attention_calls.calls(triton_kernels, q, q, q, q).values()], True
 
 
 def of_benchmark() -> Iterator:
-    for group in gpu_rows.plan(quick=True):
-        dtype = getattr(torch, group.dtype)
-        work = group.case.setup(lambda *shape, t=dtype: torch.empty(shape, dtype=t, device="meta"), *group.case.args)
-        yield _on_meta(once(gpu_rows.ours("triton", work), work.tensors, "backward")), False
+    quick = [*shapes.first_of_each_op(shapes.GPU), *shapes.PREDICTED]
+    for case in dict.fromkeys(quick):
+        work = case.setup(lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta"), *case.args)
+        yield _on_meta(once(on_backend("triton", work.ours), work.tensors, "backward")), False
 
 
 def of_verify() -> Iterator:
@@ -131,59 +94,34 @@ def _on_meta(call):
     return run
 
 
-CALLS = {"benchmark": of_benchmark, "candidates": of_candidates, "verify": of_verify}  # what is needed first is first
+CALLS = {"benchmark": of_benchmark, "candidates": of_candidates, "verify": of_verify}  # in the order of need
 
 
 # ------------------------------------------------------------------------------- compiling
-class NoGpu:
-    """Stands for Triton's driver on a machine without a GPU: names a target, launches nothing."""
-
-    def __init__(self, target: str):
-        from triton.backends.compiler import GPUTarget
-
-        device = DEVICES[target]
-        self.target = GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.warp)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
 def _start_worker(target: str):
     steps.die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the whole group gets it; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the whole group receives it; the parent decides
     if not torch.cuda.is_available():
         triton.runtime.driver.set_active(NoGpu(target))
 
 
 def compile_one(job: Job) -> tuple[str, float, str]:
-    """-> its name, the seconds it took, what went wrong. With a GPU the kernel is loaded and its launcher built."""
-    began = time.monotonic()
-    blocks = job.config.blocks
-    arguments = [a.descriptor(blocks) if isinstance(a, common.Tiled) else a for a in job.arguments]
-    kernel = getattr(sys.modules[job.module], job.kernel)
-    options = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-    wrong = ""
+    """-> its name, the seconds it took, the error. With a GPU the kernel is loaded and its launcher built."""
+    began, wrong = time.monotonic(), ""
     try:
-        compiled = kernel.warmup(*arguments, grid=(1,), **dict(job.constants), **blocks, **options)
+        compiled = job.compile()
         if torch.cuda.is_available():
             compiled._init_handles()
     except triton.runtime.errors.OutOfResources:
         pass  # the next candidate takes its place
     except Exception as e:  # noqa: BLE001 - of many kinds
         wrong = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-    return f"{job.kernel} {','.join(map(str, blocks.values()))}", time.monotonic() - began, wrong
+    return f"{job.kernel} {','.join(map(str, job.config.blocks.values()))}", time.monotonic() - began, wrong
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.first_light.compile_ahead", description=__doc__.split("\n\n")[0]
-    )
+    what = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.first_light.compile_ahead", description=what)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="what was compiled, as JSON")
     add("--what", default=",".join(CALLS), metavar="A,B", help=f"some of {', '.join(CALLS)} (default: all)")
@@ -197,7 +135,7 @@ def main(argv=None) -> int:
     began, done, futures = time.monotonic(), [], []
     target = common.target(torch.empty(0, device="cuda")) if torch.cuda.is_available() else options.target
     signal.signal(signal.SIGTERM, steps.stop)
-    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # CUDA rules out a fork
     pool = ProcessPoolExecutor(options.jobs, context, _start_worker, (target,))
     why = ""
     try:
@@ -213,13 +151,8 @@ def main(argv=None) -> int:
         done = [f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None]
     wrong = [f"{name}: {error}" for name, _, error in done if error]
     took = time.monotonic() - began
-    found = {
-        "target": target,
-        "kernels": len(futures),
-        "compiled": len(done) - len(wrong),
-        "seconds": took,
-        "wrong": wrong,
-    }
+    found = {"target": target, "kernels": len(futures), "compiled": len(done) - len(wrong), "seconds": took}
+    found["wrong"] = wrong
     with atomic(options.out) as temporary:
         slowest = sorted(done, key=lambda each: -each[1])[:10]
         temporary.write_text(json.dumps(found | {"slowest": [list(each[:2]) for each in slowest]}, indent=1))

@@ -34,17 +34,17 @@ from pathlib import Path
 from .steps import NO_GPU, ROOT, Runner, Step, python
 
 FIRST_SECONDS, REST_SECONDS, BUILD_SECONDS = 300, 480, 420
-REHEARSAL_SLOWNESS = 4  # times every limit: a CPU plays the GPU, and perhaps not alone
+REHEARSAL_SLOWNESS = 4  # factor of every limit, because the CPU that plays the GPU may be busy
 LIBRARIES = ("pygpt/_C.abi3.so", "pygpt/_cuda.abi3.so")
 CONFORMANCE = ROOT / "build" / "conformance-sm_90a.so"
 EMULATED = ROOT / "build" / "emulator" / "sm_90" / "plain-conformance-hopper_gemm.so"  # the same cases, in a rehearsal
 BUILD_EMULATOR = "from tests.emulator import build, conformance as c; build.load(), build.load_tests(*c.SOURCES)"
 TESTS = ("tests/test_parity.py", "tests/test_kernels.py", "tests/test_cuda.py", "tests/test_triton.py")
-BENCHMARK = ("--quick", "--peers=eager,flash,cudnn,efficient")
+BENCHMARK = ("--quick", "--peers=eager,sdpa-flash,sdpa-cudnn,sdpa-efficient", "--directions=forward,backward")
 
 
 # ------------------------------------------------------------------------------- the steps
-Group = Sequence[Sequence[Step]]  # lanes that run side by side, each its steps one after the other
+Group = Sequence[Sequence[Step]]  # lanes that run side by side; the steps of a lane run one after the other
 
 
 class Plan:
@@ -58,47 +58,43 @@ class Plan:
     def first(self) -> list[Group]:
         library, answers = EMULATED if self.rehearsal else self.options.conformance, self.out / "conformance.json"
         conformance = python("tests.emulator.conformance", "--library", library, "--out", answers, "--limit", 45)
-        compile_ahead, rows, benchmark = self.out / "compile.json", self.out / "benchmark.json", BENCHMARK
         less = ("--what=benchmark", "--jobs=1") if self.rehearsal else ()
+        compilation = python("bench.first_light.compile_ahead", "--out", self.out / "compile.json", *less)
+        rows, benchmark = self.out / "benchmark.json", BENCHMARK
         if self.rehearsal:
             benchmark = ("--quick", "--peers=eager", "--seconds=0.01", "--backends=triton,cuda")
         return [
             *([[[Step("emulator", 100, (sys.executable, "-c", BUILD_EMULATOR))]]] if self.rehearsal else []),
             [[self.check("versions", 15, self.interpreted)]],
             [
-                [
-                    Step(
-                        "compile",
-                        60,
-                        python("bench.first_light.compile_ahead", "--out", compile_ahead, *less),
-                        result="compiled in",
-                    )
-                ],
+                [Step("compile", 60, compilation, result="compiled in")],
                 [
                     Step("conformance", 50, conformance, result=" cases answered"),
                     self.check("verify", 45, (), "--backend", "cuda"),
                 ],
             ],
             [[self.check("verify", 30, self.interpreted, "--backend", "triton")]],
-            [[self.table("benchmark", 85, *benchmark, "--budget=70", "--json", rows)]],
-            [[Step("expected", 10, python("bench.cases.expected", rows))]],
+            [[self.table("benchmark", 85, *benchmark, "--budget=65", "--json", rows)]],
+            [[Step("expected", 10, python("bench.cases.goals", rows))]],
             [[self.check("candidates", 40, self.interpreted)]],
         ]
 
     def rest(self) -> list[Group]:
-        rows = ("--quick", "--seconds=0.01", "--ops=relu", "--backends=triton") if self.rehearsal else ()
+        rows = ("--directions=forward,backward", "--peers=default,compile")
+        if self.rehearsal:
+            rows = ("--quick", "--seconds=0.01", "--ops=relu", "--backends=triton", "--peers=eager")
         save = ("--json", self.out / "table.json", *(["--save"] if self.options.save else []))
         return [
             [
                 [self.tests("tests"), self.tests("poisoned tests", ("PYGPT_POISON", "1"))],
                 [self.check("streams", 80), self.check("sanitize", 155)],
-                [self.table("compile peers", 200, *rows, "--prepare", "--peers=compile", optional=True)],
+                [self.table("compile peers", 200, *rows, "--prepare", optional=True, result="")],
             ],
             [[self.table("table", 220, *rows, "--budget=200", *save)]],
         ]
 
     def build(self) -> list[Group]:
-        """What is missing, or older than a source."""
+        """Builds what is missing, or older than a source."""
         sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]
         newest = max(path.stat().st_mtime for path in sources)
         built = {name: ROOT / name for name in LIBRARIES}
@@ -114,12 +110,13 @@ class Plan:
         command = python("bench.first_light.checks", name, "--out", self.out / f"{name}.json", *self.device, *arguments)
         return Step(" ".join([name, *arguments[1:]]), seconds, command, environment)
 
-    def table(self, name: str, seconds: float, *arguments, optional=False) -> Step:
-        command = python("bench.gpu", *self.device, *arguments)
-        return Step(name, seconds, command, self.interpreted, result=" rows in ", optional=optional)
+    def table(self, name: str, seconds: float, *arguments, optional=False, result=" rows in ") -> Step:
+        device = ("--rehearse",) if self.rehearsal else self.device
+        command = python("bench", *device, *arguments)
+        return Step(name, seconds, command, self.interpreted, result=result, optional=optional)
 
     def tests(self, name: str, *variables: tuple[str, str]) -> Step:
-        """The GPU tests. No failure stops them, and PyTorch's own matrix products are made deterministic for them."""
+        """The GPU tests. No failure stops them, and PyTorch's own matrix products are deterministic."""
         arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "-m", "not slow", "--maxfail=1000"]
         if self.rehearsal:
             arguments += ["-k", "test_shapes and relu"]

@@ -1,4 +1,4 @@
-"""Runs commands under time limits and keeps what each of them said, in one folder.
+"""Runs commands under time limits and keeps what each of them printed, in one folder.
 
 A step is a process of its own. It can fail, hang, crash or run out of time: the others run all the same. After every
 step the folder's summary.json is replaced as a whole, and log.txt has every line as it was printed, so that a run
@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class Step:
     environment: tuple[tuple[str, str | None], ...] = ()  # what differs from this process's; None removes a variable
     stop: int = signal.SIGTERM
     result: str = ""  # the step's result is the last line that contains this
-    optional: bool = False  # whatever becomes of it, the run is a success
+    optional: bool = False  # its failure is none of the run
 
 
 @dataclass
@@ -88,9 +89,11 @@ class Runner:
 
     def save(self, **more):
         self.about |= more
-        temporary = self.summary.with_name(f".{self.summary.name}")
-        temporary.write_text(json.dumps(self.about | {"steps": [asdict(o) for o in self.outcomes]}, indent=1))
-        temporary.replace(self.summary)
+        found = self.about | {"steps": [asdict(outcome) for outcome in self.outcomes]}
+        with tempfile.TemporaryDirectory(prefix=".steps-", dir=self.summary.parent) as folder:  # unique to this write
+            temporary = Path(folder, self.summary.name)
+            temporary.write_text(json.dumps(found, indent=1))
+            temporary.replace(self.summary)
 
     def run(self, *lanes: Step | Sequence[Step]):
         """Runs the lanes side by side, the steps of a lane one after the other, and waits for all."""
@@ -144,9 +147,7 @@ class Runner:
         if late:
             _signal_group(process, step.stop)
             _ends_within(process, GRACE)
-        _signal_group(
-            process, signal.SIGKILL
-        )  # with what it has started; it is not reaped yet, so its number is its own
+        _signal_group(process, signal.SIGKILL)  # and its children; not reaped yet, its number is not reused
         code = process.wait()
         reader.join(1.0)  # a process that left the group may hold the pipe open for ever
         return code, lines, late
@@ -168,7 +169,7 @@ def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def last(lines: list[str], part: str = "") -> str:
-    """The last line that says something, and has ``part``."""
+    """The last line that is not blank and contains ``part``."""
     return next((line for line in reversed(lines) if line.strip() and part in line), "no result")
 
 
@@ -189,13 +190,13 @@ def die_with_parent():
 
 
 def _in_child():
-    """Before the command starts: it hears Ctrl-C even where a background job ignores it."""
+    """Runs in the child before the command: Ctrl-C reaches it even where a background job ignores that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
 
 
 def _signal_group(process: subprocess.Popen, number: int):
-    """To a process and its children, if they still run. It leads a group of its own."""
+    """Signals a process and its children, if they still run; the process leads a group of its own."""
     try:
         os.killpg(process.pid, number)
     except (ProcessLookupError, PermissionError):

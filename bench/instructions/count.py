@@ -5,10 +5,9 @@ each call. A busy machine changes nothing: one compiler's code gives the same co
 against figures.json, which has figures per compiler (by major version) and instruction set. Exit code 1 where a
 case executes more than MARGIN above its figure, or has none; where the figures lack the compiler, nothing is held.
 
-The margin: one instruction more in a step of the GEMM's inner loop must not pass, and that is 3.4 % of the large
-linear, but 2.4 to 2.8 % of attention and mlp (measured, AVX2). What the C library executes (memset, mostly), whose
-versions differ, is at most 2.2 % of a case. Instructions are not time: cache misses, long latencies and threads are for
-the benchmarks to find, and so is AVX-512, which valgrind does not know.
+The margin is such that one instruction more in a step of the GEMM's inner loop fails (docs/measured.md B1).
+Instructions are not time: cache misses, long latencies and threads are for the benchmarks to find, and so is AVX-512,
+which valgrind does not know.
 """
 
 import argparse

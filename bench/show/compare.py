@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import report, results
-from .results import Entry, Result
+from pygpt.progress import table as aligned
+
+from ..timing import results
+from ..timing.results import Entry, Result
+from . import table
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,22 @@ def changes(old: list[Result], new: list[Result]) -> list[Change]:
 
 
 def show(first: Path, second: Path) -> int:
-    """Prints the comparison -> 1 where one of ours became slower or failed, else 0. UsageError if there is nothing to compare."""
+    """Prints the comparison -> 1 where one of ours became slower or failed, else 0.
+
+    UsageError if the runs have nothing in common.
+    """
     documents = [results.read(path) for path in (first, second)]
-    old, new = (results.rows(document) for document in documents)
+    old, new = (results.results(document) for document in documents)
     found = changes(old, new)
     if not found:
         raise results.UsageError(f"{first} and {second} have no row in common")
-    heads = [report.head(results.about(document)["machine"]) for document in documents]
+    heads = [table.head(document["pygpt"]["machine"]) for document in documents]
     print("\n".join(dict.fromkeys(heads)))
     if heads[0].splitlines()[:2] != heads[1].splitlines()[:2]:
         print("These are two machines or set-ups: what differs may be theirs.")
-    print(table([change for change in found if change.new.ours or change.word != "same"]))
+    print(changes_table([change for change in found if change.new.ours or change.word != "same"]))
     then, now = ({(str(row), entry.name) for row in rows for entry in row.ours} for rows in (old, new))
-    failed = [set(report.failures(results.about(document))) for document in documents]
+    failed = [set(table.failures(document["pygpt"])) for document in documents]
     for what in sorted(failed[1] - failed[0]):
         print(f"FAILED in {second} only: {what}")
     if gone := then ^ now:
@@ -61,7 +67,7 @@ def show(first: Path, second: Path) -> int:
     return 1 if bad or failed[1] - failed[0] else 0
 
 
-def table(found: list[Change]) -> str:
+def changes_table(found: list[Change]) -> str:
     columns = dict.fromkeys(("op", "shape", "dtype", "direction", "candidate"), "<")
     columns |= dict.fromkeys(("A ms", "B ms", "B/A", "spread", "A MB", "B MB"), ">") | {"": "<"}
     lines = []
@@ -69,8 +75,8 @@ def table(found: list[Change]) -> str:
         word = "REGRESSION" if c.regression else c.word
         lines.append((
             c.row.op, c.row.shape, c.row.dtype, c.row.direction, c.new.name,
-            report.number(c.old.ms, 4), report.number(c.new.ms, 4), f"{c.factor:.2f}",
-            f"{results.margin(c.old, c.new):.0%}", report.megabytes(c.old.memory), report.megabytes(c.new.memory),
+            table.number(c.old.ms, 4), table.number(c.new.ms, 4), f"{c.factor:.2f}",
+            f"{results.margin(c.old, c.new):.0%}", table.megabytes(c.old.memory), table.megabytes(c.new.memory),
             (word, {"REGRESSION": "bold red", "faster": "green"}.get(word, "")),
         ))  # fmt: skip
-    return report.aligned(columns, lines)
+    return aligned(columns, lines)

@@ -9,15 +9,15 @@ from statistics import geometric_mean
 
 from pygpt.files import atomic
 
-from . import report
-from .results import Result, verdict
+from ..timing.results import Result, verdict
+from . import table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TITLES = {
     "ratios": "Ours beside PyTorch eager",
     "speed": "Speed by sequence length",
     "memory": "Memory of a call",
-    "roofline": "Ours below the machine's limits",
+    "roofline": "Ours and the machine's measured limits",
     "training": "Training",
 }
 WAYS = {"forward": "forward", "backward": "backward", "step": "training", "token": "decoding"}
@@ -29,14 +29,14 @@ def write(path: Path, rows: list[Result], about: dict, figures: dict):
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     page = template.render(
-        head=report.head(about["machine"]).splitlines(),
+        head=table.head(about["machine"]).splitlines(),
         machine=about["machine"],
         tiles=tiles(rows),
         figures=[(name, TITLES[name], inline(figure, name)) for name, figure in figures.items()],
         matplotlib=find_spec("matplotlib") is not None,
         peers=list(dict.fromkeys(peer.name for row in rows for peer in row.peers)),
         lines=[line(row, entry) for row in rows for entry in row.ours],
-        notes=report.notes(about),
+        notes=table.notes(about),
     )
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -44,16 +44,16 @@ def write(path: Path, rows: list[Result], about: dict, figures: dict):
 
 def line(row: Result, entry) -> dict:
     """A line of the table."""
-    word = verdict(row, entry)
     return {
-        "row": row, "entry": entry, "ms": report.number(entry.ms, 4), "rate": report.number(entry.rate),
-        "mb": report.megabytes(entry.memory), "verdict": word, "colour": word.split()[0],
-        "ratios": {peer.name: report.ratio(row, entry, peer.name) for peer in row.peers},
+        "row": row, "entry": entry, "ms": table.number(entry.ms, 4), "rate": table.number(entry.rate),
+        "mb": table.megabytes(entry.memory), "verdict": table.words(row, entry), "colour": verdict(row, entry),
+        "ratios": {peer.name: table.ratio(row, entry, peer.name) for peer in row.peers},
+        "fastest": table.fastest_peer(row, entry), "share": table.percent(entry.share),
     }  # fmt: skip
 
 
 def tiles(rows: list[Result]) -> list[tuple[str, list[tuple], str]]:
-    """Per dtype: its name; of each direction the mean ratio to PyTorch eager; how its rows stand to the fastest peers."""
+    """Per dtype: its name, for each direction the mean ratio to PyTorch eager, and the verdicts counted."""
     found = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
         pairs = [(row, entry) for row in rows for entry in row.ours if row.dtype == dtype and row.peers]
@@ -62,7 +62,7 @@ def tiles(rows: list[Result]) -> list[tuple[str, list[tuple], str]]:
             ratios = [r for row, entry in pairs if row.direction == direction and (r := row.ratio(entry))]
             if ratios:
                 figures.append((f"{geometric_mean(ratios):.2f}x", what, len(ratios)))
-        words = Counter(verdict(*pair).split()[0] for pair in pairs)
+        words = Counter(verdict(*pair) for pair in pairs)
         found.append((dtype, figures, ", ".join(f"{words[word]} {word}" for word in ("faster", "even", "slower"))))
     return found
 

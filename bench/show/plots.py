@@ -1,4 +1,4 @@
-"""The figures of a run, in matplotlib: what a table of a hundred rows cannot show at a glance."""
+"""The figures of a run, in matplotlib."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from pygpt.data import UsageError
 from pygpt.files import atomic
 
-from .results import Result, standard
+from ..timing.results import Result, standard
 
 OURS = {"cpp": "#d1495b", "cuda": "#d1495b", "triton": "#8f2d56", "torch": "#c17c74"}
 PEERS = ("#30638e", "#4c9f70", "#edae49", "#6d597a", "#00798c", "#9c6644", "#7f7f7f", "#b5838d")
@@ -38,7 +38,7 @@ def all_figures(rows: list[Result], machine: dict, curves: dict) -> dict | None:
 
 
 def write(figure, path: Path):
-    """As the suffix says; the same figure gives the same file."""
+    """Writes a figure in the format of the suffix; the same figure gives the same file."""
     import matplotlib
 
     with matplotlib.rc_context(TIDY), atomic(path) as temporary:
@@ -61,7 +61,7 @@ def _colours(rows: list[Result]) -> dict[str, str]:
 
 
 def _legend(figure, axes):
-    """Above everything, where it covers no data."""
+    """Places the legend above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4)
 
@@ -101,7 +101,7 @@ def ratios(rows: list[Result]):
 
 # ------------------------------------------------------------------------------- by sequence length
 def families(rows: list[Result]) -> list[list[Result]]:
-    """Attention rows that differ in nothing but the sequence length: the longest such list of each direction."""
+    """Attention rows that differ in the sequence length alone: the longest such list of each direction."""
     found = defaultdict(list)
     for row in rows:
         if row.op == "attention" and row.dims and row.dims["L"] == row.dims["S"]:
@@ -127,7 +127,7 @@ def by_length(rows: list[Result], what: str):
             entries = [(row.dims["L"], row.entries[name]) for row in members if name in row.entries]
             known = [(T, getattr(e, what)) for T, e in entries if getattr(e, what)]
             xs, ys = [T for T, _ in known], [y / 2**20 if what == "memory" else y for _, y in known]
-            thick = max(1, 3 - 0.6 * i)  # of lines that coincide, each shows below the next
+            thick = max(1, 3 - 0.6 * i)  # where lines coincide, the lower one is wider
             axes.plot(xs, ys, marker=mark, markersize=4, linewidth=thick, label=labels[name], color=colours[name])
         first = members[0]
         if what == "rate":
@@ -173,19 +173,20 @@ def memory_bars(rows: list[Result]):
 
 # ------------------------------------------------------------------------------- roofline
 def roofline(rows: list[Result], machine: dict):
-    """Where the standard rows of the first dtype stand below the machine's two limits."""
+    """The standard rows of the first dtype, and the machine's two measured limits in that dtype."""
     known = [row for row in standard(rows) if row.intensity and row.ours[0].share]
     known = [row for row in known if row.dtype == known[0].dtype]
-    if not known or "peak_gflops" not in machine:
+    if not known:
         return None
-    peak, copy = max(machine["peak_gflops"].values()), machine["copy_peak_gbs"]
+    dtype, memory = known[0].dtype, max(machine["copy_peak_gbs"], machine["read_peak_gbs"])
+    peak = machine["peak_gflops"][dtype]
     figure, (axes,) = _subplots(4)
-    places = [row.intensity for row in known] + [peak / copy / 10]  # the slope too
-    low, high = min(places) / 2, max(places) * 4
+    intensities = [row.intensity for row in known] + [peak / memory / 10]  # shows the slope too
+    low, high = min(intensities) / 2, max(intensities) * 4
     xs = [low * (high / low) ** (i / 200) for i in range(201)]
-    axes.plot(xs, [min(peak, copy * x) for x in xs], color="0.3", linewidth=1.5)
-    axes.annotate(f"{peak:.0f} GFLOP/s multiply-adds", (high, peak), ha="right", va="bottom")
-    axes.annotate(f"{copy:.0f} GB/s copy ", ((peak / copy) / 3, peak / 3), ha="right", va="bottom")
+    axes.plot(xs, [min(peak, memory * x) for x in xs], color="0.3", linewidth=1.5)
+    axes.annotate(f"{peak:.0f} GFLOP/s in {dtype}", (high, peak), ha="right", va="bottom")
+    axes.annotate(f"{memory:.0f} GB/s from memory ", ((peak / memory) / 3, peak / 3), ha="right", va="bottom")
     by_op = defaultdict(list)
     for row in known:
         by_op[row.op].append(row)
@@ -202,7 +203,7 @@ def roofline(rows: list[Result], machine: dict):
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_minor_formatter(lambda x, _: "")
-    axes.set(xlabel=f"FLOPs per byte that must move; {known[0].dtype}, hollow: backward", ylabel="GFLOP/s")
+    axes.set(xlabel=f"FLOPs per byte that must move; {dtype}, hollow: backward", ylabel="GFLOP/s")
     _legend(figure, axes)
     return figure
 

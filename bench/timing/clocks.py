@@ -1,14 +1,16 @@
-"""How calls are timed, turn by turn, and what the machine itself can do.
+"""How a block of calls is timed: `CpuClock` by the host's clock, `CudaClock` by events on the stream.
 
-Machines drift, so two numbers taken a minute apart say nothing about each other. A race goes round its
-candidates, a block of calls each, in an order drawn anew for each round; what is compared are medians.
-Every call takes the next of several input sets, so that data comes from where a model would find it.
+On a CPU a block repeats short calls until they fill BLOCK seconds, and every call takes the next of several input sets,
+so that its data comes from where a model would find it.
+
+On a GPU a block is one call. The stream first gets two things that are not timed: a spin (`torch.cuda._sleep`), which
+gives the host time to queue the whole call, so that a short kernel's launch does not show as idle time; and a write
+over several times the L2 cache, so that the call finds its data in memory. The written lines stay dirty: the call pays
+for writing them back, as it pays in a model for the output of the op before it.
 """
 
 import glob
-import itertools
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -18,29 +20,56 @@ from functools import partial
 import torch
 
 import pygpt
-from pygpt import verify
+from pygpt.functional import linear
 
-BLOCK = 0.004  # seconds: short calls are repeated to fill a block, far above the timer's resolution
-LEAST = {0.5: 5, 5.0: 3, math.inf: 1}  # a candidate's block takes less than so many seconds: rounds at least
-MOST = 200  # rounds
-SLOW, PATIENCE = 10, 0.1  # times the fastest block, and seconds: a candidate that is in its fewest rounds only
+BLOCK = 0.004  # seconds: far above the resolution of the timer
 MAX_SETS = 8
+ESTIMATES = 3  # calls that tell how long a candidate takes, on the device and on the host
+FLUSHED_BYTES = 256 << 20  # written between two calls on a GPU: at least this, and four times the L2 cache
 
 
-# ------------------------------------------------------------------------------- what is measured
 @dataclass(frozen=True)
-class Work:
-    """One op on one set of inputs, as its set-up function in ops.py describes it."""
+class Block:
+    """Calls of one candidate that are timed together. The candidate is warm."""
 
-    ours: Callable  # ours(*tensors) -> a tensor or a tuple of them
-    eager: Callable  # the same in plain PyTorch
-    tensors: tuple
-    amount: tuple[float, float]  # forward, backward: FLOPs, or elements read and written
-    bound: str = "compute"  # or "memory"
+    call: Callable
+    calls: int = 1
+    head_start: float = 0.0  # seconds that the host gets to queue the call before the device begins
+    seconds: float = 0.0  # what the block costs, about
+
+
+@dataclass
+class Times:
+    """Seconds per call of one candidate, block by block."""
+
+    block: Block
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)  # on a GPU: until the call returned
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the host was usually late, so that its time shows in the device's."""
+        return statistics.median(self.host) > self.block.head_start > 0
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The best that this machine did in this run, on all threads."""
+
+    flops: dict[str, float]  # dtype -> GFLOP/s
+    source: dict[str, str]  # dtype -> what reached it
+    copy: float  # Tensor.copy_ of memory far larger than the caches, read plus write, GB/s
+    read: float  # Tensor.sum of it, GB/s
+    cpu_share: float | None = None  # the part of the cores' time that this process got meanwhile
+
+    @property
+    def memory(self) -> float:
+        """GB/s. A copy also reads what it overwrites; of a kernel that avoids this, a plain read is the limit."""
+        return max(self.copy, self.read)
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache a core can reach; 32 MiB where the system doesn't say."""
+    """Bytes of the largest cache that a core can reach; 32 MiB where the system doesn't say."""
     sizes = [0]
     for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
         with open(path) as file:
@@ -48,160 +77,131 @@ def last_level_cache() -> int:
     return max(sizes) or 32 << 20
 
 
-def input_sets(setup: Callable[[], Work]) -> list[Work]:
-    """Two to MAX_SETS sets of inputs, together twice the last-level cache where that many suffice."""
-    first = setup()
-    size = sum(t.nbytes for t in first.tensors)
-    count = min(MAX_SETS, max(2, math.ceil(2 * last_level_cache() / max(size, 1))))
-    return [first, *(setup() for _ in range(count - 1))]
-
-
-def caller(function: Callable, tensors: list[tuple], direction: str, skip: int = 0) -> Callable:
-    """Called without arguments, runs ``function`` on the next set; "backward": only its gradients."""
-    calls = [prepared(function, ts, direction) for ts in tensors]
-    ring = itertools.cycle(calls[skip:] + calls[:skip])
-
-    def call():
-        next(ring)()  # the result is dropped here: its release is part of the time, on all sides alike
-
-    return call
-
-
-def prepared(function: Callable, tensors: tuple, direction: str) -> Callable:
-    """A call without arguments -> its results: the outputs, or the gradients of all ``tensors``."""
-    if direction == "forward":
-        return partial(function, *tensors)
-    outputs, leaves = _forward(function, tensors)
-    grads = [torch.empty_like(o).copy_(torch.randn(o.shape, device=o.device)) for o in outputs]  # laid out as outputs
-    return partial(torch.autograd.grad, outputs, leaves, grads, retain_graph=True)
-
-
-def once(function: Callable, tensors: tuple, direction: str) -> Callable:
-    """A call without arguments that keeps nothing: forward, or forward and backward."""
-    if direction == "forward":
-        return partial(function, *tensors)
-
-    def both():
-        outputs, leaves = _forward(function, tensors)
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
-
-    return both
-
-
-def _forward(function, tensors):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    return verify.as_tuple(function(*leaves)), leaves
-
-
-# ------------------------------------------------------------------------------- how
-@dataclass
-class Times:
-    """Seconds per call of one candidate, block by block."""
-
-    calls: int  # in a block
-    seconds: list[float] = field(default_factory=list)
-
-
+# ------------------------------------------------------------------------------- CPU
 class CpuClock:
     device = "cpu"
 
+    def input_sets(self, size: int) -> tuple[int, bool]:
+        """How many sets of inputs of ``size`` bytes, and whether they come from memory: together twice the cache."""
+        needed = math.ceil(2 * last_level_cache() / max(size, 1))
+        return min(MAX_SETS, max(2, needed)), needed <= MAX_SETS
+
     def estimate(self, call: Callable) -> float:
-        """Seconds of a call, warm: the best of those that fit into a twentieth of a second, at least two if quick."""
-        best = first = _block(call, 1)
+        """Seconds of a warm call: the best of those that fit into a twentieth of a second, at least two if quick."""
+        best = first = self.once(call)
         end = time.perf_counter() + 0.05
         while first < 0.5 and (best == first or time.perf_counter() < end):
-            best = min(best * (1 - 1e-9), _block(call, 1))
+            best = min(best * (1 - 1e-9), self.once(call))
         return best
 
-    def race(self, calls: dict[str, Callable], estimates: dict[str, float], seconds: float) -> dict[str, Times]:
-        """Times the candidates turn by turn in blocks for about ``seconds`` each. They must be warm."""
-        times = {name: Times(max(1, math.ceil(BLOCK / estimates[name]))) for name in calls}
-        rounds = rounds_of({name: times[name].calls * estimates[name] for name in calls}, seconds)
-        turns = random.Random(0)
-        for i in range(max(rounds.values())):
-            here = [name for name in calls if i < rounds[name]]
-            for name in turns.sample(here, len(here)):
-                times[name].seconds.append(_block(calls[name], times[name].calls))
-        return times
+    def block(self, call: Callable) -> Block:
+        seconds = self.estimate(call)
+        calls = max(1, math.ceil(BLOCK / seconds))
+        return Block(call, calls, seconds=calls * seconds)
 
-    def peaks(self, dtypes, quick: bool) -> "Peaks":
-        return measure_peaks(dtypes, quick)
+    def time(self, blocks: list[Block]) -> list[tuple[float, float]]:
+        """(device, host) seconds per call of each block."""
+        return [(self.once(block.call, block.calls), 0.0) for block in blocks]
 
+    def once(self, call: Callable, calls: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
 
-class GpuClock:
-    """The same face over gpu_timer.py: events on the stream, a cold L2 cache, a full queue."""
+    def release(self):
+        pass
 
-    device = "cuda"
+    def peaks(self, dtypes, quick: bool = False) -> Peaks:
+        seconds = 0.3 if quick else 1.0
+        wall, cpu = time.perf_counter(), time.process_time()
+        fma = max(fma_rate(100) for _ in range(3 if quick else 10))
+        flops, source = {}, {}
+        for name in dtypes:
+            operands = [torch.randn(2048, 2048).to(getattr(torch, name)) for _ in range(2)]
+            rates = {"multiply-adds": fma}
+            for what, product in (("PyTorch's matmul", torch.mm), ("our linear", linear)):
+                rates[what] = 2 * 2048**3 / self._best(partial(product, *operands), seconds) / 1e9
+            source[name] = max(rates, key=rates.get)
+            flops[name] = rates[source[name]]
+        share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
+        original = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
+        target = torch.empty_like(original).fill_(0.0)
+        copy = 2 * original.nbytes / self._best(lambda: target.copy_(original), seconds) / 1e9
+        read = original.nbytes / self._best(original.sum, seconds) / 1e9
+        return Peaks(flops, source, copy, read, share)
 
-    def __init__(self):
-        from . import cuda as gpu_timer
-
-        self.by, self.timer = gpu_timer, gpu_timer.CudaTimer()
-
-    def estimate(self, call):
-        return self.timer.time([(call, 0.0)])[0][0] / 1e3
-
-    def race(self, calls, estimates, seconds):
-        timings = self.by.race(self.timer, calls, seconds * len(calls))
-        return {name: Times(1, [ms / 1e3 for ms in timing.device]) for name, timing in timings.items()}
-
-    def peaks(self, dtypes, quick):
-        limits = self.by.limits(self.timer, dtypes)
-        copy = limits["copy"] * 1e3  # a plain read's too
-        return Peaks({name: limits[name] * 1e3 for name in dtypes}, f"{self.by.GEMM}^3 matmul", copy, copy)
-
-
-def rounds_of(cost: dict[str, float], seconds: float) -> dict[str, int]:
-    """How many rounds each candidate is in, by the seconds of its block: all in as many, the slow in their fewest."""
-    least = lambda block: next(rounds for limit, rounds in LEAST.items() if block < limit)
-    slow = max(PATIENCE, SLOW * min(cost.values()))
-    mean = statistics.mean(block for block in cost.values() if block <= slow)
-    usual = min(MOST, max(least(mean), int(seconds / mean)))
-    return {name: usual if block <= slow else least(block) for name, block in cost.items()}
-
-
-def _block(call, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
+    def _best(self, call, seconds: float) -> float:
+        """Seconds of the fastest call. A slow one, such as an emulated 16-bit product, is timed once."""
         call()
-    return (time.perf_counter() - start) / calls
-
-
-# ------------------------------------------------------------------------------- the machine
-@dataclass(frozen=True)
-class Peaks:
-    """The best this machine did in this run, all threads."""
-
-    flops: dict[str, float]  # dtype -> GFLOP/s; CPU: float32 multiply-adds, the yardstick for every dtype
-    flops_by: str
-    copy: float  # Tensor.copy_ of memory far larger than the caches, read plus write, GB/s
-    read: float  # Tensor.sum of it, GB/s
-    cpu_share: float | None = None  # of the cores' time, what this process got while measuring the first
-
-
-def measure_peaks(dtypes, quick: bool = False) -> Peaks:
-    seconds = 0.3 if quick else 1.0
-    a, b = torch.randn(2, 2048, 2048)
-    wall, cpu = time.perf_counter(), time.process_time()
-    matmul = 2 * 2048**3 / _best(lambda: torch.mm(a, b), seconds) / 1e9
-    cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
-    fma = max(fma_rate(100) for _ in range(3 if quick else 10))
-    source = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
-    target = torch.empty_like(source).fill_(0.0)
-    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
-    read = source.nbytes / _best(source.sum, seconds) / 1e9
-    by = "multiply-add loop" if fma >= matmul else "2048 x 2048 matmul"
-    return Peaks(dict.fromkeys(dtypes, max(fma, matmul)), by, copy, read, cpu_share)
+        times, end = [], time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            times.append(self.once(call))
+        return min(times)
 
 
 def fma_rate(milliseconds: int) -> float:
-    """GFLOP/s of the extension's multiply-add loop; 0 where it isn't built."""
+    """GFLOP/s of the extension's loop of float32 multiply-adds; 0 where the extension isn't built."""
     return pygpt._C.fma_rate(milliseconds) if hasattr(pygpt, "_C") else 0.0
 
 
-def _best(call, seconds: float) -> float:
-    call()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        times.append(_block(call, 1))
-    return min(times)
+# ------------------------------------------------------------------------------- GPU
+class CudaClock:
+    device = "cuda"
+    MATMUL, COPIED_BYTES = 8192, 1 << 30  # what the peaks are measured on
+
+    def __init__(self):
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self.buffer = torch.empty(max(FLUSHED_BYTES, 4 * l2), dtype=torch.int8, device=self.device)
+        self.cycles = self.flush = 0.0  # cycles of the spin per second; seconds of a flush
+        self.flush = min(self.once(self.buffer.zero_) for _ in range(5))
+        self.cycles = 1e7 / min(self.once(lambda: torch.cuda._sleep(10_000_000)) for _ in range(3))
+
+    def input_sets(self, size: int) -> tuple[int, bool]:
+        """One set suffices, because the cache is flushed before every call."""
+        return 1, True
+
+    def block(self, call: Callable) -> Block:
+        self.time([Block(call)] * 2)
+        host = statistics.median(self.time([Block(call)])[0][1] for _ in range(ESTIMATES))
+        block = Block(call, head_start=min(1.5 * host + 3e-5, 0.02))
+        device = statistics.median(self.time([block])[0][0] for _ in range(ESTIMATES))
+        return Block(call, 1, block.head_start, device + block.head_start + self.flush)
+
+    def time(self, blocks: list[Block]) -> list[tuple[float, float]]:
+        """(device, host) seconds of each call. All calls are queued before the first is awaited."""
+        torch.cuda.synchronize()
+        events, hosts = [], []
+        for block in blocks:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if cycles := int(block.head_start * self.cycles):
+                torch.cuda._sleep(cycles)
+            self.buffer.zero_()
+            start.record()
+            began = time.perf_counter()
+            block.call()
+            hosts.append(time.perf_counter() - began)
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [(start.elapsed_time(end) / 1e3, host) for (start, end), host in zip(events, hosts, strict=True)]
+
+    def once(self, call: Callable, head_start: float = 0.0) -> float:
+        return self.time([Block(call, head_start=head_start)])[0][0]
+
+    def release(self):
+        """Gives memory back between rows. Raises if an earlier kernel broke the device's context."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def peaks(self, dtypes, quick: bool = False) -> Peaks:
+        best = lambda call: min(self.once(call, 5e-5) for _ in range(13))
+        flops, n = {}, self.MATMUL
+        for name in dtypes:
+            operands = [torch.randn(n, n, device=self.device).to(getattr(torch, name)) for _ in range(2)]
+            flops[name] = 2 * n**3 / best(partial(torch.mm, *operands)) / 1e9
+        original = torch.randint(127, (self.COPIED_BYTES,), dtype=torch.int8, device=self.device)
+        target, numbers = torch.empty_like(original), original.view(torch.float32)
+        copy = 2 * original.nbytes / best(lambda: target.copy_(original)) / 1e9
+        read = original.nbytes / best(numbers.sum) / 1e9
+        return Peaks(flops, dict.fromkeys(dtypes, f"{n}^3 matmul"), copy, read)

@@ -1,15 +1,14 @@
-"""Peak memory of one call: what it needs at its worst moment, beyond what was there before it began.
+"""Peak memory of one call, in addition to what was allocated before it began.
 
-On a GPU the caching allocator counts. A CPU has several allocators (PyTorch's, MKL's and oneDNN's scratch, the
-kernels' own), so the kernel counts there: free heap pages are given back, the high-water mark of resident memory
-is reset, and after the call the mark less the memory resident before it is the figure. All that the call touched is
-in it, results too. It runs in a thread of its own, for which OpenMP starts other workers: what libraries and our own kernels
-keep for each thread from call to call counts as well.
+On a GPU the caching allocator counts. On a CPU several allocators are at work (PyTorch's, the scratch of MKL and
+oneDNN, our kernels' own), so the operating system counts: free heap pages are returned, the high-water mark of resident
+memory is reset, and the mark after the call less the memory resident before it is the figure. Results are part of it.
+The call runs in a thread of its own, for which OpenMP starts new workers, so that buffers which libraries and our
+kernels keep for each thread count as well.
 
-Meanwhile every block of any size comes from mmap, so that what a call frees is gone at once; otherwise a 4 MB block
-placed beside a freed one of 16 MB counted as 20 MB. The C library looks among the heap's free blocks first: those are
-taken before the call and freed after it. Afterwards, its thresholds are where they arrive by themselves in a program
-that has once freed a block of 32 MB.
+During the call every large block comes from mmap, so that freed memory is returned at once (docs/measured.md B2). The
+C library prefers free blocks of the heap: they are taken before the call and freed after it. Afterwards the C library's
+thresholds are those of a program that has once freed 32 MB.
 """
 
 import ctypes
@@ -81,8 +80,10 @@ def resident(which: str) -> int:
     return _kilobytes("/proc/self/status")[which] * 1024
 
 
-def available() -> int | None:
-    """Bytes the system can still give; None where it doesn't say."""
+def available(device: str = "cpu") -> int | None:
+    """Bytes that the device can still give; None where the system doesn't say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         return _kilobytes("/proc/meminfo")["MemAvailable"] * 1024
     except (OSError, KeyError):

@@ -1,122 +1,136 @@
-"""One run: measures row after row inside pytest, keeps what it has in a file, shows how far it is.
-
-A Run is a pytest plugin. Each row is one item of suite.py; each candidate of a row becomes a benchmark of
-pytest-benchmark's, whose statistics and file format these are.
-"""
+"""The engine: measures row after row on a CPU or a GPU, and keeps what it has measured."""
 
 import gc
 import time
 from collections.abc import Callable
 
-import pytest
+import torch
 
 from pygpt.progress import Progress
 
-from ..cases.gpu import reason
-from ..show import report, results
-from . import candidates
-from . import clocks as harness
-from .candidates import Row
+from ..cases.refusal import reason
+from ..cases.rows import Row
+from ..show import table
+from . import candidates, machine, results
+from .clocks import CpuClock, CudaClock, Times
+from .race import race
+
+COMPILE_SHARE = 0.35  # of the budget, for preparing torch.compile
 
 
-def of(config) -> "Run | None":
-    """The Run that takes part in a pytest session."""
-    return next((plugin for plugin in config.pluginmanager.get_plugins() if isinstance(plugin, Run)), None)
+class Broken(BaseException):
+    """The device no longer works in this process."""
 
 
 class Run:
-    """``options`` are command.py's, completed; ``save`` gets the document after each row."""
+    """``options`` are complete (see cli.py); ``save`` gets the document after each row."""
 
-    def __init__(self, options, save: Callable[[dict], None] = lambda document: None):
-        self.options, self.save = options, save
-        self.start = time.monotonic()
+    def __init__(self, options, save: Callable[[dict], None] = lambda document: None, now=time.monotonic):
+        self.options, self.save, self.now, self.start = options, save, now, now()
+        self.clock = CudaClock() if options.device == "cuda" else CpuClock()
         self.about = {"absent": options.absent, "refused": {}, "failed": [], "left_out": []}
-        self.peaks = self.progress = self.document = None
-        self.done = 0
+        self.benchmarks: list[dict] = []
+        self.times: dict[str, Times] = {}  # by the full name of a benchmark
+        self.compile_left = COMPILE_SHARE * (options.budget or float("inf"))
+        self.done, self.stopped = 0, ""
 
-    # --------------------------------------------------------------------- pytest's side
-    def pytest_sessionstart(self, session):
-        self.session = session.config._benchmarksession
+    @property
+    def document(self) -> dict | None:
+        """What there is so far; None before anything is known about the machine."""
+        return results.document(self.benchmarks, self.about) if "machine" in self.about else None
 
-    def pytest_collection_finish(self, session):
-        self.progress = Progress("measuring", max(len(session.items), 1), steady=True)
-        self.about["left_out"] = [str(item.callspec.params["row"]) for item in session.items]
+    def measure(self, rows: list[Row]):
+        """Everything, until the budget is spent or somebody asks to stop."""
+        try:
+            self.begin(rows)
+            for row in rows:
+                self.row(row)
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+        except Broken as e:
+            self.stopped = "broken"
+            self.fail(row, "", f"the device is unusable after an error: {e}")
+        finally:
+            self.end()
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtestloop(self, session):
-        """Before the first row."""
-        if not session.items or session.config.option.collectonly or self.session.disabled:
-            return
-        hook, config = session.config.hook, session.config
-        self.frame = {"config": config, "include_data": False, "machine_info": self.session.get_machine_info()}
-        self.frame["commit_info"] = hook.pytest_benchmark_generate_commit_info(config=config)
+    def begin(self, rows: list[Row]):
+        self.about["left_out"] = [str(row) for row in rows]
+        self.progress = Progress("measuring", max(len(rows), 1), steady=True)
         self.progress.__enter__()
         self.progress.update(0, "the machine's peaks")
-        self.clock = harness.GpuClock() if self.options.device == "cuda" else harness.CpuClock()
-        self.peaks = self.clock.peaks(tuple(dict.fromkeys([*self.options.dtypes, "float32"])), self.options.quick)
-        self.about["machine"] = report.machine(self.peaks, self.options)
-        self.progress.print(report.head(self.about["machine"]) + "\n")
+        dtypes = tuple(dict.fromkeys([*self.options.dtypes, "float32"]))
+        self.peaks = self.clock.peaks(dtypes, self.options.quick)
+        self.about["machine"] = machine.describe(self.peaks, self.clock, self.options)
+        self.progress.print(table.head(self.about["machine"]) + "\n")
         gc.collect()
-        gc.freeze()  # what importing left behind; collections in a timed block then look at little else
+        gc.freeze()  # later collections, which may fall into a timed block, ignore what importing left behind
 
-    def pytest_sessionfinish(self):
-        if self.peaks:
-            gc.unfreeze()
-            self.progress.__exit__()
+    def end(self):
+        """The peaks again, which shows how far the machine has drifted."""
+        gc.unfreeze()
+        if "machine" in self.about:
+            if self.in_time() and not self.stopped:
+                again = self.clock.peaks(tuple(self.peaks.flops), quick=True)
+                self.about["machine"]["peaks_after"] = again.flops | {"copy": again.copy}
+            self.about["machine"]["used_s"] = self.now() - self.start
             self.keep()
+        self.progress.__exit__()
 
-    def pytest_benchmark_update_machine_info(self, machine_info):
-        machine_info.pop("node", None)  # a machine's name says nothing about its speed
-        machine_info.get("cpu", {}).pop("flags", None)  # those that matter are in ours
-
-    def pytest_benchmark_update_json(self, output_json):
-        output_json["pygpt"] = self.about
+    def in_time(self) -> bool:
+        return not self.options.budget or self.now() - self.start < self.options.budget
 
     # --------------------------------------------------------------------- rows
-    def measure(self, row: Row):
-        """Measures a row, or notes why not."""
-        if self.session.disabled:
+    def row(self, row: Row):
+        """Measures a row, or notes why not. An error costs this row alone, unless it broke the device."""
+        if not self.in_time():
             return
-        budget = self.options.budget
-        if not budget or time.monotonic() - self.start < budget:
-            try:
-                self.race(row)
-            except Exception as e:  # noqa: BLE001 - costs this row alone
-                self.fail(row, "", reason(e))
-            self.about["left_out"].remove(str(row))
-            self.keep()
+        try:
+            self.race(row)
+        except torch.OutOfMemoryError as e:
+            self.about["refused"].setdefault(reason(e), []).append(str(row))
+        except Exception as e:  # noqa: BLE001 - it is reported
+            self.fail(row, "", reason(e))
+        self.about["left_out"].remove(str(row))
+        try:
+            self.clock.release()
+        except Exception as e:
+            raise Broken(reason(e)) from e
+        self.keep()
         self.done += 1
         self.progress.update(self.done, "")
 
     def race(self, row: Row):
-        o = self.options
-        say = lambda name: self.progress.update(self.done, f"{row}: {name}")
-        found = candidates.prepare(row, o.backends, o.peers, self.peaks, self.clock, say)
-        for name, why in found.failed.items():
+        o, began = self.options, {}
+
+        def log(name: str):
+            began[name] = self.now()
+            self.progress.update(self.done, f"{row}: {name}")
+
+        peers = {name: peer for name, peer in o.peers.items() if name != "compile" or self.compile_left > 0}
+        run = candidates.prepare(row, o.backends, peers, self.peaks, self.clock, log)
+        if "compile" in began:  # until the next candidate's turn
+            later = [t for t in began.values() if t > began["compile"]]
+            self.compile_left -= min(later, default=self.now()) - began["compile"]
+        for name, why in run.failed.items():
             self.fail(row, name, why)
-        for name, why in found.refused.items():
+        if len(peers) < len(o.peers):
+            run.refused["compile"] = "it has used its share of the budget"
+        for name, why in run.refused.items():
             self.about["refused"].setdefault(f"{name}: {why}", []).append(str(row))
-        if any(found.about[name]["ours"] for name in found.calls):
-            times = self.clock.race(found.calls, found.estimates, o.seconds)
-            for name in found.about:
-                if name in times:
-                    results.add(self.session, row, found, name, times[name])
-            self.progress.print(report.line(results.rows(self.collect())[-1]))
+        if o.prepare or not any(run.facts[name]["ours"] for name in run.blocks):
+            return
+        times = race(self.clock, run.blocks, o.seconds)
+        for name in (name for name in run.facts if name in times):
+            self.benchmarks.append(results.benchmark(row, run, name, times[name]))
+            self.times[self.benchmarks[-1]["fullname"]] = times[name]
+        self.progress.print(table.line(results.results(self.document)[-1]))
 
     def fail(self, row: Row, name: str, why: str):
-        self.about["failed"].append({**row.about, "candidate": name, "why": why})
+        self.about["failed"].append({**row.facts, "candidate": name, "why": why})
         self.progress.print(f"FAILED: {row} {name}: {why}")
 
-    # --------------------------------------------------------------------- what there is so far
-    def collect(self) -> dict:
-        hook, benchmarks = self.frame["config"].hook, self.session.benchmarks
-        document = hook.pytest_benchmark_generate_json(benchmarks=benchmarks, **self.frame)
-        hook.pytest_benchmark_update_json(config=self.frame["config"], benchmarks=benchmarks, output_json=document)
-        return document
-
     def keep(self):
-        self.document = self.collect()
         try:
             self.save(self.document)
-        except OSError as e:  # a full disk, perhaps: the table is still to come
+        except OSError as e:  # perhaps a full disk; the table is still printed
             self.progress.print(f"not written: {e}")
