@@ -3,6 +3,7 @@
 import pytest
 
 from bench.compiled import sass as gpu_code
+from bench.compiled import table
 
 
 def sass(listing: str) -> str:
@@ -180,7 +181,7 @@ def judged(must="", **row) -> str:
     result = gpu_code.Result("call", "gemm", "bf16", "sm90", "128,128", warps=8, registers=112, shared=98336, **row)
     result.judge(must)
     assert result.blocks_per_sm == 2
-    (line,) = gpu_code.table([result]).splitlines()[1:]
+    (line,) = table.table([result]).splitlines()[1:]
     assert line.endswith(f"WRONG: {result.wrong}") == bool(result.wrong)
     return result.wrong
 

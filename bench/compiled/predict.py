@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from pygpt.progress import table as aligned
+
 from ..cases import goals, ops, shapes
 from ..cases.goals import EXPECTED, Expected
 from . import pipes, schedule
@@ -307,7 +309,7 @@ def predictions(backends: list[str], only: str) -> list[Prediction]:
 def rates(found: list[Prediction], result: Path | None) -> str:
     """Predictions beside estimates, bars, goals, peers and what a GPU measured; TFLOP/s, of norms TB/s."""
     head = "op,shape,direction,ours,predicted,by hand,ratio,bar,goal,best peer,measured,of predicted,bound by"
-    lines = [head.split(",")]
+    lines = []
     measured = goals.measured(result) if result else {}
     for p in found:
         row, hand = p.row, p.row.by_hand[p.backend]
@@ -317,26 +319,21 @@ def rates(found: list[Prediction], result: Path | None) -> str:
         numbers += [f"{got:.3g}", f"{got / p.rate:.2f}"] if got else ["", ""]
         bound = f"{p.longest.launch.kernel}: {p.longest.bound}"
         lines.append([row.op, row.shape, row.direction, p.backend, *numbers, bound])
-    return columns(lines)
+    return aligned(dict.fromkeys(head.split(","), "<"), lines)
 
 
 def steps(found: list[Prediction]) -> str:
     """The kernels that were simulated: cycles that one step of a block's main loop takes on a multiprocessor."""
     shown = ("tensor", "mufu", "fma", "alu", "shared", "issue")
     head = ["op", "shape", "direction", "ours", "kernel", "blocks", "warps", "instructions", "steps", "cycles", *shown]
-    lines = [[*head, "us", "bound by"]]
+    lines = []
     for p in found:
         for k in p.kernels:
             size = [str(k.launch.resident), str(k.launch.warps), str(k.instructions), f"{k.trips:.1f}"]
             cycles = [f"{n:.0f}" for n in (k.time.step, *(k.time.busy[pipe] for pipe in shown))]
             about = [p.row.op, p.row.shape, p.row.direction, p.backend, k.launch.kernel]
             lines.append([*about, *size, *cycles, f"{k.seconds * 1e6:.0f}", k.bound])
-    return columns(lines)
-
-
-def columns(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(dict.fromkeys([*head, "us", "bound by"], "<"), lines)
 
 
 NEAR = 0.25

@@ -72,19 +72,6 @@ class Result:
             self.wrong = "wgmma instructions are serialized"
 
 
-def table(results: list[Result]) -> str:
-    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "in loops",
-            "shared", "blocks", "occupancy", "tensor cores", "serialized", "")  # fmt: skip
-    lines = [head] + [
-        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled), str(r.loop_spills),
-         str(r.shared), str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, r.serialized,
-         f"WRONG: {r.wrong}" if r.wrong else "")
-        for r in results
-    ]  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
 # ------------------------------------------------------------------------------- NVIDIA's machine code
 @dataclass
 class Function:

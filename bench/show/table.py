@@ -23,6 +23,8 @@ def head(m: dict) -> str:
     flops = [f"{dtype} {rate(value, 'GFLOP/s')} ({by[dtype]})" for dtype, value in m["peak_gflops"].items()]
     memory = [f"{kind} {rate(m[f'{kind}_peak_gbs'], 'GB/s')}" for kind in ("copy", "read") if f"{kind}_peak_gbs" in m]
     lines = [f"{name}, torch {m['torch']}", isa, f"peaks: {', '.join([*flops, *memory])}"]
+    if m.get("clocks"):
+        lines.append(f"under load: {', '.join(f'{k} {v}' for k, v in m['clocks'].items())}")
     for kind, after in m.get("peaks_after", {}).items():
         before = m["copy_peak_gbs"] if kind == "copy" else m["peak_gflops"][kind]
         if abs(change := after / before - 1) > DRIFT:
