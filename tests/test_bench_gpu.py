@@ -239,6 +239,18 @@ def test_check_finds_tf32():
     assert check.compare(y, exact, wide).wrong and not check.compare(exact, exact, wide).wrong
 
 
+def test_check_allows_for_a_row_that_cancels():
+    """As the first row of a causal dq, of which rounding alone is left."""
+    wide = torch.randn(64, 8).double()
+    wide[0] = 0
+    eager = wide.float()
+    off = eager.clone()
+    off[0] = 1e-8
+    assert not check.compare(off, eager, wide).wrong
+    off[0] = 1e-4
+    assert check.compare(off, eager, wide).wrong
+
+
 def test_check_looks_at_dtypes_and_zeros():
     x, zero = torch.randn(3, 4), torch.zeros(3, 4)
     assert check.compare(x.double(), x, x.double()).wrong and not check.compare(x, x, x.double()).wrong

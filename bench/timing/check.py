@@ -20,7 +20,7 @@ from .calls import drawn, prepared
 
 FACTOR = 4.0
 OFF = 0.05  # far above any rounding
-BLOCKS = 64
+BLOCKS, ROWS = 64, 4  # blocks at most, and their rows at least: in one row, all but rounding can cancel
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ def compare(x: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> Errors:
 
 
 def _squares(t: torch.Tensor) -> torch.Tensor:
-    """Sums of squares over up to BLOCKS blocks of rows (of all heads together), in float64."""
+    """Sums of squares over blocks of rows (of all heads together), in float64."""
     t = t.movedim(-2, 0).flatten(1) if t.dim() > 1 else t[None]
-    return torch.stack([block.sum() for block in t.square().sum(1, dtype=torch.float64).chunk(BLOCKS)])
+    blocks = min(BLOCKS, max(1, len(t) // ROWS))
+    return torch.stack([block.sum() for block in t.square().sum(1, dtype=torch.float64).chunk(blocks)])
 
 
 def same_model(found: tuple, eager: tuple):
