@@ -187,7 +187,7 @@ TABLE: dict[str, Backend] = _Table()  # backends.py fills it
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer of `explain`: the backend that serves the call, and why each one before it does not."""
+    """The answer of `explain`: the backend that serves the call, or None, and the reasons of each that does not."""
 
     op: str
     backend: str | None
@@ -224,11 +224,13 @@ def named(name: str) -> Backend:
 def backend(name: str) -> Iterator[None]:
     """``with pygpt.backend("torch"): ...`` serves every op inside with that backend.
 
-    name: "cpp", "cuda", "triton" or "torch". ValueError if the name is unknown, RuntimeError if the backend is not
-    available here. The choice holds for the current thread, and a backward pass uses the backend of its forward pass.
-    The environment variable PYGPT_BACKEND chooses for a whole process. torch.utils.checkpoint computes the forward pass
-    again in backward, outside this context: pass it ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))``
-    and use_reentrant=False.
+    ``name`` is "cpp", "cuda", "triton" or "torch". An unknown name raises ValueError, a backend that is not available
+    here RuntimeError, and so does a call inside that the backend cannot serve. The choice holds for the current thread,
+    and a backward pass uses the backend of its forward. The environment variable PYGPT_BACKEND does the same for a
+    whole process.
+
+    torch.utils.checkpoint computes a forward again when backward runs, outside this context. Give it
+    ``context_fn=lambda: (pygpt.backend(name), pygpt.backend(name))`` and ``use_reentrant=False``.
     """
     named(name)
     previous = state.chosen, state.cache
@@ -286,12 +288,11 @@ def _objections(
 
 
 def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
-    """Which backend would serve ``op(*args, **kwargs)``, and why each one before it would not.
+    """Tells which backend would serve ``op(*args, **kwargs)``, and why each one before it would not.
 
-    op: a function of `pygpt.functional`, its name, or the op's name in `pygpt info`. Returns a `pygpt.Choice` with
-    ``op``, ``backend`` and ``rejected`` (backend name -> list of reasons); nothing is computed.
-
-    >>> print(pygpt.explain("layer_norm", x, (768,)))
+    ``op`` is a function of `pygpt.functional`, its name, or the op's name in ``pygpt info``; another one raises
+    ValueError. The result is a `pygpt.Choice`. Nothing is computed. ``print(pygpt.explain("layer_norm", x, (768,)))``
+    shows the choice in lines.
     """
     known = {**{o.public.__name__: o for o in OPS.values()}, **OPS}
     known_op = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)

@@ -20,7 +20,10 @@ from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear
 
 @dataclass
 class GPTConfig:
-    """The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64. ValueError for impossible shapes."""
+    """The shape of a `GPT`. The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64.
+
+    ``bias`` is for every Linear and LayerNorm. Impossible shapes raise ValueError.
+    """
 
     vocab_size: int = 50304
     block_size: int = 1024
@@ -62,7 +65,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """idx (B, T) -> logits, loss; see `forward`. ValueError for shapes that do not fit the configuration.
+    """GPT-2's architecture (Radford et al. 2019) with nanoGPT's parameter names: idx (B, T) -> logits, loss.
 
     The token embedding is the weight of lm_head, one parameter under two names. It stays one parameter when the model
     is moved, copied, pickled, emptied (`to_empty`) or loaded, also with assign=True and from a state dict with only one
@@ -125,11 +128,11 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T) token ids, T <= block_size -> logits, loss.
+        """Returns logits and loss for token ids idx (B, T), T <= block_size.
 
-        With targets (B, T): logits (B, T, V) and their mean cross-entropy. Negative targets are ignored. Without
-        targets: the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds the positions that
-        follow the cached ones.
+        With targets (B, T) these are logits (B, T, V) and their mean cross-entropy; negative targets are ignored.
+        Without targets they are the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds
+        the positions that follow the cached ones. Shapes that do not fit the configuration raise ValueError.
         """
         start = caches[0].length if caches else 0
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size - start:
@@ -153,6 +156,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(rows, targets.flatten().clamp(min=-1), ignore_index=-1)
 
     def new_caches(self) -> list[KVCache]:
+        """Empty caches of all layers, for `forward`."""
         return [KVCache(self.config.block_size) for _ in self.transformer.h]
 
     @torch.no_grad()
@@ -186,19 +190,20 @@ class GPT(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call `eval` first, as for any model.
+        """Continues idx (B, T >= 1) by max_new_tokens -> (B, T + max_new_tokens). Call ``eval`` first.
 
-        temperature 0 takes the likeliest token, and top_k draws among the k likeliest. Attention sees the last
-        block_size tokens. generator: a torch.Generator on the model's device, by default torch's own.
+        ``temperature`` 0 takes the likeliest token. ``top_k`` draws among the k likeliest. Attention sees the last
+        block_size tokens. ``generator`` is a torch.Generator on the model's device, by default torch's own. A negative
+        temperature or a top_k below 1 raises ValueError.
         """
         return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
 
     @classmethod
     def from_hf(cls, model_or_folder: Any, dropout: float = 0.0) -> "GPT":
-        """A GPT with a copy of transformers' GPT-2 weights. Nothing is downloaded, and transformers is not needed.
+        """Returns a GPT with a copy of GPT-2 weights from transformers, which itself is not needed.
 
-        model_or_folder: a live GPT2LMHeadModel or GPT2Model, or a folder with config.json and *.safetensors.
-        ValueError where this GPT could not compute the same function.
+        ``model_or_folder`` is a live GPT2LMHeadModel or GPT2Model, or a folder with config.json and ``*.safetensors``.
+        Nothing is downloaded. A model whose function this GPT could not compute raises ValueError.
         """
         folder = isinstance(model_or_folder, str | Path)
         source = _read_hf_folder(Path(model_or_folder)) if folder else model_or_folder

@@ -25,7 +25,10 @@ def _layer_norm(input: Tensor, residual: Tensor | None, *affine: Any) -> Tensor 
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm. Called with a residual, it adds in the same pass over memory (but not when scripted)."""
+    """torch.nn.LayerNorm on `pygpt.functional.layer_norm`.
+
+    Called with a residual, it also adds, in the same pass over memory. A scripted module takes no residual.
+    """
 
     @overload
     def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
@@ -34,7 +37,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, input: Tensor, residual: Tensor | None = None):  # type: ignore[no-untyped-def]
-        """input (..., *normalized_shape) -> its norm. With a residual of that shape -> (norm of the sum, sum)."""
+        """Returns the norm of ``input (..., *normalized_shape)``; with a residual of that shape, the sum's norm and the
+        sum."""
         if torch.jit.is_scripting():
             assert residual is None, "a scripted pygpt.nn.LayerNorm takes no residual"
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -42,7 +46,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm; input (..., *normalized_shape)."""
+    """torch.nn.RMSNorm on `pygpt.functional.rms_norm`; ``input (..., *normalized_shape)``."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -51,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear; input (..., in_features) -> (..., out_features).
+    """torch.nn.Linear on `pygpt.functional.linear`; input (..., in_features) -> (..., out_features).
 
     Tools that look for torch.nn.Linear by its exact type, such as torch.ao.quantization.quantize_dynamic, silently
     ignore this class. Set ``module.__class__ = torch.nn.Linear`` for every such module first.
@@ -112,11 +116,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """c_proj(act(c_fc(x))): x (..., embed_dim) -> (..., embed_dim). hidden_dim defaults to 4 * embed_dim.
+    """c_proj(act(c_fc(x))) and dropout; x (..., embed_dim) -> (..., embed_dim).
 
-    activation: "gelu" (exact), "gelu_tanh", "relu" or "relu2". ValueError for others. One fused op computes it while
-    c_fc and c_proj are exactly torch.nn.Linear or pygpt.nn.Linear with ordinary parameters and no hook. Otherwise
-    (adapters, pruning, parametrizations, tensor parallelism, ...) each layer is called.
+    ``hidden_dim`` defaults to 4 * embed_dim. ``activation`` is "gelu" (exact), "gelu_tanh", "relu" or "relu2"; others
+    raise ValueError. One fused op computes both layers while c_fc and c_proj are exactly torch.nn.Linear or
+    pygpt.nn.Linear with ordinary parameters and no hook. Otherwise (adapters, pruning, parametrizations, tensor
+    parallelism, ...) each layer is called.
     """
 
     def __init__(
@@ -164,7 +169,10 @@ class KVCache:
         self.heads: Tensor | None = None
 
     def append(self, heads: Tensor) -> Tensor:
-        """heads (B, 2 Hkv, T, D): the next T positions of key heads, then value heads -> those of all positions."""
+        """Appends the key heads and then the value heads of the next T positions, (B, 2 Hkv, T, D); returns all so far.
+
+        ValueError if they exceed the capacity.
+        """
         B, H, T, D = heads.shape
         end = self.length + T
         if end > self.capacity:
@@ -186,11 +194,12 @@ def _lower_right(T: int, S: int, device: torch.device) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention: x (B, T, embed_dim) -> (B, T, embed_dim).
+    """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
 
-    c_attn projects to queries, keys and values side by side. The heads are views of its output.
-    num_kv_heads < num_heads shares each key/value head among num_heads / num_kv_heads query heads (GQA).
-    dropout acts on the attention weights and on the output.
+    c_attn projects to queries, keys and values side by side. The heads are views of its output, so nothing is copied.
+    ``num_kv_heads`` below num_heads shares each key and value head among num_heads / num_kv_heads queries (GQA; Ainslie
+    et al. 2023). ``dropout`` acts on the attention weights and on the output. Head counts that do not divide raise
+    ValueError.
     """
 
     def __init__(
@@ -224,7 +233,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj.reset_parameters()
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """With a cache, x holds the positions that follow the cached ones. ValueError for another shape of x."""
+        """Returns (B, T, embed_dim). With a cache, x holds the positions that follow the cached ones.
+
+        Another shape of x raises ValueError.
+        """
         C = self.num_heads * self.head_dim
         if x.dim() != 3 or x.shape[2] != C:
             raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")

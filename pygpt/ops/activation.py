@@ -145,9 +145,10 @@ class ReLU(Function):
 
 # ------------------------------------------------------------------------------- the public functions
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """x Phi(x), Phi the normal distribution (Hendrycks and Gimpel 2016); approximate="tanh" as in GPT-2.
+    """Returns x Phi(x), where Phi is the standard normal distribution function (Hendrycks and Gimpel 2016).
 
-    input of any shape. The result has the strides of torch's result, in the order of input's.
+    ``approximate="tanh"`` takes GPT-2's approximation of Phi. ``input`` has any shape, and the result has the same
+    shape, dtype and order of strides. Another value of ``approximate`` raises ValueError.
     """
     kernel = lookup("gelu", input)
     if kernel is None or approximate not in ("none", "tanh"):
@@ -164,7 +165,7 @@ def _prepare_gelu(input, approximate="none") -> Call:
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """max(x, 0). input of any shape. inplace: the result replaces the input; PyTorch's own op serves that."""
+    """Returns max(x, 0). ``input`` has any shape. With ``inplace`` the result replaces it, by PyTorch's own op."""
     kernel = None if inplace else lookup("relu", input)
     return call("relu", input, inplace) if kernel is None else kernel(input)
 

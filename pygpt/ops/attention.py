@@ -228,29 +228,34 @@ def scaled_dot_product_attention(
     softcap: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
+    """Returns softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
 
-    The kernels never hold the (L, S) matrix in memory (FlashAttention-2; Dao 2023). Calls with attn_mask, dropout_p,
-    enable_gqa, window, alibi_slopes or softcap have no kernel yet: PyTorch computes them, some with that matrix.
+    The algorithm is FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory, forward or backward. Calls with
+    attn_mask, dropout_p, enable_gqa, window, alibi_slopes or softcap have no kernel yet. PyTorch computes them, some by
+    way of that matrix.
 
-    query (..., Hq, L, E), key (..., Hkv, S, E), value (..., Hkv, S, Ev) -> (..., Hq, L, Ev). The leading dimensions
-    broadcast, and so does a single head of key and value. The output has the memory layout of query.
-    attn_mask: boolean (True = may attend) or floating, broadcastable to (..., Hq, L, S); or
-        torch.nn.attention.bias.causal_lower_right(L, S).
-    is_causal: query i attends to keys j <= i (aligned top-left, as in torch)::
+    Shapes: ``query (..., Hq, L, E)``, ``key (..., Hkv, S, E)``, ``value (..., Hkv, S, Ev)``, result
+    ``(..., Hq, L, Ev)``. The leading dimensions broadcast, and so does a single head of key and value. The result is
+    laid out in memory as query is. All tensors have one dtype: float64, float32, bfloat16 or float16.
 
-            S = 5       L = 3
-            i=0  1 . . . .
-            i=1  1 1 . . .
-            i=2  1 1 1 . .
+    - ``attn_mask`` is boolean (True: may attend) or floating, and broadcasts to ``(..., Hq, L, S)``. It may also be
+      ``torch.nn.attention.bias.causal_lower_right(L, S)``.
+    - ``is_causal``: query i attends to keys j <= i, aligned top-left as in torch. For L = 3 and S = 5::
 
-    scale: default 1/sqrt(E). enable_gqa: Hq may be a multiple of Hkv.
-    window=(left, right): inclusive distances along the causal diagonal, -1 = unlimited.
-    alibi_slopes (Hq,) or (B, Hq): bias -slope * distance to that diagonal (Press et al. 2021).
-    softcap c > 0: scores become c * tanh(score / c), before masks.
-    return_lse: also returns lse (..., Hq, L), the natural log of each row's sum of exponentials
-        (float32; float64 for float64), differentiable.
-    A fully masked row gives output 0, lse -inf and zero gradients.
+          i=0  1 . . . .
+          i=1  1 1 . . .
+          i=2  1 1 1 . .
+
+    - ``dropout_p`` is the probability with which an attention weight is dropped.
+    - ``scale`` is 1 / sqrt(E) by default.
+    - ``enable_gqa`` lets Hq be a multiple of Hkv.
+    - ``window=(left, right)`` gives inclusive distances along the causal diagonal; -1 is unlimited.
+    - ``alibi_slopes`` ``(Hq,)`` or ``(B, Hq)`` adds -slope * distance to that diagonal (Press et al. 2021).
+    - ``softcap`` c > 0 makes a score c * tanh(score / c), before masks.
+    - ``return_lse`` also returns lse ``(..., Hq, L)``, the natural logarithm of each row's sum of exponentials. It is
+      float32 (float64 for float64) and differentiable.
+
+    A fully masked row gives output 0, lse -inf and gradients 0. Shapes that do not fit raise ValueError.
     """
     kernel = lookup("attention", query, key, value)
     features = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None

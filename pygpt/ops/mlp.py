@@ -76,10 +76,11 @@ class Linear(Function):
 
 # ------------------------------------------------------------------------------- linear: the public function
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input weight^T + bias; input (..., K), weight (N, K), bias (N,) -> (..., N).
+    """Returns input weight^T + bias.
 
-    torch.nn.functional.linear serves what it takes beyond that: a vector as weight, a bias that broadcasts, integer and
-    complex tensors.
+    ``input (..., K)``, ``weight (N, K)`` and ``bias (N,)`` or None give ``(..., N)``. Products are summed in float32
+    (float64 for float64). What torch.nn.functional.linear takes beyond that, it serves itself: a vector as weight, a
+    bias that broadcasts, integer and complex tensors. Shapes that torch does not take either raise ValueError.
     """
     kernel = lookup("linear", input, weight, bias)
     if kernel is None or _misfit("linear", input.shape, weight.shape, bias):
@@ -180,10 +181,12 @@ def mlp(
     proj_bias: Tensor | None,
     activation: str = "gelu",
 ) -> Tensor:
-    """linear(act(linear(input, fc_weight, fc_bias)), proj_weight, proj_bias), fused.
+    """Returns linear(act(linear(input, fc_weight, fc_bias)), proj_weight, proj_bias), computed as one op.
 
-    input (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> (..., O).
-    activation: "gelu" (exact), "gelu_tanh", "relu", or "relu2" (relu squared; So et al. 2021).
+    ``input (..., C)``, ``fc_weight (H, C)``, ``fc_bias (H,)`` or None, ``proj_weight (O, H)`` and ``proj_bias (O,)`` or
+    None give ``(..., O)``. ``activation`` is "gelu" (exact), "gelu_tanh", "relu" or "relu2" (relu squared; So et al.
+    2021). The bias and the activation run in the first product's epilogue. Another activation, or shapes that do not
+    fit, raise ValueError.
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
     kernel = lookup("mlp", *args)

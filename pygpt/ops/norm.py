@@ -215,9 +215,11 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions (Ba et al. 2016).
+    """Returns (x - mean) / sqrt(var + eps) * weight + bias over the last dimensions (Ba et al. 2016).
 
-    input (..., *normalized_shape); weight, bias: normalized_shape or None -> input's shape.
+    ``input`` has shape ``(..., *normalized_shape)``, and so has the result, in input's dtype. ``weight`` and ``bias``
+    have shape ``normalized_shape`` or are None. Mean and variance are float32 (float64 for float64). Shapes that do not
+    fit raise ValueError.
     """
     kernel = lookup("layer_norm", input, weight, bias)
     n = 0 if kernel is None else _dims(input, normalized_shape, eps, weight, bias)
@@ -236,10 +238,11 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """-> (layer_norm(input + residual), input + residual) in one pass over memory.
+    """Returns layer_norm(input + residual) and input + residual, in one pass over memory.
 
-    input, residual (..., *normalized_shape), of equal shape. Their dtypes are promoted as by addition. The other
-    arguments are those of `layer_norm`.
+    ``input`` and ``residual`` have one shape, ``(..., *normalized_shape)``, and so have both results. Their dtypes are
+    promoted as by addition. ``weight``, ``bias`` and ``eps`` are those of `layer_norm`. Shapes that do not fit raise
+    ValueError.
     """
     kernel = lookup("add_layer_norm", input, residual, weight, bias)
     n = 0 if kernel is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
@@ -254,10 +257,11 @@ def add_layer_norm(
 def rms_norm(
     input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
 
-    input (..., *normalized_shape), weight normalized_shape or None -> input's shape, channels_last where the input is.
-    eps: by default, as in torch, the machine epsilon of the dtype, and that of float32 for the 16-bit types.
+    ``input`` has shape ``(..., *normalized_shape)``, and so has the result, in input's dtype and channels_last where
+    the input is. ``weight`` has shape ``normalized_shape`` or is None. ``eps`` is by default the machine epsilon of the
+    dtype, of float32 for the 16-bit types, as torch's. Shapes that do not fit raise ValueError.
     """
     kernel = lookup("rms_norm", input, weight)
     if kernel is None or (input.dim() > 3 and not input.is_contiguous()):  # the input may be channels_last
