@@ -1,4 +1,4 @@
-"""What an op consists of: the files that README's recipe names, and one Python file that registers it."""
+"""What an op consists of: the files that CONTRIBUTING's recipe names, and one Python file that registers it."""
 
 import inspect
 import re
@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def recipe():
-    """The files of README's "Adding an op", with <family> where the op's family stands."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Adding an op\n")[2].partition("\n## ")[0]
+    """The files of CONTRIBUTING's "Adding an op", with <family> where the op's family stands."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Adding an op\n")[2].partition("\n## ")[0]
     steps = re.search(r"^1\. .*", section, re.MULTILINE | re.DOTALL)[0]
     return re.findall(r"`([\w/<>]+\.\w+)`", steps)
 
