@@ -1,0 +1,136 @@
+"""Draws the README's chart and writes the first table of docs/performance.md, from the runs saved in bench/results/.
+
+    python docs/chart.py
+
+A figure is PyTorch eager's time over ours, forward and backward together, at the first shape of an op. The chart shows
+the longest run of the newest day. Its axis is logarithmic and starts at 1, where both take equally long. The table has
+a line for each machine, instruction set and dtype, taken from the newest run that got at least 90 % of its cores.
+"""
+
+import json
+import math
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "bench" / "results"
+COLOURS = {"float32": "#30638e", "bfloat16": "#d1495b"}
+LEFT, TOP, ROW, BAR, RIGHT, WIDTH = 300, 62, 34, 13, 60, 720  # pixels
+OPS = "attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu", "gpt"
+
+
+BEGIN, END = "<!-- machines: written by docs/chart.py -->", "<!-- end of machines -->"
+
+
+def saved_runs() -> list[dict]:
+    """The runs of pygpt bench, oldest first; files in other formats do not count."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    return sorted((run for run in runs if "pygpt" in run and "benchmarks" in run), key=date)
+
+
+def date(run: dict) -> str:
+    return run["pygpt"]["machine"]["date"]
+
+
+def newest(runs: list[dict]) -> dict:
+    """The longest run of the newest day."""
+    return max(runs, key=lambda run: (date(run)[:10], len(run["benchmarks"]), date(run)))
+
+
+def ratios(run: dict) -> dict[str, dict[tuple, float]]:
+    """dtype -> (op, shape) -> PyTorch eager's seconds over ours, summed over forward and backward."""
+    shapes, seconds = {}, {}
+    for benchmark in run["benchmarks"]:
+        info = benchmark["extra_info"]
+        op, shape, candidate = info["op"], info["shape"], info["candidate"]
+        if op in OPS and shape == shapes.setdefault(op, shape) and candidate in ("cpp", "eager"):
+            row = seconds.setdefault(info["dtype"], {}).setdefault((op, shape), dict.fromkeys(("cpp", "eager"), 0.0))
+            row[candidate] += benchmark["stats"]["median"]
+    return {
+        dtype: {
+            key: rows[key]["eager"] / rows[key]["cpp"]
+            for key in sorted(rows, key=lambda key: OPS.index(key[0]))
+            if all(rows[key].values())
+        }
+        for dtype, rows in seconds.items()
+    }
+
+
+# ------------------------------------------------------------------------------- the table
+def table(runs: list[dict]) -> str:
+    """Lines without attention, the op that matters most, are left out."""
+    lines = {}
+    for run in runs:
+        about = run["pygpt"]["machine"]
+        if about["cpu_share"] >= 0.9:
+            for dtype, row in ratios(run).items():
+                known = lines.setdefault((about["cpu"], about["isa_ours"], dtype), {})
+                known.update({op: f"{ratio:.2f}" for (op, _), ratio in row.items()})
+    head = "| machine | instruction set | dtype | " + " | ".join(OPS) + " |"
+    cells = [
+        f"| {' | '.join([cpu.replace('(R)', ''), isa, dtype, *(row.get(op, '') for op in OPS)])} |"
+        for (cpu, isa, dtype), row in lines.items()
+        if "attention" in row
+    ]
+    return "\n".join([head, "|---" * (3 + len(OPS)) + "|", *sorted(cells)])
+
+
+def with_table(page: str, runs: list[dict]) -> str:
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n{table(runs)}\n{end}{after}"
+
+
+# ------------------------------------------------------------------------------- the chart
+def machine(run: dict) -> str:
+    about = run["pygpt"]["machine"]
+    isa = about["isa_ours"].upper().replace("_BF16", " with bfloat16 products")
+    return (
+        f"{about['cpu']}, {isa}, {about['threads']} threads, PyTorch {about['torch'].split('+')[0]}, {date(run)[:10]}"
+    )
+
+
+def label(op: str, shape: str) -> str:
+    return f"{'GPT training step' if op == 'gpt' else op}, {shape}".replace("->", "to")
+
+
+def draw(run: dict) -> str:
+    """The chart as the text of an SVG."""
+    found = ratios(run)
+    rows = list(found["float32"])
+    largest = max(ratio for dtype in COLOURS for ratio in found[dtype].values())
+    bottom = TOP + ROW * len(rows)
+
+    def x(ratio: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * max(0.0, math.log(ratio)) / math.log(largest)
+
+    def text(at: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{at:.0f}" y="{y:.0f}" {more}>{words}</text>'
+
+    size = f'viewBox="0 0 {WIDTH} {bottom + 30}" width="{WIDTH}"'
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222222"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>',
+        f'<rect width="{WIDTH}" height="{bottom + 30}" fill="#ffffff"/>',
+        text(12, 22, "Times as fast as PyTorch eager, forward and backward", 'font-size="15" font-weight="bold"'),
+        text(12, 42, machine(run), 'fill="#666666"'),
+    ]
+    for i, (dtype, colour) in enumerate(COLOURS.items()):
+        at = WIDTH - 180 + 84 * i
+        parts += [f'<rect x="{at}" y="32" width="11" height="11" fill="{colour}"/>', text(at + 16, 42, dtype)]
+    for tick in [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if t <= largest]:
+        line = f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP - 6}" y2="{bottom}"'
+        parts += [f'{line} stroke="#dddddd"/>', text(x(tick), bottom + 17, f"{tick:g}x", 'text-anchor="middle"')]
+    for i, row in enumerate(rows):
+        y = TOP + ROW * i
+        parts.append(text(LEFT - 10, y + BAR + 4, label(*row), 'text-anchor="end"'))
+        for j, (dtype, colour) in enumerate(COLOURS.items()):
+            top, ratio = y + BAR * j, found[dtype][row]
+            bar = f'<rect x="{LEFT}" y="{top}" width="{x(ratio) - LEFT:.1f}" height="{BAR - 1}"'
+            parts += [f'{bar} fill="{colour}"/>', text(x(ratio) + 5, top + BAR - 2, f"{ratio:.2f}")]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    runs, page = saved_runs(), HERE / "performance.md"
+    (HERE / "speed.svg").write_text(draw(newest(runs)), encoding="utf-8")
+    page.write_text(with_table(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
