@@ -4,6 +4,7 @@
 # make oldest-triton   the Triton kernels with the oldest Triton that they support and the newest NumPy: compiled, and
 #             held to bench.compiled; interpreted, and held to their tests
 # make bench  every op beside PyTorch       make dist       a wheel and an sdist in dist/
+# make docs   this project's documentation as a site in build/docs; warnings are errors
 # make instructions   counts what the CPU kernels execute (needs valgrind); a case above its figure fails
 # make gpu    on a machine with a GPU, offline, with what PYTHON has: builds in place what is missing (7 minutes at
 #             most), then checks, tests and benchmarks (13). Without a GPU, GPU_ARGS="--device cpu" is a rehearsal.
@@ -21,7 +22,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6.0
 SOURCES := setup.py build_backend.py pyproject.toml $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all oldest-triton bench instructions aarch64 gpu dist build clean
+.PHONY: demo test test-all oldest-triton bench instructions aarch64 docs gpu dist build clean
 demo: $(VENV)/built-for-demo
 	$(BIN)/pygpt demo
 
@@ -44,6 +45,10 @@ instructions: build
 
 aarch64: build
 	$(BIN)/python -m tests.cross aarch64-linux-gnu
+
+docs: $(VENV)/built-for-demo $(VENV)/docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo build/docs/index.html
 
 gpu:
 	@$(PYTHON) -m bench.first_light --all --out build/gpu-$$(date +%Y%m%d-%H%M%S) $(GPU_ARGS)
@@ -71,6 +76,10 @@ $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(TORCH)
 	$(INSTALL) --constraint requirements.txt setuptools numpy safetensors rich matplotlib
+	@touch $@
+
+$(VENV)/docs-installed: docs/requirements.txt $(VENV)/ready
+	$(INSTALL) -r docs/requirements.txt
 	@touch $@
 
 $(OLDEST_TRITON): $(VENV)/installed
