@@ -1,0 +1,82 @@
+"""README and docs/ say what the repository holds: figures, links, lengths, and code that runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")})
+
+
+@pytest.fixture(scope="module")
+def chart():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import chart
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    return chart
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 110
+
+
+def test_the_chart_is_drawn_from_the_saved_run(chart):
+    drawn = chart.draw(chart.newest(chart.saved_runs()))
+    assert drawn == (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8"), "python docs/chart.py draws it anew"
+
+
+def test_the_table_of_machines_is_of_the_saved_runs(chart):
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert page.count("AMD EPYC |") >= 3 and chart.with_table(page, chart.saved_runs()) == page
+
+
+def test_the_first_sentence_has_the_charts_figures(chart):
+    found = chart.ratios(chart.newest(chart.saved_runs()))
+    wanted = [
+        f"{ratio:.2f}"
+        for op in ("attention", "gpt")
+        for dtype in ("float32", "bfloat16")
+        for (name, _), ratio in found[dtype].items()
+        if name == op
+    ]
+    assert len(wanted) == 4 and re.findall(r"\d+\.\d\d", README.partition("![")[0]) == wanted
+
+
+def test_a_run_that_lost_its_cores_is_no_line_of_the_table(chart):
+    run = json.loads(json.dumps(chart.newest(chart.saved_runs())))
+    assert "| AMD EPYC |" in chart.table([run])
+    run["pygpt"]["machine"]["cpu_share"] = 0.8
+    assert "| AMD EPYC |" not in chart.table([run])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    links += re.findall(r"\{(?:include|literalinclude)\} (\S+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_every_page_is_in_the_table_of_contents():
+    toctree = re.findall(r"^(\w+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} == {*toctree, "index"}
+
+
+def test_the_readmes_code_runs(run_python):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run_python(code + "\nprint(tuple(q.grad.shape), bool(v.grad.isfinite().all()))")
+    assert done.stdout == "(2, 12, 1000, 64) True\n", done.stdout + done.stderr[-3000:]
+
+
+def test_public_functions_are_documented():
+    import pygpt
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for module in (pygpt, pygpt.functional):
+        for name in module.__all__:
+            assert name in ("functional", "nn") or re.search(rf"{module.__name__}\.{name}\b", text), name
