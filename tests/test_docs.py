@@ -73,6 +73,13 @@ def test_the_readmes_code_runs(run_python):
     assert done.stdout == "(2, 12, 1000, 64) True\n", done.stdout + done.stderr[-3000:]
 
 
+def test_the_quick_starts_code_runs(run_python):
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    done = run_python(code + "\nprint(Block(64, 2)(torch.randn(2, 5, 64)).shape)", PYGPT_BACKEND="")
+    assert done.stdout == "layer_norm: cpp\ntorch.Size([2, 5, 64])\n", done.stdout + done.stderr[-3000:]
+
+
 def test_public_functions_are_documented():
     import pygpt
 
