@@ -57,8 +57,10 @@ def test_a_run_that_lost_its_cores_is_no_line_of_the_table(chart):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    links += re.findall(r"\{(?:include|literalinclude)\} (\S+)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```|``.*?``|`[^`]*`", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", prose)
+    links += re.findall(r"\{(?:include|literalinclude)\} (\S+)", text)
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
@@ -87,3 +89,19 @@ def test_public_functions_are_documented():
     for module in (pygpt, pygpt.functional):
         for name in module.__all__:
             assert name in ("functional", "nn") or re.search(rf"{module.__name__}\.{name}\b", text), name
+
+
+def test_cited_facts_are_listed():
+    listed = re.findall(
+        r"^\*\*([A-Z]\d+)\.\*\* ", (ROOT / "docs" / "measured.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(listed) == len(set(listed)) > 0
+    suffixes = ".py", ".h", ".cpp", ".cu", ".cuh"
+    folders = (ROOT / name for name in ("csrc", "pygpt", "triton_kernels", "bench", "tests"))
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
+    cited = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in sources
+        for name in re.findall(r"measured\.md ([A-Z]\d+)", path.read_text(encoding="utf-8"))
+    }
+    assert not [place for place in cited if place[1] not in listed]
