@@ -89,6 +89,8 @@ def test_public_functions_are_documented():
     for module in (pygpt, pygpt.functional):
         for name in module.__all__:
             assert name in ("functional", "nn") or re.search(rf"{module.__name__}\.{name}\b", text), name
+    table = README.partition("| `pygpt.functional` |")[2].partition("\n\n")[0]
+    assert not [name for name in pygpt.functional.__all__ if f"`{name}`" not in table]
 
 
 def test_cited_facts_are_listed():
