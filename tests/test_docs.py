@@ -75,11 +75,29 @@ def test_the_readmes_code_runs(run_python):
     assert done.stdout == "(2, 12, 1000, 64) True\n", done.stdout + done.stderr[-3000:]
 
 
-def test_the_quick_starts_code_runs(run_python):
-    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    done = run_python(code + "\nprint(Block(64, 2)(torch.randn(2, 5, 64)).shape)", PYGPT_BACKEND="")
-    assert done.stdout == "layer_norm: cpp\ntorch.Size([2, 5, 64])\n", done.stdout + done.stderr[-3000:]
+PRELUDE = """
+import torch, pygpt
+import pygpt.functional as P
+x, weight, bias = torch.randn(3, 50, 64), torch.randn(64, 64), torch.randn(64)
+q, k, v = torch.randn(3, 2, 4, 50, 16)
+"""
+LAST_LINES = {
+    "quickstart": "print(Block(64, 2)(torch.randn(2, 5, 64)).shape)",
+    "drop_in": "print(choice.backend, choice.rejected['cpp']); assert F.scaled_dot_product_attention is not original",
+    "determinism": "print(torch.get_num_threads())",
+}
+PRINTED = {
+    "quickstart": "layer_norm: cpp\ntorch.Size([2, 5, 64])\n",
+    "drop_in": "torch ['dropout_p not served']\n",
+    "determinism": "8\n",
+}
+
+
+@pytest.mark.parametrize("page", LAST_LINES)
+def test_the_pages_code_runs(page, run_python):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = run_python("\n".join([PRELUDE, *blocks, LAST_LINES[page]]), PYGPT_BACKEND="")
+    assert done.stdout == PRINTED[page], done.stdout + done.stderr[-3000:]
 
 
 def test_public_functions_are_documented():
