@@ -51,6 +51,11 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class Row:
+    """The error of one direction of an op, "fwd" or a gradient such as "dq": ``ours``, and PyTorch's own as ``torch``.
+
+    Both are relative to the largest value of the reference. ``allowance`` is for a few roundings.
+    """
+
     op: str
     shape: str
     dtype: str
@@ -62,11 +67,13 @@ class Row:
 
     @property
     def ratio(self) -> float:
+        """Our error over PyTorch's own."""
         return self.ours / self.torch if self.torch else math.inf if self.ours else 1.0
 
     @property
     def passed(self) -> bool:
-        return self.ours <= 2.0 * self.torch + self.allowance  # False for NaN
+        """Whether our error is at most twice PyTorch's own plus the allowance; False for NaN."""
+        return self.ours <= 2.0 * self.torch + self.allowance
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -151,7 +158,12 @@ def allowance(dtype: torch.dtype) -> float:
 def measure(
     op: str, dims: Dims, dtype: torch.dtype, generator: torch.Generator | None, backend: str | None = None, **how: Any
 ) -> list[Row]:
-    """One Row for each direction of ``op``. backend: None for the default. how: see `draw`."""
+    """Returns one `Row` for each direction of ``op``, at the sizes ``dims`` in ``dtype``.
+
+    ``op`` and ``dims`` are what ``pygpt verify`` calls them. Sizes that are left out have the op's defaults.
+    ``backend`` is None for the default one. ``how`` is passed to `draw`: ``device="cuda"`` measures on a GPU. An
+    unknown size raises UsageError.
+    """
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
     worst: dict[str, list[float]] = {}  # direction -> the largest of all draws: our error, PyTorch's error, the scale
     for n in range(1, MOST + 1):
