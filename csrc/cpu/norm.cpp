@@ -128,7 +128,7 @@ struct ForwardRow {
 
 // One row forward. prefetch(j) prefetches column j of the next row.
 template <class S, bool Centre, class Writer, class F, class T = Acc<S>>
-Statistics<T> forward(int64_t cols, T eps, ForwardRow<S> row, const Writer& write, const F& prefetch) {
+PYGPT_INLINE Statistics<T> forward(int64_t cols, T eps, ForwardRow<S> row, const Writer& write, const F& prefetch) {
   const S* x = row.x;
   const T *w = row.w, *b = row.b;
   S *y = row.y, *copy = row.copy;
@@ -175,7 +175,7 @@ struct BackwardRow {
 
 // One row backward: writes dx and, with Params, adds to dw and db.
 template <class S, bool Centre, bool Params, class Writer, class F, class T = Acc<S>>
-void backward(int64_t cols, const BackwardRow<S>& row, const Writer& write, const F& prefetch) {
+PYGPT_INLINE void backward(int64_t cols, const BackwardRow<S>& row, const Writer& write, const F& prefetch) {
   const S *dy = row.dy, *dsum = row.dsum, *x = row.x;
   const T* w = row.w;
   const Statistics<T> saved = row.saved;
