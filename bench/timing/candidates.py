@@ -23,6 +23,8 @@ from .memory import peak_bytes
 class RowRun:
     """One row while it is measured: its work, who takes part, and who does not."""
 
+    row: Row
+    clock: object
     unit: str
     amount: float  # of units, per call: 1e9 FLOPs or bytes, or tokens
     peak: float | None  # the machine's, in ``unit``; None where the row is not bound by it
@@ -36,10 +38,11 @@ class RowRun:
     def refuse(self, name: str, why: str):
         (self.failed if self.facts[name]["ours"] else self.refused)[name] = why
 
-    def add_candidate(self, clock, name: str, call: Callable, single: Callable):
+    def add_candidate(self, name: str, call: Callable, single: Callable):
         """``call`` is timed; the memory of ``single``, which keeps nothing, is measured. Both are warm."""
-        self.blocks[name] = trying(lambda: clock.block(call))
-        self.facts[name]["memory"] = trying(lambda: peak_bytes(single, clock.device))
+        block = self.clock.block(call)
+        self.facts[name]["memory"] = peak_bytes(single, self.clock.device)
+        self.blocks[name] = block
 
 
 def prepare(
@@ -52,7 +55,7 @@ def prepare(
     work = row.case.setup(make, *row.case.args)
     count, from_memory = clock.input_sets(sum(t.nbytes for t in work.tensors))
     sets = [work.tensors, *(row.case.setup(make, *row.case.args).tensors for _ in range(count - 1))]
-    run = _row_run(row, work, peaks, from_memory)
+    run = _row_run(row, work, peaks, from_memory, clock)
     run.input_sets = count
     try:
         reference = trying(lambda: Reference(work, row.direction))
@@ -61,30 +64,35 @@ def prepare(
         run.refused["the check"] = str(e)
     if reference:
         run.intensity = _intensity(work, (*reference.eager, *(reference.grads or ())), row.direction)
-    functions = _functions(row, work, backends, peers, run)
+    functions = _functions(work, backends, peers, run)
     for place, (name, function) in enumerate(functions.items()):
         log(name)
-        convert, export = (peers[name].convert, peers[name].export) if name in peers else (lambda t: t,) * 2
-        skip = place * count // len(functions)  # no two candidates are at the same set
+        start = place * count // len(functions)  # no two candidates are at the same input set
         try:
-            tensors = trying(lambda convert=convert: [convert(each) for each in sets])
-            if reference and name != "eager":
-                exported = lambda *ts, function=function, export=export: export(function(*ts))
-                errors = trying(partial(reference.judge, exported, tensors[0], run.facts[name]["ours"]))
-                run.facts[name] |= {"error": errors.ours, "eager_error": errors.eager}
-            call = trying(partial(caller, function, tensors, row.direction, skip))
-            run.add_candidate(clock, name, call, once(function, tensors[0], row.direction))
+            trying(partial(_add_op, run, name, function, peers.get(name), sets, start, reference))
         except Refused as e:
             run.refuse(name, str(e))
             clock.release()
     return run
 
 
-def _row_run(row: Row, work: ops.Work, peaks: Peaks, from_memory: bool) -> RowRun:
+def _add_op(run: RowRun, name: str, function, peer, sets, start: int, reference):
+    """Checks a candidate, and adds it."""
+    tensors = [peer.convert(each) for each in sets] if peer else sets
+    if reference and name != "eager":
+        exported = (lambda *ts: peer.export(function(*ts))) if peer else function
+        errors = reference.judge(exported, tensors[0], run.facts[name]["ours"])
+        run.facts[name] |= {"error": errors.ours, "eager_error": errors.eager}
+    direction = run.row.direction
+    call = caller(function, tensors, direction, start)
+    run.add_candidate(name, call, once(function, tensors[0], direction))
+
+
+def _row_run(row: Row, work: ops.Work, peaks: Peaks, from_memory: bool, clock) -> RowRun:
     amount = work.amount_of(row.direction)
     if work.bound == "memory":
-        return RowRun("GB/s", amount / 1e9, peaks.memory if from_memory else None)
-    return RowRun("GFLOP/s", amount / 1e9, peaks.flops[row.dtype])
+        return RowRun(row, clock, "GB/s", amount / 1e9, peaks.memory if from_memory else None)
+    return RowRun(row, clock, "GFLOP/s", amount / 1e9, peaks.flops[row.dtype])
 
 
 def _intensity(work: ops.Work, others: tuple, direction: str) -> float:
@@ -97,21 +105,21 @@ def _intensity(work: ops.Work, others: tuple, direction: str) -> float:
     return work.amount_of(direction) / sum(t.nbytes for t in (*work.tensors, *others))
 
 
-def _functions(row: Row, work: ops.Work, backends, peers: dict[str, Peer], run: RowRun) -> dict[str, Callable]:
+def _functions(work: ops.Work, backends, peers: dict[str, Peer], run: RowRun) -> dict[str, Callable]:
     """Name -> function of the op's tensors, for every backend and peer that serves the op."""
-    found = {}
+    found, case = {}, run.row.case
     for name in backends:
         run.facts[name] = {"ours": True}
-        if why := TABLE[name].objections(row.case.op, work.tensors, {}):
+        if why := TABLE[name].objections(case.op, work.tensors, {}):
             run.refuse(name, f"not served: {'; '.join(why)}")
         else:
-            by_default = choose(row.case.op, work.tensors).backend == name
+            by_default = choose(case.op, work.tensors).backend == name
             found[name] = work.ours if by_default else on_backend(name, work.ours)
     for name, peer in peers.items():
-        if peer.serves(row.case.op):
+        if peer.serves(case.op):
             run.facts[name] = {"ours": False}
             try:
-                found[name] = trying(partial(peer.function, row.case.op, row.direction, work, row.case.dims))
+                found[name] = trying(partial(peer.function, case.op, run.row.direction, work, case.dims))
             except Refused as e:
                 run.refuse(name, str(e))
     return found
@@ -133,13 +141,13 @@ def _whole_model(row: Row, backends, peers, peaks: Peaks, clock, log) -> RowRun:
     for name in sorted((*backends, *gpt.names(row.case.op, peers)), key=lambda name: name != "eager"):
         log(name)
         call, tokens, peak = gpt.candidate(row, clock.device, name, peaks)
-        run = run or RowRun("tok/s", tokens, peak, input_sets=gpt.BATCHES if row.case.op == "gpt" else 1)
+        run = run or RowRun(row, clock, "tok/s", tokens, peak, input_sets=gpt.BATCHES if row.case.op == "gpt" else 1)
         run.facts[name] = {"ours": name in backends}
         try:
             first = trying(call)
             eager = eager or first
             same_model(first, eager)
-            run.add_candidate(clock, name, call, call)
+            trying(partial(run.add_candidate, name, call, call))
         except Refused as e:
             run.refuse(name, str(e))
     return run

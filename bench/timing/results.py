@@ -15,7 +15,6 @@ from pathlib import Path
 from pygpt.data import UsageError
 from pygpt.files import atomic
 
-from ..cases.rows import Row
 from .candidates import RowRun
 from .clocks import Times
 
@@ -103,9 +102,9 @@ def verdict(result: Result, ours: Entry) -> str:
 
 
 # ------------------------------------------------------------------------------- what is written
-def benchmark(row: Row, run: RowRun, name: str, times: Times) -> dict:
+def benchmark(run: RowRun, name: str, times: Times) -> dict:
     """One candidate as pytest-benchmark has it."""
-    group, data = str(row), sorted(times.device)
+    group, data = str(run.row), sorted(times.device)
     q1, _, q3 = statistics.quantiles(data, n=4, method="inclusive") if len(data) > 1 else data * 3
     mean, deviation = statistics.mean(data), statistics.pstdev(data)
     low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
@@ -117,7 +116,9 @@ def benchmark(row: Row, run: RowRun, name: str, times: Times) -> dict:
         "ld15iqr": data[bisect_left(data, low)], "hd15iqr": data[bisect_right(data, high) - 1],
         "iterations": times.block.calls,
     }  # fmt: skip
-    facts = row.facts | run.facts[name] | {"candidate": name, "unit": run.unit, "amount": run.amount, "peak": run.peak}
+    facts = (
+        run.row.facts | run.facts[name] | {"candidate": name, "unit": run.unit, "amount": run.amount, "peak": run.peak}
+    )
     facts |= {"intensity": run.intensity, "input_sets": run.input_sets, "launch_bound": times.launch_bound}
     return {
         "group": group, "name": f"{group} [{name}]", "fullname": f"bench/suite.py::{group} [{name}]", "params": None,

@@ -121,7 +121,7 @@ class Run:
             return
         times = race(self.clock, run.blocks, o.seconds)
         for name in (name for name in run.facts if name in times):
-            self.benchmarks.append(results.benchmark(row, run, name, times[name]))
+            self.benchmarks.append(results.benchmark(run, name, times[name]))
             self.times[self.benchmarks[-1]["fullname"]] = times[name]
         self.progress.print(table.line(results.results(self.document)[-1]))
 
