@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench.compiled import result as results
 from bench.compiled import sass as gpu_code
-from bench.compiled import table
 
 
 def sass(listing: str) -> str:
@@ -178,18 +178,18 @@ def test_other_messages_of_ptxas():
 
 # ------------------------------------------------------------------------------- the verdict
 def judged(must="", **row) -> str:
-    result = gpu_code.Result("call", "gemm", "bf16", "sm90", "128,128", warps=8, registers=112, shared=98336, **row)
+    result = results.Result("call", "gemm", "bf16", "sm90", "128,128", warps=8, registers=112, shared=98336, **row)
     result.judge(must)
     assert result.blocks_per_sm == 2
-    (line,) = table.table([result]).splitlines()[1:]
+    (line,) = results.table([result]).splitlines()[1:]
     assert line.endswith(f"WRONG: {result.wrong}") == bool(result.wrong)
     return result.wrong
 
 
 def test_verdict():
-    assert judged() == judged(spilled=gpu_code.FEW_BYTES) == ""
+    assert judged() == judged(spilled=results.FEW_BYTES) == ""
     assert judged(spilled=8, loop_spills=1) == "spills in a loop"
-    assert judged(spilled=gpu_code.FEW_BYTES + 8) == "spills"
+    assert judged(spilled=results.FEW_BYTES + 8) == "spills"
     assert judged(serialized="C7515") == "wgmma instructions are serialized"
     assert judged("wgmma", products="4 wgmma") == ""
     assert judged("wgmma", products="4 mma.sync") == "no wgmma"

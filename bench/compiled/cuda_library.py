@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .calls import calls
-from .sass import DEVICES, Function, Result, functions
+from .result import DEVICES, Result
+from .sass import Function, functions
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = ("HMMA", "HGMMA")  # mma.sync and wgmma in machine code

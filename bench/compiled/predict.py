@@ -25,7 +25,8 @@ from pygpt.progress import table as aligned
 from ..cases import goals, ops, shapes
 from ..cases.goals import EXPECTED, Expected
 from . import pipes, schedule
-from .sass import DEVICES, Function, Result
+from .result import DEVICES, Result
+from .sass import Function
 
 TARGET = "sm90"
 WORK = re.compile(r"attention_(fwd|dkdv|dq)|(mma_)?gemm|norm_(fwd|bwd)")  # kernels that are simulated

@@ -1,4 +1,4 @@
-"""What a compiled kernel asks of a GPU: registers, spills, shared memory, occupancy, tensor-core instructions."""
+"""NVIDIA's machine code: the kernels of a cubin or a library, their loops, spills and serialized products."""
 
 import os
 import re
@@ -10,69 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-@dataclass(frozen=True)
-class Device:
-    """What a multiprocessor (NVIDIA) or compute unit (AMD) offers."""
-
-    arch: int | str
-    shared: int  # bytes a block may use
-    shared_all: int  # bytes in all
-    tensor_core: str  # the instruction that Triton's 16-bit products must become
-    registers: int = 65536
-    threads: int = 2048
-    warp: int = 32
-
-
-DEVICES = {
-    "sm80": Device(80, 163 << 10, 164 << 10, "mma.sync"),
-    "sm90": Device(90, 227 << 10, 228 << 10, "wgmma.mma_async"),
-    "sm100": Device(100, 227 << 10, 228 << 10, "tcgen05.mma"),
-    "gfx942": Device("gfx942", 64 << 10, 64 << 10, "v_mfma", 4 * 512 * 64, warp=64),
-}
-FEW_BYTES = 64  # of stack: so many may hold registers across a loop
-
-
-@dataclass
-class Result:
-    """A line of the table: one kernel as it is launched for one call."""
-
-    call: str
-    kernel: str
-    dtype: str
-    target: str
-    config: str
-    warps: int = 0
-    registers: int = 0
-    spilled: int = 0  # bytes
-    loop_spills: int = 0  # instructions in loops that access spilled registers
-    shared: int = 0
-    blocks_per_sm: int = 0
-    occupancy: float = 0.0
-    products: str = ""
-    serialized: str = ""  # the sign that wgmma instructions wait for each other
-    wrong: str = ""
-
-    def judge(self, must: str = ""):
-        """Fills in how many blocks fit, and what is wrong. ``must``: the instruction that its products must use."""
-        device = DEVICES[self.target]
-        threads = self.warps * device.warp
-        by_registers = device.registers // (max(-(-self.registers // 8) * 8, 8) * threads)
-        by_shared = device.shared_all // (self.shared + 1024) if self.shared else 32
-        self.blocks_per_sm = min(by_registers, by_shared, device.threads // threads, 32)
-        self.occupancy = self.blocks_per_sm * threads / device.threads
-        if self.loop_spills:
-            self.wrong = "spills in a loop"
-        elif self.spilled > FEW_BYTES:
-            self.wrong = "spills"
-        elif self.shared > device.shared:
-            self.wrong = f"needs more shared memory than the device's {device.shared}"
-        elif must and must not in self.products:
-            self.wrong = f"no {must}"
-        elif self.serialized:
-            self.wrong = "wgmma instructions are serialized"
-
-
-# ------------------------------------------------------------------------------- NVIDIA's machine code
 @dataclass
 class Function:
     """One kernel of a cubin or a library."""

@@ -22,10 +22,9 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when Triton is imported
 
 from pygpt.files import atomic
-from pygpt.progress import table as aligned
 
 from ..cli import some_of
-from .sass import DEVICES, Result
+from .result import DEVICES, table
 
 BACKENDS = ("triton", "cuda")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -54,18 +53,6 @@ def results(backend: str, options) -> list:
     ]
     with ProcessPoolExecutor(options.jobs, initializer=triton_jobs.keep_ptxas_log) as pool:
         return list(pool.map(triton_jobs.inspect, *zip(*jobs, strict=True))) if jobs else []
-
-
-def table(results: list[Result]) -> str:
-    head = ("call", "kernel", "dtype", "target", "configuration", "registers", "spilled", "in loops",
-            "shared", "blocks", "occupancy", "tensor cores", "serialized", "")  # fmt: skip
-    lines = [
-        (r.call, r.kernel, r.dtype, r.target, r.config, str(r.registers), str(r.spilled), str(r.loop_spills),
-         str(r.shared), str(r.blocks_per_sm), f"{r.occupancy:.0%}", r.products, r.serialized,
-         f"WRONG: {r.wrong}" if r.wrong else "")
-        for r in results
-    ]  # fmt: skip
-    return aligned(dict.fromkeys(head, "<"), lines)
 
 
 def main() -> int:

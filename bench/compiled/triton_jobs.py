@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from pygpt import triton_kernels as kernels
 
 from .calls import calls
-from .sass import DEVICES, Function, Result, functions, serialized
+from .result import DEVICES, Result
+from .sass import Function, functions, serialized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

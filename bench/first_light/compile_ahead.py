@@ -30,7 +30,7 @@ from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
 from ..cases import shapes
-from ..compiled.sass import DEVICES
+from ..compiled.result import DEVICES
 from ..compiled.triton_jobs import Job, NoGpu, launched
 from ..timing.calls import once
 from ..timing.candidates import on_backend
