@@ -149,7 +149,10 @@ class Backend:
         return reasons
 
 
-_TORCHS_OWN_FUNCTIONS = Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+_TORCHS_OWN_FUNCTIONS = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+    torch._C._disabled_torch_function_impl,
+)
 
 
 def dispatches_for_itself(tensor_class: type) -> bool:
