@@ -10,7 +10,7 @@ from pathlib import Path
 import pygpt
 
 ROOT = Path(pygpt.__file__).parents[1]
-FOLDERS = "csrc", "bench", "tests", "pygpt", "triton_kernels", "examples", "docs"
+FOLDERS = "csrc", "bench", "tests", "pygpt", "triton_kernels", "examples", "docs", ".github"
 C_PLUS_PLUS = ".cpp", ".h", ".cu", ".cuh"
 SOURCE = *C_PLUS_PLUS, ".py", ".sh", ".toml", ".yml"
 COLUMNS = 120
