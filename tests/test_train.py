@@ -1,6 +1,7 @@
 """Text, batches, schedule, optimiser, checkpoints, and resuming bit for bit."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pygpt
-from pygpt import checkpoint, cli, train
+from pygpt import checkpoint, cli, demo, train
 from pygpt.data import Chars, Corpus, UsageError, read_text
 from pygpt.files import LOCK, locked
 from pygpt.train import PRESETS, Settings, Trainer
@@ -381,3 +383,16 @@ def test_demo(text, tmp_path, capsys):
     assert gap < 1e-4 and 'speed of "cpp" relative to "torch"' in shown
     assert {f.name for f in out.iterdir()} == {"checkpoint.safetensors", "loss.png", LOCK}
     assert cli.main(["generate", str(out), "--max-new-tokens=3"]) == 0
+
+
+def test_demo_trains_on_alone(text, tmp_path, capsys, monkeypatch):
+    """By a clock that advances by 0.05 s each time it is read: 2.05 s for 10 steps of each, which leaves 0.45 s."""
+    ticks = itertools.count()
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05))
+    text.with_name("long.txt").write_bytes(text.read_bytes() * 10)
+    arguments = ["--seconds=2.5", "--sample=5", f"--data={text.with_name('long.txt')}", f"--out={tmp_path / 'demo'}"]
+    assert cli.main(["demo", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert '11 steps of each backend, taking turns, then 6 of "cpp" alone' in shown and "6/6" in shown
+    assert checkpoint.load(tmp_path / "demo" / "checkpoint.safetensors")[1]["step"] == 17
+    assert f"loss chart  {tmp_path / 'demo' / 'loss.png'}" in shown
