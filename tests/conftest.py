@@ -90,7 +90,7 @@ def emulated(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(request, monkeypatch):
-    """The CUDA kernels come from the emulator. A direction that passes is drawn once; one that fails, as often as ever."""
+    """The CUDA kernels come from the emulator. Verify draws a direction once if it passes, else as often as ever."""
     from pygpt import verify
 
     if torch.cuda.is_available() or (name := under_test(request)) not in ON_GPU:

@@ -1,5 +1,7 @@
-"""The AMX kernels on a machine without AMX: built once more with its intrinsics emulated (emulator/amx.h), where there is
-AVX512_BF16 for the rest of them. A machine that has AMX runs the real ones in test_parity."""
+"""The AMX kernels on a machine that has AVX512_BF16 but no AMX: built once more, with AMX's intrinsics emulated.
+
+A machine that has AMX runs the real kernels in test_parity. See emulator/amx.h.
+"""
 
 import os
 import shutil

@@ -1,7 +1,8 @@
 """Autocast: the cast of a leaf is shared by its uses while a graph holds it, and is never an old one.
 
-torch's own cache holds casts until the outermost region ends, whatever happens to the leaf meanwhile. Ours is held weakly
-and knows the leaf's version and memory; what neither can see, a change through ``.data``, must not outlive the region.
+torch's own cache holds casts until the outermost region ends, whatever happens to the leaf meanwhile. Our cache holds
+them weakly and compares the leaf's version and memory. Neither cache can see a change through ``.data``, so no cast may
+outlive its region.
 """
 
 import copy

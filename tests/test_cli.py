@@ -484,11 +484,14 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 
 def test_out_of_memory(monkeypatch, capsys):
     """Python's, PyTorch's on each device, and C++'s."""
-    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-    cpu += "512000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    cpu += "allocate 512000000000000 bytes. Error code 12 (Cannot allocate memory)"
     for error, line in (
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "out of memory: Tried to allocate 20.00 GiB"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+            "out of memory: Tried to allocate 20.00 GiB",
+        ),
         (RuntimeError(cpu), "out of memory: tried to allocate 512000000000000 bytes"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
     ):  # fmt: skip

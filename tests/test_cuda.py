@@ -114,7 +114,7 @@ def test_not_loaded_without_a_gpu(run_python):
 
 @needs_library
 def test_machine_code():
-    """No kernel spills in a loop, needs more shared memory than there is, or multiplies 16 bits without tensor cores."""
+    """No kernel spills in a loop, needs more shared memory than a GPU has, or skips tensor cores in 16 bits."""
     command = [sys.executable, "-m", "bench.compiled", "--backends", "cuda", "--dtypes", "bf16,fp16,fp32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     wrong = [line for line in done.stdout.splitlines() if "WRONG: " in line]

@@ -1,7 +1,7 @@
-"""Real neighbours of the package, as its users combine them: adapters, pruning, checkpointing, averaging, data and tensor
-parallelism, quantisation. What is compared with is the same model without the neighbour, or the neighbour on torch.nn.
+"""Packages and features that users combine with ours, run for real.
 
-A neighbour that is not installed fails its tests.
+Adapters, pruning, checkpointing, averaging, data and tensor parallelism, quantisation. Each is compared with the same
+model without it, or with the same feature on torch.nn. A package that is not installed fails its tests.
 """
 
 import copy

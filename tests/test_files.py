@@ -80,7 +80,8 @@ cli._run_command = command if sys.argv[1:] == ["log"] else cli._run_command
 sys.exit(cli.main(sys.argv[1:]))
 """
     (tmp_path / "text").write_text("some text " * 1000)
-    train = f"train --data={tmp_path / 'text'} --n-layer=1 --n-head=1 --n-embd=16 --force --block-size=16 --out={tmp_path}".split()
+    train = f"train --data={tmp_path / 'text'} --out={tmp_path} --n-layer=1 --n-head=1 --n-embd=16 --force".split()
+    train.append("--block-size=16")
     for arguments, name in (["log"], "log.jsonl"), (train, "checkpoint.safetensors"):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False

@@ -22,7 +22,7 @@ DEAR = {
 
 @pytest.fixture
 def imported(run_new_python):
-    """Runs IMPORTS where there is no GPU and Triton isn't interpreted: (CPU seconds for torch, for pygpt), new modules."""
+    """Runs IMPORTS without a GPU or Triton's interpreter: (CPU seconds for torch, for pygpt), new modules."""
 
     def run(**environment):
         done = run_new_python(IMPORTS, **{"TRITON_INTERPRET": "", "CUDA_VISIBLE_DEVICES": "", **environment})

@@ -1,4 +1,4 @@
-"""What torch.nn.functional accepts, pygpt.functional accepts with the same result: asked of torch's own OpInfo samples."""
+"""What torch.nn.functional accepts, pygpt.functional accepts with the same result, on torch's own OpInfo samples."""
 
 from functools import partial
 

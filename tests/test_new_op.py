@@ -95,7 +95,8 @@ del sys.modules["pygpt"]
 
 def test_every_package_is_installed():
     """A folder that pyproject.toml leaves out is there in a checkout, and missing from the wheel."""
-    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1]
     folders = {
         f"pygpt.{'.'.join(f.parent.relative_to(ROOT / 'pygpt').parts)}"
         for f in (ROOT / "pygpt").glob("*/**/__init__.py")

@@ -145,7 +145,7 @@ def test_scores_on_both_sides_of_the_limit(dtype, is_causal, kernels, device, ge
             "dv": (p.T @ dout, p.T @ dout.abs())}  # fmt: skip
     for (name, (exact, size)), ours in zip(want.items(), found, strict=True):
         wrong = (ours[0, 0].cpu().double() - exact).abs() / (size + torch.finfo(dtype).tiny)
-        # Four roundings of eps / 2: p or ds, out (which delta is found from), the result, and p's exponent at the limit.
+        # Four roundings of eps / 2: p or ds, out (delta is computed from it), the result, p's exponent at the limit.
         assert wrong.max() <= 2 * torch.finfo(dtype).eps, f"{name}: {wrong.max() / torch.finfo(dtype).eps:.2f} eps"
 
 

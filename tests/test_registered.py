@@ -1,4 +1,4 @@
-"""torch.ops.pygpt.* by themselves and in graphs: gradients, export, FLOP counts; and what else of torch looks at a call."""
+"""torch.ops.pygpt.* by themselves and in graphs: gradients, export, FLOP counts, torch's other views of a call."""
 
 import copy
 from functools import partial
@@ -155,7 +155,6 @@ def test_make_fx_keeps_gradients(op, dims, compiled, generator):
     assert all(torch.equal(got[key], want[key]) for key in want), rest
 
 
-
 SHARED = {  # one tensor in two places
     "sdpa(q, q, q)": (lambda q: functional.scaled_dot_product_attention(q, q, q), [(1, 2, 5, 8)]),
     "sdpa(q, kv, kv)": (lambda q, kv: functional.scaled_dot_product_attention(q, kv, kv), [(1, 2, 5, 8), (1, 2, 6, 8)]),
@@ -183,7 +182,7 @@ def test_a_shared_tensor_compiles_whole(name):
 
 
 def test_a_choice_inside_a_compiled_function(compiled):
-    """Called again, from another thread's state or with another choice around it, and followed by other compilations."""
+    """Called again, from another thread's state or under another choice, and followed by other compilations."""
 
     @partial(torch.compile, fullgraph=True, backend="aot_eager")
     def inside(x):
@@ -280,7 +279,8 @@ for name in theirs:
     setattr(F, name, getattr(functional, name))
 x, w, q = torch.randn(3, 4), torch.randn(4, 4), torch.randn(1, 2, 5, 8)
 calls = {
-    "linear": (x.cfloat(), w.cfloat()), "relu": (x.long(),), "gelu": (x.to_sparse(),), "rms_norm": (x, (4,), w[0].double()),
+    "linear": (x.cfloat(), w.cfloat()), "relu": (x.long(),), "gelu": (x.to_sparse(),),
+    "rms_norm": (x, (4,), w[0].double()),
     "layer_norm": (x.bfloat16(), (4,), w[0]), "scaled_dot_product_attention": (q, q, q, torch.ones(5, 5).bool()),
 }
 assert calls.keys() == theirs.keys()
@@ -312,7 +312,8 @@ def test_torchs_functions_replaced_by_ours(run_python):
 def public_calls():
     x, w, b, q = torch.randn(3, 8), torch.randn(8, 8), torch.randn(8), torch.randn(1, 2, 5, 8)
     return {
-        "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b), "add_layer_norm": (x, x, (8,), b, b),
+        "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b),
+        "add_layer_norm": (x, x, (8,), b, b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
     }  # fmt: skip
 
@@ -402,7 +403,7 @@ def test_subclasses_that_dispatch_for_themselves(name):
         assert choice.backend == "torch" and f"a tensor subclass, {kind}" in choice.rejected["cpp"]
         with pygpt.backend("cpp"), pytest.raises(RuntimeError, match=f"a tensor subclass, {kind}"):
             function(*wrapped)
-        one = [args[0], *(wrap(a) if isinstance(a, torch.Tensor) else a for a in args[1:])]  # not only the first argument
+        one = [args[0], *(wrap(a) if isinstance(a, torch.Tensor) else a for a in args[1:])]  # all but the first one
         if len(args) > 1 and name != "layer_norm":
             assert pygpt.explain(function, *one).backend == "torch"
     assert any("pygpt" not in seen for seen in Wrapper.seen) and not any("pygpt" in seen for seen in Wrapper.seen)

@@ -1,4 +1,4 @@
-"""A training run that is told to stop is saved first: by Ctrl-C, SIGTERM, SIGHUP, or because nobody reads it any more."""
+"""A training run that is told to stop is saved first: by Ctrl-C, SIGTERM, SIGHUP, or because its reader has gone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Bitwise the same result: run to run, for any number of threads, from several threads at once, in workers after a fork.
+"""Bitwise the same result: run to run, for any number of threads, from several at once, in workers after a fork.
 
 And what a thread keeps for itself goes when it ends.
 """
@@ -196,7 +196,7 @@ def resident_pages():
 
 
 def end_threads(at_once, one_by_one):
-    """Prints how much memory threads hold that are there at once, and how much is held after so many more, one by one."""
+    """Prints how much memory threads hold that live together, and how much is held after so many more in turn."""
     ready, go = threading.Barrier(at_once + 1), threading.Event()
 
     def stay():

@@ -188,7 +188,9 @@ def entries(out):
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"dropout": 0.1, "grad_accum": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"dropout": 0.1, "grad_accum": 2}]
+)
 def test_resumes_bit_exactly(options, corpus, tmp_path):
     s = Settings(**TINY, **options)
     through, first = Trainer(s, corpus), Trainer(s, corpus)

@@ -88,7 +88,7 @@ def test_every_targets_configurations(op, target, dtype, generator):
 
 # ------------------------------------------------------------------------------- attention's two forms of p
 def one_key_rows(smallest, largest, dtype, generator):
-    """q, k and scale of rows whose own key has all their weight, by scores of either sign and such sizes (times log2 e).
+    """q, k and scale of rows whose own key has all their weight. Scores times log2 e have either sign and such sizes.
 
     All products are small integers times a power of two, so that their sums are exact in any order.
     """

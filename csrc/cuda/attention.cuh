@@ -128,8 +128,8 @@ Error launch_tiles(void (*kernel)(Params), Params params, int64_t outer_len, int
   if (tiles == 0) return nullptr;
   if (std::max({tiles, outer_len, inner_len}) > kMaxTiles) return "attention: more than 2^30 positions or tiles";
   const int64_t head_bytes = inner_len * (params.q.width + params.v.width) * static_cast<int64_t>(sizeof(T));
-  params.head_group =
-      static_cast<int>(std::clamp<int64_t>(shared_l2_bytes() / std::max<int64_t>(head_bytes, 1), 1, params.total_heads));
+  const int64_t heads_in_l2 = shared_l2_bytes() / std::max<int64_t>(head_bytes, 1);
+  params.head_group = static_cast<int>(std::clamp<int64_t>(heads_in_l2, 1, params.total_heads));
   return launch(kernel, make_grid(tiles), dim3(shape.threads()), shared, stream, params);
 }
 
