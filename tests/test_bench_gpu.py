@@ -251,6 +251,14 @@ def test_check_allows_for_a_row_that_cancels():
     assert check.compare(off, eager, wide).wrong
 
 
+def test_check_finds_who_writes_to_the_inputs():
+    work = ops.relu(torch.randn, 8, 16)
+    before, reference = work.tensors[0].clone(), check.Reference(work, "forward")
+    with pytest.raises(Refused, match="it writes to its inputs"):
+        reference.judge(lambda x: x.relu_(), work.tensors, ours=False)
+    assert torch.equal(work.tensors[0], before)  # for those that follow
+
+
 def test_check_looks_at_dtypes_and_zeros():
     x, zero = torch.randn(3, 4), torch.zeros(3, 4)
     assert check.compare(x.double(), x, x.double()).wrong and not check.compare(x, x, x.double()).wrong

@@ -248,6 +248,7 @@ PEERS = {
     "zentorch": Peer(
         {"*": compilers.with_zentorch}, "zentorch", "zentorch", CPU, FORWARD, slow=True,
         program=os.environ.get("CXX", "g++"),
+        convert=lambda tensors: tuple(t.clone() for t in tensors),  # it packs weights in place (docs/measured.md B9)
     ),
     "openvino": Peer(
         {"*": compilers.with_openvino}, "openvino", "openvino", CPU, FORWARD,

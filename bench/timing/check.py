@@ -37,6 +37,7 @@ class Reference:
 
     def __init__(self, work: Work, direction: str):
         self.tensors, self.direction = work.tensors, direction
+        self.originals = tuple(t.clone() for t in work.tensors)
         wider = torch.float64 if work.tensors[0].dtype == torch.float32 else torch.float32
         self.grads = drawn(verify.as_tuple(work.eager(*work.tensors))) if direction == "backward" else None
         self.eager = self.results(work.eager, work.tensors)
@@ -47,8 +48,12 @@ class Reference:
         return tuple(t.detach() for t in found)
 
     def judge(self, function: Callable, tensors: tuple, ours: bool) -> Errors:
-        """Raises Refused where the function's results are wrong."""
+        """Raises Refused where the function's results are wrong, or where it wrote to the row's inputs."""
         found = self.results(function, tensors)
+        if not all(map(torch.equal, self.tensors, self.originals)):
+            for t, original in zip(self.tensors, self.originals, strict=True):
+                t.copy_(original)  # for the candidates that follow
+            raise Refused("it writes to its inputs")
         if [t.shape for t in found] != [t.shape for t in self.eager]:
             shapes = [[tuple(t.shape) for t in each] for each in (found, self.eager)]
             raise Refused(f"its results have shapes {shapes[0]}, PyTorch's {shapes[1]}")
