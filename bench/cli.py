@@ -21,11 +21,11 @@ from pygpt.data import UsageError
 from pygpt.dispatch import TABLE, chosen
 from pygpt.files import locked, must_be_folder
 
-from .cases import gpt, peers, rows, shapes
+from .cases import gpt, ops, peers, rows, shapes
 from .cases.ops import DIRECTIONS, DTYPES
 from .timing.machine import VARIABLES
 
-EVERY_OP, EVERY_DIRECTION = (*shapes.OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
+EVERY_OP, EVERY_DIRECTION = (*ops.OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
 QUICK_BUDGET = 90  # seconds; the last row begins before, and a run ends within two minutes
 SECONDS = {"cpu": (0.75, 0.2), "cuda": (0.1, 0.04)}  # for a candidate of a row; with --quick
 ISA = {  # the values of VARIABLES with which all libraries use the same instructions

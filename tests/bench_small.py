@@ -11,7 +11,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import cli as command
-from bench.cases import gpt, ops, shapes
+from bench.cases import gpt, ops
 from bench.show import plots
 from bench.timing import clocks, machine, race, results
 from bench.timing.results import Result
@@ -38,7 +38,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(race, "FEWEST", {float("inf"): 5})
     monkeypatch.setattr(clocks.CpuClock, "estimate", lambda self, call: self.once(call, 2))
     monkeypatch.setattr(clocks, "last_level_cache", lambda: 1)
-    monkeypatch.setattr(shapes, "CPU", TINY)
+    monkeypatch.setattr(ops, "CPU", TINY)
     monkeypatch.setattr(gpt, "CASES", [])
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would measure nothing
     monkeypatch.delenv("PYGPT_BACKEND", raising=False)

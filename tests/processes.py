@@ -9,8 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Forks a process for every request, with the request's environment, arguments and files, and tells how it ended. What the
-# process runs stands after the loop, so that it ends as any Python process does: by traceback, exit code and flush.
+# Forks a process for every request, with the request's environment, arguments and files, and reports how it ended. The
+# code that the process runs comes after the loop, so that it ends as any Python process does: by traceback, exit code
+# and flush.
 SERVER = """
 import json, os, sys
 import torch

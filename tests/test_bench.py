@@ -14,7 +14,7 @@ from bench_small import FEW, PEAKS, ROOT, TINY, bench, document, plain, rows, sm
 
 import pygpt
 from bench import cli as command
-from bench.cases import goals, gpt, ops, peers, shapes
+from bench.cases import goals, gpt, ops, peers
 from bench.cases import rows as case_rows
 from bench.show import compare, plots, readme, table
 from bench.timing import candidates, results
@@ -123,7 +123,7 @@ def test_one_rows_error_costs_that_row(plain, monkeypatch, capsys):
 
 
 def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
-    monkeypatch.setattr(shapes, "CPU", [ops.case(ops.relu, 8, 16)])
+    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, 8, 16)])
     wrong = replace(peers.PEERS["eager"], ops={"*": lambda work, dims: lambda x: x.relu() * 1.2})
     monkeypatch.setitem(peers.PEERS, "liger", wrong)
     assert bench(*FEW, "--peers=eager,liger", "--directions=forward") == 0

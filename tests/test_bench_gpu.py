@@ -137,17 +137,17 @@ def requested(*arguments):
 
 def test_rows_on_a_gpu():
     found = case_rows.rows(requested("--device=cuda", "--directions=forward,backward"))
-    assert len(set(found)) == len(found) and {row.case.op for row in found} == set(shapes.OPS)
+    assert len(set(found)) == len(found) and {row.case.op for row in found} == set(ops.OPS)
     dtypes = [row.dtype for row in found]
     assert sorted(dtypes, key=("bfloat16", "float32", "float16").index) == dtypes
-    assert {row.case for row in found if row.dtype == "float16"} == set(shapes.first_of_each_op(shapes.GPU))
-    for case in shapes.GPU:  # every set-up function gets its arguments, and has something to count
+    assert {row.case for row in found if row.dtype == "float16"} == set(shapes.first_of_each_op(ops.GPU))
+    for case in ops.GPU:  # every set-up function gets its arguments, and has something to count
         assert min(case.setup(lambda *shape: torch.empty(shape, device="meta"), *case.args).amount) > 0
     quick = case_rows.rows(requested("--device=cuda", "--quick", "--dtypes=bfloat16", "--directions=forward"))
-    assert {row.case for row in quick} == {*shapes.first_of_each_op(shapes.GPU), *shapes.PREDICTED}
-    assert {(e.op, e.shape) for e in goals.EXPECTED} == {(c.op, c.shape) for c in shapes.PREDICTED}
+    assert {row.case for row in quick} == {*shapes.first_of_each_op(ops.GPU), *ops.PREDICTED}
+    assert {(e.op, e.shape) for e in goals.EXPECTED} == {(c.op, c.shape) for c in ops.PREDICTED}
     small = case_rows.rows(requested("--rehearse"))
-    assert {row.case.op for row in small} == set(shapes.OPS) and len({str(row) for row in small}) == len(small)
+    assert {row.case.op for row in small} == set(ops.OPS) and len({str(row) for row in small}) == len(small)
     assert all(c.setup(torch.empty, *c.args).tensors[0].numel() < 2000 for c in {row.case for row in small})
 
 

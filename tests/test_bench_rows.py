@@ -22,12 +22,12 @@ __all__ = ["small"]  # fixtures
 def test_the_suite(monkeypatch):
     monkeypatch.undo()
     every = case_rows.rows(options("--dtypes=float32,bfloat16,float16"))
-    assert {row.case.op for row in every} == {*shapes.OPS, *gpt.DIRECTIONS} and len(set(every)) == len(every)
+    assert {row.case.op for row in every} == {*ops.OPS, *gpt.DIRECTIONS} and len(set(every)) == len(every)
     standard = [row.dtype in row.case.standard for row in every]
     assert standard == sorted(standard, reverse=True)  # what matters most comes first
     assert all(row.dtype in row.case.standard for row in case_rows.rows(options("--only-standard")))
     quick = case_rows.rows(options("--quick"))
-    assert len(quick) == 2 * len(shapes.OPS) + len(gpt.DIRECTIONS) and {row.dtype for row in quick} == {"float32"}
+    assert len(quick) == 2 * len(ops.OPS) + len(gpt.DIRECTIONS) and {row.dtype for row in quick} == {"float32"}
     assert options("--quick").budget < 120
     lengths = [row.case.dims["L"] for row in case_rows.rows(options("--sweep", "--directions=backward"))]
     assert lengths == [256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -35,10 +35,10 @@ def test_the_suite(monkeypatch):
 
 
 def test_custom_shapes():
-    (case,) = shapes.custom("T=20,H=3,causal=0", shapes.OPS)
+    (case,) = shapes.custom("T=20,H=3,causal=0", ops.OPS)
     dims = {"B": 1, "H": 3, "L": 20, "S": 20, "D": 8, "causal": False}
     assert case.shape == "B1 H3 T20 D8 full" and case.dims == dims
-    assert [c.shape for c in shapes.custom("N=5", shapes.OPS)] == ["8 x 16 -> 5", "5 x 16", "5 x 16"]
+    assert [c.shape for c in shapes.custom("N=5", ops.OPS)] == ["8 x 16 -> 5", "5 x 16", "5 x 16"]
     assert shapes.custom("L=1,T=9", ["attention"])[0].shape == "B1 H2 L1 S9 D8 causal"
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench.cases import goals, shapes
+from bench.cases import goals, ops
 from bench.first_light import checks as gpu_checks
 from bench.first_light import plan as first_light
 from bench.first_light import steps
@@ -212,7 +212,7 @@ def test_measurements_stand_beside_what_was_expected(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["goals", str(path)])
     assert goals.main() == 0
     assert f"measured 105, {105 / row.by_hand['cuda']:.2f} of the estimate" in capsys.readouterr().out
-    assert {(row.op, row.shape) for row in goals.EXPECTED} <= {(case.op, case.shape) for case in shapes.PREDICTED}
+    assert {(row.op, row.shape) for row in goals.EXPECTED} <= {(case.op, case.shape) for case in ops.PREDICTED}
 
 
 @pytest.mark.parametrize(

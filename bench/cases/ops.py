@@ -1,4 +1,4 @@
-"""The ops: for each, a set-up function with the inputs, our call, the same in plain PyTorch, and the work in it."""
+"""The ops and their shapes. An op has a set-up function: inputs, our call, the same in plain PyTorch, and the work."""
 
 import inspect
 from collections.abc import Callable
@@ -162,3 +162,65 @@ def gelu(make, N, C, approximate):
 def relu(make, N, C):
     """Forward moves x and y; backward dy, y and dx."""
     return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
+
+
+# ------------------------------------------------------------------------------- the shapes to time
+ALL, FLOAT32 = tuple(DTYPES), ("float32",)
+CPU = [
+    case(attention, 1, 12, 1024, 1024, 64, True, standard=ALL),
+    case(attention, 1, 12, 1024, 1024, 64, False, standard=ALL),
+    case(attention, 1, 12, 4096, 4096, 64, True, standard=FLOAT32),
+    case(attention, 1, 12, 2048, 2048, 128, False, standard=FLOAT32),
+    case(attention, 1, 12, 64, 64, 64, True),
+    case(attention, 1, 12, 1, 1024, 64, False),
+    case(attention, 2, 3, 77, 133, 40, False),
+    case(linear, 4096, 768, 3072, standard=ALL),
+    case(linear, 4096, 3072, 768, standard=ALL),
+    case(linear, 8, 768, 3072),
+    case(linear, 1001, 333, 517),
+    case(mlp, 8, 512, 768, "gelu_tanh", standard=ALL),
+    case(mlp, 8, 512, 768, "gelu", standard=FLOAT32),
+    case(mlp, 8, 512, 768, "relu", standard=FLOAT32),
+    case(mlp, 8, 512, 768, "relu2"),
+    case(mlp, 1, 8, 384, "gelu_tanh"),
+    *(
+        case(norm, rows, columns, standard=standard)
+        for norm in (layer_norm, add_layer_norm, rms_norm)
+        for rows, columns, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
+    ),
+    case(gelu, 4096, 3072, "none", standard=ALL),
+    case(gelu, 4096, 3072, "tanh", standard=ALL),
+    case(gelu, 8, 64, "none"),
+    case(relu, 4096, 3072, standard=ALL),
+    case(relu, 1001, 333),
+]
+OPS = tuple(dict.fromkeys(case.op for case in CPU))
+
+TOKENS, BFLOAT16 = 16384, ("bfloat16",)
+GPU = [  # the most important first: a run that has no time left omits the rest
+    case(attention, 16, 12, 1024, 1024, 64, True, standard=BFLOAT16),
+    case(mlp, 16, 1024, 768, "gelu_tanh", standard=BFLOAT16),
+    case(layer_norm, TOKENS, 768, standard=BFLOAT16),
+    case(attention, 2, 32, 8192, 8192, 128, True, standard=BFLOAT16),
+    case(mlp, 16, 1024, 1600, "gelu_tanh", standard=BFLOAT16),
+    case(linear, TOKENS, 768, 3072),
+    case(attention, 16, 25, 1024, 1024, 64, True, standard=BFLOAT16),
+    case(add_layer_norm, TOKENS, 768),
+    case(layer_norm, TOKENS, 4096, standard=BFLOAT16),
+    case(mlp, 16, 1024, 4096, "gelu_tanh", standard=BFLOAT16),
+    case(rms_norm, TOKENS, 768, standard=BFLOAT16),
+    case(gelu, TOKENS, 3072, "tanh"),
+    case(attention, 16, 12, 1024, 1024, 64, False),
+    case(linear, TOKENS, 1600, 6400),
+    case(layer_norm, TOKENS, 1600, standard=BFLOAT16),
+    case(attention, 2, 32, 8192, 8192, 128, False),
+    case(linear, TOKENS, 4096, 16384),
+    case(add_layer_norm, TOKENS, 1600),
+    case(add_layer_norm, TOKENS, 4096),
+    case(attention, 1, 32, 16384, 16384, 128, True),
+    case(rms_norm, TOKENS, 1600, standard=BFLOAT16),
+    case(rms_norm, TOKENS, 4096, standard=BFLOAT16),
+    case(gelu, TOKENS, 3072, "none"),
+    case(relu, TOKENS, 3072),
+]
+PREDICTED = tuple(GPU[i] for i in (0, 1, 2, 3, 8, 9))  # the shapes that goals.py has expectations of

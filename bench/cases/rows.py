@@ -33,10 +33,10 @@ def cases(options) -> list[Case]:
     if options.sweep:
         return shapes.sweep(options.sweep)
     on_gpu = options.device == "cuda" or options.rehearse
-    found = [case for case in (shapes.GPU if on_gpu else shapes.CPU) if case.op in options.ops]
+    found = [case for case in (ops.GPU if on_gpu else ops.CPU) if case.op in options.ops]
     found += [case for case in gpt.CASES if case.op in options.ops and not options.rehearse]
     if options.quick:
-        predicted = shapes.PREDICTED if on_gpu else ()
+        predicted = ops.PREDICTED if on_gpu else ()
         first = shapes.first_of_each_op(found)
         found = [case for case in found if case in first or case in predicted]
     return shapes.tiny(found) if options.rehearse else found
@@ -44,13 +44,13 @@ def cases(options) -> list[Case]:
 
 def rows(options) -> list[Row]:
     """Every row that the options name, the most important first, because a run may end early."""
-    found, first = [], shapes.first_of_each_op(shapes.GPU)
+    found, first = [], shapes.first_of_each_op(ops.GPU)
     for case in cases(options):
         whole_model = case.op in gpt.DIRECTIONS
         dtypes, directions = (gpt.DTYPES, (gpt.DIRECTIONS[case.op],)) if whole_model else (ops.DTYPES, ops.DIRECTIONS)
         for dtype in (name for name in dtypes if name in options.dtypes):
             wanted = dtype in case.standard or not options.only_standard
-            if options.device == "cuda" and dtype != "bfloat16" and case in shapes.GPU:
+            if options.device == "cuda" and dtype != "bfloat16" and case in ops.GPU:
                 wanted &= case in first  # the other dtypes only show that their kernels work
             if wanted:
                 found += [Row(case, dtype, direction) for direction in directions if direction in options.directions]

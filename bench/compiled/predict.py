@@ -22,7 +22,7 @@ import torch
 
 from pygpt.progress import table as aligned
 
-from ..cases import goals, ops, shapes
+from ..cases import goals, ops
 from ..cases.goals import EXPECTED, Expected
 from . import pipes, schedule
 from .result import DEVICES, Result
@@ -82,7 +82,7 @@ def call(kernels, row: Expected, device: str) -> Callable:
 
 def case(row: Expected) -> ops.Case:
     """The row as the benchmarks have it."""
-    return next(c for c in shapes.GPU if (c.op, c.shape) == (row.op, row.shape))
+    return next(c for c in ops.GPU if (c.op, c.shape) == (row.op, row.shape))
 
 
 def triton_launches(row: Expected) -> list[Launch]:

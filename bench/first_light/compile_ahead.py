@@ -29,7 +29,7 @@ from pygpt import triton_kernels, verify
 from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
-from ..cases import shapes
+from ..cases import ops, shapes
 from ..compiled.result import DEVICES
 from ..compiled.triton_jobs import Job, NoGpu, launched
 from ..timing.calls import once
@@ -60,7 +60,7 @@ def of_candidates() -> Iterator:
 
 
 def of_benchmark() -> Iterator:
-    quick = [*shapes.first_of_each_op(shapes.GPU), *shapes.PREDICTED]
+    quick = [*shapes.first_of_each_op(ops.GPU), *ops.PREDICTED]
     for case in dict.fromkeys(quick):
         work = case.setup(lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta"), *case.args)
         yield _on_meta(once(on_backend("triton", work.ours), work.tensors, "backward")), False
