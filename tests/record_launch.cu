@@ -15,5 +15,5 @@ const char* record_launch(bool first, int device, int shared, int stream) {
   const pygpt::cuda::Stream on{device, reinterpret_cast<void*>(static_cast<uintptr_t>(stream)), nullptr};
   return pygpt::cuda::launch(first ? first_kernel : second_kernel, dim3(5), dim3(64), static_cast<size_t>(shared), on, 1);
 }
-int record_most_shared(int device) { return static_cast<int>(pygpt::cuda::most_shared({device, nullptr, nullptr})); }
+int record_most_shared(int device) { return static_cast<int>(pygpt::cuda::max_shared_bytes({device, nullptr, nullptr})); }
 }

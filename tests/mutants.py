@@ -1,0 +1,484 @@
+"""The faults that tests/mutate.py plants, each with the test that must notice it and what it would do to a user.
+
+``old`` is a regular expression that matches once in all files that ``file``, a pattern, names. ``new`` may refer to its
+groups. A fault that no test can notice because it changes no result stands in EQUIVALENT, with the reason.
+"""
+
+from dataclasses import dataclass
+
+MEMORY, PARITY, KERNELS, TRAIN, TRITON_TESTS = (
+    f"tests/test_{name}.py" for name in ("memory", "parity", "kernels", "train", "triton")
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # words that the names of the tests contain, the first of them their file
+
+    @property
+    def builds_cpu_library(self) -> bool:
+        return self.file.startswith("csrc/cpu") or self.file == "csrc/bind/*.h"
+
+
+CUDA = [
+    # ---- offsets of 32 bits
+    Mutant(
+        "cuda: a norm's row at an offset of 32 bits",
+        "csrc/cuda/norm.cu",
+        r"(const Row<T, E> x = lane\.load<E>\(a\.x \+) row \* a\.x_stride\);",
+        r"\1 static_cast<int>(row * a.x_stride));",
+        (MEMORY, "32_bits", "cuda", "rms_norm", "17"),
+    ),
+    Mutant(
+        "cuda: a norm's gradient at an offset of 32 bits",
+        "csrc/cuda/norm_bwd.cu",
+        r"dy\.copy_from\(a\.dy \+ row \* a\.dy_stride",
+        r"dy.copy_from(a.dy + static_cast<int>(row * a.dy_stride)",
+        (MEMORY, "32_bits", "cuda", "rms_norm", "17"),
+    ),
+    Mutant(
+        "cuda: a wide norm's gradient at an offset of 32 bits",
+        "csrc/cuda/norm_bwd.cu",
+        r"lane\.load<E>\(a\.dy \+ row \* a\.dy_stride\)",
+        r"lane.load<E>(a.dy + static_cast<int>(row * a.dy_stride))",
+        (MEMORY, "32_bits", "cuda", "rms_norm", "8200"),
+    ),
+    Mutant(
+        "cuda: the first line of a GEMM's tile at an offset of 32 bits",
+        "csrc/cuda/gemm.cuh",
+        r"x\.data \+ \(line \+ l\) \* x\.stride",
+        r"x.data + static_cast<int>((line + l) * x.stride)",
+        (MEMORY, "32_bits", "cuda", "linear", "17", "bfloat16"),
+    ),
+    Mutant(
+        "cuda: the further lines of a GEMM's tile at an offset of 32 bits",
+        "csrc/cuda/gemm.cuh",
+        r"from \+ i \* x\.stride, cols_left",
+        r"from + static_cast<int>(i * x.stride), cols_left",
+        (MEMORY, "32_bits", "cuda", "linear", "17", "bfloat16"),
+    ),
+    Mutant(
+        "cuda: float32's tile at an offset of 32 bits",
+        "csrc/cuda/gemm.cuh",
+        r"load4\(from \+ u \* kLinesPerPass \* x\.stride, n",
+        r"load4(from + u * kLinesPerPass * static_cast<int>(x.stride), n",
+        (MEMORY, "32_bits", "cuda", "linear", "float32"),
+    ),
+    Mutant(
+        "cuda: few rows at an offset of 32 bits",
+        "csrc/cuda/gemm.cuh",
+        r"const T\* from = x\.data \+ line \* x\.stride \+ c;",
+        r"const T* from = x.data + static_cast<int>(line * x.stride) + c;",
+        (MEMORY, "32_bits", "cuda", "linear", "M=3,"),
+    ),
+    Mutant(
+        "cuda: attention's first row of a tile at an offset of 32 bits",
+        "csrc/cuda/attention_tiles.cuh",
+        r"int64_t\(row0 \+ first\) \* from\.row_stride \+ channel : 0",
+        r"(row0 + first) * static_cast<int>(from.row_stride) + channel : 0",
+        (MEMORY, "32_bits", "cuda", "attention_lse", "H=1,", "causal=1", "bfloat16"),
+    ),
+    Mutant(
+        "cuda: attention's further rows of a tile at an offset of 32 bits",
+        "csrc/cuda/attention_tiles.cuh",
+        r"source \+= kStep \* from\.row_stride;",
+        r"source += kStep * static_cast<int>(from.row_stride);",
+        (MEMORY, "32_bits", "cuda", "attention_lse", "H=1,", "causal=1", "bfloat16"),
+    ),
+    Mutant(
+        "cuda: a head at an offset of 32 bits",
+        "csrc/cuda/attention.cuh",
+        r"head % params\.heads_per_batch \* t\.stride\[1\]",
+        r"head % params.heads_per_batch * static_cast<int>(t.stride[1])",
+        (MEMORY, "32_bits", "cuda", "attention_lse", "H=5,", "bfloat16"),
+    ),
+    # ---- vectors that are not aligned
+    Mutant(
+        "cuda: a bias is read as vectors wherever it lies",
+        "csrc/cuda/gemm.cuh",
+        r" && aligned\(epilogue\.bias\)",
+        r"",
+        (MEMORY, "without_vectors", "cuda", "linear"),
+    ),
+    Mutant(
+        "cuda: a norm's weight is read as vectors wherever it lies",
+        "csrc/cuda/norm.cu",
+        r" && can_vectorize\(a\.weight\)",
+        r"",
+        (MEMORY, "without_vectors", "cuda", "rms_norm"),
+    ),
+    Mutant(
+        "cuda: a norm's gradient is read as vectors wherever it lies",
+        "csrc/cuda/norm_bwd.cu",
+        r" && can_vectorize\(a\.dy, a\.dy_stride\)",
+        r"",
+        (MEMORY, "without_vectors", "cuda", "rms_norm"),
+    ),
+    Mutant(
+        "cuda: attention reads vectors wherever a head begins",
+        "csrc/cuda/attention.cuh",
+        r" && address % \(elements \* sizeof\(T\)\) == 0;",
+        r" && address;",
+        (MEMORY, "without_vectors", "cuda", "attention_lse"),
+    ),
+    Mutant(
+        "cuda: an activation's gradient is read as vectors wherever it lies",
+        "csrc/cuda/activation.cu",
+        r"can_vectorize\(dy\) && ",
+        r"",
+        (MEMORY, "without_vectors", "cuda", "relu"),
+    ),
+    # ---- past an end
+    Mutant(
+        "cuda: an activation's tail is an element too long",
+        "csrc/cuda/activation.cu",
+        r"start \+ kTile<T> < n \? start \+ kTile<T> : n;",
+        r"start + kTile<T> < n ? start + kTile<T> : n + 1;",
+        (MEMORY, "past_the_end", "cuda", "relu"),
+    ),
+    Mutant(
+        "cuda: a GEMM reads a row past the end of W",
+        "csrc/cuda/gemm.cuh",
+        r"cols_left > 0 && i < lines_left\);",
+        r"cols_left > 0 && i <= lines_left);",
+        (MEMORY, "past_the_end", "cuda", "linear", "bfloat16"),
+    ),
+    Mutant(
+        "cuda: few rows read rows past the end of W",
+        "csrc/cuda/gemm.cuh",
+        r"min\(j \+ c, g\.N - 1\)",
+        r"j + c",
+        (MEMORY, "past_the_end", "cuda", "linear", "M=3,"),
+    ),
+    Mutant(
+        "cuda: few rows read a whole vector at a row's end",
+        "csrc/cuda/gemm.cuh",
+        r"e < left \? to_float\(from\[e\]\) : 0\.0f;",
+        r"to_float(from[e]) * (e < left);",
+        (MEMORY, "past_the_end", "cuda", "linear", "M=3,"),
+    ),
+    Mutant(
+        "cuda: a norm writes an element past its row",
+        "csrc/cuda/norm.cuh",
+        r"if \(column<T>\(i\) < cols\) p\[column<T>\(i\)\] = ",
+        r"if (column<T>(i) <= cols) p[column<T>(i)] = ",
+        (MEMORY, "past_the_end", "cuda", "rms_norm"),
+    ),
+    Mutant(
+        "cuda: attention reads a row past the last key",
+        "csrc/cuda/attention_tiles.cuh",
+        r"(cp_async_16\(element<D>\(tile, row, channel\), source, row) < inside\);",
+        r"\1 <= inside);",
+        (MEMORY, "past_the_end", "cuda", "attention", "bfloat16"),
+    ),
+    # ---- order of events
+    Mutant(
+        "cuda: norms' sums of two rows meet in one buffer",
+        "csrc/cuda/norm_bwd.cu",
+        r"shared\[parity\]",
+        r"shared[0]",
+        ("tests/test_emulator.py", "ahead", "rms_norm"),
+    ),
+    Mutant(
+        "cuda: attention computes with a tile before all of it is there",
+        "csrc/cuda/attention.cuh",
+        r"__syncthreads\(\);  // this stage has arrived, and no warp reads the other.*$",
+        r"",
+        (MEMORY, "past_the_end", "cuda", "attention_lse", "exact"),
+    ),
+    Mutant(
+        "cuda: a GEMM waits for one tile too few",
+        "csrc/cuda/gemm.cuh",
+        r"cp_async_wait<S::kStages - 2>",
+        r"cp_async_wait<S::kStages - 1>",
+        (MEMORY, "past_the_end", "cuda", "linear", "exact"),
+    ),
+    Mutant(
+        "cuda: a GEMM's epilogue starts before the tile is written",
+        "csrc/cuda/gemm.cuh",
+        r"__syncthreads\(\);(\n  store_tile<T, TILE)",
+        r"\1",
+        (MEMORY, "past_the_end", "cuda", "linear", "exact"),
+    ),
+    Mutant(
+        "cuda: a norm's g is fused with its mean",
+        "csrc/cuda/norm_bwd.cu",
+        r"__fmul_rn\(dy\[i\], w\[i\]\)",
+        r"dy[i] * w[i]",
+        ("tests/test_emulator.py", "contracted"),
+    ),
+    # ---- blocks
+    Mutant(
+        "cuda: the last group of heads is taken for a whole one",
+        "csrc/cuda/attention.cuh",
+        r"min\(params\.total_heads - first_head, params\.head_group\)",
+        r"params.head_group",
+        (KERNELS, "groups_of_heads", "cuda"),
+    ),
+    Mutant(
+        "cuda: sums of columns take more slices than a grid is high",
+        "csrc/cuda/reduce.cuh",
+        r"int64_t slice_rows = std::max\(kMinSliceRows, .*$",
+        r"int64_t slice_rows = kMinSliceRows;",
+        (KERNELS, "millions_of_rows", "cuda"),
+    ),
+    # ---- values
+    Mutant(
+        "cuda: float16 takes bfloat16's limit of exponents",
+        "csrc/cuda/attention.cuh",
+        r"std::is_same_v<T, f16> \? 0x1p11f",
+        r"std::is_same_v<T, f16> ? 0x1p14f",
+        (PARITY, "single_key", "cuda", "float16"),
+    ),
+    Mutant(
+        "cuda: the causal mask hides the diagonal",
+        "csrc/cuda/attention.cuh",
+        r"column > r \+ diagonal",
+        r"column >= r + diagonal",
+        (MEMORY, "past_the_end", "cuda", "attention", "exact"),
+    ),
+    Mutant(
+        "cuda: a unit that is 0 passes its gradient on",
+        "csrc/cuda/activation.cuh",
+        r"return saved <= 0 \? 0\.f : d;",
+        r"return saved < 0 ? 0.f : d;",
+        (MEMORY, "past_the_end", "cuda", "relu", "exact"),
+    ),
+]
+
+CPU = [
+    Mutant(
+        "cpu: an activation's tail is written as a whole vector",
+        "csrc/cpu/activation.cpp",
+        r"f\(load\(in \+ i, last - i\)\.\.\.\), last - i\)",
+        r"f(load(in + i, last - i)...), w)",
+        (MEMORY, "past_the_end", "cpp", "relu"),
+    ),
+    Mutant(
+        "cpu: an activation's tail is read as a whole vector",
+        "csrc/cpu/activation.cpp",
+        r"f\(load\(in \+ i, last - i\)\.\.\.\), last - i\)",
+        r"f(load(in + i)...), last - i)",
+        (MEMORY, "past_the_end", "cpp", "relu"),
+    ),
+    Mutant(
+        "cpu: a norm's last columns are written as a whole vector",
+        "csrc/cpu/norm.cpp",
+        r"write\(out \+ j, f\(Columns\{j, n\}\), n\);",
+        r"write(out + j, f(Columns{j, n}), w);",
+        (MEMORY, "past_the_end", "cpp", "rms_norm"),
+    ),
+    Mutant(
+        "cpu: a norm's row at an offset of 32 bits",
+        "csrc/cpu/norm.cpp",
+        r"data \? data \+ i \* stride : nullptr",
+        r"data ? data + int(i * stride) : nullptr",
+        (MEMORY, "32_bits", "cpp", "rms_norm"),
+    ),
+    Mutant(
+        "cpu: a row of a product at an offset of 32 bits",
+        "csrc/cpu/gemm/pack.h",
+        r"return \{data \+ i \* rs \+ j \* cs, rs, cs\};",
+        r"return {data + int(i * rs) + j * cs, rs, cs};",
+        (MEMORY, "32_bits", "cpp", "linear"),
+    ),
+    Mutant(
+        "cpu: decoding reads rows past the end of W",
+        "csrc/cpu/gemm/gemv.h",
+        r"b \+ std::min\(j, columns - 1\) \* ldb;",
+        r"b + j * ldb;",
+        (MEMORY, "past_the_end", "cpp", "linear", "M=3,"),
+    ),
+    Mutant(
+        "cpu: decoding reads a whole vector at a row's end",
+        "csrc/cpu/gemm/gemv.h",
+        r"return PackReader<E>\(\)\.load_k\(p, K - k \* d\); \}\);",
+        r"return PackReader<E>().load_k(p); });",
+        (MEMORY, "past_the_end", "cpp", "linear", "M=3,"),
+    ),
+    Mutant(
+        "cpu: attention of few queries reads a whole vector at a key's end",
+        "csrc/cpu/attention_few.cpp",
+        r"(add_products\(whole, \[&\]\(const S\* at\) \{ return load\(at), channels - whole\)",
+        r"\1)",
+        (MEMORY, "past_the_end", "cpp", "attention", "L=3,"),
+    ),
+    Mutant(
+        "cpu: results past the caches are stored as vectors wherever they lie",
+        "csrc/cpu/nontemporal.h",
+        r"n >= W<Acc<S>> && reinterpret_cast<uintptr_t>\(p\) % \(W<Acc<S>> \* sizeof\(S\)\) == 0",
+        r"n >= W<Acc<S>>",
+        ("tests/test_large.py", "rms_norm", "1003"),
+    ),
+    Mutant(
+        "cpu: the chunks of a norm's rows depend on the threads",
+        "csrc/cpu/norm.cpp",
+        r"ceil_div\(a\.rows, 64\)\}\);",
+        r"ceil_div(a.rows, threads.count())});",
+        ("tests/test_threads.py", "thread_counts", "rms_norm", "float32"),
+    ),
+    Mutant(
+        "cpu: a query sees one key too few",
+        "csrc/cpu/attention.h",
+        r"std::min\(a\.k_len, i \+ 1\)",
+        r"std::min(a.k_len, std::max<int64_t>(i, 1))",
+        (MEMORY, "past_the_end", "cpp", "attention", "exact"),
+    ),
+    Mutant(
+        "cpu: a norm's dsum is forgotten",
+        "csrc/cpu/norm.cpp",
+        r"return dsum \? d \+ at\(dsum, c\) : d;",
+        r"return d;",
+        (MEMORY, "past_the_end", "cpp", "add_layer_norm", "exact"),
+    ),
+    Mutant(
+        "cpu: a norm's g is fused with its mean",
+        "csrc/cpu/norm.cpp",
+        r"Vec<T> g = no_fma\(at\(dy, c\) \* at\(w, c\)\);",
+        r"Vec<T> g = at(dy, c) * at(w, c);",
+        ("tests/test_norm.py", "single_column", "cpp"),
+    ),
+]
+
+PYTHON = [
+    Mutant(
+        "python: every step has the same dropout",
+        "pygpt/train.py",
+        r'seed_of\("dropout", s\.seed, self\.done\)',
+        r'seed_of("dropout", s.seed)',
+        (TRAIN, "dropout_differs"),
+    ),
+    Mutant(
+        "python: the gradient scaler is not resumed",
+        "pygpt/train.py",
+        r'self\.scaler\.load_state_dict\(metadata\["scaler"\]\)',
+        r"pass",
+        (TRAIN, "scaler_is_resumed"),
+    ),
+    Mutant(
+        "python: bfloat16 is trained as float16",
+        "pygpt/train.py",
+        r'"bfloat16": torch\.bfloat16',
+        r'"bfloat16": torch.float16',
+        (TRAIN, "16_bits"),
+    ),
+    Mutant(
+        "python: bfloat16's gradients are scaled too",
+        "pygpt/train.py",
+        r'enabled=s\.dtype == "float16"',
+        r'enabled=s.dtype in ("float16", "bfloat16")',
+        (TRAIN, "16_bits"),
+    ),
+    Mutant(
+        "python: AdamW decays vectors too",
+        "pygpt/train.py",
+        r'\{"params": vectors, "weight_decay": 0\.0\}',
+        r'{"params": vectors, "weight_decay": s.weight_decay}',
+        (TRAIN, "plain_training_step"),
+    ),
+    Mutant(
+        "python: evaluation keeps dropout on",
+        "pygpt/train.py",
+        r"self\.model\.eval\(\)",
+        r"self.model.train()",
+        (TRAIN, "evaluation_changes_nothing"),
+    ),
+    Mutant(
+        "python: a run without a step is not zeroed",
+        "pygpt/train.py",
+        r"self\.optimizer\.zero_grad\(\)",
+        r"pass",
+        (TRAIN, "plain_training_step"),
+    ),
+    Mutant(
+        "python: the reference forgets to centre a norm's gradient",
+        "pygpt/ops/norm.py",
+        r"return \(dx - g\.mean\(-1, keepdim=True\) if centre else dx\)",
+        r"return (dx)",
+        ("tests/test_reference.py", "explicit_formulas", "layer_norm"),
+    ),
+    Mutant(
+        "python: a choice of backend outlives its block",
+        "pygpt/dispatch.py",
+        r"state\.chosen, state\.cache = previous",
+        r"pass",
+        ("tests/test_backend.py", "choice_nests"),
+    ),
+]
+
+TRITON = [
+    Mutant(
+        "triton: an activation's tail is written past its end",
+        "triton_kernels/activation.py",
+        r"(tl\.store\(y \+ offset, to_storage\(out, y\.dtype\.element_ty\), offset) < n\)",
+        r"\1 < n + 1)",
+        (MEMORY, "past_the_end", "triton", "relu"),
+    ),
+    Mutant(
+        "triton: a norm's row at an offset of 32 bits",
+        "triton_kernels/norm.py",
+        r"row = tl\.program_id\(0\)\.to\(tl\.int64\) \* ROWS",
+        r"row = tl.program_id(0) * ROWS",
+        (TRITON_TESTS, "norms_of_rows_that_are_far", "True"),
+    ),
+    Mutant(
+        "triton: a unit that is 0 passes its gradient on",
+        "triton_kernels/activation.py",
+        r"tl\.where\(saved <= 0, 0\.0, d\)",
+        r"tl.where(saved < 0, 0.0, d)",
+        (MEMORY, "past_the_end", "triton", "relu-M=33"),
+    ),
+    Mutant(
+        "triton: the causal mask hides the diagonal",
+        "triton_kernels/attention_tiles.py",
+        r"\[None, :\] <= last - col",
+        r"[None, :] < last - col",
+        (MEMORY, "past_the_end", "triton", "attention", "exact"),
+    ),
+    Mutant(
+        "triton: a product's last rows of tiles are taken for a whole group",
+        "triton_kernels/mlp.py",
+        r"height = tl\.minimum\(tiles_m - first, GROUP\)",
+        r"height = GROUP",
+        (TRITON_TESTS, "configurations", "linear", "sm80"),
+    ),
+    Mutant(
+        "triton: attention's rows at an offset of 32 bits",
+        "triton_kernels/attention_tiles.py",
+        r"row \+ tl\.arange\(0, x\.TILE_ROWS\)\.to\(tl\.int64\), tl\.arange\(0, COLS\)",
+        r"row + tl.arange(0, x.TILE_ROWS), tl.arange(0, COLS)",
+        (TRITON_TESTS, "attention_of_what_is_far_apart", "sm80"),
+    ),
+    Mutant(
+        "triton: the last group of heads is taken for a whole one",
+        "triton_kernels/attention_tiles.py",
+        r"tl\.minimum\(params\.heads - first, group\)",
+        r"group",
+        (TRITON_TESTS, "test_a_partial_group_of_heads"),
+    ),
+    Mutant(
+        "triton: a group has more heads than there are",
+        "triton_kernels/attention.py",
+        r"max\(1, min\(self\.heads, L2_BYTES // (.*)\)\)$",
+        r"max(1, L2_BYTES // \1)",
+        (TRITON_TESTS, "groups_of_heads_are_no_larger"),
+    ),
+]
+
+# Faults that change no result: why.
+EQUIVALENT = {
+    Mutant(
+        "cuda: a row of attention's output at an offset of 32 bits",
+        "csrc/cuda/attention_tiles.cuh",
+        r"to\.data \+ int64_t\(row\) \* to\.row_stride",
+        r"to.data + row * static_cast<int>(to.row_stride)",
+        (),
+    ): "Outputs are dense, so that rows are at most heads * 256 elements apart: only an output of 2^31 elements would "
+    "show the fault, which takes the emulator days.",
+}
+
+MUTANTS = [*CUDA, *CPU, *PYTHON, *TRITON]
