@@ -56,14 +56,13 @@ __attribute__((visibility("default"))) const char* record_with_stream(int device
   calls.clear(), cuda_error = cuda;
   try {
     pygpt::bind::with_stream({pygpt::bind::cpu_device, device}, [&](const pygpt::cuda::Stream& stream) {
-      record("body on " + std::to_string(stream.device) + (stream.handle == kStream ? ", its stream" : ", another stream"));
+      record("body on " + std::to_string(stream.device) +
+             (stream.handle == kStream ? ", its stream" : ", another stream"));
       void *first = stream.scratch(100), *second = stream.scratch(7);
       record(first != second ? "two memories" : "one memory");
       if (body_throws) throw std::runtime_error("the body's error");
     });
-  } catch (const std::exception& e) {
-    record(std::string("error: ") + e.what());
-  }
+  } catch (const std::exception& e) { record(std::string("error: ") + e.what()); }
   return calls.c_str();
 }
 }

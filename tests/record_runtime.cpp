@@ -74,7 +74,8 @@ void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 0; }
-void __cudaRegisterFunction(void**, const void* function, char*, const char* mangled, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void**, const void* function, char*, const char* mangled, int, void*, void*, void*, void*,
+                            int*) {
   name(function) = std::string(mangled).find("first") != std::string::npos ? "first" : "second";
 }
 
