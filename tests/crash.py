@@ -5,6 +5,7 @@ With xdist the reason stands in the report of the crashed test; else it is print
 
 import ctypes
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def _file(node) -> Path:
 @pytest.hookimpl(trylast=True)  # pytest's own handler, which prints the stack, is asked after ours
 def pytest_configure(config):
     global _library
-    if os.name != "posix" or (config.getoption("numprocesses", 0) and not hasattr(config, "workerinput")):
+    starts_workers = config.getoption("numprocesses", 0) and not hasattr(config, "workerinput")
+    if os.name != "posix" or starts_workers or not shutil.which(native.CXX[0]):
         return
     where = os.open(_file(config), os.O_WRONLY | os.O_CREAT) if hasattr(config, "workerinput") else os.dup(2)
     _library = ctypes.CDLL(str(native.build("crash.cpp")))

@@ -166,7 +166,7 @@ def run(mutants: list[Mutant], out=print) -> list[Mutant]:
     with TemporaryDirectory(prefix="pygpt-mutants-") as folder:
         tree = Path(folder).resolve()
         copy_tree(tree)
-        if any(mutant.builds_cpu_library for mutant in mutants):
+        if any(mutant.builds_cpu_library for mutant in mutants) or not list((tree / "pygpt").glob("_C.*")):
             cpu_library(tree)
             build_cpu(tree)
         check_unchanged(mutants, tree)
