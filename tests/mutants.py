@@ -305,7 +305,7 @@ CPU = [
         "csrc/cpu/attention_few.cpp",
         r"(add_products\(whole, \[&\]\(const S\* at\) \{ return load\(at), channels - whole\)",
         r"\1)",
-        (MEMORY, "past_the_end", "cpp", "attention", "L=3,"),
+        (MEMORY, "past_the_end", "cpp", "attention", "L=3,", "E=13"),
     ),
     Mutant(
         "cpu: results past the caches are stored as vectors wherever they lie",
