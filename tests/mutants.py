@@ -388,7 +388,7 @@ PYTHON = [
         (TRAIN, "evaluation_changes_nothing"),
     ),
     Mutant(
-        "python: a run without a step is not zeroed",
+        "python: gradients are not zeroed after a step",
         "pygpt/train.py",
         r"self\.optimizer\.zero_grad\(\)",
         r"pass",

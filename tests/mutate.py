@@ -75,7 +75,7 @@ def cpu_library(tree: Path) -> None:
     libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     flags = [
         *setup["FLAGS"],
-        "-O1",
+        "-O2",  # below that GCC fuses no products and sums
         "-fPIC",
         *(f"-isystem{folder}" for folder in includes),
         "-DPy_LIMITED_API=0x030a0000",
@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(config, items):
 def run_tests(tree: Path, *tests: tuple[str, ...]) -> subprocess.CompletedProcess:
     # no cache: a file changed twice within a second would be taken for unchanged
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PYGPT_CPU_CAPABILITY": ""}
-    environment["PYGPT_EMULATOR_FLAGS"] = "-O1"  # which compiles faster
+    environment |= {"PYGPT_EMULATOR_FLAGS": "-O1", "PYGPT_TEST_SEED": "1"}  # compiles faster; the same in every run
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.mutate", "-p", "no:cacheprovider"]
     command += [*dict.fromkeys(words[0] for words in tests), *(f"--only={'|'.join(words)}" for words in tests)]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)

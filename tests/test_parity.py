@@ -107,8 +107,10 @@ LIMITS = {torch.float32: 2**14 * math.log(2), torch.bfloat16: 2**14 * math.log(2
 def test_a_single_key_has_probability_one(dtype, kernels, device, generator):
     """However large its score: rows within and beyond the limit stand side by side, each with a key of its own."""
     L, scale = 64, 0.37
-    beside = torch.tensor([0.1, 0.5, 0.9, 0.99, 1.01, 1.1, 2.0, 16.0])
-    score = (LIMITS[dtype] * beside[torch.randint(len(beside), (L,), generator=generator)] / scale).to(dtype)
+    beside = torch.tensor([0.1, 0.5, 0.9, 0.99, 1.01, 1.1, 2.0, 7.0, 7.2, 7.4, 16.0])
+    beside = beside[torch.randint(len(beside), (L,), generator=generator)]
+    beside = beside * (1 + torch.rand(L, generator=generator) / 16)
+    score = (LIMITS[dtype] * beside / scale).to(dtype)
     k = torch.eye(L, dtype=dtype)[None, None]
     v, dout = torch.randn(2, 1, 1, L, L, generator=generator).to(dtype)
     q, k, v, dout = (x.to(device) for x in (k * score[:, None], k, v, dout))
