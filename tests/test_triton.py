@@ -67,8 +67,10 @@ def test_opcheck(op, dims, generator):
 
 # ------------------------------------------------------------------------------- every path
 def targets_and_dtypes():
-    """The configurations of float16 are those of bfloat16, and those of float32 are the same on all targets but sm80.
-    What sm90 has is tested in test_parity.py too, where it is the default. So the rest is for `make test-all`."""
+    """Targets and dtypes that have configurations of their own are for `make test`, the others for `make test-all`.
+
+    float16 has bfloat16's. float32 has sm90's, which test_parity.py runs too, or sm80's (the GEMM on gfx942).
+    """
     for target, dtype in itertools.product(common.TARGETS, DTYPES):
         quick = dtype == torch.bfloat16 or target == "sm80"
         yield pytest.param(target, dtype, marks=[] if quick else pytest.mark.slow)
