@@ -1,4 +1,4 @@
-// Calls every CPU kernel at small fixed shapes, on one thread, for callgrind to count: see instructions.py.
+// Calls every CPU kernel at small fixed shapes, on one thread, for callgrind to count: see count.py.
 //
 // instructions [PART]: the cases whose name contains PART, in turn. Each prints a line, name and work separated by a
 // tab, and is one call of counted(). Work is what an ideal kernel would do: multiply-adds of attention, linear and
@@ -11,20 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cpu/parallel.h"
-#include "../csrc/ops.h"
-
-namespace pygpt::cpu {
-const bool poison = false;
-Threads threads = {
-    [](int64_t n, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) { body(context, 0, n); },
-    []() -> int64_t { return 1; },
-};
-namespace PYGPT_ISA {
-#define PYGPT_DECLARE(name, Args) void name(const Args&);
-PYGPT_KERNELS(PYGPT_DECLARE)
-}  // namespace PYGPT_ISA
-}  // namespace pygpt::cpu
+#include "../../csrc/cpu/standalone.h"
 
 extern "C" __attribute__((noinline, noclone)) void counted(const std::function<void()>& call) {
   call();
@@ -104,8 +91,8 @@ void attention(DType dtype, int64_t H, int64_t L, int64_t S, int64_t E, int64_t 
   a.out = make.heads(H, L, Ev), a.lse = make.statistics(H * L), a.dout = make.heads(H, L, Ev);
   a.dq = make.heads(H, L, E), a.dk = make.heads(H, S, E), a.dv = make.heads(H, S, Ev);
   const int64_t pairs = H * (causal ? L * (L + 1) / 2 : L * S);
-  const auto shape = text(' ', format(dtype).name, " H", H, " L", L, " S", S, " E", E, " Ev", Ev,
-                          causal ? " causal" : "");
+  const auto shape =
+      text(' ', format(dtype).name, " H", H, " L", L, " S", S, " E", E, " Ev", Ev, causal ? " causal" : "");
   count("attention_fwd" + shape, pairs * (E + Ev), attention_fwd, a);
   count("attention_bwd" + shape, pairs * (3 * E + 2 * Ev), attention_bwd, a);
 }

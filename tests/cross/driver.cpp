@@ -13,20 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/parallel.h"
-#include "../../csrc/ops.h"
-
-namespace pygpt::cpu {
-const bool poison = false;
-Threads threads = {
-    [](int64_t n, int64_t, void (*body)(const void*, int64_t, int64_t), const void* context) { body(context, 0, n); },
-    []() -> int64_t { return 1; },
-};
-namespace PYGPT_ISA {
-#define PYGPT_DECLARE(name, Args) void name(const Args&);
-PYGPT_KERNELS(PYGPT_DECLARE)
-}  // namespace PYGPT_ISA
-}  // namespace pygpt::cpu
+#include "../../csrc/cpu/standalone.h"
 
 using namespace pygpt;
 using namespace pygpt::cpu::PYGPT_ISA;
