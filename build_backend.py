@@ -13,7 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's license = "MIT"
 
-sys.path += [path for path in (*site.getsitepackages(), site.getusersitepackages()) if path not in sys.path]
+_PACKAGES = site.getsitepackages()
+if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's own packages
+    _PACKAGES.append(site.getusersitepackages())
+sys.path += [path for path in _PACKAGES if path not in sys.path]
 
 
 def _has_setuptools() -> bool:

@@ -11,12 +11,13 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
   MAX_JOBS                     compilers at a time; by default one per core
 
 Object files stay in build/objects. A source is compiled again when it, a header of its library or this file is newer
-than its object file, or when the compiler or its flags have changed.
+than its object file, or when torch, a compiler, its version or its flags have changed. Libraries are always linked.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -127,6 +129,21 @@ def archs_here(known: list[int]) -> list[str]:
     return ["90a" if arch == "90" else arch for arch in archs]
 
 
+def tools(compiler) -> list:
+    """torch and the compilers, with their versions and the variables that they read."""
+    import torch
+
+    commands = [compiler.compiler_so, [*shlex.split(os.environ.get("CXX") or "c++")], [find_nvcc() or "no nvcc"]]
+    versions = []
+    for command in commands:
+        try:
+            versions.append(subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout)
+        except OSError:
+            versions.append("")
+    variables = [os.environ.get(name) for name in ("CC", "CFLAGS", "CXX", "CXXFLAGS", "CPPFLAGS", "NVCC_CCBIN")]
+    return [torch.__version__, variables, find_nvcc(), versions]
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """What to compile for, oldest first: compute capabilities without the point, and those with a letter."""
     known = known_archs(nvcc)
@@ -153,6 +170,7 @@ class BuildKernels(build_ext):
 
     def build_extensions(self):
         self.include, self.library = torch_paths()
+        self.tools = tools(self.compiler)
         self.pool = ThreadPoolExecutor(jobs())
         with self.pool:
             super().build_extensions()
@@ -178,14 +196,13 @@ class BuildKernels(build_ext):
 
     def object_file(self, newest: float, source: str, folder: str, compiler: Callable, flags: list[str]) -> str:
         """compiler: a method (source, folder for its object file, flags) -> that file."""
-        chosen = *map(os.environ.get, ("CC", "CFLAGS", "CXX", "CXXFLAGS", "NVCC_CCBIN")), find_nvcc()
-        command = repr((*chosen, self.include, self.compiler.include_dirs, flags))
+        command = repr((self.tools, self.include, self.compiler.include_dirs, flags))
         folder = OBJECTS / f"{folder}-{zlib.crc32(command.encode()):08x}"
         result = folder / Path(source).with_suffix(".o")
         if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
-            partial = compiler(source, folder / "partial", flags)  # an interrupted compiler leaves no whole object file
             result.parent.mkdir(parents=True, exist_ok=True)
-            Path(partial).replace(result)
+            with TemporaryDirectory(dir=folder) as partial:  # an interrupted compiler leaves no whole object file
+                Path(compiler(source, Path(partial), flags)).replace(result)
         return str(result)
 
     def host_compiler(self, source: str, folder: Path, flags: list[str]) -> str:
@@ -208,7 +225,9 @@ class BuildKernels(build_ext):
         ext.extra_objects = ext.depends = self.objects(ext, jobs)
         ext.library_dirs += self.library
         ext.sources = []
+        forced, self.force = self.force, True  # the last library may be newer, but of other object files
         super().build_extension(ext)
+        self.force = forced
 
     def build_cuda(self, ext):
         code = cuda_code(CUDA_ARCHS)

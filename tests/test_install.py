@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from setuptools import Distribution
 
 import pygpt
 
@@ -104,9 +105,9 @@ def test_only_what_changed_is_compiled(recipe):
         (folder / "partial.o").write_text(f"{source} {flags}")
         return folder / "partial.o"
 
-    def build(flags=("-O3",), force=False):
+    def build(flags=("-O3",), force=False, tools="g++ 12"):
         compiled.clear()
-        command = SimpleNamespace(include=[], compiler=SimpleNamespace(include_dirs=[]), force=force)
+        command = SimpleNamespace(tools=tools, include=[], compiler=SimpleNamespace(include_dirs=[]), force=force)
         command.pool = SimpleNamespace(map=lambda f, jobs: list(map(f, jobs)))
         command.object_file = lambda *job: recipe.BuildKernels.object_file(command, *job)
         jobs = [(source, "folder", compiler, flags) for source in ("a.cpp", "b.cpp")]
@@ -124,4 +125,15 @@ def test_only_what_changed_is_compiled(recipe):
     assert touch("a.cpp") == ["a.cpp"] and touch("b.cpp") == ["b.cpp"] and build() == []
     assert touch("a.h") == ["a.cpp", "b.cpp"] == touch("setup.py") and build() == []
     assert build(("-O2",)) == ["a.cpp", "b.cpp"] and build(("-O2",)) == [] and build() == []
+    assert build(tools="g++ 13") == ["a.cpp", "b.cpp"] and build(tools="g++ 13") == [] and build() == []
     assert build(force=True) == ["a.cpp", "b.cpp"]
+
+
+def test_an_older_object_file_is_linked(recipe, monkeypatch):
+    """That of flags that return. setuptools links nothing that is newer than its objects, were it not forced."""
+    forced = []
+    monkeypatch.setattr(recipe.build_ext, "build_extension", lambda self, ext: forced.append(self.force))
+    command = recipe.BuildKernels(Distribution())
+    command.objects, command.library, command.force = lambda ext, jobs: ["a.o"], [], False
+    command.build_cpu(SimpleNamespace(library_dirs=[]))
+    assert forced == [True] and not command.force
