@@ -97,7 +97,8 @@ def add_arguments(parser):
     add("--out", type=Path, metavar="FOLDER", help="bench.json (written after every row), report.html and the plots "
         f"(default: {OUT}; none where --json is given)")  # fmt: skip
     add("--json", type=Path, metavar="PATH", help="the JSON file, elsewhere")
-    add("--save", nargs="?", const="", metavar="KIND", help="also replace bench/results/<machine>[-KIND].json")
+    add("--save", nargs="?", const="", metavar="KIND", help="also replace bench/results/<machine>[-KIND].json; "
+        "a run of some rows only needs a KIND")  # fmt: skip
     add("--training", type=Path, action="append", metavar="LOG", help="log.jsonl of `pygpt train`, or its folder: a "
         "training curve among the plots; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="print the rows, our backends and the peers, and stop")
@@ -227,6 +228,8 @@ def measure(o, curves) -> int:
     if o.save is not None and (o.rehearse or not results.RESULTS.is_dir()):
         why = "a rehearsal is no result" if o.rehearse else f"only a checkout has {results.RESULTS}"
         raise UsageError(f"--save: {why}; --json PATH writes elsewhere")
+    if o.save == "" and not _is_whole(o):
+        raise UsageError("--save would replace the machine's whole run by a part; name the part: --save KIND")
     path = o.json or o.out / "bench.json"
     if path.is_dir():
         raise UsageError(f"--json {path} is a folder")
@@ -238,6 +241,12 @@ def measure(o, curves) -> int:
             with tempfile.TemporaryFile(dir=folder):  # an OSError now rather than after the measurement
                 pass
         return _measure(o, wanted, curves, path)
+
+
+def _is_whole(o) -> bool:
+    """Whether the options leave out no op, direction or shape."""
+    narrowed = o.shape or o.sweep or o.quick or o.only_standard
+    return not narrowed and set(o.ops) == set(EVERY_OP) and set(o.directions) == set(EVERY_DIRECTION)
 
 
 def _measure(o, wanted: list[rows.Row], curves, path: Path) -> int:

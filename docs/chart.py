@@ -32,8 +32,11 @@ def date(run: dict) -> str:
 
 
 def newest(runs: list[dict]) -> dict:
-    """The longest run of the newest day."""
-    return max(runs, key=lambda run: (date(run)[:10], len(run["benchmarks"]), date(run)))
+    """The longest run of the newest day, of those that have every dtype of the chart."""
+    return max(
+        (run for run in runs if COLOURS.keys() <= ratios(run).keys()),
+        key=lambda run: (date(run)[:10], len(run["benchmarks"]), date(run)),
+    )
 
 
 def ratios(run: dict) -> dict[str, dict[tuple, float]]:
@@ -42,6 +45,8 @@ def ratios(run: dict) -> dict[str, dict[tuple, float]]:
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
         op, shape, candidate = info["op"], info["shape"], info["candidate"]
+        if not info["standard"]:
+            continue
         if op in OPS and shape == shapes.setdefault(op, shape) and candidate in ("cpp", "eager"):
             row = seconds.setdefault(info["dtype"], {}).setdefault((op, shape), dict.fromkeys(("cpp", "eager"), 0.0))
             row[candidate] += benchmark["stats"]["median"]

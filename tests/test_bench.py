@@ -136,6 +136,17 @@ def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
         assert rows() == [] and said in capsys.readouterr().out
 
 
+def test_an_unchecked_result_says_so(plain, monkeypatch, capsys):
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory for float64")
+
+    monkeypatch.setattr(candidates, "Reference", fails)
+    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, 8, 16)])
+    assert bench(*FEW, "--directions=forward") == 0
+    assert all(entry.unchecked for entry in rows()[0].entries.values())
+    assert "ours (torch), unchecked" in capsys.readouterr().out
+
+
 def test_budget(plain, capsys):
     assert bench(*FEW, "--budget=1e-9") == 1
     assert (
@@ -367,17 +378,27 @@ def test_the_readme_has_a_place_for_it():
 def test_saved_in_a_checkout_only(plain, monkeypatch, capsys):
     folder = Path("results").absolute()
     monkeypatch.setattr(results, "RESULTS", folder)
-    assert bench(*FEW, "--ops=relu", "--save") == 2
+    few = *FEW, "--ops=relu"
+    assert bench(*few, "--save=part") == 2
     assert "only a checkout has" in capsys.readouterr().err
     folder.mkdir()
-    assert bench(*FEW, "--ops=relu", "--save") == 0
+    assert bench(*few, "--save=part") == 0
     (path,) = folder.iterdir()
-    assert path.name.startswith("some-cpu-") and rows(path) == rows()
+    assert path.name.startswith("some-cpu-") and path.name.endswith("-part.json") and rows(path) == rows()
     first = path.read_bytes()
-    assert bench(*FEW, "--ops=relu", "--save", "--budget=1e-9") == 1 and path.read_bytes() == first  # nothing measured
-    assert bench(*FEW, "--ops=relu", "--save") == 0 and path.read_bytes() != first  # no history
-    assert bench(*FEW, "--ops=relu", "--save=16 bits") == 0
-    assert {each.name for each in folder.iterdir()} == {path.name, f"{path.stem}-16-bits.json"}
+    assert bench(*few, "--save=part", "--budget=1e-9") == 1 and path.read_bytes() == first  # nothing measured
+    assert bench(*few, "--save=part") == 0 and path.read_bytes() != first  # no history
+    for narrowed in few, (*FEW, "--quick"), (*FEW, "--shape=N=8,C=16"), (*FEW, "--directions=forward"):
+        assert bench(*narrowed, "--save") == 2 and "name the part: --save KIND" in capsys.readouterr().err
+    assert {each.name for each in folder.iterdir()} == {path.name}
+
+
+def test_a_newer_sweep_is_not_the_page_s_run(plain, tmp_path):
+    assert bench(*FEW, "--ops=relu", f"--json={tmp_path / 'whole.json'}") == 0
+    assert bench(*FEW, "--sweep=256", "--dtypes=bfloat16", f"--json={tmp_path / 'sweep.json'}") == 0
+    whole, sweep = document(tmp_path / "whole.json"), document(tmp_path / "sweep.json")
+    assert whole["pygpt"]["machine"]["date"] <= sweep["pygpt"]["machine"]["date"]
+    assert readme.newest(tmp_path) == tmp_path / "whole.json"
 
 
 def test_isa_starts_again_under_its_variables(monkeypatch):

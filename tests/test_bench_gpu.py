@@ -176,6 +176,16 @@ def test_reasons():
     assert len(reason(ValueError("x" * 999))) == 200
 
 
+def test_math_is_refused_where_scores_do_not_fit(monkeypatch):
+    monkeypatch.setattr(peers, "available", lambda device: 16e9)
+    case = ops.case(ops.attention, 2, 32, 8192, 8192, 128, True)
+    work = case.setup(lambda *shape: torch.empty(shape, device="meta"), *case.args)
+    adapt = peers.PEERS["sdpa-math"].ops["attention"]
+    with pytest.raises(Refused, match="would need some 137 GB for copies of the scores, of 16 GB"):
+        adapt(work, case.dims)
+    peers.PEERS["sdpa-flash"].ops["attention"](work, case.dims)
+
+
 # ------------------------------------------------------------------------------- the check
 def _work(dtype=torch.bfloat16, T=256):
     return ops.attention(lambda *shape: torch.randn(shape).to(dtype), 2, 4, T, T, 32, True)

@@ -49,12 +49,14 @@ def update(pages: tuple[Path, ...] = PAGES, folder: Path = results.RESULTS) -> i
 
 
 def newest(folder: Path) -> Path:
-    """By the day, of one day's the longest, of equals the last; files of other kinds are passed over."""
+    """The longest run of the newest day that has standard rows in float32; a sweep has none."""
     dated = {}
     for path in folder.glob("*.json"):
         try:
             document = results.read(path)
         except UsageError:
+            continue
+        if not any(row.standard and row.dtype == "float32" for row in results.results(document)):
             continue
         date = document["pygpt"]["machine"]["date"]
         dated[path] = date[:10], len(document["benchmarks"]), date

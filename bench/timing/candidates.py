@@ -29,7 +29,7 @@ class RowRun:
     amount: float  # of units, per call: 1e9 FLOPs or bytes, or tokens
     peak: float | None  # the machine's, in ``unit``; None where the row is not bound by it
     blocks: dict[str, Block] = field(default_factory=dict)
-    facts: dict[str, dict] = field(default_factory=dict)  # name -> ours, memory, error, eager_error
+    facts: dict[str, dict] = field(default_factory=dict)  # name -> ours, memory, error, eager_error, unchecked
     refused: dict[str, str] = field(default_factory=dict)  # peer -> why
     failed: dict[str, str] = field(default_factory=dict)  # our backend -> why
     input_sets: int = 1
@@ -83,6 +83,7 @@ def _add_op(run: RowRun, name: str, function, peer, sets, start: int, reference)
         exported = (lambda *ts: peer.export(function(*ts))) if peer else function
         errors = reference.judge(exported, tensors[0], run.facts[name]["ours"])
         run.facts[name] |= {"error": errors.ours, "eager_error": errors.eager}
+    run.facts[name]["unchecked"] = reference is None
     direction = run.row.direction
     call = caller(function, tensors, direction, start)
     run.add_candidate(name, call, once(function, tensors[0], direction))

@@ -37,10 +37,11 @@ class Entry:
     share: float | None = None  # of the machine's measured peak in this dtype and unit, where that is a limit
     memory: int | None = None  # bytes
     launch_bound: bool = False
+    unchecked: bool = False  # the reference could not be computed
 
     @property
     def label(self) -> str:
-        return f"ours ({self.name})" if self.ours else self.name
+        return (f"ours ({self.name})" if self.ours else self.name) + (", unchecked" if self.unchecked else "")
 
     @property
     def spread(self) -> float:
@@ -192,7 +193,7 @@ def results(document: dict) -> list[Result]:
         entry = Entry(
             facts["candidate"], facts["ours"], stats["median"] * 1e3, stats["q1"] * 1e3, stats["q3"] * 1e3,
             stats["rounds"], rate, facts["unit"], share, facts.get("memory"),
-            bool(facts.get("launch_bound")),
+            bool(facts.get("launch_bound")), bool(facts.get("unchecked")),
         )  # fmt: skip
         found.setdefault(str(result), result).entries[entry.name] = entry
     return list(found.values())
