@@ -32,16 +32,16 @@ PYGPT_INLINE Vec<Acc<S>> bias_at(const S* bias, int64_t j, int64_t n) {
   return bias ? load(bias + j, n) : Vec<Acc<S>>{};
 }
 
-// Stores a product's results. More than L2 holds is written past the caches where the rows of a tile are whole cache
-// lines, which would otherwise be read first (docs/measured.md C15).
+// Stores a product's results. What is larger than L2 twice over is written past the caches where the rows of a tile are
+// whole cache lines, which would otherwise be read first (docs/measured.md C15).
 template <class S>
 struct ResultWriter {
   static constexpr int64_t kLine = 64 / sizeof(S);
-  bool exceeds_l2;
+  bool nontemporal;
   ResultWriter(int64_t rows, int64_t stride)
-      : exceeds_l2(rows > kGemvRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 2 * kL2Bytes) {}
+      : nontemporal(rows > kGemvRows && stride % kLine == 0 && rows * stride * int64_t(sizeof(S)) > 2 * kL2Bytes) {}
   PYGPT_INLINE void operator()(S* p, Vec<Acc<S>> x, int64_t n) const {
-    Tiling<Packed<S>>::NR % kLine == 0 && exceeds_l2 ? store_nontemporal(p, x, n) : store(p, x, n);
+    Tiling<Packed<S>>::NR % kLine == 0 && nontemporal ? store_nontemporal(p, x, n) : store(p, x, n);
   }
 };
 

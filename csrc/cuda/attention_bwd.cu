@@ -92,9 +92,9 @@ __device__ __forceinline__ bool below_limit(float lse_log2) {
   return fabsf(lse_log2) < kExponentLimit<T>;
 }
 
-// The form of the exponent that a warp uses: fused if all its rows are within the limit. p = 2^(factor y - offset),
-// where fused:   y = x,              offset = lse_log2, factor = scale log2(e) else:    y = x scale - lse,  offset = 0,
-// factor = log2(e)
+// The form of the exponent that a warp uses, p = 2^(factor y - offset):
+//   fused, if all its rows are within the limit:   y = x,              offset = lse_log2,   factor = scale log2(e)
+//   exact:                                         y = x scale - lse,  offset = 0,          factor = log2(e)
 template <class T>
 struct Exponent {
   bool fused;

@@ -1,9 +1,9 @@
 // Matrix products. gemm_nt and gemm_nn, at the end of this file, choose an algorithm by the number of rows:
 //
 //     rows         algorithm
-//     1 .. 16      gemv.h: reading W once is all the work
-//     17 .. 256    small_m.h: packing W would take a good part of the time (float32 only)
-//     more         packed_gemm: Goto and van de Geijn's scheme (2008) in BLIS's words
+//     1 .. 16      gemv.h: reading W once is all the work (gemv_nn: if N and K are whole vectors and packs)
+//     17 .. 256    small_m.h: packing W would take a good part of the time (float32, and W not small)
+//     otherwise    packed_gemm: Goto and van de Geijn's scheme (2008) in BLIS's words
 //
 // gemm_tn, whose sum is over the rows, is always a packed_gemm.
 //

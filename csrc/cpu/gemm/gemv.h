@@ -36,7 +36,7 @@ void visit_gemv_rows(int64_t M, const F& f) {
 // Dot products of kRows rows of a (lda packs apart, padded with zeros to whole vectors) with kColumns rows of b (the
 // last of `columns` again where there are fewer). Each kRowsTogether rows of a give a vector of out; such vectors lie
 // kRowsTogether vectors apart. Prefetches the next rows of b (docs/measured.md C8). It takes no Matrix, which GCC would
-// copy through memory in pieces that stall its reading (C9).
+// copy through memory in pieces that stall its reading (docs/measured.md C9).
 template <int kRows, class S, class E, class T = Acc<E>>
 __attribute__((noinline)) void dot_tile(int64_t K, const E* a, int64_t lda, const S* b, int64_t ldb, int64_t columns,
                                         T* out) {

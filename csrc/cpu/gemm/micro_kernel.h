@@ -122,7 +122,7 @@ template <class E>
 constexpr bool kUsesAmx = PackElement<E>::kTileK > 1;
 constexpr int NV = 2;  // vectors in a row of the register tile
 
-// What a core's caches hold at least, where kernels lay out their blocks for it. No result depends on them.
+// The caches of a Sapphire Rapids core, the first with AMX. Block sizes are chosen for them; no result depends on them.
 constexpr int64_t kL1Bytes = 48 << 10, kL2Bytes = 2 << 20;
 
 // The sizes of BLIS's loops (see gemm.h) for packs of type E.
@@ -145,7 +145,8 @@ struct Tiling {
 
   // The rows of A in a block, for a sum over K packs.
   static int64_t MC(int64_t K) { return kBlock / std::clamp(K, KC / 4, KC) / MR * MR; }
-  // The columns of B packed at once: 4 Mi packs, where the sum is short half of L2, but at least 512 columns (C4).
+  // The columns of B packed at once: 4 Mi packs, where the sum is short half of L2, but at least 512 columns
+  // (docs/measured.md C4).
   static int64_t NC(int64_t K) {
     const int64_t packs = K <= kShortK ? kL2Bytes / 2 / int64_t(sizeof(E)) : 4 << 20;
     return std::max<int64_t>(512, packs / std::max<int64_t>(K, 1)) / NR * NR;
