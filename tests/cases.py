@@ -1,6 +1,7 @@
 """Which shapes, layouts and dtypes each op is tested at, as data. See `pygpt.verify.SPECS` for the keys."""
 
 import itertools
+import mmap
 from itertools import product
 
 import torch
@@ -288,3 +289,11 @@ def layout_of(t):
 def to_meta(a):
     """A meta tensor of the same shape, strides and dtype; other values as they are."""
     return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor) else a
+
+
+# ------------------------------------------------------------------------------- large tensors
+def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in CPU memory of which only the pages that are touched exist (Linux)."""
+    no_reserve = 0x4000  # MAP_NORESERVE, which mmap does not name in every Python
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)

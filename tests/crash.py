@@ -6,6 +6,7 @@ With xdist the reason stands in the report of the crashed test; else it is print
 import ctypes
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def pytest_configure(config):
     if os.name != "posix" or starts_workers or not shutil.which(native.CXX[0]):
         return
     where = os.open(_file(config), os.O_WRONLY | os.O_CREAT) if hasattr(config, "workerinput") else os.dup(2)
-    _library = ctypes.CDLL(str(native.build("crash.cpp")))
+    try:
+        _library = ctypes.CDLL(str(native.build("crash.cpp")))
+    except (OSError, subprocess.CalledProcessError):
+        return  # a compiler that cannot build it costs the reports of crashes, and no test
     _library.report_crashes(where)
 
 

@@ -1,7 +1,6 @@
 """Which memory kernels touch: nothing past a tensor's end, and no vector where a tensor has no room for one."""
 
 import ctypes
-import mmap
 import signal
 import sys
 from functools import partial
@@ -58,11 +57,9 @@ def apart(stride, dim, t):
     for d in range(t.dim() + dim, -1, -1):
         strides[d] = stride
         stride *= t.shape[d]
-    memory = mmap.mmap(-1, stride * t.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+    return cases.sparse(stride, t.dtype).as_strided(t.shape, strides).copy_(t)
 
 
-MAP_NORESERVE = 0x4000  # which Python has no name for
 FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("attention_lse", {"B": 1, "H": 1, "L": 17, "S": 40, "E": 16, "Ev": 24, "causal": 1}, -2),
     ("attention_lse", {"B": 1, "H": 5, "L": 17, "S": 24, "E": 16}, -3),

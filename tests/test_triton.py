@@ -6,7 +6,6 @@ in Triton's interpreter, and the last test compiles every kernel for GPUs that a
 
 import itertools
 import math
-import mmap
 import os
 import subprocess
 import sys
@@ -203,9 +202,7 @@ def sparse(elements, dtype):
     """A large zero tensor. On a CPU only the pages that are touched exist."""
     size = elements * dtype.itemsize
     if DEVICE == "cpu":
-        no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python has since 3.11
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-        return torch.frombuffer(memory, dtype=dtype)
+        return cases.sparse(elements, dtype)
     if torch.cuda.mem_get_info()[0] < size + 2**30:
         pytest.skip(f"needs {size >> 30} GB of GPU memory")
     return torch.zeros(elements, dtype=dtype, device=DEVICE)
