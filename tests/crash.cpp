@@ -1,7 +1,7 @@
 // Says which test a process was running when it crashed, and what was written to stderr last.
 //
 // pytest keeps what a test writes to stderr in a file of its own, which dies with the process, and with it the reason
-// that glibc gives before it aborts. The handler saves the end of that file and leaves the rest to the handler before it.
+// that glibc gives before it aborts. The handler saves the end of that file and then calls the handler before it.
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>

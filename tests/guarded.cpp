@@ -1,8 +1,8 @@
 // An allocator for torch's CPU tensors that ends every allocation at a page that may not be touched.
 //
-// A read or write past a tensor's end is a crash. Where a tensor is to start at a multiple of 64 bytes, its end may leave
-// up to 63 bytes before that page: they hold NaN, and a write to them is reported when the tensor is freed. So is a write
-// to what lies before the tensor. Fresh memory is NaN.
+// A read or write past a tensor's end is a crash. Where a tensor is to start at a multiple of 64 bytes, up to 63 bytes
+// may lie between its end and that page. They hold NaN, and a write to them is reported when the tensor is freed, as is
+// a write to the bytes before the tensor. Fresh memory is NaN.
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 

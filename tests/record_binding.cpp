@@ -50,8 +50,8 @@ const char* cudaGetErrorString(int) { return "a planted error"; }
 int cudaDriverGetVersion(int*) { return 0; }
 int cudaRuntimeGetVersion(int*) { return 0; }
 
-// What with_stream calls for a device, in order; the body asks for scratch memory twice. cuda: what cudaSetDevice returns;
-// body_throws: whether the body ends with an exception.
+// What with_stream calls for a device, in order. The body asks for scratch memory twice. cuda: what cudaSetDevice
+// returns. body_throws: whether the body ends with an exception.
 __attribute__((visibility("default"))) const char* record_with_stream(int device, int cuda, bool body_throws) {
   calls.clear(), cuda_error = cuda;
   try {

@@ -96,7 +96,7 @@ def _load_columns(x, at, row, col, COLS: tl.constexpr):
     r, c = row + tl.arange(0, x.TILE_ROWS).to(tl.int64), tl.arange(0, COLS)
     address = x.source + col + at.b.to(tl.int64) * x.stride_b + at.h.to(tl.int64) * x.stride_h
     address = address + r[:, None] * x.stride_row + c[None, :]
-    if x.WIDTH % COLS == 0:
+    if x.WIDTH > 0 and x.WIDTH % COLS == 0:
         return tl.load(address, (r < x.length)[:, None], other=0.0)
     else:
         return tl.load(address, (r < x.length)[:, None] & (c < x.WIDTH - col)[None, :], other=0.0)

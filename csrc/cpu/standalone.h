@@ -1,5 +1,5 @@
-// For a program that links the CPU kernels without torch: declares the kernels of PYGPT_ISA, runs them on one thread and
-// leaves poisoning off. It defines variables, so one source file of the program includes it.
+// For a program that links the CPU kernels without torch: declares the kernels of PYGPT_ISA, runs them on one thread
+// and leaves poisoning off. It defines variables, so one source file of the program includes it.
 #pragma once
 #include "../ops.h"
 #include "parallel.h"
