@@ -71,7 +71,11 @@ def fastest_peer(result: Result, ours: Entry) -> str:
 
 
 def words(result: Result, ours: Entry) -> str:
-    return verdict(result, ours) + (", launch-bound" if ours.launch_bound else "")
+    return (
+        verdict(result, ours)
+        + (", launch-bound" if ours.launch_bound else "")
+        + (", unchecked" if ours.unchecked else "")
+    )
 
 
 def line(result: Result) -> str:

@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return (f"ours ({self.name})" if self.ours else self.name) + (", unchecked" if self.unchecked else "")
+        return f"ours ({self.name})" if self.ours else self.name
 
     @property
     def spread(self) -> float:
