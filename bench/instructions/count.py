@@ -26,7 +26,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from unittest import mock
 
 from pygpt.files import atomic
 
@@ -54,9 +53,8 @@ def missing() -> str:
 
 
 def recipe() -> SimpleNamespace:
-    """setup.py's names, such as FLAGS and ISAS; it builds nothing meanwhile."""
-    with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, PYGPT_BUILD_CUDA="0"):
-        return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+    """setup.py's names, such as FLAGS and ISAS."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
 
 def instruction_set(isas: dict[str, list[str]]) -> str:
@@ -75,20 +73,27 @@ def target() -> str:
 
 
 def build(folder: Path, *more: str) -> Path:
-    """The driver with the kernels: setup.py's flags, without those of the Python that runs it, and then ``more``."""
+    """The driver with the kernels of the instruction set that is counted; ``more``: further flags."""
+    return build_program(folder, DRIVER, instruction_set(recipe().ISAS), *more)
+
+
+def build_program(folder: Path, driver: Path, isa: str, *more: str, compiler=CXX, link=()) -> Path:
+    """A program without torch: the driver with the kernels of one instruction set.
+
+    Compiled with setup.py's flags, without those of the Python that runs it, and then ``more``.
+    """
     setup = recipe()
-    isa = instruction_set(setup.ISAS)
     flags = [*setup.FLAGS, f"-DPYGPT_ISA={isa}", *setup.ISAS[isa], *more]
 
     def compiled(source: Path) -> Path:
         result = folder / f"{source.stem}.o"
-        subprocess.run([*CXX, *flags, "-c", source, "-o", result], check=True)
+        subprocess.run([*compiler, *flags, "-c", source, "-o", result], check=True)
         return result
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in setup.CPU), DRIVER]))
-    subprocess.run([*CXX, *objects, "-o", folder / "instructions"], check=True)
-    return folder / "instructions"
+        objects = list(pool.map(compiled, [*(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in setup.CPU), driver]))
+    subprocess.run([*compiler, *link, *objects, "-o", folder / driver.stem], check=True)
+    return folder / driver.stem
 
 
 def count(driver: Path, part: str = "") -> list[Case]:

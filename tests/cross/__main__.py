@@ -7,35 +7,21 @@ PyTorch's place: each result's error against double precision is at most 2x the 
 """
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench.instructions.count import build_program
 from pygpt.verify import DTYPES, allowance
-
-ROOT = Path(__file__).parents[2]
 
 
 def build(compiler: str, folder: Path) -> Path:
     """The driver with the portable kernels, statically linked."""
-    recipe = runpy.run_path(str(ROOT / "setup.py"))
-    flags = [*recipe["FLAGS"], "-DPYGPT_ISA=baseline"]
     folder.mkdir()
-
-    def compiled(source: Path) -> Path:
-        result = folder / f"{'-'.join(source.relative_to(ROOT).parts)}.o"
-        subprocess.run([compiler, *flags, "-c", source, "-o", result], check=True)
-        return result
-
-    kernels = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in recipe["CPU"]]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*kernels, Path(__file__).parent / "driver.cpp"]))
-    subprocess.run([compiler, "-static", *objects, "-o", folder / "driver"], check=True)
-    return folder / "driver"
+    driver = Path(__file__).with_name("driver.cpp")
+    return build_program(folder, driver, "baseline", compiler=[compiler], link=["-static"])
 
 
 def errors(*command: str | Path) -> dict[tuple[str, str], float]:
