@@ -16,8 +16,6 @@ RESULTS = HERE.parent / "bench" / "results"
 COLOURS = {"float32": "#30638e", "bfloat16": "#d1495b"}
 LEFT, TOP, ROW, BAR, RIGHT, WIDTH = 300, 62, 34, 13, 60, 720  # pixels
 OPS = "attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu", "gpt"
-
-
 BEGIN, END = "<!-- machines: written by docs/chart.py -->", "<!-- end of machines -->"
 
 
@@ -45,9 +43,8 @@ def ratios(run: dict) -> dict[str, dict[tuple, float]]:
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
         op, shape, candidate = info["op"], info["shape"], info["candidate"]
-        if not info["standard"]:
-            continue
-        if op in OPS and shape == shapes.setdefault(op, shape) and candidate in ("cpp", "eager"):
+        counts = info["standard"] and op in OPS and candidate in ("cpp", "eager")
+        if counts and shape == shapes.setdefault(op, shape):
             row = seconds.setdefault(info["dtype"], {}).setdefault((op, shape), dict.fromkeys(("cpp", "eager"), 0.0))
             row[candidate] += benchmark["stats"]["median"]
     return {

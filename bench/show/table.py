@@ -71,11 +71,8 @@ def fastest_peer(result: Result, ours: Entry) -> str:
 
 
 def words(result: Result, ours: Entry) -> str:
-    return (
-        verdict(result, ours)
-        + (", launch-bound" if ours.launch_bound else "")
-        + (", unchecked" if ours.unchecked else "")
-    )
+    reservations = {"launch-bound": ours.launch_bound, "unchecked": ours.unchecked}
+    return ", ".join([verdict(result, ours), *(word for word, holds in reservations.items() if holds)])
 
 
 def line(result: Result) -> str:
