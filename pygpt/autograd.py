@@ -7,9 +7,10 @@ pass differentiates the op's ordinary PyTorch expression, so that gradients of a
 
 from typing import TYPE_CHECKING
 
+from torch.autograd import Function
+
 from . import ops  # noqa: F401 (registers them)
 from .dispatch import OPS
-from .ops.common import Function
 
 if TYPE_CHECKING:
 

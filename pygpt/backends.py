@@ -29,7 +29,7 @@ from torch.autograd import forward_ad, profiler
 
 from . import dispatch
 from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
-from .ops.common import as_tuple, backward_kernels
+from .ops.common import as_tuple
 
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
@@ -66,14 +66,14 @@ def _register_gradients(library, op: Op, kernels):
     arguments = len(inspect.signature(op.fwd).parameters)
 
     def save(ctx, inputs, output):
-        results = as_tuple(output)
+        computed = SimpleNamespace(**{f"{op.name}_fwd": lambda *args: output})
+        op.function.forward(ctx, computed, *inputs)
         ctx.kernels = kernels
-        op.function.save(ctx, inputs, results)
-        ctx.mark_non_differentiable(*results[op.results :])
+        ctx.mark_non_differentiable(*as_tuple(output)[op.results :])
 
     def gradients(ctx, *grads):
-        needs = ctx.needs_input_grad[:arguments]
-        return op.function.gradients(ctx, backward_kernels(ctx), needs, *grads[: op.results])
+        ctx.needs_input_grad = False, *ctx.needs_input_grad[:arguments]  # the Function's first argument is the kernels
+        return op.function.backward(ctx, *grads[: op.results])[1:]
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{bwd} has no derivative: for a second one, differentiate {fwd} with create_graph=True")

@@ -35,7 +35,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function
 
@@ -317,9 +317,10 @@ fast_head_dim = sys.maxsize  # the least max_head_dim in TABLE, which backends.p
 def lookup(op: str, *tensors: Tensor | None) -> Any:
     """The bound kernel of fast calls like this one, a function of the canonical arguments.
 
-    None if this call is not fast (`call_key` is None) or if no call like it has been resolved before.
+    None if this call is not fast (`call_key` is None) or if no call like it has been resolved before. No traced call is
+    fast, but Dynamo cannot trace `call_key`, so it is told.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return None
     return state.cache.get((op, call_key(_OPTIONAL[op], *tensors)))
 

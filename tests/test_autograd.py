@@ -160,6 +160,28 @@ def test_writing_to_a_saved_input_is_noticed(op, kernels, generator):
         out.backward(grads[0])
 
 
+LAST_BIAS = {"linear": 2, "mlp": 4, "layer_norm": 2, "add_layer_norm": 3}  # the position of a bias that is only added
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("op", LAST_BIAS)
+def test_a_bias_that_no_gradient_reads_is_not_saved(op, create_graph, compiled, generator):
+    """An optimizer may write to it before backward, as with PyTorch's own linear."""
+    args, grads = verify.draw(op, cases.TYPICAL[op], torch.float32, generator)
+
+    def gradients(change):
+        leaves = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+        outs = verify.as_tuple(verify.SPECS[op].call(*leaves))
+        with torch.no_grad():
+            leaves[LAST_BIAS[op]].add_(change)
+        return torch.autograd.grad(outs, tensors, grads, create_graph=create_graph)
+
+    with pygpt.backend(compiled):
+        for changed, same in zip(gradients(1.0), gradients(0.0), strict=True):
+            assert torch.equal(changed, same)
+
+
 @pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
 def test_outputs_are_fresh(op, dims, backend, generator):
     """No output shares memory with an input or another output, and may be written to in place."""

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from pygpt.dispatch import Call, Op, call, lookup, register
 from pygpt.ops.common import (
-    Function,
     Spec,
     acc,
+    backward_kernels,
     check_tensors,
     composite_gradients,
     lead,
@@ -28,28 +28,25 @@ def silu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     return (acc(dy) * s * (1 + acc(x) * (1 - s))).to(x.dtype)
 
 
-class SiLU(Function):
+class SiLU(torch.autograd.Function):
     """(kernels, x) -> y."""
 
     @staticmethod
     def forward(ctx, kernels, x):
         ctx.kernels = kernels
-        SiLU.save(ctx, (x,))
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         return kernels.silu_fwd(x)
 
     @staticmethod
-    def save(ctx, args, results=()):
-        ctx.save_for_backward(*args)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,)
+            return None, None
         (x,) = ctx.saved_tensors
+        kernels = backward_kernels(ctx)
         if kernels is None:
-            return composite_gradients(silu_composite, (x,), needs, (dy,))
-        return (kernels.silu_bwd(dy, x),)
+            return None, *composite_gradients(silu_composite, (x,), (True,), (dy,))
+        return None, kernels.silu_bwd(dy, x)
 
 
 def silu(input: Tensor) -> Tensor:

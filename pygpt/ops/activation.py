@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..dispatch import Call, Op, call, lookup, register
 from .common import (
-    Function,
     Spec,
     acc,
+    backward_kernels,
     check_tensors,
     composite_gradients,
     dense_strides,
@@ -95,52 +95,45 @@ def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- autograd
-class GELU(Function):
+class GELU(torch.autograd.Function):
     """(kernels, x, approximate) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        GELU.save(ctx, args)
-        return kernels.gelu_fwd(*args)
-
-    @staticmethod
-    def save(ctx, args, results=()):
-        x, ctx.approximate = args
+    def forward(ctx, kernels, x, approximate):
+        ctx.kernels, ctx.approximate = kernels, approximate
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
+        return kernels.gelu_fwd(x, approximate)
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return None, None
+            return (None,) * 3
         (x,) = ctx.saved_tensors
+        kernels = backward_kernels(ctx)
         if kernels is None:
-            return composite_gradients(gelu_composite, (x, ctx.approximate), needs, (dy,))
-        return kernels.gelu_bwd(dy, x, ctx.approximate), None
+            return None, *composite_gradients(gelu_composite, (x, ctx.approximate), (True,), (dy,)), None
+        return None, kernels.gelu_bwd(dy, x, ctx.approximate), None
 
 
-class ReLU(Function):
+class ReLU(torch.autograd.Function):
     """(kernels, x) -> y."""
 
     @staticmethod
     def forward(ctx, kernels, x):
         ctx.kernels = kernels
         y = kernels.relu_fwd(x)
-        ReLU.save(ctx, (x,), (y,))
+        ctx.save_for_backward(y)
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def save(ctx, args, results):
-        ctx.save_for_backward(*results)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,)
+            return None, None
         (y,) = ctx.saved_tensors
-        return ((relu_bwd if kernels is None else kernels.relu_bwd)(dy, y),)
+        kernels = backward_kernels(ctx)
+        return None, (relu_bwd if kernels is None else kernels.relu_bwd)(dy, y)
 
 
 # ------------------------------------------------------------------------------- the public functions

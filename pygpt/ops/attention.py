@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Call, Op, autocasting, call, lookup, register
 from .common import (
-    Function,
     Spec,
     acc,
+    backward_kernels,
     check_tensors,
     composite_gradients,
     dense_strides,
@@ -146,34 +146,30 @@ def _with_lse(q, k, v, is_causal, scale):
     return attention_composite(q, k, v, is_causal, scale, return_lse=True)
 
 
-class Attention(Function):
+class Attention(torch.autograd.Function):
     """(kernels, q, k, v, is_causal, scale) -> out, lse."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        results = kernels.attention_fwd(*args)
-        Attention.save(ctx, args, results)
-        return results
-
-    @staticmethod
-    def save(ctx, args, results):
-        q, k, v, ctx.is_causal, ctx.scale = args
-        ctx.save_for_backward(q, k, v, *results)
+    def forward(ctx, kernels, q, k, v, is_causal, scale):
+        ctx.kernels, ctx.is_causal, ctx.scale = kernels, is_causal, scale
+        out, lse = kernels.attention_fwd(q, k, v, is_causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dout, dlse):
+    def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * 5
+            return (None,) * 6
         q, k, v, out, lse = ctx.saved_tensors
+        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:4]
         if kernels is None:
-            return composite_gradients(_with_lse, (q, k, v, ctx.is_causal, ctx.scale), needs, (dout, dlse))
-        needs = needs[:3]
+            args = q, k, v, ctx.is_causal, ctx.scale
+            return None, *composite_gradients(_with_lse, args, needs, (dout, dlse)), None, None
         if dout is None:  # lse does not depend on v
             dout, needs = torch.zeros_like(out), (*needs[:2], False)
         grads = kernels.attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs)
-        return *only(needs, grads), None, None
+        return None, *only(needs, grads), None, None
 
 
 # ------------------------------------------------------------------------------- the public function

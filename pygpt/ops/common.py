@@ -75,28 +75,9 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
 
 
 # ------------------------------------------------------------------------------- autograd
-class Function(torch.autograd.Function):
-    """The autograd Function of an op, for any namespace of kernels. A subclass has three static methods:
-
-    forward(ctx, kernels, *args) -> the results of the public function, computed by kernels.<op>_fwd
-    save(ctx, args, results): saves the arguments and results of <op>_fwd that `gradients` reads
-    gradients(ctx, kernels, needs, *grads) -> a gradient for each of ``args``, None where it isn't needed; by
-        kernels.<op>_bwd, or differentiable ones where ``kernels`` is None
-
-    The registered ops use `save` and `gradients`, too.
-    """
-
-    gradients: Callable[..., tuple]
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-
-        def backward(ctx, *grads):
-            return None, *cls.gradients(ctx, backward_kernels(ctx), ctx.needs_input_grad[1:], *grads)
-
-        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
-
-
+# The autograd Function of an op works for any namespace of kernels. forward(ctx, kernels, *args) computes the public
+# function's results by kernels.<op>_fwd, and keeps ``kernels`` as ctx.kernels. The registered ops get their gradients
+# from the same two methods (backends.py).
 def backward_kernels(ctx):
     """The kernels of the forward pass; None where this backward pass is itself to be differentiated.
 
@@ -108,14 +89,16 @@ def backward_kernels(ctx):
 
 
 def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
-    """Differentiable gradients of ``composite(*args)`` by PyTorch's own autograd, None where one isn't needed.
+    """Differentiable gradients of ``composite(*args)`` by PyTorch's own autograd.
+
+    needs: for each of the leading arguments, whether it needs a gradient. The result has a gradient or None for each.
 
     They are taken with respect to views of the arguments, because one tensor may be passed as several arguments, or may
     have been computed from another argument.
     """
     with torch.enable_grad():
         args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
-        sources = [a.requires_grad_() for a, need in zip(args, needs, strict=True) if need]  # `unread` does not yet
+        sources = [a.requires_grad_() for a, need in zip(args, needs, strict=False) if need]  # `unread` does not yet
         outputs = as_tuple(composite(*args))
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     gradients = iter(
@@ -125,7 +108,7 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
 
 
 def unread(like: Tensor, *shape) -> Tensor:
-    """A stand-in for an argument of <op>_bwd that was not saved, as no wanted gradient reads it. One row, expanded."""
+    """A stand-in for a tensor that was not saved, as no wanted gradient reads it. One row, expanded."""
     return like.new_zeros(shape[-1]).expand(shape)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..dispatch import Call, Op, call, lookup, register
 from .activation import ACTIVATIONS, SAVES_INPUT
 from .common import (
-    Function,
     Spec,
     acc,
+    backward_kernels,
     check_tensors,
     composite_gradients,
     lead,
@@ -47,31 +47,27 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tupl
     return wanted(needs, ((dy2 @ acc(weight)).view(x.shape), dy2.mT @ x2, dy2.sum(0)), x)
 
 
-class Linear(Function):
+class Linear(torch.autograd.Function):
     """(kernels, x, weight, bias) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        Linear.save(ctx, args)
-        return kernels.linear_fwd(*args)
-
-    @staticmethod
-    def save(ctx, args, results=()):
-        x, weight, bias = args
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)  # only dW reads x
-        ctx.leading = x.shape[:-1]
+    def forward(ctx, kernels, x, weight, bias):
+        ctx.kernels, ctx.leading = kernels, x.shape[:-1]
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)  # only dW reads x
         ctx.set_materialize_grads(False)
+        return kernels.linear_fwd(x, weight, bias)
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,) * 3
-        x, weight, bias = ctx.saved_tensors
+            return (None,) * 4
+        x, weight = ctx.saved_tensors
         x = unread(dy, *ctx.leading, weight.shape[1]) if x is None else x
+        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:]
         if kernels is None:
-            return composite_gradients(linear_composite, (x, weight, bias), needs, (dy,))
-        return only(needs, kernels.linear_bwd(dy, x, weight, needs))
+            bias = unread(weight, weight.shape[0]) if needs[2] else None
+            return None, *composite_gradients(linear_composite, (x, weight, bias), needs, (dy,))
+        return None, *only(needs, kernels.linear_bwd(dy, x, weight, needs))
 
 
 # ------------------------------------------------------------------------------- linear: the public function
@@ -139,37 +135,32 @@ def mlp_bwd(
     return wanted(needs, grads, x)
 
 
-class MLP(Function):
+class MLP(torch.autograd.Function):
     """(kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        results = kernels.mlp_fwd(*args)
-        MLP.save(ctx, args, results)
-        return results[0]
-
-    @staticmethod
-    def save(ctx, args, results):
-        *tensors, ctx.activation = args
-        _, hidden, pre = results
-        if not tensors[3].requires_grad and ctx.activation in SAVES_INPUT:
+    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
+        ctx.kernels, ctx.activation = kernels, activation
+        y, hidden, pre = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+        if not proj_weight.requires_grad and activation in SAVES_INPUT:
             hidden = None  # only dproj_weight reads it
-        ctx.save_for_backward(*tensors, hidden, pre)
+        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, hidden, pre)
         ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,) * 6
-        x, fc_weight, fc_bias, proj_weight, proj_bias, hidden, pre = ctx.saved_tensors
+            return (None,) * 7
+        x, fc_weight, fc_bias, proj_weight, hidden, pre = ctx.saved_tensors
         hidden = unread(dy, *pre.shape) if hidden is None else hidden
+        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:6]
         if kernels is None:
+            proj_bias = unread(proj_weight, proj_weight.shape[0]) if needs[4] else None
             args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
-            return composite_gradients(mlp_composite, args, needs, (dy,))
-        needs = needs[:5]
+            return None, *composite_gradients(mlp_composite, args, needs, (dy,)), None
         grads = kernels.mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, ctx.activation, needs)
-        return *only(needs, grads), None
+        return None, *only(needs, grads), None
 
 
 # ------------------------------------------------------------------------------- mlp: the public function

@@ -20,14 +20,15 @@ from torch._prims_common import suggest_memory_format
 
 from ..dispatch import Call, Op, call, lookup, register
 from .common import (
-    Function,
     Spec,
     acc,
+    backward_kernels,
     check_tensors,
     composite_gradients,
     lead,
     only,
     rows,
+    unread,
     wanted,
 )
 
@@ -114,97 +115,82 @@ def rms_norm_bwd(
 
 
 # ------------------------------------------------------------------------------- autograd
-class LayerNorm(Function):
+class LayerNorm(torch.autograd.Function):
     """(kernels, x, weight, bias, eps) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        results = kernels.layer_norm_fwd(*args)
-        LayerNorm.save(ctx, args, results)
-        return results[0]
-
-    @staticmethod
-    def save(ctx, args, results):
-        x, weight, bias, ctx.eps = args
-        _, mean, rstd = results
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+    def forward(ctx, kernels, x, weight, bias, eps):
+        ctx.kernels, ctx.eps = kernels, eps
+        y, mean, rstd = kernels.layer_norm_fwd(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
         ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,) * 4
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+            return (None,) * 5
+        x, weight, mean, rstd = ctx.saved_tensors
+        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:4]
         if kernels is None:
-            return composite_gradients(layer_norm_composite, (x, weight, bias, ctx.eps), needs, (dy,))
-        needs = needs[:3]
-        return *only(needs, kernels.layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
+            bias = unread(x, x.shape[-1]) if needs[2] else None
+            args = x, weight, bias, ctx.eps
+            return None, *composite_gradients(layer_norm_composite, args, needs, (dy,)), None
+        return None, *only(needs, kernels.layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
 
 
 def _norm_and_sum(s, weight, bias, eps):
     return layer_norm_composite(s, weight, bias, eps), s
 
 
-class AddLayerNorm(Function):
+class AddLayerNorm(torch.autograd.Function):
     """(kernels, x, residual, weight, bias, eps) -> layer_norm(x + residual), x + residual."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        results = kernels.add_layer_norm_fwd(*args)
-        AddLayerNorm.save(ctx, args, results)
-        return results[:2]
-
-    @staticmethod
-    def save(ctx, args, results):
-        _, _, weight, bias, ctx.eps = args
-        _, s, mean, rstd = results
-        ctx.save_for_backward(s, weight, bias, mean, rstd)
+    def forward(ctx, kernels, x, residual, weight, bias, eps):
+        ctx.kernels, ctx.eps = kernels, eps
+        y, s, mean, rstd = kernels.add_layer_norm_fwd(x, residual, weight, bias, eps)
+        ctx.save_for_backward(s, weight, mean, rstd)
         ctx.set_materialize_grads(False)
+        return y, s
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy, ds):
-        need_x, need_residual, *need_parameters, _ = needs
+    def backward(ctx, dy, ds):
+        need_x, need_residual, *need_parameters = ctx.needs_input_grad[1:5]
         of_sum = need_x or need_residual, *need_parameters
         if dy is None:  # only the sum was used, or neither result
             dx, dw, db = ds, None, None
         else:
-            s, weight, bias, mean, rstd = ctx.saved_tensors
+            s, weight, mean, rstd = ctx.saved_tensors
+            kernels = backward_kernels(ctx)
             if kernels is None:
-                args = s, weight, bias, ctx.eps
-                dx, dw, db, _ = composite_gradients(_norm_and_sum, args, (*of_sum, False), (dy, ds))
+                bias = unread(s, s.shape[-1]) if of_sum[2] else None
+                dx, dw, db = composite_gradients(_norm_and_sum, (s, weight, bias, ctx.eps), of_sum, (dy, ds))
             else:
-                grads = kernels.add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum)
-                dx, dw, db = only(of_sum, grads)
-        return *only((need_x, need_residual), (dx, dx)), dw, db, None
+                dx, dw, db = only(of_sum, kernels.add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum))
+        return None, *only((need_x, need_residual), (dx, dx)), dw, db, None
 
 
-class RMSNorm(Function):
+class RMSNorm(torch.autograd.Function):
     """(kernels, x, weight, eps) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, *args):
-        ctx.kernels = kernels
-        results = kernels.rms_norm_fwd(*args)
-        RMSNorm.save(ctx, args, results)
-        return results[0]
-
-    @staticmethod
-    def save(ctx, args, results):
-        x, weight, ctx.eps = args
-        ctx.save_for_backward(x, weight, results[1])
+    def forward(ctx, kernels, x, weight, eps):
+        ctx.kernels, ctx.eps = kernels, eps
+        y, rstd = kernels.rms_norm_fwd(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
         ctx.set_materialize_grads(False)
+        return y
 
     @staticmethod
-    def gradients(ctx, kernels, needs, dy):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,) * 3
+            return (None,) * 4
         x, weight, rstd = ctx.saved_tensors
+        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:3]
         if kernels is None:
-            return composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,))
-        needs = needs[:2]
-        return *only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs)), None
+            return None, *composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,)), None
+        return None, *only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs)), None
 
 
 # ------------------------------------------------------------------------------- the public functions
