@@ -1,10 +1,12 @@
 """Peers that compile the op for its shape: torch.compile, zentorch, OpenVINO, ONNX Runtime, JAX and tinygrad.
 
-Those that have tensors of their own come with two functions, from PyTorch's tensors to theirs and back, which are not
-timed.
+Those that have tensors of their own come with two functions, from PyTorch's tensors to theirs and from their results to
+a tuple of PyTorch's, which are not timed.
 """
 
 import io
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -27,13 +29,7 @@ def with_zentorch(work, dims):
     import zentorch  # noqa: F401 (registers its backend)
 
     torch._dynamo.reset()
-    compiled = torch.compile(work.eager, backend="zentorch", dynamic=False)
-
-    @torch.no_grad()
-    def call(*tensors):
-        return compiled(*tensors)
-
-    return call
+    return torch.no_grad()(torch.compile(work.eager, backend="zentorch", dynamic=False))
 
 
 # ------------------------------------------------------------------------------- on NumPy's arrays
@@ -52,9 +48,8 @@ def to_numpy(tensors):
     return tuple(t.numpy() for t in tensors)
 
 
-def from_numpy(result):
-    found = [torch.from_numpy(array.copy()) for array in (result if isinstance(result, list) else [result])]
-    return found[0] if len(found) == 1 else tuple(found)
+def from_numpy(arrays):
+    return tuple(torch.from_numpy(array.copy()) for array in arrays)
 
 
 def with_openvino(work, dims):
@@ -66,8 +61,8 @@ def with_openvino(work, dims):
     compiled = openvino.compile_model(model, "CPU", settings)
 
     def call(*arrays):
-        found = compiled(list(arrays), share_inputs=True, share_outputs=True)
-        return [found[i] for i in range(len(found))]
+        result = compiled(list(arrays), share_inputs=True, share_outputs=True)
+        return [result[i] for i in range(len(result))]
 
     return call
 
@@ -88,7 +83,30 @@ def with_onnxruntime(work, dims):
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-# ------------------------------------------------------------------------------- JAX
+# ------------------------------------------------------------------------------- JAX and tinygrad
+def _mlp(lib, dims, x, fc_weight, fc_bias, proj_weight, proj_bias):
+    activation = {
+        "gelu": lib.gelu["none"],
+        "gelu_tanh": lib.gelu["tanh"],
+        "relu": lib.relu,
+        "relu2": lambda h: lib.relu(h) ** 2,
+    }[dims["activation"]]
+    return lib.linear(activation(lib.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+
+
+# Each op in the functions of a library ``lib``, whose norms have no weights.
+EXPRESSIONS = {
+    "attention": lambda lib, dims, q, k, v: lib.attention(q, k, v, is_causal=dims["causal"]),
+    "linear": lambda lib, dims, x, weight, bias: lib.linear(x, weight, bias),
+    "mlp": _mlp,
+    "layer_norm": lambda lib, dims, x, weight, bias: lib.layer_norm(x) * weight + bias,
+    "add_layer_norm": lambda lib, dims, x, r, weight, bias: (lib.layer_norm(x + r) * weight + bias, x + r),
+    "rms_norm": lambda lib, dims, x, weight: lib.rms_norm(x) * weight,
+    "gelu": lambda lib, dims, x: lib.gelu[dims["approximate"]](x),
+    "relu": lambda lib, dims, x: lib.relu(x),
+}
+
+
 def to_jax(tensors):
     import jax
 
@@ -96,71 +114,33 @@ def to_jax(tensors):
 
 
 def from_jax(result):
-    found = [torch.from_dlpack(t) for t in verify.as_tuple(result)]
-    return found[0] if len(found) == 1 else tuple(found)
+    return tuple(torch.from_dlpack(t) for t in verify.as_tuple(result))
 
 
-def with_jax(expression):
-    """``expression``(dims, *tensors), compiled at its first call."""
-
-    def adapt(work, dims):
-        import jax
-
-        compiled = jax.jit(lambda *tensors: expression(dims, *tensors))
-        return lambda *tensors: jax.block_until_ready(compiled(*tensors))
-
-    return adapt
-
-
-def _jax_attention(dims, q, k, v):
+def with_jax(op, work, dims):
+    """The op's expression, compiled at its first call."""
     import jax
 
-    attention = jax.nn.dot_product_attention(*(t.swapaxes(1, 2) for t in (q, k, v)), is_causal=dims["causal"])
-    return attention.swapaxes(1, 2)
+    def attention(q, k, v, is_causal):
+        heads_inside = (t.swapaxes(1, 2) for t in (q, k, v))
+        return jax.nn.dot_product_attention(*heads_inside, is_causal=is_causal).swapaxes(1, 2)
+
+    def layer_norm(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jax.numpy.sqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)
+
+    lib = SimpleNamespace(
+        attention=attention,
+        linear=lambda x, weight, bias: x @ weight.T + bias,
+        layer_norm=layer_norm,
+        rms_norm=lambda x: x / ((x * x).mean(-1, keepdims=True) + 2**-23) ** 0.5,
+        gelu={kind: partial(jax.nn.gelu, approximate=kind == "tanh") for kind in ("none", "tanh")},
+        relu=jax.nn.relu,
+    )
+    compiled = jax.jit(partial(EXPRESSIONS[op], lib, dims))
+    return lambda *tensors: jax.block_until_ready(compiled(*tensors))
 
 
-def _jax_norm(x, weight, bias):
-    from jax import numpy as jnp
-
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / jnp.sqrt((centred * centred).mean(-1, keepdims=True) + 1e-5) * weight + bias
-
-
-def _jax_gelu(x, approximate):
-    import jax
-
-    return jax.nn.gelu(x, approximate=approximate == "tanh")
-
-
-def _jax_relu(x):
-    import jax
-
-    return jax.nn.relu(x)
-
-
-def _jax_mlp(dims, x, fc_weight, fc_bias, proj_weight, proj_bias):
-    activation = {
-        "gelu": lambda h: _jax_gelu(h, "none"),
-        "gelu_tanh": lambda h: _jax_gelu(h, "tanh"),
-        "relu": _jax_relu,
-        "relu2": lambda h: _jax_relu(h) ** 2,
-    }[dims["activation"]]
-    return activation(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias
-
-
-JAX = {
-    "attention": _jax_attention,
-    "linear": lambda dims, x, weight, bias: x @ weight.T + bias,
-    "mlp": _jax_mlp,
-    "layer_norm": lambda dims, x, weight, bias: _jax_norm(x, weight, bias),
-    "add_layer_norm": lambda dims, x, r, weight, bias: (_jax_norm(x + r, weight, bias), x + r),
-    "rms_norm": lambda dims, x, weight: x / ((x * x).mean(-1, keepdims=True) + 2**-23) ** 0.5 * weight,
-    "gelu": lambda dims, x: _jax_gelu(x, dims["approximate"]),
-    "relu": lambda dims, x: _jax_relu(x),
-}
-
-
-# ------------------------------------------------------------------------------- tinygrad
 def to_tinygrad(tensors):
     from tinygrad import Device, Tensor
 
@@ -170,55 +150,32 @@ def to_tinygrad(tensors):
 
 
 def from_tinygrad(result):
-    found = [torch.from_numpy(t.numpy()) for t in verify.as_tuple(result)]
-    return found[0] if len(found) == 1 else tuple(found)
+    return tuple(torch.from_numpy(t.numpy()) for t in verify.as_tuple(result))
 
 
-def with_tinygrad(expression):
-    """``expression``(dims, *tensors), compiled at its second call and replayed from the third."""
+def with_tinygrad(op, work, dims):
+    """The op's expression, compiled at its second call and replayed from the third."""
+    from tinygrad import Device, Tensor, TinyJit
 
-    def adapt(work, dims):
-        from tinygrad import Device, TinyJit
+    lib = SimpleNamespace(
+        attention=Tensor.scaled_dot_product_attention,
+        linear=lambda x, weight, bias: x.linear(weight.T, bias),
+        layer_norm=lambda x: x.layernorm(eps=1e-5),
+        rms_norm=lambda x: x * (x.square().mean(-1, keepdim=True) + 2**-23).rsqrt(),
+        gelu={"none": lambda x: 0.5 * x * (1 + (x / 2**0.5).erf()), "tanh": Tensor.gelu},
+        relu=Tensor.relu,
+    )
 
-        @TinyJit
-        def jitted(*tensors):
-            result = expression(dims, *tensors)
-            return tuple(t.realize() for t in result) if isinstance(result, tuple) else result.realize()
+    @TinyJit
+    def jitted(*tensors):
+        return tuple(t.realize() for t in verify.as_tuple(EXPRESSIONS[op](lib, dims, *tensors)))
 
-        for _ in range(2):
-            jitted(*to_tinygrad(work.tensors))
+    for _ in range(2):
+        jitted(*to_tinygrad(work.tensors))
 
-        def call(*tensors):
-            result = jitted(*tensors)
-            Device[Device.DEFAULT].synchronize()
-            return result
+    def call(*tensors):
+        result = jitted(*tensors)
+        Device[Device.DEFAULT].synchronize()
+        return result
 
-        return call
-
-    return adapt
-
-
-def _tinygrad_gelu(x, approximate):
-    return x.gelu() if approximate == "tanh" else 0.5 * x * (1 + (x / 2**0.5).erf())
-
-
-def _tinygrad_mlp(dims, x, fc_weight, fc_bias, proj_weight, proj_bias):
-    act = {
-        "gelu": lambda h: _tinygrad_gelu(h, "none"),
-        "gelu_tanh": lambda h: h.gelu(),
-        "relu": lambda h: h.relu(),
-        "relu2": lambda h: h.relu().square(),
-    }[dims["activation"]]
-    return act(x.linear(fc_weight.T, fc_bias)).linear(proj_weight.T, proj_bias)
-
-
-TINYGRAD = {
-    "attention": lambda dims, q, k, v: q.scaled_dot_product_attention(k, v, is_causal=dims["causal"]),
-    "linear": lambda dims, x, weight, bias: x.linear(weight.T, bias),
-    "mlp": _tinygrad_mlp,
-    "layer_norm": lambda dims, x, weight, bias: x.layernorm(eps=1e-5) * weight + bias,
-    "add_layer_norm": lambda dims, x, r, weight, bias: ((x + r).layernorm(eps=1e-5) * weight + bias, x + r),
-    "rms_norm": lambda dims, x, weight: x * (x.square().mean(-1, keepdim=True) + 2**-23).rsqrt() * weight,
-    "gelu": lambda dims, x: _tinygrad_gelu(x, dims["approximate"]),
-    "relu": lambda dims, x: x.relu(),
-}
+    return call

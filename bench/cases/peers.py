@@ -9,6 +9,8 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -60,26 +62,18 @@ def _importable(module: str) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------- PyTorch
-SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
-
+# ------------------------------------------------------------------------------- attention
 def _sdpa(name):
     """PyTorch's attention with one of its backends forced."""
 
     def adapt(work, dims):
         B, H, L, S = (dims[key] for key in "BHLS")
         memory, needed = available(work.tensors[0].device.type), 8 * 4 * B * H * L * S
-        if name == "math" and memory is not None and needed > memory:
+        if name == "MATH" and memory is not None and needed > memory:
             raise Refused(f"would need some {needed / 1e9:.0f} GB for copies of the scores, of {memory / 1e9:.0f} GB")
 
         def call(q, k, v):
-            with sdpa_kernel(SDPA[name]):
+            with sdpa_kernel(getattr(SDPBackend, name)):
                 return TF.scaled_dot_product_attention(q, k, v, is_causal=dims["causal"])
 
         return call
@@ -87,71 +81,51 @@ def _sdpa(name):
     return adapt
 
 
-# ------------------------------------------------------------------------------- other libraries, on PyTorch tensors
-def _eps(x):
-    return torch.finfo(x.dtype).eps  # what torch.nn.functional.rms_norm takes by default
+def _heads_inside(make):
+    """The adapter of a library whose attention takes and returns (B, T, H, D); ``make``(dims) returns its function."""
 
-
-def _liger_layer_norm(work, dims):
-    from liger_kernel.transformers.functional import liger_layer_norm
-
-    return lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
-
-
-def _liger_rms_norm(work, dims):
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return lambda x, weight: liger_rms_norm(x, weight, _eps(x), in_place=False)  # in place, dy could not be used again
-
-
-def _heads_inside(attention):
-    """(B, H, T, D) as the view (B, T, H, D) that ``attention`` wants, and back."""
-    return lambda q, k, v: attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-
-
-def _flash_attention(work, dims):
-    from flash_attn import flash_attn_func
-
-    if dims["causal"] and dims["L"] != dims["S"]:
-        raise Refused("its causal mask is aligned to the bottom right")
-    return _heads_inside(lambda q, k, v: flash_attn_func(q, k, v, causal=dims["causal"]))
-
-
-def _flash_attention_4(work, dims):
-    from flash_attn.cute import flash_attn_func
-
-    if dims["causal"] and dims["L"] != dims["S"]:
-        raise Refused("its causal mask is aligned to the bottom right")
-
-    def attention(q, k, v):
-        found = flash_attn_func(q, k, v, causal=dims["causal"])
-        return found[0] if isinstance(found, tuple) else found  # some versions return lse too
-
-    return _heads_inside(attention)
-
-
-def _flash_norm(op):
     def adapt(work, dims):
-        from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
-
-        return {
-            "layer_norm": lambda x, weight, bias: layer_norm_fn(x, weight, bias, eps=1e-5),
-            "add_layer_norm": lambda x, r, weight, bias: layer_norm_fn(
-                x, weight, bias, residual=r, prenorm=True, eps=1e-5
-            ),
-            "rms_norm": lambda x, weight: rms_norm_fn(x, weight, None, eps=_eps(x)),
-        }[op]
+        attention = make(dims)
+        return lambda q, k, v: attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
     return adapt
 
 
-def _xformers_attention(work, dims):
+def _flash_attention(module):
+    def make(dims):
+        if dims["causal"] and dims["L"] != dims["S"]:
+            raise Refused("its causal mask is aligned to the bottom right")
+        function = import_module(module).flash_attn_func
+
+        def attention(q, k, v):
+            result = function(q, k, v, causal=dims["causal"])
+            return result[0] if isinstance(result, tuple) else result  # some versions return lse too
+
+        return attention
+
+    return _heads_inside(make)
+
+
+def _xformers_attention(dims):
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     if dims["causal"] and dims["L"] != dims["S"]:
         raise Refused("its causal mask wants equal lengths")
-    bias = LowerTriangularMask() if dims["causal"] else None
-    return _heads_inside(lambda q, k, v: memory_efficient_attention(q, k, v, attn_bias=bias))
+    return partial(memory_efficient_attention, attn_bias=LowerTriangularMask() if dims["causal"] else None)
+
+
+def _te_attention(dims):
+    import transformer_engine.pytorch as te
+
+    mask, heads = "causal" if dims["causal"] else "no_mask", (dims["H"], dims["D"])
+    module = te.DotProductAttention(*heads, attn_mask_type=mask, qkv_format="bshd", attention_dropout=0.0)
+    return lambda q, k, v: module(q, k, v).unflatten(-1, heads)
+
+
+# ------------------------------------------------------------------------------- other ops, on PyTorch tensors
+def _function(module, name, call):
+    """The adapter of a library's function: ``call``(function, *tensors)."""
+    return lambda work, dims: partial(call, getattr(import_module(module), name))
 
 
 def _te_module(build, names):
@@ -167,21 +141,6 @@ def _te_module(build, names):
     return adapt
 
 
-def _te_attention(work, dims):
-    import transformer_engine.pytorch as te
-
-    mask = "causal" if dims["causal"] else "no_mask"
-    module = te.DotProductAttention(dims["H"], dims["D"], attn_mask_type=mask, qkv_format="bshd", attention_dropout=0.0)
-    heads = dims["H"], dims["D"]
-    return _heads_inside(lambda q, k, v: module(q, k, v).unflatten(-1, heads))
-
-
-def _quack_rms_norm(work, dims):
-    from quack.rmsnorm import rmsnorm
-
-    return lambda x, weight: rmsnorm(x, weight, eps=_eps(x))
-
-
 def _quack_layer_norm(work, dims):
     from quack.rmsnorm import layernorm_fwd
 
@@ -189,30 +148,20 @@ def _quack_layer_norm(work, dims):
     return lambda x, *_: layernorm_fwd(x, weight, bias, eps=1e-5)
 
 
-def _apex_layer_norm(work, dims):
-    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
-
-    return lambda x, weight, bias: fused_layer_norm_affine(x, weight, bias, (dims["C"],), 1e-5)
-
-
-def _apex_rms_norm(work, dims):
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-
-    return lambda x, weight: fused_rms_norm_affine(x, weight, (dims["C"],), _eps(x))
-
-
 def _apex_mlp(work, dims):
     from apex.fused_dense.fused_dense import fused_dense_gelu_dense_function
 
     if dims["activation"] != "gelu_tanh":
         raise Refused("its only activation is gelu_tanh")
-    B, T, C = dims["B"], dims["T"], dims["C"]
+    return lambda x, *weights: fused_dense_gelu_dense_function(x.flatten(0, 1), *weights).view_as(x)
 
-    def call(x, fc_weight, fc_bias, proj_weight, proj_bias):
-        flat = x.view(B * T, C)
-        return fused_dense_gelu_dense_function(flat, fc_weight, fc_bias, proj_weight, proj_bias).view(B, T, C)
 
-    return call
+def _eps(x):
+    return torch.finfo(x.dtype).eps  # what torch.nn.functional.rms_norm takes by default
+
+
+LIGER, APEX = "liger_kernel.transformers.functional", "apex.normalization.fused_layer_norm"
+FLASH_NORM = "flash_attn.ops.triton.layer_norm"
 
 
 # ------------------------------------------------------------------------------- the table
@@ -220,21 +169,41 @@ CPU, GPU, FORWARD = ("cpu",), ("cuda",), ("forward",)
 PEERS = {
     "eager": Peer({"*": lambda work, dims: work.eager}),
     "compile": Peer({"*": compilers.with_inductor}, program=os.environ.get("CXX", "g++"), slow=True),
-    **{f"sdpa-{name}": Peer({"attention": _sdpa(name)}) for name in ("flash", "math")},
-    **{f"sdpa-{name}": Peer({"attention": _sdpa(name)}, devices=GPU) for name in ("efficient", "cudnn")},
+    "sdpa-flash": Peer({"attention": _sdpa("FLASH_ATTENTION")}),
+    "sdpa-math": Peer({"attention": _sdpa("MATH")}),
+    "sdpa-efficient": Peer({"attention": _sdpa("EFFICIENT_ATTENTION")}, devices=GPU),
+    "sdpa-cudnn": Peer({"attention": _sdpa("CUDNN_ATTENTION")}, devices=GPU),
     "liger": Peer(
-        {"layer_norm": _liger_layer_norm, "rms_norm": _liger_rms_norm}, "liger_kernel", "liger-kernel", GPU
+        {
+            "layer_norm": _function(LIGER, "liger_layer_norm", lambda f, x, w, b: f(x, w, b, 1e-5)),
+            # in place, dy could not be used again
+            "rms_norm": _function(LIGER, "liger_rms_norm", lambda f, x, w: f(x, w, _eps(x), in_place=False)),
+        },
+        "liger_kernel", "liger-kernel", GPU,
     ),
     "flash-attn": Peer(
-        {"attention": _flash_attention} | {op: _flash_norm(op) for op in ("layer_norm", "add_layer_norm", "rms_norm")},
+        {
+            "attention": _flash_attention("flash_attn"),
+            "layer_norm": _function(FLASH_NORM, "layer_norm_fn", lambda f, x, w, b: f(x, w, b, eps=1e-5)),
+            "add_layer_norm": _function(
+                FLASH_NORM, "layer_norm_fn", lambda f, x, r, w, b: f(x, w, b, residual=r, prenorm=True, eps=1e-5)
+            ),
+            "rms_norm": _function(FLASH_NORM, "rms_norm_fn", lambda f, x, w: f(x, w, None, eps=_eps(x))),
+        },
         "flash_attn", "flash-attn", GPU,
     ),
-    "flash-attn-4": Peer({"attention": _flash_attention_4}, "flash_attn.cute", "flash-attn-4", GPU),
-    "quack": Peer({"layer_norm": _quack_layer_norm, "rms_norm": _quack_rms_norm}, "quack", "quack-kernels", GPU),
-    "xformers": Peer({"attention": _xformers_attention}, "xformers", "xformers", GPU),
+    "flash-attn-4": Peer({"attention": _flash_attention("flash_attn.cute")}, "flash_attn.cute", "flash-attn-4", GPU),
+    "quack": Peer(
+        {
+            "layer_norm": _quack_layer_norm,
+            "rms_norm": _function("quack.rmsnorm", "rmsnorm", lambda f, x, w: f(x, w, eps=_eps(x))),
+        },
+        "quack", "quack-kernels", GPU,
+    ),
+    "xformers": Peer({"attention": _heads_inside(_xformers_attention)}, "xformers", "xformers", GPU),
     "transformer-engine": Peer(
         {
-            "attention": _te_attention,
+            "attention": _heads_inside(_te_attention),
             "linear": _te_module(lambda te, d, x: te.Linear(d["K"], d["N"]), ("weight", "bias")),
             "layer_norm": _te_module(lambda te, d, x: te.LayerNorm(d["C"], eps=1e-5), ("weight", "bias")),
             "rms_norm": _te_module(lambda te, d, x: te.RMSNorm(d["C"], eps=_eps(x)), ("weight",)),
@@ -242,7 +211,13 @@ PEERS = {
         "transformer_engine.pytorch", "transformer-engine", GPU,
     ),
     "apex": Peer(
-        {"layer_norm": _apex_layer_norm, "rms_norm": _apex_rms_norm, "mlp": _apex_mlp},
+        {
+            "layer_norm": _function(
+                APEX, "fused_layer_norm_affine", lambda f, x, w, b: f(x, w, b, tuple(w.shape), 1e-5)
+            ),
+            "rms_norm": _function(APEX, "fused_rms_norm_affine", lambda f, x, w: f(x, w, tuple(w.shape), _eps(x))),
+            "mlp": _apex_mlp,
+        },
         "apex.normalization", "NVIDIA's apex", GPU,
     ),
     "zentorch": Peer(
@@ -259,12 +234,12 @@ PEERS = {
         convert=compilers.to_numpy, export=compilers.from_numpy,
     ),
     "jax": Peer(
-        {op: compilers.with_jax(expression) for op, expression in compilers.JAX.items()},
+        {op: partial(compilers.with_jax, op) for op in compilers.EXPRESSIONS},
         "jax", "jax", CPU, FORWARD,
         convert=compilers.to_jax, export=compilers.from_jax,
     ),
     "tinygrad": Peer(
-        {op: compilers.with_tinygrad(expression) for op, expression in compilers.TINYGRAD.items()},
+        {op: partial(compilers.with_tinygrad, op) for op in compilers.EXPRESSIONS},
         "tinygrad", "tinygrad", directions=FORWARD, slow=True, program=os.environ.get("CC", "clang"),
         convert=compilers.to_tinygrad, export=compilers.from_tinygrad,
     ),
