@@ -17,13 +17,17 @@ from pathlib import Path
 
 import torch
 
+import pygpt
 from pygpt.data import UsageError
 from pygpt.dispatch import TABLE, chosen
 from pygpt.files import locked, must_be_folder
 
 from .cases import gpt, ops, peers, rows, shapes
 from .cases.ops import DIRECTIONS, DTYPES
+from .show import compare, page, plots, readme, table
+from .timing import results
 from .timing.machine import VARIABLES
+from .timing.run import Run
 
 EVERY_OP, EVERY_DIRECTION = (*ops.OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
 QUICK_BUDGET = 90  # seconds; the last row begins before, and a run ends within two minutes
@@ -41,12 +45,12 @@ def some_of(names, alone=()):
     """The type of an option that takes a comma-separated list; those in ``alone`` only by themselves."""
 
     def parse(text):
-        found = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in found if name not in names]:
+        given = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        if unknown := [name for name in given if name not in names]:
             raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(names)}")
-        if len(set(found)) > 1 and (lone := [name for name in found if name in alone]):
+        if len(given) > 1 and (lone := [name for name in given if name in alone]):
             raise argparse.ArgumentTypeError(f"{lone[0]} goes with no other name")
-        return list(dict.fromkeys(found))
+        return given
 
     return parse
 
@@ -136,9 +140,8 @@ def complete(options):
     if o.rehearse and "cuda" in (o.backends or ""):
         play_cuda_on_the_cpu()
     o.backends = _backends(o.backends, o.device)
-    every = {("all",): list(peers.PEERS), ("none",): []}
-    requested = every.get(tuple(o.peers or ()), o.peers)
-    named = o.peers or ()
+    named = o.peers or ["default"]
+    requested = {"all": list(peers.PEERS), "none": []}.get(named[0], named)
     o.peers, o.absent = peers.chosen(requested, o.device)
     if missing := [f"{name}: {why}" for name, why in o.absent.items() if name in named]:
         raise UsageError(f"--peers: {'; '.join(missing)}")
@@ -152,21 +155,21 @@ def _backends(text: str | None, device: str) -> list[str]:
     if text is None and (name := chosen()):  # by PYGPT_BACKEND
         return [name]
     if text is None:
-        ours = [row for row in TABLE.values() if row.name != "torch" and not row.missing and device in row.devices]
-        found = [row.name for row in ours if not (row.name == "triton" and device == "cpu")]
-        if not found:
-            why = "; ".join(f"{row.name}: {row.missing}" for row in TABLE.values() if row.missing)
-            raise UsageError(f"none of ours serves {device} here ({why}); --backends torch measures plain PyTorch")
-        return found
+        ours = [row.name for row in TABLE.values() if row.name != "torch" and not row.missing and device in row.devices]
+        if names := [name for name in ours if (name, device) != ("triton", "cpu")]:
+            return names
+        why = "; ".join(f"{row.name}: {row.missing}" for row in TABLE.values() if row.missing)
+        raise UsageError(f"none of ours serves {device} here ({why}); --backends torch measures plain PyTorch")
     try:
         names = some_of(tuple(TABLE))(text)
     except argparse.ArgumentTypeError as e:
         raise UsageError(f"--backends: {e}") from None
-    for name in names:
-        row = TABLE[name]
-        if row.missing or (row.devices and device not in row.devices):
-            why = row.missing or f"it serves {', '.join(row.devices)} tensors, not {device}"
-            raise UsageError(f"--backends: {name} is not available: {why}")
+    for row in map(TABLE.get, names):
+        why = row.missing
+        if row.devices and device not in row.devices:
+            why = why or f"it serves {', '.join(row.devices)} tensors, not {device}"
+        if why:
+            raise UsageError(f"--backends: {row.name} is not available: {why}")
     return names
 
 
@@ -180,36 +183,21 @@ def play_cuda_on_the_cpu():
 # ------------------------------------------------------------------------------- the command
 def run(o) -> int:
     if o.compare:
-        from .show import compare
-
         return compare.show(*o.compare)
     if o.update_readme:
-        from .show import readme
-
         return readme.update()
-    curves = training_curves(o.training or [])
+    curves = {label: curve for path in o.training or () for label, curve in plots.training_curves(path).items()}
     if o.out is None and (o.render or not o.json):
         o.out = OUT
     if o.render:
-        from .timing import results
-
         document = results.read(o.render)
         with locked(o.out):
             return finish(document, o, curves)
     return measure(o, curves)
 
 
-def training_curves(paths: list[Path]) -> dict[str, tuple[list, list]]:
-    if not paths:
-        return {}
-    from .show import plots
-
-    return {label: curve for path in paths for label, curve in plots.training_curves(path).items()}
-
-
 def measure(o, curves) -> int:
-    from .timing import results
-
+    """Everything that can be wrong with a run is said before it begins."""
     o.given = sys.argv[2:] if o.given is None else o.given
     if o.isa and not ISA[o.isa].items() <= os.environ.items():
         _with_isa(o)
@@ -234,9 +222,8 @@ def measure(o, curves) -> int:
     if path.is_dir():
         raise UsageError(f"--json {path} is a folder")
     must_be_folder(path.parent)
-    folders = [folder for folder in (o.out, path.parent) if folder]
     with locked(o.out) if o.out else nullcontext():
-        for folder in folders:
+        for folder in filter(None, (o.out, path.parent)):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):  # an OSError now rather than after the measurement
                 pass
@@ -251,34 +238,29 @@ def _is_whole(o) -> bool:
 
 def _measure(o, wanted: list[rows.Row], curves, path: Path) -> int:
     """The run itself, once it is known that its files can be written."""
-    from .show import table
-    from .timing import results
-
     code, document = session(o, wanted, lambda document: results.write(path, document))
     if document is None:
         return code or 1
     if o.check:
         code, document = check(o, wanted, code, document)
+    about = document["pygpt"]
     results.write(path, document)
     print(f"\nwrote {path}")
-    if o.save is not None and document["pygpt"]["left_out"]:
+    if o.save is not None and about["left_out"]:
         print("not saved among the results: rows were not reached")
     elif o.save is not None:
-        saved = results.saved_path(document["pygpt"]["machine"], o.save)
+        saved = results.saved_path(about["machine"], o.save)
         results.write(saved, document)
         print(f"wrote {saved}")
-    failed = finish(document, o, curves)
+    failed, measured = finish(document, o, curves), results.results(document)
     if o.check or o.device == "cuda":
-        print("\n".join(table.judged(results.results(document), document["pygpt"])))
-    found, seconds = results.results(document), document["pygpt"]["machine"]["used_s"]
-    print(f"{len(found)} rows in {seconds:.0f} s, {len(document['pygpt']['failed'])} FAILED")
+        print("\n".join(table.judged(measured, about)))
+    print(f"{len(measured)} rows in {about['machine']['used_s']:.0f} s, {len(about['failed'])} FAILED")
     return code if code == 130 else failed or code
 
 
 def _with_isa(o):
     """This process again, under the variables that lower the instruction set."""
-    import pygpt
-
     available = pygpt._C.cpu_capabilities() if hasattr(pygpt, "_C") else ISA
     if o.isa not in available:
         raise UsageError(f"--isa {o.isa}: this machine has {', '.join(available)}")
@@ -289,8 +271,6 @@ def _with_isa(o):
 
 def session(o, wanted: list[rows.Row], save) -> tuple[int, dict | None]:
     """Measures the rows -> exit code, document. SIGTERM ends it as Ctrl-C does: what is measured is kept."""
-    from .timing.run import Run
-
     run = Run(o, save)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -302,8 +282,6 @@ def session(o, wanted: list[rows.Row], save) -> tuple[int, dict | None]:
 
 def check(o, wanted: list[rows.Row], code: int, document: dict) -> tuple[int, dict]:
     """Measures the rows below the first bar again, up to ATTEMPTS times."""
-    from .show import table
-    from .timing import results
 
     def below() -> set[str]:
         return {str(row) for row in table.below_the_bar(results.results(document), document["pygpt"]["machine"])}
@@ -330,27 +308,21 @@ def listing(o, wanted) -> int:
 
 def finish(document: dict, o, curves) -> int:
     """Shows what was measured -> exit code."""
-    from .show import table
-    from .timing import results
-
-    found, about = results.results(document), document["pygpt"]
-    table.show(found, about)
+    measured, about = results.results(document), document["pygpt"]
+    table.show(measured, about)
     if o.out is not None:
-        draw(found, about, o.out, curves)
-    return 1 if about["failed"] or not found else 0
+        draw(measured, about, o.out, curves)
+    return 1 if about["failed"] or not measured else 0
 
 
-def draw(found, about: dict, out: Path, curves):
-    """Plots and page."""
-    from .show import page, plots
-
-    out.mkdir(parents=True, exist_ok=True)
-    figures = plots.all_figures(found, about["machine"], curves)
+def draw(measured, about: dict, out: Path, curves):
+    """Writes the plots and the page."""
+    figures = plots.all_figures(measured, about["machine"], curves)
     if figures is None:
         print("no plots: matplotlib is not installed, or NumPy")
     for name, figure in (figures or {}).items():
         for suffix in ("svg", "png"):
             plots.write(figure, out / f"{name}.{suffix}")
     if find_spec("jinja2"):  # PyTorch depends on it
-        page.write(out / "report.html", found, about, figures or {})
+        page.write(out / "report.html", measured, about, figures or {})
         print(f"wrote {out / 'report.html'}" + (f" and {len(figures)} plots (PNG and SVG)" if figures else ""))

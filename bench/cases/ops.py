@@ -79,14 +79,8 @@ def attention(make, B, H, L, S, D, causal):
     """4 B H L S D FLOPs (two GEMMs), if causal only those below the diagonal; backward 2.5 times (five GEMMs)."""
     pairs = L * S if not causal else sum(min(i + 1, S) for i in range(L))
     flops = 4 * B * H * pairs * D
-
-    def ours(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    def eager(q, k, v):
-        return TF.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    return Work(ours, eager, (make(B, H, L, D), make(B, H, S, D), make(B, H, S, D)), (flops, 2.5 * flops))
+    call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return Work(call(F), call(TF), (make(B, H, L, D), make(B, H, S, D), make(B, H, S, D)), (flops, 2.5 * flops))
 
 
 def linear(make, M, K, N):
@@ -111,19 +105,13 @@ def mlp(make, B, T, C, activation):
 
 
 def layer_norm(make, N, C):
-    """Forward moves x and y; backward dy, x and dx."""
-
-    def ours(x, weight, bias):
-        return F.layer_norm(x, (C,), weight, bias)
-
-    def eager(x, weight, bias):
-        return TF.layer_norm(x, (C,), weight, bias)
-
-    return Work(ours, eager, (make(N, C), make(C), make(C)), (2 * N * C, 3 * N * C), "memory")
+    """Forward moves x and y; backward moves dy, x and dx."""
+    call = lambda f: lambda x, weight, bias: f.layer_norm(x, (C,), weight, bias)
+    return Work(call(F), call(TF), (make(N, C), make(C), make(C)), (2 * N * C, 3 * N * C), "memory")
 
 
 def add_layer_norm(make, N, C):
-    """Forward moves x, residual, y and sum; backward dy, dsum, sum and the one gradient of both."""
+    """Forward moves x, residual, y and sum; backward moves dy, dsum, sum and the one gradient of both."""
 
     def ours(x, residual, weight, bias):
         return F.add_layer_norm(x, residual, (C,), weight, bias)
@@ -137,30 +125,18 @@ def add_layer_norm(make, N, C):
 
 def rms_norm(make, N, C):
     """Moves what layer_norm does."""
-
-    def ours(x, weight):
-        return F.rms_norm(x, (C,), weight)
-
-    def eager(x, weight):
-        return TF.rms_norm(x, (C,), weight)
-
-    return Work(ours, eager, (make(N, C), make(C)), (2 * N * C, 3 * N * C), "memory")
+    call = lambda f: lambda x, weight: f.rms_norm(x, (C,), weight)
+    return Work(call(F), call(TF), (make(N, C), make(C)), (2 * N * C, 3 * N * C), "memory")
 
 
 def gelu(make, N, C, approximate):
-    """Forward moves x and y; backward dy, x and dx."""
-
-    def ours(x):
-        return F.gelu(x, approximate)
-
-    def eager(x):
-        return TF.gelu(x, approximate=approximate)
-
-    return Work(ours, eager, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
+    """Forward moves x and y; backward moves dy, x and dx."""
+    call = lambda f: lambda x: f.gelu(x, approximate=approximate)
+    return Work(call(F), call(TF), (make(N, C),), (2 * N * C, 3 * N * C), "memory")
 
 
 def relu(make, N, C):
-    """Forward moves x and y; backward dy, y and dx."""
+    """Forward moves x and y; backward moves dy, y and dx."""
     return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
 
 
