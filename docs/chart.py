@@ -9,10 +9,14 @@ a line for each machine, instruction set and dtype, taken from the newest run th
 
 import json
 import math
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "bench" / "results"
+sys.path.insert(0, str(HERE.parent))  # the checkout, whose bench/ this reads
+
+from bench.timing.results import RESULTS, recency
+
 COLOURS = {"float32": "#30638e", "bfloat16": "#d1495b"}
 LEFT, TOP, ROW, BAR, RIGHT, WIDTH = 300, 62, 34, 13, 60, 720  # pixels
 OPS = "attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu", "gpt"
@@ -31,10 +35,7 @@ def date(run: dict) -> str:
 
 def newest(runs: list[dict]) -> dict:
     """The longest run of the newest day, of those that have every dtype of the chart."""
-    return max(
-        (run for run in runs if COLOURS.keys() <= ratios(run).keys()),
-        key=lambda run: (date(run)[:10], len(run["benchmarks"]), date(run)),
-    )
+    return max((run for run in runs if COLOURS.keys() <= ratios(run).keys()), key=recency)
 
 
 def ratios(run: dict) -> dict[str, dict[tuple, float]]:

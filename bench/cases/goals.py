@@ -6,7 +6,6 @@ anything had run on a GPU.
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,18 +80,23 @@ def hopper_bar(op: str, shape: str, dtype: str, direction: str, gpu: str, copy: 
 # ------------------------------------------------------------------------------- expectations
 @dataclass(frozen=True)
 class Expected:
-    """One op, shape and direction."""
+    """What an op should reach in one shape and direction."""
 
     op: str
     shape: str
     direction: str
-    by_hand: dict[str, float]  # backend -> rate
+    triton: float  # by hand
+    cuda: float  # by hand
     goal: float
-    peer: float
+    peer: float  # the best rate seen elsewhere
     peer_is: str
 
+    @property
+    def by_hand(self) -> dict[str, float]:
+        return {"triton": self.triton, "cuda": self.cuda}
 
-_DATA = (  # op, shape, direction, by hand: Triton and CUDA C++, goal, the best rate seen elsewhere and whose it is
+
+_EXPECTED = (
     ("attention", "B16 H12 T1024 D64 causal", "forward", 270, 210, 370, 291, "Triton, fp16, in flash-attention's plot"),
     ("attention", "B16 H12 T1024 D64 causal", "backward", 190, 160, 320, 264, "cuDNN, H200, window of 1024"),
     ("attention", "B2 H32 T8192 D128 causal", "forward", 420, 280, 660, 685, "FlashAttention-3; cuDNN 644"),
@@ -106,17 +110,12 @@ _DATA = (  # op, shape, direction, by hand: Triton and CUDA C++, goal, the best 
     ("layer_norm", "16384 x 768", "backward", 1.7, 2.2, 2.7, 1.77, "torch.compile, H200, 1024 x 12288"),
     ("layer_norm", "16384 x 4096", "backward", 2.3, 2.4, 2.7, 1.77, "torch.compile, H200, 1024 x 12288"),
 )  # norms' goals: 0.95 (forward) and 0.9 of a copy at 3.0 TB/s
-
-EXPECTED = tuple(
-    Expected(op, shape, direction, {"triton": triton, "cuda": cuda}, goal, peer, whose)
-    for op, shape, direction, triton, cuda, goal, peer, whose in _DATA
-)
+EXPECTED = tuple(Expected(*row) for row in _EXPECTED)
 
 
 def newest() -> Path | None:
-    """The result of an H100 in bench/results; the last one where there are several."""
-    found = [path for path in results.RESULTS.glob("*.json") if "h100" in path.name]
-    return max(found, key=lambda path: results.read(path)["pygpt"]["machine"]["date"], default=None)
+    """The file of an H100's run in bench/results."""
+    return results.newest(results.RESULTS, lambda path, rows: "h100" in path.name)
 
 
 def measured(path: Path) -> dict[tuple[str, ...], float]:
@@ -125,12 +124,11 @@ def measured(path: Path) -> dict[tuple[str, ...], float]:
     return {(row.op, row.shape, row.direction, ours.name): ours.rate / 1000 for row in rows for ours in row.ours}
 
 
-def beside(path: Path) -> Iterator[tuple[Expected, str, float | None]]:
+def beside(path: Path) -> list[tuple[Expected, str, float | None]]:
     """Every expectation on each of our backends, and the rate that a run measured for it."""
     rates = measured(path)
-    for row in EXPECTED:
-        for backend in row.by_hand:
-            yield row, backend, rates.get((row.op, row.shape, row.direction, backend))
+    pairs = [(row, backend) for row in EXPECTED for backend in row.by_hand]
+    return [(row, backend, rates.get((row.op, row.shape, row.direction, backend))) for row, backend in pairs]
 
 
 def main() -> int:
@@ -138,14 +136,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cases.goals", description=main.__doc__)
     parser.add_argument("result", type=Path, help="the file of a run")
     try:
-        found = list(beside(parser.parse_args().result))
+        compared = beside(parser.parse_args().result)
     except UsageError as e:
         parser.error(str(e))
-    for row, backend, rate in found:
-        got = f"measured {rate:.3g}, {rate / row.by_hand[backend]:.2f} of the estimate" if rate else "not measured"
+    for row, backend, rate in compared:
+        result = f"measured {rate:.3g}, {rate / row.by_hand[backend]:.2f} of the estimate" if rate else "not measured"
         expectation = f"estimate {row.by_hand[backend]:g}, goal {row.goal:g}, {row.peer_is} {row.peer:g}"
-        print(f"{row.op} {row.shape} {row.direction} {backend}: {expectation}; {got}")
-    print(f"{sum(rate is not None for *_, rate in found)} of {len(found)} expectations measured")
+        print(f"{row.op} {row.shape} {row.direction} {backend}: {expectation}; {result}")
+    print(f"{sum(rate is not None for *_, rate in compared)} of {len(compared)} expectations measured")
     return 0
 
 

@@ -28,6 +28,8 @@ def update(pages: tuple[Path, ...] = PAGES, folder: Path = results.RESULTS) -> i
         raise UsageError(f"{names} must have the lines\n{BEGIN} and\n{END}, between which the table is written")
     before, _, rest = texts[page].partition(BEGIN)
     path = newest(folder)
+    if path is None:
+        raise UsageError(f"no run in pytest-benchmark's format in {folder}; pygpt bench --save writes one")
     document = results.read(path)
     rows, machine = results.results(document), document["pygpt"]["machine"]
     figures = plots.all_figures(rows, machine, {})
@@ -48,21 +50,9 @@ def update(pages: tuple[Path, ...] = PAGES, folder: Path = results.RESULTS) -> i
     return 0
 
 
-def newest(folder: Path) -> Path:
-    """The longest run of the newest day that has standard rows in float32; a sweep has none."""
-    dated = {}
-    for path in folder.glob("*.json"):
-        try:
-            document = results.read(path)
-        except UsageError:
-            continue
-        if not any(row.standard and row.dtype == "float32" for row in results.results(document)):
-            continue
-        date = document["pygpt"]["machine"]["date"]
-        dated[path] = date[:10], len(document["benchmarks"]), date
-    if not dated:
-        raise UsageError(f"no run in pytest-benchmark's format in {folder}; pygpt bench --save writes one")
-    return max(dated, key=dated.get)
+def newest(folder: Path) -> Path | None:
+    """The run for the page must have standard rows in float32; a sweep has none."""
+    return results.newest(folder, lambda path, rows: any(row.standard and row.dtype == "float32" for row in rows))
 
 
 def speed_table(rows: list[Result], machine: dict) -> str:
@@ -78,9 +68,9 @@ def speed_table(rows: list[Result], machine: dict) -> str:
             pair = (f"{eager}x" if eager else "-") + share, table.fastest_peer(row, ours) or "-"
             cells.setdefault((row.op, row.shape), {})[row.direction] = pair
     lines = [f"| {dtype} | forward | fastest peer | backward | fastest peer |", "|---|---|---|---|---|"]
-    for (op, shape), found in cells.items():
-        whole = found.get("step") or found.get("token")
-        pairs = [whole, ("", "")] if whole else [found.get(way, ("", "")) for way in ("forward", "backward")]
+    for (op, shape), ways in cells.items():
+        whole = ways.get("step") or ways.get("token")
+        pairs = [whole, ("", "")] if whole else [ways.get(way, ("", "")) for way in ("forward", "backward")]
         lines.append(f"| {op}, {shape} | {' | '.join(cell for pair in pairs for cell in pair)} |")
     head = "; ".join(table.head(machine).splitlines())
     caption = "PyTorch eager's time over ours (our share of the peak); the fastest peer, and its time over ours"

@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def benchmark(run: RowRun, name: str, times: Times) -> dict:
         "ld15iqr": data[bisect_left(data, low)], "hd15iqr": data[bisect_right(data, high) - 1],
         "iterations": times.block.calls,
     }  # fmt: skip
-    facts = (
-        run.row.facts | run.facts[name] | {"candidate": name, "unit": run.unit, "amount": run.amount, "peak": run.peak}
-    )
-    facts |= {"intensity": run.intensity, "input_sets": run.input_sets, "launch_bound": times.launch_bound}
+    facts = run.row.facts | run.facts[name] | {
+        "candidate": name, "unit": run.unit, "amount": run.amount, "peak": run.peak, "intensity": run.intensity,
+        "input_sets": run.input_sets, "launch_bound": times.launch_bound,
+    }  # fmt: skip
     return {
         "group": group, "name": f"{group} [{name}]", "fullname": f"bench/suite.py::{group} [{name}]", "params": None,
         "param": name, "extra_info": facts, "options": {}, "stats": stats,
@@ -166,27 +167,46 @@ def saved_path(machine: dict, kind: str) -> Path:
 def read(path: Path) -> dict:
     """UsageError unless it is a run's file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no such file: {path}") from None
     except (ValueError, OSError) as e:
         raise UsageError(f"{path} cannot be read: {e}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
+    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
         raise UsageError(f"{path} is not in pytest-benchmark's format")
     try:
-        results(found)
-        found["pygpt"]["machine"]["date"]
+        results(document)
+        recency(document)
     except (KeyError, TypeError):
         raise UsageError(f"{path} has benchmarks, but not pygpt's") from None
-    return found
+    return document
+
+
+def recency(document: dict) -> tuple:
+    """The order in which the longest run of the newest day is the last."""
+    date = document["pygpt"]["machine"]["date"]
+    return date[:10], len(document["benchmarks"]), date
+
+
+def newest(folder: Path, wanted: Callable[[Path, list[Result]], bool]) -> Path | None:
+    """The longest run of the newest day, of the wanted ones in a folder."""
+    runs = {}
+    for path in folder.glob("*.json"):
+        try:
+            document = read(path)
+        except UsageError:
+            continue
+        if wanted(path, results(document)):
+            runs[path] = recency(document)
+    return max(runs, key=runs.get, default=None)
 
 
 def results(document: dict) -> list[Result]:
     """In the order in which they were measured."""
-    found: dict[str, Result] = {}
+    rows: dict[str, Result] = {}
+    keys = ("op", "shape", "dtype", "direction", "standard", "dims", "intensity")
     for benchmark in document["benchmarks"]:
         facts, stats = benchmark["extra_info"], benchmark["stats"]
-        keys = ("op", "shape", "dtype", "direction", "standard", "dims", "intensity")
         result = Result(**{key: facts[key] for key in keys if key in facts})
         rate, peak = facts["amount"] / stats["median"], facts.get("peak")
         share = rate / peak if peak and rate <= peak else None  # memory can be faster later in a run
@@ -195,8 +215,8 @@ def results(document: dict) -> list[Result]:
             stats["rounds"], rate, facts["unit"], share, facts.get("memory"),
             bool(facts.get("launch_bound")), bool(facts.get("unchecked")),
         )  # fmt: skip
-        found.setdefault(str(result), result).entries[entry.name] = entry
-    return list(found.values())
+        rows.setdefault(str(result), result).entries[entry.name] = entry
+    return list(rows.values())
 
 
 def merge(document: dict, newer: dict) -> dict:
