@@ -32,39 +32,31 @@ def write(path: Path, rows: list[Result], about: dict, figures: dict):
         head=table.head(about["machine"]).splitlines(),
         machine=about["machine"],
         tiles=tiles(rows),
+        table=table,
+        verdict=verdict,
         figures=[(name, TITLES[name], inline(figure, name)) for name, figure in figures.items()],
         matplotlib=find_spec("matplotlib") is not None,
         peers=list(dict.fromkeys(peer.name for row in rows for peer in row.peers)),
-        lines=[line(row, entry) for row in rows for entry in row.ours],
+        lines=[(row, entry) for row in rows for entry in row.ours],
         notes=table.notes(about),
     )
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def line(row: Result, entry) -> dict:
-    """A line of the table."""
-    return {
-        "row": row, "entry": entry, "ms": table.number(entry.ms, 4), "rate": table.number(entry.rate),
-        "mb": table.megabytes(entry.memory), "verdict": table.words(row, entry), "colour": verdict(row, entry),
-        "ratios": {peer.name: table.ratio(row, entry, peer.name) for peer in row.peers},
-        "fastest": table.fastest_peer(row, entry), "share": table.percent(entry.share),
-    }  # fmt: skip
-
-
 def tiles(rows: list[Result]) -> list[tuple[str, list[tuple], str]]:
     """Per dtype: its name, for each direction the mean ratio to PyTorch eager, and the verdicts counted."""
-    found = []
+    per_dtype = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
         pairs = [(row, entry) for row in rows for entry in row.ours if row.dtype == dtype and row.peers]
-        figures = []
+        means = []
         for direction, what in WAYS.items():
             ratios = [r for row, entry in pairs if row.direction == direction and (r := row.ratio(entry))]
             if ratios:
-                figures.append((f"{geometric_mean(ratios):.2f}x", what, len(ratios)))
+                means.append((f"{geometric_mean(ratios):.2f}x", what, len(ratios)))
         words = Counter(verdict(*pair) for pair in pairs)
-        found.append((dtype, figures, ", ".join(f"{words[word]} {word}" for word in ("faster", "even", "slower"))))
-    return found
+        per_dtype.append((dtype, means, ", ".join(f"{words[word]} {word}" for word in ("faster", "even", "slower"))))
+    return per_dtype
 
 
 def inline(figure, name: str) -> str:

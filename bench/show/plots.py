@@ -62,8 +62,13 @@ def _colours(rows: list[Result]) -> dict[str, str]:
 
 def _legend(figure, axes):
     """Places the legend above the axes."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+
+
+def _lines(axes, labels: list[str]):
+    """Names the lines of a chart, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
 
 
 # ------------------------------------------------------------------------------- ours over theirs
@@ -76,24 +81,22 @@ def ratios(rows: list[Result]):
     if not points:
         return None
     figure, (axes,) = _subplots(1 + 0.2 * len(points))
-    labels = [f"{op}  {shape}  {dtype}" for op, shape, dtype in points]
     looks = {"forward": ("#d1495b", "o"), "backward": ("#30638e", "D"), "step": ("#4c9f70", "s")}
     looks["token"] = looks["step"]
     for direction, (colour, mark) in looks.items():
-        found = [(found[direction], y) for y, found in enumerate(points.values()) if direction in found]
-        if found:
-            axes.scatter(*zip(*found, strict=True), color=colour, marker=mark, s=26, label=direction, zorder=3)
-    for y, found in enumerate(points.values()):
-        axes.plot([min(found.values()), max(found.values())], [y, y], color="0.75", zorder=1)
+        xy = [(ways[direction], y) for y, ways in enumerate(points.values()) if direction in ways]
+        if xy:
+            axes.scatter(*zip(*xy, strict=True), color=colour, marker=mark, s=26, label=direction, zorder=3)
+    for y, ways in enumerate(points.values()):
+        axes.plot([min(ways.values()), max(ways.values())], [y, y], color="0.75", zorder=1)
     axes.axvspan(1e-9, 1, color="0.94", zorder=0)
-    low, high = (pick(v for found in points.values() for v in found.values()) for pick in (min, max))
+    low, high = (pick(ratio for ways in points.values() for ratio in ways.values()) for pick in (min, max))
     axes.set_xscale("log")
     axes.set_xlim(min(low, 0.9) / 1.1, max(high, 1.2) * 1.1)
     ticks = [x for x in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if low / 1.3 <= x <= high * 1.3 or x == 1]
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    _lines(axes, [f"{op}  {shape}  {dtype}" for op, shape, dtype in points])
     axes.set(xlabel="PyTorch eager's time over ours; shaded: ours is slower")
     _legend(figure, axes)
     return figure
@@ -102,31 +105,31 @@ def ratios(rows: list[Result]):
 # ------------------------------------------------------------------------------- by sequence length
 def families(rows: list[Result]) -> list[list[Result]]:
     """Attention rows that differ in the sequence length alone: the longest such list of each direction."""
-    found = defaultdict(list)
+    alike = defaultdict(list)
     for row in rows:
         if row.op == "attention" and row.dims and row.dims["L"] == row.dims["S"]:
             rest = tuple(value for key, value in row.dims.items() if key not in "LS")
-            found[row.direction, row.dtype, rest].append(row)
-    best = {}
-    for (direction, *_), members in found.items():
-        if len(members) > max(1, len(best.get(direction, ()))):
-            best[direction] = sorted(members, key=lambda row: row.dims["L"])
-    return list(best.values())
+            alike[row.direction, row.dtype, rest].append(row)
+    longest = {}
+    for (direction, *_), members in alike.items():
+        if len(members) > max(1, len(longest.get(direction, ()))):
+            longest[direction] = sorted(members, key=lambda row: row.dims["L"])
+    return list(longest.values())
 
 
 def by_length(rows: list[Result], what: str):
     """Attention's "rate" or "memory" over the sequence length, a line per candidate, a panel per direction."""
-    found = [f for f in families(rows) if any(getattr(e, what) is not None for row in f for e in row.entries.values())]
-    if not found:
+    known = [f for f in families(rows) if any(getattr(e, what) is not None for row in f for e in row.entries.values())]
+    if not known:
         return None
     colours = _colours(rows)
-    figure, panels = _subplots(3.2, len(found))
-    for axes, members in zip(panels, found, strict=True):
+    figure, panels = _subplots(3.2, len(known))
+    for axes, members in zip(panels, known, strict=True):
         labels = {entry.name: entry.label for row in members for entry in (*row.ours, *row.peers)}
         for i, (name, mark) in enumerate(zip(labels, MARKS * 3, strict=False)):
             entries = [(row.dims["L"], row.entries[name]) for row in members if name in row.entries]
-            known = [(T, getattr(e, what)) for T, e in entries if getattr(e, what)]
-            xs, ys = [T for T, _ in known], [y / 2**20 if what == "memory" else y for _, y in known]
+            xs = [T for T, e in entries if getattr(e, what)]
+            ys = [y / 2**20 if what == "memory" else y for _, e in entries if (y := getattr(e, what))]
             thick = max(1, 3 - 0.6 * i)  # where lines coincide, the lower one is wider
             axes.plot(xs, ys, marker=mark, markersize=4, linewidth=thick, label=labels[name], color=colours[name])
         first = members[0]
@@ -134,8 +137,7 @@ def by_length(rows: list[Result], what: str):
             peaks = [e.rate / e.share for row in members for e in row.ours if e.share]
             if peaks:
                 axes.axhline(peaks[0], color="0.3", linewidth=1, linestyle="--")
-                place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
-                axes.annotate(" measured peak", (0, peaks[0]), **place)
+                axes.annotate(" measured peak", (0, peaks[0]), xycoords=("axes fraction", "data"), va="bottom")
             axes.set(ylabel=first.ours[0].unit if first.ours else "")
             axes.set_ylim(0, 1.1 * max(axes.dataLim.y1, *peaks, 0))
         else:
@@ -153,19 +155,18 @@ def by_length(rows: list[Result], what: str):
 
 def memory_bars(rows: list[Result]):
     """Peak memory of ours and of PyTorch eager, where there is no sweep."""
-    known = [row for row in standard(rows) if row.ours[0].memory and "eager" in row.entries]
-    known = [row for row in known if row.entries["eager"].memory]
-    if not known:
+    pairs = {
+        str(row): (row.ours[0].memory, row.entries["eager"].memory) for row in standard(rows) if "eager" in row.entries
+    }
+    pairs = {label: pair for label, pair in pairs.items() if all(pair)}
+    if not pairs:
         return None
-    figure, (axes,) = _subplots(1 + 0.28 * len(known))
-    for shift, pick, label, colour in (
-        (-0.18, lambda row: row.ours[0], "ours", OURS["cpp"]),
-        (0.18, lambda row: row.entries["eager"], "PyTorch eager", PEERS[0]),
-    ):
-        values = [pick(row).memory / 2**20 for row in known]
-        axes.barh([y + shift for y in range(len(known))], values, height=0.34, color=colour, label=label)
-    axes.set_yticks(range(len(known)), [str(row) for row in known])
-    axes.set_ylim(len(known) - 0.4, -0.6)
+    figure, (axes,) = _subplots(1 + 0.28 * len(pairs))
+    looks = ((-0.18, "ours", OURS["cpp"]), (0.18, "PyTorch eager", PEERS[0]))
+    for (shift, label, colour), sizes in zip(looks, zip(*pairs.values(), strict=True), strict=True):
+        ys = [y + shift for y in range(len(sizes))]
+        axes.barh(ys, [size / 2**20 for size in sizes], height=0.34, color=colour, label=label)
+    _lines(axes, list(pairs))
     axes.set(xlabel="MB at the worst moment of a call")
     _legend(figure, axes)
     return figure
@@ -178,7 +179,7 @@ def roofline(rows: list[Result], machine: dict):
     known = [row for row in known if row.dtype == known[0].dtype]
     if not known:
         return None
-    dtype, memory = known[0].dtype, max(machine["copy_peak_gbs"], machine["read_peak_gbs"])
+    dtype, memory = known[0].dtype, max(machine["copy_peak_gbs"], machine.get("read_peak_gbs", 0))  # not in old files
     peak = machine["peak_gflops"][dtype]
     figure, (axes,) = _subplots(4)
     intensities = [row.intensity for row in known] + [peak / memory / 10]  # shows the slope too
@@ -187,18 +188,16 @@ def roofline(rows: list[Result], machine: dict):
     axes.plot(xs, [min(peak, memory * x) for x in xs], color="0.3", linewidth=1.5)
     axes.annotate(f"{peak:.0f} GFLOP/s in {dtype}", (high, peak), ha="right", va="bottom")
     axes.annotate(f"{memory:.0f} GB/s from memory ", ((peak / memory) / 3, peak / 3), ha="right", va="bottom")
-    by_op = defaultdict(list)
-    for row in known:
-        by_op[row.op].append(row)
-    for (op, members), mark, colour in zip(by_op.items(), MARKS * 2, (OURS["cpp"], *PEERS) * 2, strict=False):
+    ops = dict.fromkeys(row.op for row in known)
+    for op, mark, colour in zip(ops, MARKS * 2, (OURS["cpp"], *PEERS) * 2, strict=False):
+        members = [row for row in known if row.op == op]
         for direction, face in (("forward", colour), ("backward", "none")):
             points = [(row.intensity, _flops(row)) for row in members if row.direction == direction]
             if points:
-                label = op if direction == "forward" or len({r.direction for r in members}) == 1 else None
+                label = op if direction == members[0].direction else None
                 x, y = zip(*points, strict=True)
                 axes.scatter(x, y, marker=mark, s=30, facecolors=face, edgecolors=colour, label=label, zorder=3)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
     axes.set_ylim(min(peak / 10, *map(_flops, known)) / 2, 2 * max(peak, *map(_flops, known)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -228,8 +227,11 @@ def training_curves(path: Path) -> dict[str, tuple[list, list]]:
         raise UsageError(f"--training: {path} is not a log of `pygpt train`: {e}") from None
     if not any(points.values()):
         raise UsageError(f"--training: {path} has no losses")
-    curves = {key: tuple(map(list, zip(*found, strict=True))) for key, found in points.items() if found}
-    return {f"{path.parent.name} {labels[key]}": curve for key, curve in curves.items()}
+    return {
+        f"{path.parent.name} {labels[key]}": tuple(map(list, zip(*curve, strict=True)))
+        for key, curve in points.items()
+        if curve
+    }
 
 
 def training(curves: dict):
