@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Iterator[tuple[str, Callable]]:
     """(name, call) of launchers of the namespace ``kernels`` on tensors whose content does not matter.

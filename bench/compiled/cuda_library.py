@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .calls import calls
+from .calls import DTYPES, calls
 from .result import DEVICES, Result
 from .sass import Function, functions
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = ("HMMA", "HGMMA")  # mma.sync and wgmma in machine code
 
 
@@ -25,9 +24,9 @@ def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
     from tests import emulator
 
     compiled = {(plain(name), f.arch): f for name, f in demangled(Path(find_spec("pygpt._cuda").origin))}
-    found, seen = [], set()
+    rows, seen = [], set()
     for dtype in dtypes:
-        for call, run in calls(torch.ops.pygpt_emulator, TYPES[dtype], "cpu"):
+        for call, run in calls(torch.ops.pygpt_emulator, DTYPES[dtype], "cpu"):
             for name, block, shared, _ in emulator.launches(run) if call.startswith(only) else ():
                 name = plain(name)
                 for target in targets:
@@ -35,28 +34,25 @@ def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
                     function = compiled.get((name, f"{arch}a")) or compiled.get((name, arch))
                     if function and (name, target, block, shared) not in seen:
                         seen.add((name, target, block, shared))
-                        found.append(result(call, name, dtype, target, block, shared, function))
-    return found
+                        rows.append(result(call, name, dtype, target, block, shared, function))
+    return rows
 
 
 def result(call: str, name: str, dtype: str, target: str, block: int, shared: int, function: Function) -> Result:
-    short = re.sub(r"\b(\w+::)+", "", name).replace("_kernel", "")
-    row = Result(call, short.partition("<")[0], dtype, target, short.partition("<")[2].rstrip(">"), -(-block // 32))
-    row.registers, row.spilled, row.shared = function.registers, function.stack, function.shared + shared
-    used = [(instruction, function.count(instruction)) for instruction in TENSOR_CORES]
-    row.products = " ".join(f"{count} {instruction}" for instruction, count in used if count)
-    products = dtype != "fp32" and re.match(r"mma_gemm|attention_(fwd|dkdv|dq)", short)
-    row.loop_spills, row.serialized = function.loop_spills, function.serialized
+    kernel, arguments = short(name)
+    row = Result(call, kernel, dtype, target, arguments.rstrip(">"), -(-block // 32), shared=function.shared + shared)
+    row.take(function)
+    row.count(function.sass, TENSOR_CORES)
+    products = dtype != "fp32" and re.match(r"mma_gemm|attention_(fwd|dkdv|dq)", kernel)
     row.judge("HMMA" if products else "")
     return row
 
 
 def demangled(library: Path, arch: str = "") -> list[tuple[str, Function]]:
-    found = functions(library, arch)
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(f.name for f in found), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return list(zip(names, found, strict=True))
+    kernels = functions(library, arch)
+    mangled = "\n".join(f.name for f in kernels)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    return list(zip(names, kernels, strict=True))
 
 
 def plain(name: str) -> str:
@@ -69,3 +65,9 @@ def plain(name: str) -> str:
             name = name[:i]
             break
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16")
+
+
+def short(name: str) -> tuple[str, str]:
+    """A kernel's name without namespaces, and its template arguments, of a plain name."""
+    kernel, _, arguments = re.sub(r"\b(\w+::)+", "", name).replace("_kernel", "").partition("<")
+    return kernel, arguments

@@ -99,14 +99,12 @@ class Instruction:
     @cached_property
     def flop(self) -> int:
         """FLOP of one warp: a quarter of those of a warp group's wgmma."""
-        if self.op not in ("HMMA", "HGMMA"):
-            return 0
-        shape = re.search(r"\.(\d+)x(\d+)x(\d+)", self.name)
-        if shape:
-            m, n, k = map(int, shape.groups())
+        if self.op == "HGMMA":
+            m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", self.name).groups())
             return 2 * m * n * k // 4
-        m, n, k = re.search(r"\.(16)(8)(\d+)", self.name).groups()
-        return 2 * int(m) * int(n) * int(k)
+        if self.op == "HMMA":
+            return 2 * 16 * 8 * int(re.search(r"\.168(\d+)", self.name)[1])
+        return 0
 
     @cached_property
     def busy(self) -> float:
@@ -119,15 +117,17 @@ class Instruction:
             return 4 * max(32 * self.width / SHARED_BYTES, 1)  # the other three sub-cores do the same
         if self.pipe == "issue":
             return 1
-        return 32 / ((LANES[self.pipe] // 2 if PIPE_OF[self.op] == "imad" else LANES[self.pipe]) / 4)
+        lanes = LANES[self.pipe] // 2 if PIPE_OF[self.op] == "imad" else LANES[self.pipe]
+        return 32 / (lanes / 4)
 
     @cached_property
     def width(self) -> int:
         """Bytes that a lane moves."""
         if self.op in ("LDSM", "STSM"):
-            return 4 * int((re.search(r"\.(\d)$", self.name) or re.search(r"()", "1"))[1] or 1)
-        wide = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.name)
-        return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[wide[1]] if wide else 4
+            matrices = re.search(r"\.(\d)$", self.name)
+            return 4 * int(matrices[1]) if matrices else 4
+        bits = re.search(r"\.[US]?(128|64|16|8)\b", self.name)
+        return int(bits[1]) // 8 if bits else 4
 
     def latency(self, memory: float) -> float:
         """Cycles. ``memory``: those of a load from global memory."""
@@ -138,13 +138,13 @@ class Instruction:
 
 def decode(sass: str) -> dict[int, Instruction]:
     """address -> instruction, from a listing with encodings as cuobjdump -sass prints it."""
-    found = {}
+    code = {}
     pattern = r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);\s*/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/"
     for at, text, high in re.findall(pattern, sass):
         bits = int(high, 16) >> 41
         waits = tuple(n for n in range(6) if bits >> 11 + n & 1)
-        found[int(at, 16)] = Instruction(text.strip(), bits & 15, bits >> 5 & 7, bits >> 8 & 7, waits)
-    return found
+        code[int(at, 16)] = Instruction(text.strip(), bits & 15, bits >> 5 & 7, bits >> 8 & 7, waits)
+    return code
 
 
 def unknown(code: dict[int, Instruction]) -> set[str]:

@@ -24,7 +24,7 @@ from pygpt.progress import table as aligned
 
 from ..cases import goals, ops
 from ..cases.goals import EXPECTED, Expected
-from . import pipes, schedule
+from . import cuda_library, pipes, schedule
 from .result import DEVICES, Result
 from .sass import Function
 
@@ -56,28 +56,27 @@ class Launch:
 
 
 def call(kernels, row: Expected, device: str) -> Callable:
-    """The launchers of one row, on tensors whose content does not matter."""
-    op, args, forward = row.op, case(row).args, row.direction == "forward"
+    """The launcher of one row, on tensors whose content does not matter."""
+    args = case(row).args
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device=device)
 
-    if op == "attention":
+    if row.op == "attention":
         B, H, T, _, D, causal = args
         t, lse = empty(B, H, T, D), empty(B, H, T, dtype=torch.float32)
-        if forward:
-            return lambda: kernels.attention_fwd(t, t, t, causal, D**-0.5)
-        return lambda: kernels.attention_bwd(t, None, t, t, t, t, lse, causal, D**-0.5, [True] * 3)
-    if op == "mlp":
+        forward, backward = (t, t, t, causal, D**-0.5), (t, None, t, t, t, t, lse, causal, D**-0.5, [True] * 3)
+    elif row.op == "mlp":
         B, T, C, activation = args
         x, hidden, fc, proj = empty(B, T, C), empty(B, T, 4 * C), empty(4 * C, C), empty(C, 4 * C)
-        if forward:
-            return lambda: kernels.mlp_fwd(x, fc, empty(4 * C), proj, empty(C), activation)
-        return lambda: kernels.mlp_bwd(x, x, fc, proj, hidden, hidden, activation, [True] * 5)
-    x, w, mean = empty(*args), empty(args[1]), empty(args[0], dtype=torch.float32)
-    if forward:
-        return lambda: kernels.layer_norm_fwd(x, w, w, 1e-5)
-    return lambda: kernels.layer_norm_bwd(x, x, w, mean, mean, [True] * 3)
+        forward = x, fc, empty(4 * C), proj, empty(C), activation
+        backward = x, x, fc, proj, hidden, hidden, activation, [True] * 5
+    else:
+        x, w, mean = empty(*args), empty(args[1]), empty(args[0], dtype=torch.float32)
+        forward, backward = (x, w, w, 1e-5), (x, x, w, mean, mean, [True] * 3)
+    if row.direction == "forward":
+        return lambda: getattr(kernels, f"{row.op}_fwd")(*forward)
+    return lambda: getattr(kernels, f"{row.op}_bwd")(*backward)
 
 
 def case(row: Expected) -> ops.Case:
@@ -91,33 +90,30 @@ def triton_launches(row: Expected) -> list[Launch]:
     from . import triton_jobs
 
     triton_jobs.triton.runtime.driver.set_active(triton_jobs.NoGpu(TARGET))
-    found = []
+    launches = []
     for job in triton_jobs.launched(call(triton_kernels, row, "meta"), TARGET):
         compiled, config = job.compile(), job.config
         code, kernel = triton_jobs.machine_code(compiled), job.kernel.removesuffix("_kernel")
-        found.append(Launch(kernel, "", code, config.num_warps, compiled.metadata.shared, job.programs, config.blocks))
-    return found
+        shared, blocks = compiled.metadata.shared, job.programs
+        launches.append(Launch(kernel, "", code, config.num_warps, shared, blocks, config.blocks))
+    return launches
 
 
 @functools.cache
 def library() -> dict[str, Function]:
-    from . import cuda_library as sc
-
-    found = sc.demangled(Path(find_spec("pygpt._cuda").origin), f"sm_{DEVICES[TARGET].arch}")
-    return {sc.plain(name): function for name, function in found}
+    kernels = cuda_library.demangled(Path(find_spec("pygpt._cuda").origin), f"sm_{DEVICES[TARGET].arch}")
+    return {cuda_library.plain(name): function for name, function in kernels}
 
 
 def cuda_launches(row: Expected) -> list[Launch]:
     from tests import emulator
 
-    from . import cuda_library as sc
-
-    found = []
+    launches = []
     for name, threads, shared, blocks in emulator.launches(call(torch.ops.pygpt_emulator, row, "cpu")):
-        function = library()[sc.plain(name)]
-        short, _, arguments = re.sub(r"\b(\w+::)+", "", sc.plain(name)).replace("_kernel", "").partition("<")
-        found.append(Launch(short, arguments, function, -(-threads // 32), function.shared + shared, blocks, {}))
-    return found
+        name = cuda_library.plain(name)
+        function, warps = library()[name], -(-threads // 32)
+        launches.append(Launch(*cuda_library.short(name), function, warps, function.shared + shared, blocks, {}))
+    return launches
 
 
 LAUNCHES = {"triton": triton_launches, "cuda": cuda_launches}
@@ -127,9 +123,9 @@ LAUNCHES = {"triton": triton_launches, "cuda": cuda_launches}
 def attention_trips(rows: int, length: int, step: int) -> tuple[float, float]:
     """Average steps without and with a mask of a tile of `rows` queries, causal. Tiles of keys take as many."""
     firsts = range(0, length, rows)
-    whole = [(row + 1) // step for row in firsts]
-    seen = [math.ceil(min(row + rows, length) / step) for row in firsts]
-    return sum(whole) / len(firsts), (sum(seen) - sum(whole)) / len(firsts)
+    whole = sum((row + 1) // step for row in firsts)
+    walked = sum(math.ceil(min(row + rows, length) / step) for row in firsts)
+    return whole / len(firsts), (walked - whole) / len(firsts)
 
 
 def set_trips(items: list, launch: Launch, row: Expected) -> float:
@@ -172,15 +168,10 @@ def tile_of(launch: Launch) -> tuple[int, int]:
 
 def splits(launch: Launch, row: Expected) -> int:
     """Into how many parts K is split, which only the GEMMs of weight gradients do."""
-    m, n = tile_of(launch)
-    C = case(row).args[2]
-    return max(1, launch.blocks * m * n // (4 * C * C)) if is_weight_gradient(launch, row) else 1
-
-
-def is_weight_gradient(launch: Launch, row: Expected) -> bool:
     B, T, C, _ = case(row).args
-    m, n = tile_of(launch)
-    return row.direction == "backward" and launch.blocks * m * n not in (B * T * C, 4 * B * T * C)
+    elements = launch.blocks * math.prod(tile_of(launch))
+    is_weight_gradient = row.direction == "backward" and elements not in (B * T * C, 4 * B * T * C)
+    return max(1, elements // (4 * C * C)) if is_weight_gradient else 1
 
 
 # ------------------------------------------------------------------------------- bytes, and branches
@@ -195,12 +186,12 @@ def memory_bytes(launch: Launch, row: Expected) -> float:
         B, T, C, _ = args
         if not WORK.fullmatch(launch.kernel) or "norm" in launch.kernel:
             return 0.0
-        bytes_ = ELEMENT * (5 * B * T * C + 4 * C * C)
+        moved = ELEMENT * (5 * B * T * C + 4 * C * C)
         if launch.blocks * math.prod(tile_of(launch)) == 4 * B * T * C:  # pre is written, or read
-            bytes_ += ELEMENT * 4 * B * T * C
+            moved += ELEMENT * 4 * B * T * C
         if (parts := splits(launch, row)) > 1:  # written, and read by the next kernel
-            bytes_ += 2 * 4 * parts * 4 * C * C
-        return bytes_
+            moved += 2 * 4 * parts * 4 * C * C
+        return moved
     return math.prod(args) * ELEMENT * {"norm_fwd": 2, "norm_bwd": 3}.get(launch.kernel, 0)
 
 
@@ -301,34 +292,29 @@ def amount(row: Expected) -> float:
     return case(row).setup(shape, *case(row).args).amount_of(row.direction)
 
 
-def predictions(backends: list[str], only: str) -> list[Prediction]:
-    """Predictions of all rows whose op starts with ``only``, on each backend."""
-    return [predict(row, backend) for row in EXPECTED for backend in backends if row.op.startswith(only)]
-
-
 # ------------------------------------------------------------------------------- what it says
-def rates(found: list[Prediction], result: Path | None) -> str:
+def rates(predicted: list[Prediction], result: Path | None) -> str:
     """Predictions beside estimates, bars, goals, peers and what a GPU measured; TFLOP/s, of norms TB/s."""
     head = "op,shape,direction,ours,predicted,by hand,ratio,bar,goal,best peer,measured,of predicted,bound by"
     lines = []
     measured = goals.measured(result) if result else {}
-    for p in found:
+    for p in predicted:
         row, hand = p.row, p.row.by_hand[p.backend]
         bar = goals.hopper_bar(row.op, row.shape, "bfloat16", row.direction, "H100", pipes.MEMORY / 1e12)
-        got = measured.get((row.op, row.shape, row.direction, p.backend))
-        numbers = [f"{p.rate:.3g}", f"{hand:g}", f"{p.rate / hand:.2f}", f"{bar:.3g}", f"{row.goal:g}", f"{row.peer:g}"]
-        numbers += [f"{got:.3g}", f"{got / p.rate:.2f}"] if got else ["", ""]
+        rate = measured.get((row.op, row.shape, row.direction, p.backend))
+        cells = [f"{p.rate:.3g}", f"{hand:g}", f"{p.rate / hand:.2f}", f"{bar:.3g}", f"{row.goal:g}", f"{row.peer:g}"]
+        cells += [f"{rate:.3g}", f"{rate / p.rate:.2f}"] if rate else ["", ""]
         bound = f"{p.longest.launch.kernel}: {p.longest.bound}"
-        lines.append([row.op, row.shape, row.direction, p.backend, *numbers, bound])
+        lines.append([row.op, row.shape, row.direction, p.backend, *cells, bound])
     return aligned(dict.fromkeys(head.split(","), "<"), lines)
 
 
-def steps(found: list[Prediction]) -> str:
+def steps(predicted: list[Prediction]) -> str:
     """The kernels that were simulated: cycles that one step of a block's main loop takes on a multiprocessor."""
     shown = ("tensor", "mufu", "fma", "alu", "shared", "issue")
     head = ["op", "shape", "direction", "ours", "kernel", "blocks", "warps", "instructions", "steps", "cycles", *shown]
     lines = []
-    for p in found:
+    for p in predicted:
         for k in p.kernels:
             size = [str(k.launch.resident), str(k.launch.warps), str(k.instructions), f"{k.trips:.1f}"]
             cycles = [f"{n:.0f}" for n in (k.time.step, *(k.time.busy[pipe] for pipe in shown))]
@@ -337,25 +323,20 @@ def steps(found: list[Prediction]) -> str:
     return aligned(dict.fromkeys([*head, "us", "bound by"], "<"), lines)
 
 
-NEAR = 0.25
-
-
-def agreement(found: list[Prediction]) -> str:
-    """How many estimates by hand agree with the model."""
-    near = [abs(p.rate / p.row.by_hand[p.backend] - 1) <= NEAR for p in found]
-    return f"{sum(near)} of {len(near)} estimates by hand are within {NEAR:.0%} of the prediction"
+NEAR = 0.25  # estimates by hand that are so close agree with the model
 
 
 def show(backends: list[str], only: str, result: Path | None) -> int:
-    """Both tables; exit code 1 if there is nothing, or an opcode that is not in pipes.py."""
-    found = predictions(backends, only)
-    if not found:
+    """Both tables of the rows whose op starts with ``only``; exit code 1 if there is nothing, or an unknown opcode."""
+    predicted = [predict(row, backend) for row in EXPECTED for backend in backends if row.op.startswith(only)]
+    if not predicted:
         print("no row")
         return 1
-    print(f"\nmain loops, bfloat16 on {TARGET}\n{steps(found)}")
-    print(f"\nTFLOP/s, of norms TB/s, on an H100; measured: {result or 'nothing yet'}\n{rates(found, result)}")
-    print(f"\n{agreement(found)}")
-    unknown = sorted(set().union(*(p.unknown for p in found)))
+    print(f"\nmain loops, bfloat16 on {TARGET}\n{steps(predicted)}")
+    print(f"\nTFLOP/s, of norms TB/s, on an H100; measured: {result or 'nothing yet'}\n{rates(predicted, result)}")
+    near = sum(abs(p.rate / p.row.by_hand[p.backend] - 1) <= NEAR for p in predicted)
+    print(f"\n{near} of {len(predicted)} estimates by hand are within {NEAR:.0%} of the prediction")
+    unknown = sorted(set().union(*(p.unknown for p in predicted)))
     if unknown:
         print(f"WRONG: opcodes of no known pipe: {', '.join(unknown)}")
     return 1 if unknown else 0

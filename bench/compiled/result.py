@@ -1,8 +1,11 @@
 """What a compiled kernel asks of a GPU: registers, spills, shared memory, occupancy, tensor-core instructions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pygpt.progress import table as aligned
+
+from .sass import Function
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ class Result:
     products: str = ""
     serialized: str = ""  # the sign that wgmma instructions wait for each other
     wrong: str = ""
+
+    def take(self, kernel: Function):
+        """Fills in what NVIDIA's machine code shows."""
+        self.registers, self.spilled, self.loop_spills = kernel.registers, kernel.stack, kernel.loop_spills
+        self.serialized = kernel.serialized
+
+    def count(self, assembly: str, instructions: Iterable[str]):
+        """Fills in the tensor-core instructions."""
+        used = {name: assembly.count(name) for name in instructions}
+        self.products = " ".join(f"{count} {name}" for name, count in used.items() if count)
 
     def judge(self, must: str = ""):
         """Fills in how many blocks fit, and what is wrong. ``must``: the instruction that its products must use."""

@@ -21,9 +21,6 @@ class Function:
     shared: int  # bytes, of the static kind
     sass: str = field(repr=False)
 
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{instruction}\b", self.sass))
-
     @cached_property
     def loops(self) -> list["Loop"]:
         return loops(self.sass)
@@ -51,10 +48,10 @@ def tool(name: str, *places: Path) -> str | None:
 def cuobjdump() -> str:
     """The toolkit's program; without a toolkit, the one that Triton brings."""
     triton = find_spec("triton")
-    found = tool("cuobjdump", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []))
-    if found is None:
+    program = tool("cuobjdump", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []))
+    if program is None:
         raise FileNotFoundError("cuobjdump is needed: it is part of the CUDA toolkit, and of Triton")
-    return found
+    return program
 
 
 def functions(path: Path, arch: str = "") -> list[Function]:
@@ -63,8 +60,7 @@ def functions(path: Path, arch: str = "") -> list[Function]:
     dump = subprocess.run(
         [cuobjdump(), "--dump-resource-usage", "-sass", *only, path], capture_output=True, text=True, check=True
     ).stdout
-    found, usage, code = [], {}, {}
-    arch, name = "", ""
+    usage, code, arch, name = {}, {}, "", ""
     for line in dump.splitlines():
         if m := re.match(r"arch = (\w+)", line):
             arch = m[1]
@@ -77,9 +73,7 @@ def functions(path: Path, arch: str = "") -> list[Function]:
             code[arch, name] = []
         elif (arch, name) in code:
             code[arch, name].append(line)
-    for (arch, name), (registers, stack, shared) in usage.items():
-        found.append(Function(name, arch, registers, stack, shared, "\n".join(code.get((arch, name), ()))))
-    return found
+    return [Function(name, arch, *used, "\n".join(code.get((arch, name), ()))) for (arch, name), used in usage.items()]
 
 
 @dataclass(frozen=True)
@@ -112,22 +106,13 @@ def loops(sass: str) -> list[Loop]:
     do: the compiler moves blocks that rarely run, such as that retry, behind the kernel's end, from where they branch
     back into the middle of a loop.
     """
-    blocks, predecessors = _control_flow(instructions(sass))
-    dominators = _dominators(predecessors)
-    bodies: dict[int, set[int]] = {}  # a loop's first block -> all its blocks
-    for header, before in enumerate(predecessors):
-        todo = [block for block in before if header in dominators[block]]  # its latches
-        if todo:
-            body = bodies[header] = {header}
-        while todo:
-            if (block := todo.pop()) not in body:
-                body.add(block)
-                todo += predecessors[block]
+    blocks, predecessors = control_flow(instructions(sass))
+    bodies = {header: body for header, (body, _) in natural_loops(predecessors).items()}
     code = {header: sorted(i for block in body for i in blocks[block]) for header, body in bodies.items()}
     waits = re.compile(r"\b(SYNCS|NANOSLEEP|BRA)\b")
     working = {header for header in code if not all(waits.search(text) for _, text in code[header])}
-    found = [Loop(code[header], not (bodies[header] & working - {header})) for header in working]
-    return sorted(found, key=lambda loop: (loop.start, -len(loop.instructions)))
+    result = [Loop(code[header], not (bodies[header] & working - {header})) for header in working]
+    return sorted(result, key=lambda loop: (loop.start, -len(loop.instructions)))
 
 
 def serializes_wgmma(loop: Loop) -> bool:
@@ -149,7 +134,7 @@ def serialized(log: str) -> str:
     return " ".join(dict.fromkeys(re.findall(r"\((C\d+)\)[^\n]*wgmma\S* instructions are serialized", log)))
 
 
-def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
+def control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
     """Basic blocks, and for each the numbers of those that can run right before it (for a function, its callers)."""
     jump = re.compile(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)")
     always = re.compile(r"BRA\S* 0x|(?:EXIT|RET|BRX|JMX)\b")  # without a predicate: nothing falls through
@@ -170,14 +155,29 @@ def _control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str
     return blocks, predecessors
 
 
+def natural_loops(predecessors: list[set[int]]) -> dict[int, tuple[set[int], set[int]]]:
+    """A loop's first block -> all its blocks, and those that branch back to the first."""
+    dominators, loops = _dominators(predecessors), {}
+    for header, before in enumerate(predecessors):
+        latches = {block for block in before if header in dominators[block]}
+        body, todo = {header}, list(latches)
+        while todo:
+            if (block := todo.pop()) not in body:
+                body.add(block)
+                todo += predecessors[block]
+        if latches:
+            loops[header] = body, latches
+    return loops
+
+
 def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
     """For each block its dominators: the blocks on every path to it, itself included."""
     everything = set(range(len(predecessors)))
-    found = [everything if n and before else {n} for n, before in enumerate(predecessors)]
+    dominators = [everything if n and before else {n} for n, before in enumerate(predecessors)]
     previous = None
-    while found != previous:
-        previous = list(found)
+    while dominators != previous:
+        previous = list(dominators)
         for n, before in enumerate(predecessors):
             if n and before:
-                found[n] = {n}.union(set.intersection(*(found[block] for block in before)))
-    return found
+                dominators[n] = {n}.union(set.intersection(*(dominators[block] for block in before)))
+    return dominators

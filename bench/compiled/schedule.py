@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from . import pipes
 from .pipes import Instruction
-from .sass import _control_flow, _dominators
+from .sass import control_flow, natural_loops
 
 PLAYED = 8  # times that a loop is simulated; the rest is extrapolated
 BLOCKS = 2  # blocks that are timed, one after the other in each place of a multiprocessor
@@ -56,22 +56,10 @@ def way(sass: str, prefer: dict[str, float]) -> list:
     value of such an instruction}; then where memory is accessed most widely, and then the shortest way.
     """
     code = pipes.decode(sass)
-    blocks, before = _control_flow([(at, i.text) for at, i in code.items()])
-    dominators = _dominators(before)
+    blocks, before = control_flow([(at, i.text) for at, i in code.items()])
     after = [[m for m, p in enumerate(before) if n in p] for n in range(len(blocks))]
     lists = [[code[at] for at, _ in block] for block in blocks]
-    latches = {h: {n for n in p if h in dominators[n]} for h, p in enumerate(before)}
-    latches = {header: ends for header, ends in latches.items() if ends}
-
-    def body(header):
-        inside, todo = {header}, list(latches[header])
-        while todo:
-            if (n := todo.pop()) not in inside:
-                inside.add(n)
-                todo += before[n]
-        return inside
-
-    bodies = {header: body(header) for header in latches}
+    natural = natural_loops(before)
 
     def value(items, length: float) -> float:
         total = 0.0
@@ -89,10 +77,11 @@ def way(sass: str, prefer: dict[str, float]) -> list:
             if n in known:
                 return known[n]
             known[n] = None  # a cycle that is no natural loop is no path
-            if n in bodies and n != start:
-                loop = Loop(*(route(bodies[n], n, latches[n], sign)[1] for sign in (-1e-2, 1e-2)))
-                items, ways = [loop], {m for b in bodies[n] for m in after[b]} - bodies[n]
-                worth, is_end = value(loop.short, length), bool(bodies[n] & ends)
+            if n in natural and n != start:
+                body, latches = natural[n]
+                loop = Loop(*(route(body, n, latches, sign)[1] for sign in (-1e-2, 1e-2)))
+                items, ways = [loop], {m for b in body for m in after[b]} - body
+                worth, is_end = value(loop.short, length), bool(body & ends)
             else:
                 items, ways, worth, is_end = lists[n], set(after[n]), value(lists[n], length), n in ends
             best = (0.0, []) if is_end else None
@@ -234,15 +223,14 @@ def _drained(groups: deque, wait: Instruction) -> float:
 
 def unroll(items, most: int = 10**9) -> list[Instruction]:
     """The instructions that a block issues, with at most ``most`` iterations of each loop."""
-    found = []
+    issued = []
     for item in items:
         if isinstance(item, Loop):
             for body, trips in zip((item.short, item.long), item.trips, strict=True):
-                once = unroll(body, most)
-                found += once * min(round(trips), most)
+                issued += unroll(body, most) * min(round(trips), most)
         else:
-            found.append(item)
-    return found
+            issued.append(item)
+    return issued
 
 
 @dataclass
@@ -284,12 +272,12 @@ def block_time(items: list, on: Residency) -> Time:
 
 def busy(items: list, warps: int) -> dict[str, float]:
     """Cycles for which ``warps`` warps occupy each pipe."""
-    found = dict.fromkeys(pipes.PIPES, 0.0)
+    cycles = dict.fromkeys(pipes.PIPES, 0.0)
     for i, times in _counted(items):
-        found["issue"] += times * warps
+        cycles["issue"] += times * warps
         if i.pipe != "issue":
-            found[i.pipe] += times * warps * i.busy
-    return found
+            cycles[i.pipe] += times * warps * i.busy
+    return cycles
 
 
 def _counted(items, times: float = 1.0) -> Iterator[tuple[Instruction, float]]:

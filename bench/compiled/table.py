@@ -13,10 +13,10 @@ wgmma instructions.
 import argparse
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when Triton is imported
@@ -24,10 +24,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 from pygpt.files import atomic
 
 from ..cli import some_of
+from .calls import DTYPES
 from .result import DEVICES, table
 
 BACKENDS = ("triton", "cuda")
-DTYPES = ("bf16", "fp16", "fp32")
 
 
 def missing(backend: str) -> str:
@@ -44,13 +44,8 @@ def results(backend: str, options) -> list:
         return cuda_library.inspect(options.targets, options.dtypes, options.only)
     from . import triton_jobs
 
-    jobs = [
-        job
-        for target in options.targets
-        for dtype in options.dtypes
-        for job in triton_jobs.jobs(target, dtype, options.all)
-        if job[0].startswith(options.only)
-    ]
+    launched = (triton_jobs.jobs(target, dtype, options.all) for target in options.targets for dtype in options.dtypes)
+    jobs = [job for job in chain.from_iterable(launched) if job[0].startswith(options.only)]
     with ProcessPoolExecutor(options.jobs, initializer=triton_jobs.keep_ptxas_log) as pool:
         return list(pool.map(triton_jobs.inspect, *zip(*jobs, strict=True))) if jobs else []
 
@@ -61,19 +56,12 @@ def main() -> int:
     add("--backends", type=some_of(BACKENDS), metavar="A,B", help="triton, cuda or both; default: those there are")
     add("--targets", type=some_of(DEVICES), default=list(DEVICES), metavar="A,B", help=f"some of {', '.join(DEVICES)}")
     add("--dtypes", type=some_of(DTYPES), default=["bf16", "fp32"], metavar="A,B", help="default: bf16,fp32; also fp16")
-    add(
-        "--all", action="store_true", help="of Triton every candidate, width and activation, not only the first choices"
-    )
+    add("--all", action="store_true", help="of Triton every candidate, width and activation, not only the first")
     add("--only", default="", help="calls whose name starts with this: attention, mlp, norm, activation")
     add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     add("--json", type=Path, metavar="PATH", help="write the table to this file")
     add("--predict", action="store_true", help="instead: rates to expect of an H100, and what bounds them")
-    add(
-        "--measured",
-        type=Path,
-        metavar="PATH",
-        help="beside them: the file of a run; default: an H100's in bench/results",
-    )
+    add("--measured", type=Path, metavar="PATH", help="the file of a run to show beside them; default: an H100's")
     options = parser.parse_args()
     reasons = {name: missing(name) for name in options.backends or BACKENDS}
     for name, why in reasons.items():
@@ -85,20 +73,15 @@ def main() -> int:
 
         there = [name for name, why in reasons.items() if not why]
         return predict.show(there, options.only, options.measured or goals.newest())
-    found = {name: results(name, options) for name, why in reasons.items() if not why}
-    wrong = 0
-    for name, rows in found.items():
+    kernels = {name: results(name, options) for name, why in reasons.items() if not why}
+    wrong = {name: sum(bool(row.wrong) for row in rows) for name, rows in kernels.items()}
+    for name, rows in kernels.items():
         print(f"\n{name}\n{table(rows)}")
-        wrong += sum(bool(row.wrong) for row in rows)
     print()
     for name, why in reasons.items():
-        print(f"{name}: {why or f'{len(found[name])} kernels, {sum(bool(row.wrong) for row in found[name])} wrong'}")
+        print(f"{name}: {why or f'{len(kernels[name])} kernels, {wrong[name]} wrong'}")
     if options.json:
-        rows = [{"backend": name, **asdict(row)} for name in found for row in found[name]]
+        rows = [{"backend": name, **asdict(row)} for name in kernels for row in kernels[name]]
         with atomic(options.json) as temporary:
             temporary.write_text(json.dumps(rows, indent=1))
-    return 1 if wrong or not all(found.values()) or not found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 1 if any(wrong.values()) or not all(kernels.values()) or not kernels else 0

@@ -22,11 +22,9 @@ from triton.backends.compiler import GPUTarget
 
 from pygpt import triton_kernels as kernels
 
-from .calls import calls
+from .calls import DTYPES, calls
 from .result import DEVICES, Result
 from .sass import Function, functions, serialized
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ------------------------------------------------------------------------------- what is launched
@@ -74,10 +72,10 @@ def _detached(argument):
 
 def launched(run: Callable, target: str, every_candidate: bool = False) -> Iterator[Job]:
     """What run() launches, in order, with the first candidate configuration or with every one."""
-    found = []
-    with common.compiling_for(target, lambda *launch: found.append(launch)):
+    launches = []
+    with common.compiling_for(target, lambda *launch: launches.append(launch)):
         run()
-    for kernel, grid, arguments, constants, configs in found:
+    for kernel, grid, arguments, constants, configs in launches:
         arguments, constants = tuple(map(_detached, arguments)), tuple(constants.items())
         for config in configs.candidates[: None if every_candidate else 1]:
             programs = grid(config.blocks)
@@ -158,8 +156,7 @@ def inspect(call: str, dtype: str, target: str, job: Job) -> Result:
         return result
     result.shared = compiled.metadata.shared
     assembly = (_inspect_nvidia if isinstance(device.arch, int) else _inspect_amd)(compiled, result)
-    used = [(name, assembly.count(name)) for name in dict.fromkeys((device.tensor_core, "mma.sync"))]
-    result.products = " ".join(f"{count} {name}" for name, count in used if count)
+    result.count(assembly, dict.fromkeys((device.tensor_core, "mma.sync")))
     multiplies = job.kernel.startswith(("gemm", "attention")) and "delta" not in job.kernel
     result.judge(device.tensor_core if multiplies and dtype != "fp32" else "")
     return result
@@ -176,9 +173,8 @@ def machine_code(compiled) -> Function:
 
 def _inspect_nvidia(compiled, result: Result) -> str:
     """Fills in what the machine code shows; returns PTX."""
-    kernel = machine_code(compiled)
-    result.registers, result.spilled, result.loop_spills = kernel.registers, kernel.stack, kernel.loop_spills
-    result.serialized = serialized(compiled.metadata.ptxas_log) or kernel.serialized
+    result.take(machine_code(compiled))
+    result.serialized = serialized(compiled.metadata.ptxas_log) or result.serialized
     return compiled.asm["ptx"]
 
 

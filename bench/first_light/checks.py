@@ -6,7 +6,7 @@
     streams     an op on a side stream; a training step of the GPT captured as a CUDA graph and replayed: same bits
     sanitize    our kernels, and no others, under NVIDIA's compute-sanitizer
 
-Each ends with one line that says what it found. ``--device cpu`` rehearses: the emulator plays CUDA C++, the
+Each ends with one line that states its result. ``--device cpu`` rehearses: the emulator plays CUDA C++, the
 interpreter (TRITON_INTERPRET=1) plays Triton, on tiny shapes. Exit codes as in steps.py.
 """
 
@@ -34,10 +34,11 @@ from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 from pygpt.info import gather
 
+from ..cases.refusal import reason
 from ..cli import play_cuda_on_the_cpu
 from ..compiled.sass import tool
 from ..timing.clocks import Block, CpuClock, CudaClock
-from ..timing.nvidia import clocks
+from ..timing.nvidia import clocks, gpu
 from . import attention_calls
 from .steps import NO_GPU, REFUSED, ROOT, python
 
@@ -46,49 +47,47 @@ TINY |= {"attention_lse": TINY["attention"], "linear": {"M": 16, "K": 16}, "gelu
 TINY |= {name: {"M": 4, "N": 32} for name in ("layer_norm", "add_layer_norm", "rms_norm")}
 
 
-def write(path: Path, found):
+def write(path: Path, results):
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
+        temporary.write_text(json.dumps(results, indent=1))
 
 
 def read(path: Path) -> dict:
     """What `write` has written; empty if the file is missing or broken."""
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return results if isinstance(results, dict) else {}
+
+
+def kind_and_reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 # ------------------------------------------------------------------------------- versions
 def versions(options) -> int:
-    found = gather() | {"platform": platform.platform(), "libc": " ".join(platform.libc_ver())}
-    found |= {"cuda": torch.version.cuda, "variables": {k: v for k, v in os.environ.items() if k.startswith("PYGPT_")}}
+    facts = gather() | {"platform": platform.platform(), "libc": " ".join(platform.libc_ver())}
+    facts |= {"cuda": torch.version.cuda, "variables": {k: v for k, v in os.environ.items() if k.startswith("PYGPT_")}}
     for name in ("numpy", "triton", "pytest", "xdist"):
         try:
-            found[name] = importlib.import_module(name).__version__
+            facts[name] = importlib.import_module(name).__version__
         except ImportError as e:
-            found[name] = f"missing: {e}"
+            facts[name] = f"missing: {e}"
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-        found |= {"multiprocessors": properties.multi_processor_count, "l2_mb": properties.L2_cache_size / 1e6}
-        found |= {"memory_gb": properties.total_memory / 1e9, "clocks": clocks()}
+        facts |= gpu() | {"clocks": clocks()}
         torch.ones(8, device="cuda").sum().item()  # creates the context
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     backends = {name: row.missing or row.device_objection(device) for name, row in TABLE.items()}
     # Triton compiles its launchers with a C compiler, and pytest finds the tests' emulator as a module
     compilers = {name: shutil.which(name) for name in ("cc", "gcc", "clang", "nvcc")}
     headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
-    found |= {"backends": backends, "compilers": compilers, "python_headers": headers}
-    write(options.out, found)
+    write(options.out, facts | {"backends": backends, "compilers": compilers, "python_headers": headers})
     wanted = ("triton", "cuda") if options.device == "cuda" else ("cpp", "triton")
     missing = [f"{name}: {backends[name]}" for name in wanted if backends[name]]
     missing += [] if headers and any(compilers.values()) else ["Triton needs a C compiler and Python.h to launch"]
-    what = (
-        f"{found.get('gpu', 'no GPU')}, Python {found['python']}, torch {torch.__version__}, Triton {found['triton']}"
-    )
-    print("; ".join([what, *missing]))
+    machine = f"{facts.get('gpu', 'no GPU')}, Python {facts['python']}"
+    print("; ".join([f"{machine}, torch {torch.__version__}, Triton {facts['triton']}", *missing]))
     return 1 if missing else 0
 
 
@@ -100,16 +99,15 @@ def verify_backend(options) -> int:
         return 1
     generator, began, rows, errors = torch.Generator().manual_seed(options.seed), time.monotonic(), [], []
     kept = read(options.out)  # the other backend's
-    tiny = options.tiny
-    if tiny:
+    if options.tiny:
         verify.ELEMENTS = 1  # an emulated call takes long, so that a direction which passes is drawn once
     for op, spec in verify.SPECS.items():
-        for dims in ({**spec.shapes[0], **TINY[op]},) if tiny else spec.shapes:
+        for dims in ({**spec.shapes[0], **TINY[op]},) if options.tiny else spec.shapes:
             for dtype in row.dtypes:
                 try:
                     rows += verify.measure(op, dims, dtype, generator, options.backend, device=options.device)
                 except Exception as e:  # noqa: BLE001 - of any kind, and the next may still work
-                    errors.append(f"{verify.describe(op, dims)} {dtype}: {type(e).__name__}: {str(e).splitlines()[0]}")
+                    errors.append(f"{verify.describe(op, dims)} {dtype}: {kind_and_reason(e)}")
                     print(errors[-1], flush=True)
                     if why := unusable():
                         print(why)
@@ -134,7 +132,7 @@ def candidates(options) -> int:
         return 1
     from pygpt.triton_kernels import attention, common
 
-    rehearsal, found = options.device == "cpu", []
+    rehearsal, rows = options.device == "cpu", []
     clock = CpuClock() if rehearsal else CudaClock()
     tables = {"fwd": attention.FWD, "dkdv": attention.DKDV, "dq": attention.DQ}
     for bucket, itemsize in sorted({key[1:] for key in attention.FWD}, key=lambda key: (key[1], key[0])):
@@ -146,19 +144,19 @@ def candidates(options) -> int:
             configs = tables[kernel][common.target(q), bucket, itemsize]
             for candidate in configs.candidates:
                 configs.chosen[q.device] = candidate
-                found.append({"kernel": kernel, **about, "config": list(candidate.blocks.values())})
-                found[-1]["config"] += [candidate.num_warps, candidate.num_stages]
+                config = [*candidate.blocks.values(), candidate.num_warps, candidate.num_stages]
                 products = PRODUCTS[kernel] + (kernel == "dkdv" and bucket == attention.WIDE)
-                found[-1] |= time_once(clock, call, products * B * H * T * T * bucket)
-                write(options.out, {"target": common.target(q), "triton": common.triton.__version__, "rows": found})
-                print(", ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
+                result = time_once(clock, call, products * B * H * T * T * bucket)
+                rows.append({"kernel": kernel, **about, "config": config, **result})
+                write(options.out, {"target": common.target(q), "triton": common.triton.__version__, "rows": rows})
+                print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
                 if why := unusable():
                     print(why)
                     return 1
             del configs.chosen[q.device]
-    refused, failed = (sum(word in row for row in found) for word in ("refused", "failed"))
-    better = "; ".join(better_candidates(found)) or "none"
-    print(f"{len(found)} candidates, {refused} refused, {failed} failed; faster than the first one: {better}")
+    refused, failed = (sum(word in row for row in rows) for word in ("refused", "failed"))
+    better = "; ".join(better_candidates(rows)) or "none"
+    print(f"{len(rows)} candidates, {refused} refused, {failed} failed; faster than the first one: {better}")
     return 1 if failed else 0
 
 
@@ -169,7 +167,7 @@ def unusable() -> str:
             torch.cuda.synchronize()
         return ""
     except RuntimeError as e:
-        return f"the device is unusable after an error: {str(e).splitlines()[0]}"
+        return f"the device is unusable after an error: {reason(e)}"
 
 
 def time_once(clock, call: Callable, flops: float) -> dict:
@@ -180,8 +178,7 @@ def time_once(clock, call: Callable, flops: float) -> dict:
         ms = 1e3 * min(device for device, _ in clock.time([Block(call, head_start=1e-3)] * repeats))
         return {"ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
     except Exception as e:  # noqa: BLE001 - it becomes the row's result
-        word = "refused" if "OutOfResources" in type(e).__name__ else "failed"
-        return {word: f"{type(e).__name__}: {str(e).splitlines()[0]}"}
+        return {"refused" if "OutOfResources" in type(e).__name__ else "failed": kind_and_reason(e)}
 
 
 def better_candidates(rows: list[dict]) -> list[str]:
@@ -190,40 +187,48 @@ def better_candidates(rows: list[dict]) -> list[str]:
     for row in rows:
         if "ms" in row:
             groups.setdefault((row["kernel"], row["head_dim"], row["dtype"]), []).append(row)
-    best = {key: min(group, key=lambda row: row["ms"]) for key, group in groups.items()}
-    return [
-        f"{kernel} D{head_dim} {dtype}: {best[kernel, head_dim, dtype]['config']} {group[0]['ms'] / ms:.2f}x"
-        for (kernel, head_dim, dtype), group in groups.items()
-        if group[0]["ms"] > 1.03 * (ms := best[kernel, head_dim, dtype]["ms"])
-    ]
+    better = []
+    for (kernel, head_dim, dtype), (first, *others) in groups.items():
+        best = min([first, *others], key=lambda row: row["ms"])
+        if first["ms"] > 1.03 * best["ms"]:
+            better.append(f"{kernel} D{head_dim} {dtype}: {best['config']} {first['ms'] / best['ms']:.2f}x")
+    return better
 
 
 # ------------------------------------------------------------------------------- streams and graphs
 def streams(options) -> int:
     if options.device == "cpu":
-        first, second = (_gpt("cpu")() for _ in range(2))
-        same = all(map(torch.equal, first, second))
-        print("no streams and no graphs without a GPU; the step itself: " + ("same bits" if same else "other bits"))
-        return REFUSED if same else 1
-    found, wrong = {}, []
+        answer = compared(*(_gpt_step("cpu")() for _ in range(2)))
+        print(f"no streams and no graphs without a GPU; the step itself: {answer}")
+        return REFUSED if answer == SAME else 1
+    results = {}
     for name in ("triton", "cuda"):
-        if TABLE[name].missing:
-            continue
-        for check in (on_a_side_stream, in_a_cuda_graph):
+        for check in () if TABLE[name].missing else (on_a_side_stream, in_a_cuda_graph):
             try:
                 with pygpt.backend(name):
-                    found[f"{name} {check.__name__}"] = check()
+                    answer = check()
             except Exception as e:  # noqa: BLE001 - of any kind; the next check may still work
-                found[f"{name} {check.__name__}"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-            if found[f"{name} {check.__name__}"] != "same bits":
-                wrong.append(f"{name} {check.__name__}: {found[f'{name} {check.__name__}']}")
-            write(options.out, found)
-    print("; ".join(wrong) or f"{len(found)} checks, the same bits in all")
-    return 1 if wrong or not found else 0
+                answer = kind_and_reason(e)
+            results[f"{name} {check.__name__}"] = answer
+            write(options.out, results)
+    wrong = [f"{name}: {answer}" for name, answer in results.items() if answer != SAME]
+    print("; ".join(wrong) or f"{len(results)} checks, the same bits in all")
+    return 1 if wrong or not results else 0
 
 
-def _step(model, tokens):
-    """A closure that runs forward and backward and returns the loss and all gradients."""
+SAME = "same bits"
+
+
+def compared(tensors: list, expected: list) -> str:
+    return SAME if all(map(torch.equal, tensors, expected)) else "other bits"
+
+
+def _gpt_step(device: str = "cuda") -> Callable:
+    """A closure that runs forward and backward of a GPT and returns the loss and all gradients."""
+    torch.manual_seed(0)
+    config = pygpt.GPTConfig(vocab_size=256, block_size=128, n_layer=2, n_head=4, n_embd=256)
+    model = pygpt.GPT(config).to(device, torch.bfloat16)
+    tokens = torch.randint(256, (4, 129), device=device)
 
     def step():
         for p in model.parameters():
@@ -235,30 +240,23 @@ def _step(model, tokens):
     return step
 
 
-def _gpt(device: str = "cuda"):
-    torch.manual_seed(0)
-    config = pygpt.GPTConfig(vocab_size=256, block_size=128, n_layer=2, n_head=4, n_embd=256)
-    model = pygpt.GPT(config).to(device, torch.bfloat16)
-    return _step(model, torch.randint(256, (4, 129), device=device))
-
-
 def on_a_side_stream() -> str:
     """Forward and backward on another stream, after a long wait: work on the wrong stream would come too early."""
-    step = _gpt()
-    want = [t.clone() for t in step()]
+    step = _gpt_step()
+    expected = [t.clone() for t in step()]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        got = step()
+        results = step()
     stream.synchronize()
-    return "same bits" if all(map(torch.equal, got, want)) else "other bits"
+    return compared(results, expected)
 
 
 def in_a_cuda_graph() -> str:
     """The whole step captured once and replayed twice."""
-    step = _gpt()
-    want = [t.clone() for t in step()]
+    step = _gpt_step()
+    expected = [t.clone() for t in step()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -266,15 +264,15 @@ def in_a_cuda_graph() -> str:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = step()
+        results = step()
     for _ in range(2):
-        for t in got:
+        for t in results:
             t.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        if not all(map(torch.equal, got, want)):
-            return "other bits"
-    return "same bits"
+        if (answer := compared(results, expected)) != SAME:
+            break
+    return answer
 
 
 # ------------------------------------------------------------------------------- compute-sanitizer
@@ -288,38 +286,38 @@ def sanitize(options) -> int:
     if sanitizer is None or options.device == "cpu":
         print("no compute-sanitizer here" if sanitizer is None else "no GPU to watch")
         return REFUSED
-    with tempfile.TemporaryDirectory() as folder:
-        return _sanitize(sanitizer, options.out, Path(folder, "rows.json"))
-
-
-def _sanitize(sanitizer: str, out: Path, rows: Path) -> int:
-    found = {}
+    results = {}
     for check, backend in SANITIZED:
         began = time.monotonic()
-        command = [sanitizer, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
-        for name in our_kernels(backend):
-            command += ["--kernel-name", f"kernel_substring={name}"]
-        command += python("bench.first_light.checks", "verify", "--tiny", f"--backend={backend}", f"--out={rows}")
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, check=False, timeout=SANITIZER_SECONDS, text=True, errors="replace",
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            code, lines = done.returncode, done.stdout.splitlines()
-        except subprocess.TimeoutExpired as e:
-            output = e.stdout or b""
-            code, lines = None, (output if isinstance(output, str) else output.decode(errors="replace")).splitlines()
+        code, lines = _sanitized(sanitizer, check, backend)
         lines = [line for line in lines if line.startswith("=========")] or lines[-20:]
         name, verdict = f"{check} {backend}", sanitizer_verdict(code, lines)
-        found[name] = {"verdict": verdict, "exit": code, "seconds": time.monotonic() - began, "lines": lines[:200]}
-        write(out, found)
+        results[name] = {"verdict": verdict, "exit": code, "seconds": time.monotonic() - began, "lines": lines[:200]}
+        write(options.out, results)
         print("\n".join([*lines[:40], f"{name}: {verdict}"]), flush=True)
-    print("; ".join(f"{name}: {each['verdict']}" for name, each in found.items()))
-    verdicts = {each["verdict"] for each in found.values()}
+    print("; ".join(f"{name}: {each['verdict']}" for name, each in results.items()))
+    verdicts = {each["verdict"] for each in results.values()}
     return 1 if "failed" in verdicts else 0 if "ok" in verdicts else REFUSED
 
 
 SANITIZER_FOUND = 9  # its exit code for an error in a kernel
+
+
+def _sanitized(sanitizer: str, check: str, backend: str) -> tuple[int | None, list[str]]:
+    """One run's exit code, None where time ran out, and what it printed."""
+    command = [sanitizer, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
+    for name in our_kernels(backend):
+        command += ["--kernel-name", f"kernel_substring={name}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command += python("bench.first_light.checks", "verify", "--tiny", f"--backend={backend}", "--out")
+        command.append(f"{folder}/rows.json")
+        try:
+            done = subprocess.run(command, cwd=ROOT, check=False, timeout=SANITIZER_SECONDS,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+            code, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as e:
+            code, output = None, e.stdout or b""
+    return code, output.decode(errors="replace").splitlines()
 
 
 def our_kernels(backend: str) -> list[str]:
@@ -350,7 +348,7 @@ CHECK |= {"sanitize": sanitize}
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.first_light.checks", description=__doc__.split("\n\n")[0])
     parser.add_argument("check", choices=CHECK)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what was found, as JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the results, as JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="for verify")
     parser.add_argument("--seed", type=int, default=0, help="for verify")

@@ -30,6 +30,8 @@ from pygpt.dispatch import TABLE
 from pygpt.files import atomic
 
 from ..cases import ops, shapes
+from ..cases.refusal import reason
+from ..cli import positive, some_of
 from ..compiled.result import DEVICES
 from ..compiled.triton_jobs import Job, NoGpu, launched
 from ..timing.calls import once
@@ -115,7 +117,7 @@ def compile_one(job: Job) -> tuple[str, float, str]:
     except triton.runtime.errors.OutOfResources:
         pass  # the next candidate takes its place
     except Exception as e:  # noqa: BLE001 - of many kinds
-        wrong = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+        wrong = f"{type(e).__name__}: {reason(e)}"
     return f"{job.kernel} {','.join(map(str, job.config.blocks.values()))}", time.monotonic() - began, wrong
 
 
@@ -124,14 +126,10 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.first_light.compile_ahead", description=what)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE", help="what was compiled, as JSON")
-    add("--what", default=",".join(CALLS), metavar="A,B", help=f"some of {', '.join(CALLS)} (default: all)")
-    add("--target", default="sm90", help="without a GPU: what to compile for (default: %(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    add("--what", type=some_of(CALLS), default=list(CALLS), metavar="A,B", help=f"some of {', '.join(CALLS)}")
+    add("--target", choices=DEVICES, default="sm90", help="without a GPU: what to compile for (default: %(default)s)")
+    add("--jobs", type=positive(int), default=os.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
-    if options.jobs < 1 or options.target not in DEVICES:
-        parser.error(f"--jobs takes 1 or more; --target one of {', '.join(DEVICES)}")
-    if unknown := set(options.what.split(",")) - set(CALLS):
-        parser.error(f"--what: unknown {', '.join(sorted(unknown))}; known: {', '.join(CALLS)}")
     began, done, futures = time.monotonic(), [], []
     target = common.target(torch.empty(0, device="cuda")) if torch.cuda.is_available() else options.target
     signal.signal(signal.SIGTERM, steps.stop)
@@ -139,7 +137,7 @@ def main(argv=None) -> int:
     pool = ProcessPoolExecutor(options.jobs, context, _start_worker, (target,))
     why = ""
     try:
-        for job in jobs(target, options.what.split(",")):
+        for job in jobs(target, options.what):
             futures.append(pool.submit(compile_one, job))
         for future in as_completed(futures):
             done.append(future.result())
@@ -151,12 +149,11 @@ def main(argv=None) -> int:
         done = [f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None]
     wrong = [f"{name}: {error}" for name, _, error in done if error]
     took = time.monotonic() - began
-    found = {"target": target, "kernels": len(futures), "compiled": len(done) - len(wrong), "seconds": took}
-    found["wrong"] = wrong
+    slowest = [each[:2] for each in sorted(done, key=lambda each: -each[1])[:10]]
+    results = {"target": target, "kernels": len(futures), "compiled": len(done) - len(wrong), "seconds": took}
     with atomic(options.out) as temporary:
-        slowest = sorted(done, key=lambda each: -each[1])[:10]
-        temporary.write_text(json.dumps(found | {"slowest": [list(each[:2]) for each in slowest]}, indent=1))
-    print(f"{found['compiled']} of {len(futures)} Triton kernels compiled in {took:.0f} s, {len(wrong)} fail{why}")
+        temporary.write_text(json.dumps(results | {"wrong": wrong, "slowest": slowest}, indent=1))
+    print(f"{results['compiled']} of {len(futures)} Triton kernels compiled in {took:.0f} s, {len(wrong)} fail{why}")
     code = 1 if wrong or not futures else 0
     if why:
         sys.stdout.flush()

@@ -184,7 +184,3 @@ def main(argv=None) -> int:
     )
     runner.print(f"{verdict}; {time.time() - began:.0f} s; {options.out}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 from pygpt.files import atomic
+from pygpt.progress import table as aligned
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).with_name("driver.cpp")
@@ -136,15 +137,14 @@ def faults(cases: list[Case], committed: dict[str, int]) -> list[str]:
 
 
 def table(cases: list[Case], committed: dict[str, int]) -> str:
-    wide = max(len(case.name) for case in cases)
-    lines = [f"{'case':{wide}} instructions    committed   ratio  per multiply-add or element"]
+    lines = []
     for case in cases:
         figure = committed.get(case.name)
-        before = f"{figure:12,} {case.instructions / figure:7.3f}" if figure else f"{'-':>12} {'-':>7}"
+        before = (f"{figure:,}", f"{case.instructions / figure:.3f}") if figure else ("-", "-")
         word = verdict(case, committed) if committed else ""
-        each = f"{case.instructions / case.work:6.2f}"
-        lines.append(f"{case.name:{wide}} {case.instructions:12,} {before} {each}  {word}")
-    return "\n".join(line.rstrip() for line in lines)
+        lines.append((case.name, f"{case.instructions:,}", *before, f"{case.instructions / case.work:.2f}", word))
+    figures = ("instructions", "committed", "ratio", "per multiply-add or element")
+    return aligned({"case": "<", **dict.fromkeys(figures, ">"), "": "<"}, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error(f"no case is called {options.part!r}")
     every = figures()
-    committed = {name: n for name, n in every.get(key, {}).items() if options.part in name}
+    committed = {name: figure for name, figure in every.get(key, {}).items() if options.part in name}
     print(f"{key}\n{table(cases, committed)}\n")
     if options.save:
         save(key, cases)
@@ -176,7 +176,3 @@ def main(arguments: list[str] | None = None) -> int:
     bad = faults(cases, committed)
     print("\n".join(bad) or f"{len(cases)} cases, none above {MARGIN:.0%}")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ import torch
 import pygpt
 
 from .clocks import Peaks
-from .nvidia import clocks_under_load
+from .nvidia import clocks_under_load, gpu
 
 VARIABLES = (  # they lower the instruction set of ours and of each library
     "PYGPT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
@@ -36,7 +36,7 @@ def cpu() -> tuple[str, set[str]]:
 def describe(peaks: Peaks, clock, options) -> dict:
     """As the file of a run has it. `peaks_after` follows at the end of the run."""
     name, flags = cpu()
-    found = {
+    facts = {
         "cpu": name,
         "cpu_features": [feature for feature in FEATURES if feature in flags],
         "isa_ours": pygpt._C.cpu_capability() if hasattr(pygpt, "_C") else "not built",
@@ -58,11 +58,11 @@ def describe(peaks: Peaks, clock, options) -> dict:
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
     if options.rehearse:
-        found["rehearsal"] = True
+        facts["rehearsal"] = True
     if clock.device == "cuda":
-        p = torch.cuda.get_device_properties(0)
-        found |= {"gpu": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count}
-        found |= {"memory_gb": p.total_memory / 1e9, "l2_mb": p.L2_cache_size / 1e6}
-        found |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
-        found |= {"clocks": clocks_under_load(clock)}
-    return found
+        facts |= gpu() | {
+            "cuda": torch.version.cuda or torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+            "clocks": clocks_under_load(clock),
+        }
+    return facts

@@ -18,6 +18,13 @@ REASONS = {  # bits of NVML's clock event reasons that lower a clock below what 
 }
 
 
+def gpu() -> dict:
+    """What PyTorch knows about the GPU."""
+    p = torch.cuda.get_device_properties(0)
+    return {"gpu": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
+            "memory_gb": p.total_memory / 1e9, "l2_mb": p.L2_cache_size / 1e6}  # fmt: skip
+
+
 def clocks() -> dict:
     """What nvidia-smi says now; empty where it is missing or does not answer. Reads only."""
     if not shutil.which("nvidia-smi"):
@@ -52,6 +59,6 @@ def clocks_under_load(clock) -> dict:
     a = torch.randn(clock.MATMUL, clock.MATMUL, device=clock.device, dtype=torch.bfloat16)
     for _ in range(math.ceil(LOAD_SECONDS / max(clock.once(lambda: a @ a), 1e-4))):
         a @ a
-    found = clocks()
+    under_load = clocks()
     torch.cuda.synchronize()
-    return found
+    return under_load
