@@ -39,9 +39,9 @@ class Plugin:
         for benchmark in self.run.benchmarks:
             facts = {key: benchmark[key] for key in ("name", "fullname", "group", "param", "params", "extra_info")}
             fixture = SimpleNamespace(**facts, cprofile_stats=None, has_error=False)
-            found = Metadata(fixture, iterations=benchmark["stats"]["iterations"], options={})
-            found.stats.data = self.run.times[benchmark["fullname"]].device
-            benchmark_session.benchmarks.append(found)
+            metadata = Metadata(fixture, iterations=benchmark["stats"]["iterations"], options={})
+            metadata.stats.data = self.run.times[benchmark["fullname"]].device
+            benchmark_session.benchmarks.append(metadata)
 
     def pytest_benchmark_update_json(self, output_json):
         output_json["pygpt"] = self.run.about

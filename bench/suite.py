@@ -5,8 +5,8 @@ from .cases import rows
 
 
 def pytest_generate_tests(metafunc):
-    found = rows.rows(conftest.plugin(metafunc.config).run.options)
-    metafunc.parametrize("row", found, ids=[str(row).replace(" ", "_") for row in found])
+    wanted = rows.rows(conftest.plugin(metafunc.config).run.options)
+    metafunc.parametrize("row", wanted, ids=lambda row: str(row).replace(" ", "_"))
 
 
 def test_row(row, pytestconfig):

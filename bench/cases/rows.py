@@ -33,28 +33,27 @@ def cases(options) -> list[Case]:
     if options.sweep:
         return shapes.sweep(options.sweep)
     on_gpu = options.device == "cuda" or options.rehearse
-    found = [case for case in (ops.GPU if on_gpu else ops.CPU) if case.op in options.ops]
-    found += [case for case in gpt.CASES if case.op in options.ops and not options.rehearse]
+    suite = [*(ops.GPU if on_gpu else ops.CPU), *(gpt.CASES if not options.rehearse else ())]
+    suite = [case for case in suite if case.op in options.ops]
     if options.quick:
-        predicted = ops.PREDICTED if on_gpu else ()
-        first = shapes.first_of_each_op(found)
-        found = [case for case in found if case in first or case in predicted]
-    return shapes.tiny(found) if options.rehearse else found
+        wanted = [*shapes.first_of_each_op(suite), *(ops.PREDICTED if on_gpu else ())]
+        suite = [case for case in suite if case in wanted]
+    return shapes.tiny(suite) if options.rehearse else suite
 
 
 def rows(options) -> list[Row]:
     """Every row that the options name, the most important first, because a run may end early."""
-    found, first = [], shapes.first_of_each_op(ops.GPU)
+    wanted, first = [], shapes.first_of_each_op(ops.GPU)
     for case in cases(options):
         whole_model = case.op in gpt.DIRECTIONS
         dtypes, directions = (gpt.DTYPES, (gpt.DIRECTIONS[case.op],)) if whole_model else (ops.DTYPES, ops.DIRECTIONS)
         for dtype in (name for name in dtypes if name in options.dtypes):
-            wanted = dtype in case.standard or not options.only_standard
-            if options.device == "cuda" and dtype != "bfloat16" and case in ops.GPU:
-                wanted &= case in first  # the other dtypes only show that their kernels work
-            if wanted:
-                found += [Row(case, dtype, direction) for direction in directions if direction in options.directions]
+            if options.only_standard and dtype not in case.standard:
+                continue
+            if options.device == "cuda" and dtype != "bfloat16" and case in ops.GPU and case not in first:
+                continue  # the other dtypes only show that their kernels work
+            wanted += [Row(case, dtype, direction) for direction in directions if direction in options.directions]
     if options.device == "cuda":
-        return sorted(found, key=lambda row: ("bfloat16", "float32", "float16").index(row.dtype))
+        return sorted(wanted, key=lambda row: ("bfloat16", "float32", "float16").index(row.dtype))
     order = list(ops.DTYPES)
-    return sorted(found, key=lambda row: (row.dtype not in row.case.standard, order.index(row.dtype)))
+    return sorted(wanted, key=lambda row: (row.dtype not in row.case.standard, order.index(row.dtype)))

@@ -19,8 +19,7 @@ def tiny(cases: list[Case]) -> list[Case]:
     """The same ops on sizes that the emulator and Triton's interpreter can run."""
     small = {"attention": {"B": 1, "H": 2, "L": 40, "S": 40, "D": 16}, "linear": {"M": 32, "K": 24, "N": 96}}
     small["mlp"] = {"B": 1, "T": 24, "C": 32}
-    found = [case(c.setup, *(c.dims | small.get(c.op, {"N": 48, "C": 24})).values()) for c in cases]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"N": 48, "C": 24})).values()) for c in cases))
 
 
 def custom(text: str, wanted_ops) -> list[Case]:
@@ -32,7 +31,7 @@ def custom(text: str, wanted_ops) -> list[Case]:
     if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
         raise ValueError(f"wants KEY=VALUE,..., got {bad[0] or text!r}")
     given = {key: value for key, _, value in pairs}
-    found, known = [], []
+    served, known = [], []
     for first in first_of_each_op([c for c in ops.CPU if c.op in wanted_ops]):
         requested = dict(given)
         if first.op == "attention" and "T" in requested:
@@ -41,10 +40,10 @@ def custom(text: str, wanted_ops) -> list[Case]:
         known.append(f"{first.op}: {', '.join(dimensions(first.setup))}")
         if set(requested) <= set(first.dims):
             dims = first.dims | {key: _value(key, value, first.dims[key]) for key, value in requested.items()}
-            found.append(case(first.setup, *dims.values()))
-    if not found:
+            served.append(case(first.setup, *dims.values()))
+    if not served:
         raise ValueError(f"no op has the dimensions {', '.join(given)}; they are {'; '.join(known)}")
-    return found
+    return served
 
 
 WORDS = {"activation": tuple(ACTIVATIONS), "approximate": ("none", "tanh"), "causal": ("0", "1")}

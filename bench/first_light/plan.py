@@ -15,7 +15,7 @@ and, for conformance, the one that ``python -m tests.emulator.conformance --buil
 ``--rest`` goes on from there: the GPU tests, the same with PYGPT_POISON=1, compute-sanitizer, a side stream and a CUDA
 graph, and the full benchmark table with torch.compile. ``make gpu`` builds what is missing, then does both.
 
-Everything found goes to FOLDER at once: one small file a step, log.txt, and summary.json (log-rest.txt and
+Every result goes to FOLDER at once: one small file a step, log.txt, and summary.json (log-rest.txt and
 summary-rest.json of the second run). A run that is already there is not overwritten. ``--device cpu`` is a rehearsal
 on tiny shapes: the emulator and Triton's interpreter play the GPU. Exit codes: 0; 1 where a step failed; 2 without a
 GPU.
@@ -140,7 +140,7 @@ def parse(argv=None):
         prog="python -m bench.first_light", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where everything found is written")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where the results are written")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rest", action="store_true", help="the second run instead of the first")
     which.add_argument("--all", action="store_true", help="build what is missing, then both runs (make gpu)")
@@ -175,12 +175,8 @@ def main(argv=None) -> int:
             return NO_GPU
         runner.run(*([replace(step, seconds=slow * step.seconds) for step in lane] for lane in lanes))
     failed = [outcome.step for outcome in runner.outcomes if outcome.failed]
-    runner.print("")
-    for outcome in runner.outcomes:
-        runner.print(f"  {outcome}")
+    runner.print("\n".join(["", *(f"  {outcome}" for outcome in runner.outcomes)]))
     runner.save(seconds=time.time() - began)
-    verdict = (
-        f"{len(failed)} of {len(runner.outcomes)} steps failed: {', '.join(failed)}" if failed else "every step ok"
-    )
-    runner.print(f"{verdict}; {time.time() - began:.0f} s; {options.out}")
+    verdict = f"{len(failed)} of {len(runner.outcomes)} steps failed: {', '.join(failed)}"
+    runner.print(f"{verdict if failed else 'every step ok'}; {time.time() - began:.0f} s; {options.out}")
     return 1 if failed else 0

@@ -2,7 +2,7 @@
 
 A step is a process of its own. It can fail, hang, crash or run out of time: the others run all the same. After every
 step the folder's summary.json is replaced as a whole, and log.txt has every line as it was printed, so that a run
-which is killed leaves what it had found. A step's children end with it, also where this process is killed.
+which is killed leaves what it had. A step's children end with it, also where this process is killed.
 
 The last line that a step prints is its result. Exit codes: 0 for success, REFUSED where the machine cannot do what is
 asked (reported, no failure), anything else for failure. Nothing here imports torch or pygpt: a library that crashes
@@ -89,23 +89,22 @@ class Runner:
 
     def save(self, **more):
         self.about |= more
-        found = self.about | {"steps": [asdict(outcome) for outcome in self.outcomes]}
+        summary = self.about | {"steps": [asdict(outcome) for outcome in self.outcomes]}
         with tempfile.TemporaryDirectory(prefix=".steps-", dir=self.summary.parent) as folder:  # unique to this write
             temporary = Path(folder, self.summary.name)
-            temporary.write_text(json.dumps(found, indent=1))
+            temporary.write_text(json.dumps(summary, indent=1))
             temporary.replace(self.summary)
 
     def run(self, *lanes: Step | Sequence[Step]):
         """Runs the lanes side by side, the steps of a lane one after the other, and waits for all."""
 
-        def run_lane(lane: Sequence[Step]):
-            for step in lane:
+        def run_lane(lane: Step | Sequence[Step]):
+            for step in [lane] if isinstance(lane, Step) else lane:
                 outcome = self._run(step)
                 with self.lock:
                     self.outcomes.append(outcome)
                     self.save()
 
-        lanes = [lane if isinstance(lane, Sequence) else (lane,) for lane in lanes]
         threads = [threading.Thread(target=run_lane, args=(lane,), daemon=True) for lane in lanes]
         for thread in threads:
             thread.start()

@@ -47,31 +47,31 @@ def show(first: Path, second: Path) -> int:
     """
     documents = [results.read(path) for path in (first, second)]
     old, new = (results.results(document) for document in documents)
-    found = changes(old, new)
-    if not found:
+    compared = changes(old, new)
+    if not compared:
         raise results.UsageError(f"{first} and {second} have no row in common")
     heads = [table.head(document["pygpt"]["machine"]) for document in documents]
     print("\n".join(dict.fromkeys(heads)))
     if heads[0].splitlines()[:2] != heads[1].splitlines()[:2]:
         print("These are two machines or set-ups: what differs may be theirs.")
-    print(changes_table([change for change in found if change.new.ours or change.word != "same"]))
+    print(changes_table([change for change in compared if change.new.ours or change.word != "same"]))
     then, now = ({(str(row), entry.name) for row in rows for entry in row.ours} for rows in (old, new))
     failed = [set(table.failures(document["pygpt"])) for document in documents]
     for what in sorted(failed[1] - failed[0]):
         print(f"FAILED in {second} only: {what}")
     if gone := then ^ now:
         print(f"{len(gone)} timings of ours are in one file only")
-    bad = sum(change.regression for change in found)
-    ours = sum(change.new.ours for change in found)
+    bad = sum(change.regression for change in compared)
+    ours = sum(change.new.ours for change in compared)
     print(f"{bad} of {ours} timings of ours became slower by more than their spread")
     return 1 if bad or failed[1] - failed[0] else 0
 
 
-def changes_table(found: list[Change]) -> str:
+def changes_table(shown: list[Change]) -> str:
     columns = dict.fromkeys(("op", "shape", "dtype", "direction", "candidate"), "<")
     columns |= dict.fromkeys(("A ms", "B ms", "B/A", "spread", "A MB", "B MB"), ">") | {"": "<"}
     lines = []
-    for c in sorted(found, key=lambda change: -change.factor):
+    for c in sorted(shown, key=lambda change: -change.factor):
         word = "REGRESSION" if c.regression else c.word
         lines.append((
             c.row.op, c.row.shape, c.row.dtype, c.row.direction, c.new.name,

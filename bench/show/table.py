@@ -113,13 +113,13 @@ def failures(about: dict) -> list[str]:
 
 def notes(about: dict) -> list[str]:
     """What is not in the table, and the reason."""
-    found = [f"FAILED: {what}: {row['why']}" for what, row in zip(failures(about), about["failed"], strict=True)]
-    found += [f"not used: {name}: {why}" for name, why in about["absent"].items()]
-    for why, what in about["refused"].items():
-        found.append(f"{why} ({what[0] if len(what) == 1 else f'{len(what)} rows'})")
+    lines = [f"FAILED: {what}: {row['why']}" for what, row in zip(failures(about), about["failed"], strict=True)]
+    lines += [f"not used: {name}: {why}" for name, why in about["absent"].items()]
+    for why, rows in about["refused"].items():
+        lines.append(f"{why} ({rows[0] if len(rows) == 1 else f'{len(rows)} rows'})")
     if left := about["left_out"]:
-        found.append(f"not reached in time: {len(left)} rows, from {left[0]} on")
-    return found
+        lines.append(f"not reached in time: {len(left)} rows, from {left[0]} on")
+    return lines
 
 
 def below_the_bar(results: list[Result], machine: dict) -> list[Result]:
@@ -129,15 +129,15 @@ def below_the_bar(results: list[Result], machine: dict) -> list[Result]:
 def judged(results: list[Result], about: dict) -> list[str]:
     """How the standard rows stand to the first bar."""
     machine, below = about["machine"], below_the_bar(results, about["machine"])
-    found = []
+    lines = []
     for result in below:
         bar = goals.first_bar(result, machine)
         values = [value for ours in result.ours if (value := bar.value(result, ours)) is not None]
-        measured = f"{number(min(values))}" if values else "not measured beside eager"
-        found.append(f"below the bar: {result}: {measured}, wanted {number(bar.wanted)} {bar.unit}")
+        measured = number(min(values)) if values else "not measured beside eager"
+        lines.append(f"below the bar: {result}: {measured}, wanted {number(bar.wanted)} {bar.unit}")
     total, left = sum(goals.passes(result, machine) is not None for result in results), len(about["left_out"])
-    found.append(f"first bar: {total - len(below)} of {total} rows pass" + f"; {left} not reached" * bool(left))
-    return found
+    lines.append(f"first bar: {total - len(below)} of {total} rows pass" + (f"; {left} not reached" if left else ""))
+    return lines
 
 
 def show(results: list[Result], about: dict):

@@ -57,13 +57,12 @@ def prepare(
     sets = [work.tensors, *(row.case.setup(make, *row.case.args).tensors for _ in range(count - 1))]
     run = _row_run(row, work, peaks, from_memory, clock)
     run.input_sets = count
+    reference = None
     try:
         reference = trying(lambda: Reference(work, row.direction))
-    except Refused as e:
-        reference = None
-        run.refused["the check"] = str(e)
-    if reference:
         run.intensity = _intensity(work, (*reference.eager, *(reference.grads or ())), row.direction)
+    except Refused as e:
+        run.refused["the check"] = str(e)
     functions = _functions(work, backends, peers, run)
     for place, (name, function) in enumerate(functions.items()):
         log(name)
@@ -108,22 +107,22 @@ def _intensity(work: ops.Work, others: tuple, direction: str) -> float:
 
 def _functions(work: ops.Work, backends, peers: dict[str, Peer], run: RowRun) -> dict[str, Callable]:
     """Name -> function of the op's tensors, for every backend and peer that serves the op."""
-    found, case = {}, run.row.case
+    functions, case = {}, run.row.case
     for name in backends:
         run.facts[name] = {"ours": True}
         if why := TABLE[name].objections(case.op, work.tensors, {}):
             run.refuse(name, f"not served: {'; '.join(why)}")
         else:
             by_default = choose(case.op, work.tensors).backend == name
-            found[name] = work.ours if by_default else on_backend(name, work.ours)
+            functions[name] = work.ours if by_default else on_backend(name, work.ours)
     for name, peer in peers.items():
         if peer.serves(case.op):
             run.facts[name] = {"ours": False}
             try:
-                found[name] = trying(partial(peer.function, case.op, run.row.direction, work, case.dims))
+                functions[name] = trying(partial(peer.function, case.op, run.row.direction, work, case.dims))
             except Refused as e:
                 run.refuse(name, str(e))
-    return found
+    return functions
 
 
 def on_backend(name: str, function: Callable) -> Callable:

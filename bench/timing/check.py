@@ -44,20 +44,19 @@ class Reference:
         self.wide = self.results(work.eager, tuple(t.to(wider) for t in work.tensors))
 
     def results(self, function: Callable, tensors: tuple) -> tuple:
-        found = verify.as_tuple(prepared(function, tensors, self.direction, self.grads)())
-        return tuple(t.detach() for t in found)
+        return tuple(t.detach() for t in verify.as_tuple(prepared(function, tensors, self.direction, self.grads)()))
 
     def judge(self, function: Callable, tensors: tuple, ours: bool) -> Errors:
         """Raises Refused where the function's results are wrong, or where it wrote to the row's inputs."""
-        found = self.results(function, tensors)
+        results = self.results(function, tensors)
         if not all(map(torch.equal, self.tensors, self.originals)):
             for t, original in zip(self.tensors, self.originals, strict=True):
                 t.copy_(original)  # for the candidates that follow
             raise Refused("it writes to its inputs")
-        if [t.shape for t in found] != [t.shape for t in self.eager]:
-            shapes = [[tuple(t.shape) for t in each] for each in (found, self.eager)]
-            raise Refused(f"its results have shapes {shapes[0]}, PyTorch's {shapes[1]}")
-        each = [compare(*three) for three in zip(found, self.eager, self.wide, strict=True)]
+        shapes, expected = ([tuple(t.shape) for t in each] for each in (results, self.eager))
+        if shapes != expected:
+            raise Refused(f"its results have shapes {shapes}, PyTorch's {expected}")
+        each = [compare(*three) for three in zip(results, self.eager, self.wide, strict=True)]
         worst = max(each, key=lambda e: (e.wrong, e.ours / max(e.eager, 1e-12)))
         if ours and worst.wrong:
             raise Refused(f"WRONG: error {worst.ours:.1e}, PyTorch's {worst.eager:.1e}")
@@ -84,8 +83,8 @@ def _squares(t: torch.Tensor) -> torch.Tensor:
     return torch.stack([block.sum() for block in t.square().sum(1, dtype=torch.float64).chunk(blocks)])
 
 
-def same_model(found: tuple, eager: tuple):
+def same_model(results: tuple, eager: tuple):
     """Raises Refused where a model's loss and gradient, or its logits, are not those of the eager model."""
-    for x, expected in zip(found, eager, strict=True):
+    for x, expected in zip(results, eager, strict=True):
         if not (error := ((x.float() - expected.float()).norm() / expected.float().norm()).item()) <= OFF:
             raise Refused(f"its result is {error:.0%} off PyTorch's: another computation")
