@@ -49,7 +49,7 @@ class Plugin:
 
 def plugin(config) -> Plugin | None:
     """The one that takes part in a pytest session."""
-    return next((p for p in config.pluginmanager.get_plugins() if isinstance(p, Plugin)), None)
+    return config.pluginmanager.get_plugin("pygpt-bench")
 
 
 def pytest_addoption(parser):
@@ -65,7 +65,7 @@ def pytest_configure(config):
     except UsageError as e:
         raise pytest.UsageError(str(e)) from None
     config.option.benchmark_quiet = True  # the table at the end replaces pytest-benchmark's
-    config.pluginmanager.register(Plugin(options))
+    config.pluginmanager.register(Plugin(options), "pygpt-bench")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -38,13 +38,13 @@ from ..timing.calls import once
 from ..timing.candidates import on_backend
 from . import attention_calls, steps
 
-META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("meta",))
+META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("meta",))  # for meta tensors
 
 
 # ------------------------------------------------------------------------------- what is launched
 def jobs(target: str, wanted: list[str]) -> Iterator[Job]:
-    """Without repetitions."""
-    seen = set()
+    """Without repetitions. From now on this process launches no Triton kernel."""
+    TABLE["triton"], seen = META, set()
     for name in wanted:
         for call, every_candidate in CALLS[name]():
             for job in launched(call, target, every_candidate):
@@ -65,7 +65,7 @@ def of_benchmark() -> Iterator:
     quick = [*shapes.first_of_each_op(ops.GPU), *ops.PREDICTED]
     for case in dict.fromkeys(quick):
         work = case.setup(lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta"), *case.args)
-        yield _on_meta(once(on_backend("triton", work.ours), work.tensors, "backward")), False
+        yield once(on_backend("triton", work.ours), work.tensors, "backward"), False
 
 
 def of_verify() -> Iterator:
@@ -80,20 +80,7 @@ def of_verify() -> Iterator:
                     with pygpt.backend("triton"):
                         verify.directions(op, spec.call, args, grads)
 
-                yield _on_meta(call), False
-
-
-def _on_meta(call):
-    """``call`` with the Triton kernels serving meta tensors."""
-
-    def run():
-        previous, TABLE["triton"] = TABLE["triton"], META
-        try:
-            call()
-        finally:
-            TABLE["triton"] = previous
-
-    return run
+                yield call, False
 
 
 CALLS = {"benchmark": of_benchmark, "candidates": of_candidates, "verify": of_verify}  # in the order of need
