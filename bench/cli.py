@@ -151,7 +151,7 @@ def complete(options):
 
 
 def _backends(text: str | None, device: str) -> list[str]:
-    """Ours to measure: those named, else all that are meant for the device (Triton's interpreter is not)."""
+    """Our backends: those named, else all that are meant for the device, which Triton's interpreter is not."""
     if text is None and (name := chosen()):  # by PYGPT_BACKEND
         return [name]
     if text is None:
@@ -174,7 +174,7 @@ def _backends(text: str | None, device: str) -> list[str]:
 
 
 def play_cuda_on_the_cpu():
-    """For a rehearsal: the emulator takes the place of the CUDA kernels."""
+    """Lets the emulator take the place of the CUDA kernels, for a rehearsal."""
     from tests import emulator
 
     TABLE["cuda"] = replace(TABLE["cuda"], kernels=emulator.kernels(), missing="", devices=("cpu",))
@@ -231,7 +231,7 @@ def measure(o, curves) -> int:
 
 
 def _is_whole(o) -> bool:
-    """Whether the options leave out no op, direction or shape."""
+    """Tells whether the options leave out no op, direction or shape."""
     narrowed = o.shape or o.sweep or o.quick or o.only_standard
     return not narrowed and set(o.ops) == set(EVERY_OP) and set(o.directions) == set(EVERY_DIRECTION)
 
@@ -260,7 +260,7 @@ def _measure(o, wanted: list[rows.Row], curves, path: Path) -> int:
 
 
 def _with_isa(o):
-    """This process again, under the variables that lower the instruction set."""
+    """Starts this process again, under the variables that lower the instruction set."""
     available = pygpt._C.cpu_capabilities() if hasattr(pygpt, "_C") else ISA
     if o.isa not in available:
         raise UsageError(f"--isa {o.isa}: this machine has {', '.join(available)}")

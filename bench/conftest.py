@@ -33,7 +33,7 @@ class Plugin:
             self.add_benchmarks(session.config._benchmarksession)
 
     def add_benchmarks(self, benchmark_session):
-        """To pytest-benchmark's own, which it writes at the end."""
+        """Adds the run's benchmarks to pytest-benchmark's own, which it writes at the end."""
         from pytest_benchmark.stats import Metadata
 
         for benchmark in self.run.benchmarks:

@@ -45,7 +45,7 @@ class Bar:
 
 
 def first_bar(result: Result, machine: dict) -> Bar | None:
-    """On a CPU a ratio to PyTorch eager, of standard rows; on a Hopper GPU a rate."""
+    """The bar is on a CPU a ratio to PyTorch eager, of standard rows; on a Hopper GPU it is a rate."""
     if "gpu" in machine:
         wanted = hopper_bar(result.op, result.shape, result.dtype, result.direction, machine["gpu"],
                             machine["copy_peak_gbs"] / 1000)  # fmt: skip
@@ -59,7 +59,7 @@ def first_bar(result: Result, machine: dict) -> Bar | None:
 
 
 def passes(result: Result, machine: dict) -> bool | None:
-    """Whether all of ours meet the first bar; None without a bar."""
+    """Tells whether all of ours meet the first bar; None without a bar."""
     if (bar := first_bar(result, machine)) is None:
         return None
     values = [bar.value(result, ours) for ours in result.ours]

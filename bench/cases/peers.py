@@ -24,7 +24,7 @@ from .refusal import Refused
 
 @dataclass(frozen=True)
 class Peer:
-    """One library. ``ops`` has an adapter per op, or one under "*" for all."""
+    """A library. ``ops`` has an adapter per op, or one under "*" for all."""
 
     ops: dict[str, Callable]
     module: str = ""  # what to import; empty: it comes with PyTorch
@@ -37,7 +37,7 @@ class Peer:
     export: Callable = field(default=lambda result: result)  # and back
 
     def absent(self, device: str) -> str:
-        """Why it cannot be used here; empty if it can."""
+        """Says why it cannot be used here; empty if it can."""
         if self.module and not _importable(self.module):
             return f"{self.package} is not installed"
         if device not in self.devices:

@@ -22,7 +22,7 @@ NO_REASON = ("runtime disabled", "not used because")  # SDPA's warnings about ba
 
 
 def reason(error: BaseException, caught=()) -> str:
-    """One line: the error's own first line, or the warnings in which SDPA explains why no kernel is available."""
+    """Returns the first line of the error, or the warnings in which SDPA explains why no kernel is available."""
     lines = []
     if "No available kernel" in str(error):
         lines = [str(w.message).split(" (Triggered internally")[0].strip() for w in caught]

@@ -16,7 +16,7 @@ def first_of_each_op(cases: list[Case]) -> list[Case]:
 
 
 def tiny(cases: list[Case]) -> list[Case]:
-    """The same ops on sizes that the emulator and Triton's interpreter can run."""
+    """Returns the same ops on sizes that the emulator and Triton's interpreter can run."""
     small = {"attention": {"B": 1, "H": 2, "L": 40, "S": 40, "D": 16}, "linear": {"M": 32, "K": 24, "N": 96}}
     small["mlp"] = {"B": 1, "T": 24, "C": 32}
     return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"N": 48, "C": 24})).values()) for c in cases))
@@ -50,7 +50,7 @@ WORDS = {"activation": tuple(ACTIVATIONS), "approximate": ("none", "tanh"), "cau
 
 
 def _value(key: str, text: str, default):
-    """One value of a custom shape, of the type of ``default``."""
+    """Converts one value of a custom shape to the type of ``default``."""
     if key in WORDS:
         if text not in WORDS[key]:
             raise ValueError(f"{key} must be one of {', '.join(WORDS[key])}; got {text!r}")

@@ -20,7 +20,7 @@ TENSOR_CORES = ("HMMA", "HGMMA")  # mma.sync and wgmma in machine code
 
 
 def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
-    """One result for each kernel that a call launches, on each target that the library was built for."""
+    """Returns one result for each kernel that a call launches, on each target that the library was built for."""
     from tests import emulator
 
     compiled = {(plain(name), f.arch): f for name, f in demangled(Path(find_spec("pygpt._cuda").origin))}

@@ -92,7 +92,7 @@ class Instruction:
 
     @cached_property
     def special(self) -> bool:
-        """Whether it starts or awaits something that neither scoreboards nor stall counts describe."""
+        """Tells whether it starts or awaits something that neither scoreboards nor stall counts describe."""
         names = ("UTMALDG", "LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP.DEPBAR", "SYNCS.PHASECHK", "BAR.SYNC")
         return self.name.startswith(names) or (self.op == "HGMMA" and "gsb0" in self.text)
 

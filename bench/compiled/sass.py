@@ -116,7 +116,7 @@ def loops(sass: str) -> list[Loop]:
 
 
 def serializes_wgmma(loop: Loop) -> bool:
-    """Whether each of several HGMMAs is waited for before the next one starts.
+    """Tells whether each of several HGMMAs is waited for before the next one starts.
 
     wgmma runs asynchronously: the products of a tile belong into one group, which is waited for as a whole. Where
     ptxas cannot prove that nothing touches their registers meanwhile, a full wait follows each of them.
@@ -130,12 +130,12 @@ def serializes_wgmma(loop: Loop) -> bool:
 
 
 def serialized(log: str) -> str:
-    """The numbers of the messages in which ptxas reports serialized wgmma instructions, such as C7515."""
+    """Returns the codes of the messages in which ptxas reports serialized wgmma instructions, such as C7515."""
     return " ".join(dict.fromkeys(re.findall(r"\((C\d+)\)[^\n]*wgmma\S* instructions are serialized", log)))
 
 
 def control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]]], list[set[int]]]:
-    """Basic blocks, and for each the numbers of those that can run right before it (for a function, its callers)."""
+    """Returns basic blocks, and for each the indices of those that can run right before it (a function's callers)."""
     jump = re.compile(r"\b(?:BRA|CALL)\b.*?\b0x([0-9a-f]+)")
     always = re.compile(r"BRA\S* 0x|(?:EXIT|RET|BRX|JMX)\b")  # without a predicate: nothing falls through
     targets = {at: int(m[1], 16) for at, text in code if (m := jump.search(text))}
@@ -144,12 +144,12 @@ def control_flow(code: list[tuple[int, str]]) -> tuple[list[list[tuple[int, str]
         if not place or at in starts or code[place - 1][0] in targets or always.match(code[place - 1][1]):
             blocks.append([])
         blocks[-1].append((at, text))
-    number = {block[0][0]: n for n, block in enumerate(blocks)}
+    index = {block[0][0]: n for n, block in enumerate(blocks)}
     predecessors = [set() for _ in blocks]
     for n, block in enumerate(blocks):
         at, text = block[-1]
-        if targets.get(at) in number:
-            predecessors[number[targets[at]]].add(n)
+        if targets.get(at) in index:
+            predecessors[index[targets[at]]].add(n)
         if n + 1 < len(blocks) and not always.match(text):
             predecessors[n + 1].add(n)
     return blocks, predecessors
@@ -171,7 +171,7 @@ def natural_loops(predecessors: list[set[int]]) -> dict[int, tuple[set[int], set
 
 
 def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
-    """For each block its dominators: the blocks on every path to it, itself included."""
+    """Returns for each block its dominators: the blocks on every path to it, itself included."""
     everything = set(range(len(predecessors)))
     dominators = [everything if n and before else {n} for n, before in enumerate(predecessors)]
     previous = None

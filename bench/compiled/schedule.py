@@ -132,7 +132,7 @@ class _Warp:
         self.tiles = 0  # tiles waited for so far
 
     def earliest(self, pipe_free: dict[str, float]) -> float:
-        """When the next instruction can be issued, if no other warp is."""
+        """Tells when the next instruction can be issued, if no other warp is ready."""
         i = self.code[self.next]
         t = max(self.ready, pipe_free[i.pipe] - i.queue)
         for scoreboard in i.waits:
@@ -154,7 +154,7 @@ class _Place:
 
 
 def play(programs: list[list[list[Instruction]]], on: Residency, tiles_per_wait: float = 1.0) -> list[list[float]]:
-    """When each block ends, [place][number].
+    """Tells when each block ends, [place][number].
 
     programs: what the blocks of each place issue, one after the other. tiles_per_wait: that an mbarrier's phase brings.
     """
@@ -214,7 +214,7 @@ def play(programs: list[list[list[Instruction]]], on: Residency, tiles_per_wait:
 
 
 def _drained(groups: deque, wait: Instruction) -> float:
-    """When at most as many groups are pending as the instruction allows."""
+    """Tells when at most as many groups are pending as the instruction allows."""
     when = 0.0
     while len(groups) > int(wait.text.rsplit("0x", 1)[1], 16):
         when = max(when, groups.popleft())
@@ -235,7 +235,7 @@ def unroll(items, most: int = 10**9) -> list[Instruction]:
 
 @dataclass
 class Time:
-    """Of one block while as many run as fit: cycles of a multiprocessor divided by the blocks on it."""
+    """A block's time while as many run as fit: cycles of a multiprocessor divided by the blocks on it."""
 
     block: float
     step: float  # one iteration of the main loop; without one, the block
@@ -251,7 +251,7 @@ def block_time(items: list, on: Residency) -> Time:
     ratio = tiles / waits if tiles and waits else 1.0
 
     def steady(loop: Loop, body: list) -> float:
-        """Cycles of one more iteration of a loop. The code before it has requested the first tiles."""
+        """Returns the cycles of one more iteration of a loop. The code before it has requested the first tiles."""
         before = [i for i in items[: items.index(loop)] if isinstance(i, Instruction)]
         once = unroll(body)
         few, many = (play([[before + once * n]] * places, on, ratio) for n in (PLAYED, 3 * PLAYED))
@@ -271,7 +271,7 @@ def block_time(items: list, on: Residency) -> Time:
 
 
 def busy(items: list, warps: int) -> dict[str, float]:
-    """Cycles for which ``warps`` warps occupy each pipe."""
+    """Returns the cycles for which ``warps`` warps occupy each pipe."""
     cycles = dict.fromkeys(pipes.PIPES, 0.0)
     for i, times in _counted(items):
         cycles["issue"] += times * warps

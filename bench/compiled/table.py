@@ -31,7 +31,7 @@ BACKENDS = ("triton", "cuda")
 
 
 def missing(backend: str) -> str:
-    """Why a backend has no compiled kernels here; empty if it has."""
+    """Says why a backend has no compiled kernels here; empty if it has."""
     if backend == "triton":
         return "" if find_spec("triton") else "Triton is not installed"
     return "" if find_spec("pygpt._cuda") else "the CUDA kernels were not built (no nvcc)"

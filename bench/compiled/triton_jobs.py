@@ -41,7 +41,7 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """Equal for two jobs that Triton compiles to the same code: kinds of arguments count, values do not."""
+        """It is equal for two jobs that Triton compiles to the same code: kinds of arguments count, values do not."""
         return self.kernel, tuple(map(_kind, self.arguments)), self.constants, repr(self.config)
 
     def compile(self):
@@ -163,7 +163,7 @@ def inspect(call: str, dtype: str, target: str, job: Job) -> Result:
 
 
 def machine_code(compiled) -> Function:
-    """Of a kernel compiled for an NVIDIA GPU."""
+    """Reads the machine code of a kernel compiled for an NVIDIA GPU."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -179,7 +179,7 @@ def _inspect_nvidia(compiled, result: Result) -> str:
 
 
 def _inspect_amd(compiled, result: Result) -> str:
-    """The same; spilled registers count as spilled in a loop."""
+    """Does the same for AMD; spilled registers count as spilled in a loop."""
     text = compiled.asm["amdgcn"]
 
     def field(name):

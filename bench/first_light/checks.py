@@ -161,7 +161,7 @@ def candidates(options) -> int:
 
 
 def unusable() -> str:
-    """Why the GPU can't be used any more in this process; empty if it can."""
+    """Says why the GPU can't be used any more in this process; empty if it can."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -182,7 +182,7 @@ def time_once(clock, call: Callable, flops: float) -> dict:
 
 
 def better_candidates(rows: list[dict]) -> list[str]:
-    """Where a later candidate is more than 3 % faster than the first that runs."""
+    """Names where a later candidate is more than 3 % faster than the first that runs."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if "ms" in row:
@@ -304,7 +304,7 @@ SANITIZER_FOUND = 9  # its exit code for an error in a kernel
 
 
 def _sanitized(sanitizer: str, check: str, backend: str) -> tuple[int | None, list[str]]:
-    """One run's exit code, None where time ran out, and what it printed."""
+    """Returns one run's exit code, None where time ran out, and what it printed."""
     command = [sanitizer, f"--tool={check}", "--report-api-errors=no", f"--error-exitcode={SANITIZER_FOUND}"]
     for name in our_kernels(backend):
         command += ["--kernel-name", f"kernel_substring={name}"]

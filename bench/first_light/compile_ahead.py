@@ -43,7 +43,7 @@ META = replace(TABLE["triton"], kernels=triton_kernels, missing="", devices=("me
 
 # ------------------------------------------------------------------------------- what is launched
 def jobs(target: str, wanted: list[str]) -> Iterator[Job]:
-    """Without repetitions. From now on this process launches no Triton kernel."""
+    """Yields each job once. From now on this process launches no Triton kernel."""
     TABLE["triton"], seen = META, set()
     for name in wanted:
         for call, every_candidate in CALLS[name]():

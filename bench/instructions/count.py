@@ -45,7 +45,7 @@ class Case:
 
 
 def missing() -> str:
-    """Why nothing can be counted here; empty if it can."""
+    """Says why nothing can be counted here; empty if it can."""
     if sys.platform != "linux" or not (ROOT / "setup.py").exists():
         return "instructions are counted on Linux, in a checkout"
     tools = [tool for tool in ("valgrind", CXX[0]) if not shutil.which(tool)]

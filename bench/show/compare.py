@@ -34,7 +34,7 @@ class Change:
 
 
 def changes(old: list[Result], new: list[Result]) -> list[Change]:
-    """Of every candidate that both runs measured."""
+    """Pairs every candidate that both runs measured."""
     before = {str(row): row.entries for row in old}
     pairs = ((row, before.get(str(row), {}).get(name), entry) for row in new for name, entry in row.entries.items())
     return [Change(row, then, now) for row, then, now in pairs if then is not None]

@@ -59,13 +59,13 @@ def megabytes(memory: int | None) -> str:
 
 
 def ratio(result: Result, ours: Entry, peer: str) -> str:
-    """To a peer; ~ where that was in one round only."""
+    """Shows the ratio to a peer; ~ where that was in one round only."""
     value = result.ratio(ours, peer)
     return "" if value is None else f"{'~' if result.entries[peer].rounds == 1 else ''}{value:.2f}"
 
 
 def fastest_peer(result: Result, ours: Entry) -> str:
-    """Its name, and how many times its speed we have."""
+    """Names it, and says how many times its speed we have."""
     peer = result.best_peer
     return "" if peer is None else f"{peer.name} {ratio(result, ours, peer.name)}"
 
@@ -76,7 +76,7 @@ def words(result: Result, ours: Entry) -> str:
 
 
 def line(result: Result) -> str:
-    """One row in one line, while a run goes on."""
+    """Shows one row in one line, while a run goes on."""
     parts = []
     for ours in result.ours:
         peers = ", ".join(f"{ratio(result, ours, p.name)}x {p.name}" for p in result.peers) or "no peer"
@@ -127,7 +127,7 @@ def below_the_bar(results: list[Result], machine: dict) -> list[Result]:
 
 
 def judged(results: list[Result], about: dict) -> list[str]:
-    """How the standard rows stand to the first bar."""
+    """Says how the standard rows stand to the first bar."""
     machine, below = about["machine"], below_the_bar(results, about["machine"])
     lines = []
     for result in below:

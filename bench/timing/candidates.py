@@ -136,7 +136,7 @@ def on_backend(name: str, function: Callable) -> Callable:
 
 
 def _whole_model(row: Row, backends, peers, peaks: Peaks, clock, log) -> RowRun:
-    """Of the GPT: each candidate has a model of its own. The results of the first call are compared."""
+    """Prepares a row of the GPT: each candidate has a model of its own. The results of the first call are compared."""
     run = eager = None
     for name in sorted((*backends, *gpt.names(row.case.op, peers)), key=lambda name: name != "eager"):
         log(name)

@@ -1,4 +1,4 @@
-"""Whether a candidate computes what PyTorch computes: a wrong kernel must not look fast.
+"""Checks that a candidate computes what PyTorch computes: a wrong kernel must not look fast.
 
 The yardstick is PyTorch in a wider dtype: float64 for float32, float32 for the 16-bit types. Results are compared by
 blocks of rows, because a defect has a place, and because the size of a causal row depends on its place. Ours is wrong
@@ -66,7 +66,7 @@ class Reference:
 
 
 def compare(x: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> Errors:
-    """One tensor."""
+    """Judges one tensor."""
     x = x.to(wide.device)
     error, theirs = (_squares(t.to(wide.dtype) - wide) for t in (x, eager))
     scale = _squares(wide)

@@ -48,7 +48,7 @@ class Times:
 
     @property
     def launch_bound(self) -> bool:
-        """Whether the host was usually late, so that its time shows in the device's."""
+        """Tells whether the host was usually late, so that its time shows in the device's."""
         return statistics.median(self.host) > self.block.head_start > 0
 
 
@@ -69,7 +69,7 @@ class Peaks:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that a core can reach; 32 MiB where the system doesn't say."""
+    """Returns the bytes of the largest cache that a core can reach; 32 MiB where the system doesn't say."""
     sizes = [0]
     for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
         with open(path) as file:
@@ -82,7 +82,7 @@ class CpuClock:
     device = "cpu"
 
     def input_sets(self, size: int) -> tuple[int, bool]:
-        """How many sets of inputs of ``size`` bytes, and whether they come from memory: together twice the cache."""
+        """Returns how many sets of ``size`` bytes make twice the cache, and whether they come from memory."""
         needed = math.ceil(2 * last_level_cache() / max(size, 1))
         return min(MAX_SETS, max(2, needed)), needed <= MAX_SETS
 
@@ -132,7 +132,7 @@ class CpuClock:
         return Peaks(flops, source, copy, read, share)
 
     def _best(self, call, seconds: float) -> float:
-        """Seconds of the fastest call. A slow one, such as an emulated 16-bit product, is timed once."""
+        """Returns the seconds of the fastest call. A slow one, such as an emulated 16-bit product, is timed once."""
         call()
         times, end = [], time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
@@ -201,7 +201,7 @@ class CudaClock:
             operands = [torch.randn(n, n, device=self.device).to(getattr(torch, name)) for _ in range(2)]
             flops[name] = 2 * n**3 / best(partial(torch.mm, *operands)) / 1e9
         original = torch.randint(127, (self.COPIED_BYTES,), dtype=torch.int8, device=self.device)
-        target, numbers = torch.empty_like(original), original.view(torch.float32)
+        target, floats = torch.empty_like(original), original.view(torch.float32)
         copy = 2 * original.nbytes / best(lambda: target.copy_(original)) / 1e9
-        read = original.nbytes / best(numbers.sum) / 1e9
+        read = original.nbytes / best(floats.sum) / 1e9
         return Peaks(flops, dict.fromkeys(dtypes, f"{n}^3 matmul"), copy, read)

@@ -34,7 +34,7 @@ def cpu() -> tuple[str, set[str]]:
 
 
 def describe(peaks: Peaks, clock, options) -> dict:
-    """As the file of a run has it. `peaks_after` follows at the end of the run."""
+    """Describes the machine as the file of a run does. `peaks_after` follows at the end of the run."""
     name, flags = cpu()
     facts = {
         "cpu": name,

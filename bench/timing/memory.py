@@ -32,7 +32,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def peak_bytes(call: Callable, device: str = "cpu") -> int | None:
-    """Of ``call``, which must have run before; None where the system cannot say."""
+    """Measures ``call``, which must have run before; None where the system cannot say."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -76,12 +76,12 @@ def _no_heap():
 
 
 def resident(which: str) -> int:
-    """Bytes: VmRSS now, VmHWM at most since the last reset."""
+    """Returns bytes: VmRSS is the present value, VmHWM the largest since the last reset."""
     return _kilobytes("/proc/self/status")[which] * 1024
 
 
 def available(device: str = "cpu") -> int | None:
-    """Bytes that the device can still give; None where the system doesn't say."""
+    """Returns the bytes that the device can still give; None where the system doesn't say."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:

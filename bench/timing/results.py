@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def spread(self) -> float:
-        """Of the middle half, relative to the median."""
+        """The width of the middle half, relative to the median."""
         return (self.q3 - self.q1) / self.ms
 
 
@@ -79,7 +79,7 @@ class Result:
         return min(self.peers, key=lambda entry: entry.ms, default=None)
 
     def ratio(self, ours: Entry, peer: str = "eager") -> float | None:
-        """How many times a peer's speed."""
+        """Tells how many times a peer's speed ours has."""
         return self.entries[peer].ms / ours.ms if peer in self.entries else None
 
 
@@ -95,7 +95,7 @@ def margin(a: Entry, b: Entry) -> float:
 
 
 def verdict(result: Result, ours: Entry) -> str:
-    """Against the fastest peer."""
+    """Compares ours with the fastest peer."""
     peer = result.best_peer
     if peer is None:
         return "alone"
@@ -105,7 +105,7 @@ def verdict(result: Result, ours: Entry) -> str:
 
 # ------------------------------------------------------------------------------- what is written
 def benchmark(run: RowRun, name: str, times: Times) -> dict:
-    """One candidate as pytest-benchmark has it."""
+    """Describes one candidate as pytest-benchmark does."""
     group, data = str(run.row), sorted(times.device)
     q1, _, q3 = statistics.quantiles(data, n=4, method="inclusive") if len(data) > 1 else data * 3
     mean, deviation = statistics.mean(data), statistics.pstdev(data)
@@ -137,7 +137,7 @@ def document(benchmarks: list[dict], about: dict) -> dict:
 
 
 def write(path: Path, document: dict):
-    """One line per benchmark; the file appears whole or not at all."""
+    """Writes one line per benchmark; the file appears whole or not at all."""
     lines = ",\n".join("    " + json.dumps(_short(b)) for b in document["benchmarks"])
     rest = json.dumps({key: _short(value) for key, value in document.items() if key != "benchmarks"}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def write(path: Path, document: dict):
 
 
 def _short(value):
-    """For JSON: floats have five digits, and those that are not finite become null."""
+    """Prepares a value for JSON: floats have five digits, and those that are not finite become null."""
     if isinstance(value, dict):
         return {k: _short(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -202,7 +202,7 @@ def newest(folder: Path, wanted: Callable[[Path, list[Result]], bool]) -> Path |
 
 
 def results(document: dict) -> list[Result]:
-    """In the order in which they were measured."""
+    """Returns the rows in the order in which they were measured."""
     rows: dict[str, Result] = {}
     keys = ("op", "shape", "dtype", "direction", "standard", "dims", "intensity")
     for benchmark in document["benchmarks"]:
