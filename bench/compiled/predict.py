@@ -25,7 +25,7 @@ from pygpt.progress import table as aligned
 from ..cases import goals, ops
 from ..cases.goals import EXPECTED, Expected
 from . import cuda_library, pipes, schedule
-from .result import DEVICES, Result
+from .result import DEVICES
 from .sass import Function
 
 TARGET = "sm90"
@@ -50,9 +50,8 @@ class Launch:
     @property
     def resident(self) -> int:
         """Blocks on a multiprocessor at one time."""
-        row = Result("", self.kernel, "", TARGET, "", self.warps, self.function.registers, 0, self.shared)
-        row.judge(False)
-        return min(row.blocks_per_sm, math.ceil(self.blocks / pipes.MULTIPROCESSORS))
+        fit = DEVICES[TARGET].blocks(self.warps, self.function.registers, self.shared)
+        return min(fit, math.ceil(self.blocks / pipes.MULTIPROCESSORS))
 
 
 def call(kernels, row: Expected, device: str) -> Callable:

@@ -20,6 +20,13 @@ class Device:
     threads: int = 2048
     warp: int = 32
 
+    def blocks(self, warps: int, registers: int, shared: int) -> int:
+        """How many blocks fit, of so many warps, registers a thread, and bytes of shared memory."""
+        threads = warps * self.warp
+        by_registers = self.registers // (max(-(-registers // 8) * 8, 8) * threads)
+        by_shared = self.shared_all // (shared + 1024) if shared else 32
+        return min(by_registers, by_shared, self.threads // threads, 32)
+
 
 DEVICES = {
     "sm80": Device(80, 163 << 10, 164 << 10, "mma.sync"),
@@ -63,11 +70,8 @@ class Result:
     def judge(self, must: str = ""):
         """Fills in how many blocks fit, and what is wrong. ``must``: the instruction that its products must use."""
         device = DEVICES[self.target]
-        threads = self.warps * device.warp
-        by_registers = device.registers // (max(-(-self.registers // 8) * 8, 8) * threads)
-        by_shared = device.shared_all // (self.shared + 1024) if self.shared else 32
-        self.blocks_per_sm = min(by_registers, by_shared, device.threads // threads, 32)
-        self.occupancy = self.blocks_per_sm * threads / device.threads
+        self.blocks_per_sm = device.blocks(self.warps, self.registers, self.shared)
+        self.occupancy = self.blocks_per_sm * self.warps * device.warp / device.threads
         if self.loop_spills:
             self.wrong = "spills in a loop"
         elif self.spilled > FEW_BYTES:

@@ -27,8 +27,6 @@ def gpu() -> dict:
 
 def clocks() -> dict:
     """What nvidia-smi says now; empty where it is missing or does not answer. Reads only."""
-    if not shutil.which("nvidia-smi"):
-        return {}
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
     which = ["--id", f"GPU-{uuid}"] if uuid else []
     for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the latter: older drivers
