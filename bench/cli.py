@@ -164,7 +164,7 @@ def _backends(text: str | None, device: str) -> list[str]:
         names = some_of(tuple(TABLE))(text)
     except argparse.ArgumentTypeError as e:
         raise UsageError(f"--backends: {e}") from None
-    for row in map(TABLE.get, names):
+    for row in (TABLE[name] for name in names):
         why = row.missing
         if row.devices and device not in row.devices:
             why = why or f"it serves {', '.join(row.devices)} tensors, not {device}"

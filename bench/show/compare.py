@@ -23,10 +23,8 @@ class Change:
 
     @property
     def word(self) -> str:
-        wide = 1 + results.margin(self.old, self.new)
-        if self.factor > wide:
-            return "slower"
-        return "faster" if self.factor < 1 / wide else "same"
+        word = results.compared(self.new, self.old)
+        return "same" if word == "even" else word
 
     @property
     def regression(self) -> bool:

@@ -94,13 +94,15 @@ def margin(a: Entry, b: Entry) -> float:
     return max(NOISE, (a.spread + b.spread) / 2)
 
 
+def compared(a: Entry, b: Entry) -> str:
+    """Says whether a is faster or slower than b, by more than what the measurements spread, or even."""
+    ratio, least = b.ms / a.ms, 1 + margin(a, b)
+    return "faster" if ratio > least else "even" if ratio >= 1 / least else "slower"
+
+
 def verdict(result: Result, ours: Entry) -> str:
     """Compares ours with the fastest peer."""
-    peer = result.best_peer
-    if peer is None:
-        return "alone"
-    ratio, wide = peer.ms / ours.ms, margin(ours, peer)
-    return "faster" if ratio > 1 + wide else "even" if ratio >= 1 / (1 + wide) else "slower"
+    return compared(ours, result.best_peer) if result.best_peer else "alone"
 
 
 # ------------------------------------------------------------------------------- what is written
