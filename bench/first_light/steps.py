@@ -37,7 +37,7 @@ class Step:
     name: str
     seconds: float
     command: tuple[str, ...]
-    environment: tuple[tuple[str, str | None], ...] = ()  # what differs from this process's; None removes a variable
+    environment: tuple[tuple[str, str], ...] = ()  # variables that differ from this process's
     stop: int = signal.SIGTERM
     result: str = ""  # the step's result is the last line that contains this
     optional: bool = False  # its failure is none of the run
@@ -126,11 +126,8 @@ class Runner:
 
     def _process(self, step: Step, seconds: float) -> tuple[int, list[str], bool]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        for name in CHANGES_WHAT_IS_CHECKED:
-            environment.pop(name, None)
-        for name, value in step.environment:
-            environment.pop(name, None) if value is None else environment.update({name: value})
+        kept = {name: value for name, value in os.environ.items() if name not in CHANGES_WHAT_IS_CHECKED}
+        environment = kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | dict(step.environment)
         try:
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
