@@ -87,12 +87,16 @@ class CpuClock:
         return min(MAX_SETS, max(2, needed)), needed <= MAX_SETS
 
     def estimate(self, call: Callable) -> float:
-        """Seconds of a warm call: the best of those that fit into a twentieth of a second, at least two if quick."""
-        best = first = self.once(call)
-        end = time.perf_counter() + 0.05
-        while first < 0.5 and (best == first or time.perf_counter() < end):
-            best = min(best * (1 - 1e-9), self.once(call))
-        return best
+        """Returns the seconds of a warm call: of the fastest, unless one alone takes half a second."""
+        first = self.once(call)
+        return first if first >= 0.5 else min(first, self.fastest(call, 0.05))
+
+    def fastest(self, call: Callable, seconds: float) -> float:
+        """Returns the seconds of the fastest of the calls, at least one, that begin within ``seconds``."""
+        times, end = [], time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            times.append(self.once(call))
+        return min(times)
 
     def block(self, call: Callable) -> Block:
         seconds = self.estimate(call)
@@ -117,27 +121,20 @@ class CpuClock:
         wall, cpu = time.perf_counter(), time.process_time()
         fma = max(fma_rate(100) for _ in range(3 if quick else 10))
         flops, source = {}, {}
-        for name in dtypes:
+        for name in dtypes:  # an emulated 16-bit product is so slow that it is timed once
             operands = [torch.randn(2048, 2048).to(getattr(torch, name)) for _ in range(2)]
             rates = {"multiply-adds": fma}
             for what, product in (("PyTorch's matmul", torch.mm), ("our linear", linear)):
-                rates[what] = 2 * 2048**3 / self._best(partial(product, *operands), seconds) / 1e9
+                product(*operands)
+                rates[what] = 2 * 2048**3 / self.fastest(partial(product, *operands), seconds) / 1e9
             source[name] = max(rates, key=rates.get)
             flops[name] = rates[source[name]]
         share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
         original = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
         target = torch.empty_like(original).fill_(0.0)
-        copy = 2 * original.nbytes / self._best(lambda: target.copy_(original), seconds) / 1e9
-        read = original.nbytes / self._best(original.sum, seconds) / 1e9
+        copy = 2 * original.nbytes / self.fastest(lambda: target.copy_(original), seconds) / 1e9
+        read = original.nbytes / self.fastest(original.sum, seconds) / 1e9
         return Peaks(flops, source, copy, read, share)
-
-    def _best(self, call, seconds: float) -> float:
-        """Returns the seconds of the fastest call. A slow one, such as an emulated 16-bit product, is timed once."""
-        call()
-        times, end = [], time.perf_counter() + seconds
-        while not times or time.perf_counter() < end:
-            times.append(self.once(call))
-        return min(times)
 
 
 def fma_rate(milliseconds: int) -> float:
