@@ -5,8 +5,9 @@
     python -m tests.mutate --list
 
 The tests that must notice a fault have to pass without it first. What a fault changes is rebuilt: the emulator for a
-file of csrc/cuda; the CPU library, of one instruction set, for a file of csrc/cpu or csrc/bind; nothing for Python.
-Exit code 1 if a fault survives, 2 if one cannot be planted or judged.
+file of csrc/cuda; the CPU library, of one instruction set, for a file of csrc/cpu or csrc/bind; nothing for Python. A
+fault with which the tests take far longer than without it counts as noticed: they did not end. Exit code 1 if a fault
+survives, 2 if one cannot be planted or judged.
 """
 
 import argparse
@@ -14,20 +15,24 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
-import sysconfig
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import pytest
 
 from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-CXX = os.environ.get("CXX", "c++")
-NOTICED, SURVIVED = 1, 0  # pytest's exit codes: tests failed, all passed; a crash has a negative one
+FAILED, PASSED = 1, 0  # pytest's exit codes; a crash has a negative one
+DID_NOT_END = 1000
+# The seconds that tests have: to start Python and to compile on a busy machine, and how many times as long as without a
+# fault they may take. (A test that fails draws up to verify.MOST = 96 times, where one that passes may draw once.)
+START, SLOWER = 600, 100
+NOTICED, SURVIVED, NOT_JUDGED = "noticed", "SURVIVED", "NOT JUDGED"
 
 
 class Broken(Exception):
@@ -39,7 +44,7 @@ def place(mutant: Mutant, tree: Path) -> tuple[Path, str]:
     texts = {path: path.read_text() for path in sorted(tree.glob(mutant.file))}
     counts = {path: len(re.findall(mutant.old, text, re.MULTILINE)) for path, text in texts.items()}
     if sum(counts.values()) != 1:
-        raise Broken(f"{mutant.name}: {mutant.file} has {sum(counts.values())} times {mutant.old!r}")
+        raise Broken(f"{mutant.file} has {sum(counts.values())} times {mutant.old!r}")
     path = max(counts, key=counts.get)
     return path, re.sub(mutant.old, mutant.new, texts[path], flags=re.MULTILINE)
 
@@ -55,54 +60,39 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-# ------------------------------------------------------------------------------- the CPU library
-def _one_instruction_set(tree: Path, setup) -> list[str]:
-    """Leaves csrc/cpu with one table of kernels, called baseline. Returns the flags to compile it with."""
-    file = tree / "csrc" / "cpu" / "dispatch.cpp"
-    file.write_text(file.read_text().replace("#if defined(__x86_64__)", "#if 0"))
+# ------------------------------------------------------------------------------- processes
+def run_process(command: list[str], tree: Path, seconds: float | None = None, **environment: str) -> tuple[int, str]:
+    """A command's exit code, or DID_NOT_END after so many seconds, and its output. None of its children stays."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    how = {"cwd": tree, "env": os.environ | environment, "start_new_session": True}  # a process group of its own
+    with subprocess.Popen(command, **pipes, **how) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            return DID_NOT_END, ""
+        finally:
+            with suppress(ProcessLookupError):  # raised if nothing is left of the process and its children
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(0.5)  # ninja ends its compilers, which have groups of their own
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def one_instruction_set(tree: Path) -> None:
+    """Leaves the tree's CPU library with one table of kernels, called baseline: those of AVX2 where there is AVX2."""
+    setup, dispatch = tree / "setup.py", tree / "csrc" / "cpu" / "dispatch.cpp"
+    avx2 = runpy.run_path(str(setup))["ISAS"].get("avx2", [])
     has = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    avx2 = setup["ISAS"].get("avx2", [])
-    return avx2 if has.issuperset(flag.removeprefix("-m") for flag in avx2) else []
-
-
-def cpu_library(tree: Path) -> None:
-    """Writes the ninja file of pygpt/_C with the kernels of one instruction set."""
-    from torch.utils import cpp_extension
-
-    setup = runpy.run_path(str(tree / "setup.py"), run_name="setup")
-    isa = _one_instruction_set(tree, setup)
-    includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    flags = [
-        *setup["FLAGS"],
-        "-O2",  # below that GCC fuses no products and sums
-        "-fPIC",
-        *(f"-isystem{folder}" for folder in includes),
-        "-DPy_LIMITED_API=0x030a0000",
-    ]
-    sources = {"csrc/bind/bind_cpu.cpp": [setup["STABLE"]], "csrc/cpu/dispatch.cpp": []}
-    sources |= {f"csrc/cpu/{name}.cpp": ["-DPYGPT_ISA=baseline", *isa] for name in setup["CPU"]}
-    compiled = [
-        f"build build/one/{Path(source).stem}.o: compile {source}\n  more = {' '.join(more)}"
-        for source, more in sources.items()
-    ]
-    objects = " ".join(f"build/one/{Path(source).stem}.o" for source in sources)
-    (tree / "cpu.ninja").write_text("\n".join([
-        "rule compile",
-        f"  command = {CXX} {' '.join(flags)} $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {CXX} -shared $in -o $out {' '.join(libraries)} -ltorch -ltorch_cpu -lc10",
-        *compiled, f"build pygpt/_C.abi3.so: link {objects}", "",
-    ]))  # fmt: skip
+    flags = avx2 if has.issuperset(flag.removeprefix("-m") for flag in avx2) else []
+    quick = setup.read_text().replace('"-O3"', '"-O2"')  # compiles faster; below that GCC fuses no products and sums
+    setup.write_text(quick.replace("\nSTABLE = ", f'\nISAS = {{"baseline": {flags}}}\nSTABLE = '))
+    dispatch.write_text(dispatch.read_text().replace("#if defined(__x86_64__)", "#if 0"))
 
 
 def build_cpu(tree: Path) -> None:
-    ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-    done = subprocess.run([ninja, "-f", "cpu.ninja"], cwd=tree, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Broken(f"the CPU library does not build:\n{done.stdout[-3000:]}")
+    code, output = run_process([sys.executable, "setup.py", "build_ext", "--inplace"], tree, PYGPT_BUILD_CUDA="0")
+    if code:
+        raise Broken(f"the CPU library does not build:\n{output[-3000:]}")
 
 
 # ------------------------------------------------------------------------------- as a plugin of pytest
@@ -114,68 +104,79 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves the tests that one of the options names. (-k does not take the signs in the names of parameters.)"""
-    kept = []
-    for words in config.getoption("only"):
-        named = [item for item in items if all(word in item.nodeid for word in words.split("|"))]
-        if not named:
-            raise pytest.UsageError(f"no test's name contains {words.replace('|', ' and ')}")
-        kept += named
-    items[:] = dict.fromkeys(kept)
+    only = [words.split("|") for words in config.getoption("only")]
+    items[:] = [item for item in items if any(is_named(item.nodeid, words) for words in only)]
 
 
 # ------------------------------------------------------------------------------- planting and judging
-def run_tests(tree: Path, *tests: tuple[str, ...]) -> subprocess.CompletedProcess:
+def is_named(test: str, words: Sequence[str]) -> bool:
+    return all(word in test for word in words)
+
+
+def run_tests(tree: Path, tests: Iterable[tuple[str, ...]], *options: str, seconds: float | None = None):
     # no cache: a file changed twice within a second would be taken for unchanged
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PYGPT_CPU_CAPABILITY": ""}
+    environment = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PYGPT_CPU_CAPABILITY": ""}
     environment |= {"PYGPT_EMULATOR_FLAGS": "-O1", "PYGPT_TEST_SEED": "1"}  # compiles faster; the same in every run
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "tests.mutate", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutate", "-p", "no:cacheprovider", *options]
     command += [*dict.fromkeys(words[0] for words in tests), *(f"--only={'|'.join(words)}" for words in tests)]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    return run_process(command, tree, seconds, **environment)
 
 
-def judge(mutant: Mutant, tree: Path) -> bool:
-    """Whether the mutant's tests notice it."""
+def limits(mutants: list[Mutant], tree: Path) -> dict[Mutant, float]:
+    """For each mutant whose tests pass without a fault, the seconds after which they will not end with it."""
+    tests = dict.fromkeys(mutant.tests for mutant in mutants)
+    code, output = run_tests(tree, tests, "--durations=0", "--durations-min=0")
+    if code not in (FAILED, PASSED):
+        raise Broken(f"pytest ends with {code} without a fault:\n{output[-3000:]}")
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+)", output, re.MULTILINE)
+    durations = re.findall(r"^ *([\d.]+)s (?:call|setup|teardown) +(.+)", output, re.MULTILINE)
+    return {
+        mutant: START + SLOWER * sum(float(duration) for duration, test in durations if is_named(test, mutant.tests))
+        for mutant in mutants
+        if not any(is_named(test, mutant.tests) for test in failed)
+    }
+
+
+def judge(mutant: Mutant, tree: Path, seconds: float) -> str:
+    """Whether the mutant's tests notice it, within a limit of seconds."""
     file, wrong = place(mutant, tree)
     right = file.read_text()
     file.write_text(wrong)
     try:
         if mutant.builds_cpu_library:
             build_cpu(tree)
-        done = run_tests(tree, mutant.tests)
+        code, output = run_tests(tree, [mutant.tests], "-x", seconds=seconds)
     finally:
         file.write_text(right)
-    if "building the emulator failed" in done.stdout:
-        raise Broken(f"{mutant.name}: the emulator does not build:\n{done.stdout[-3000:]}")
-    if done.returncode not in (NOTICED, SURVIVED) and done.returncode > 0:
-        raise Broken(f"{mutant.name}: pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-    return done.returncode != SURVIVED
+    if "building the emulator failed" in output:
+        raise Broken(f"the emulator does not build:\n{output[-3000:]}")
+    if code not in (FAILED, PASSED, DID_NOT_END) and code > 0:
+        raise Broken(f"pytest ended with {code}:\n{output[-3000:]}")
+    if code == PASSED and not re.search(r"\d+ passed", output):
+        raise Broken("its tests are skipped on this machine")
+    return {PASSED: SURVIVED, DID_NOT_END: f"{NOTICED} (did not end)"}.get(code, NOTICED)
 
 
-def check_unchanged(mutants, tree: Path) -> None:
-    """Without a fault, every test that is to notice one passes."""
-    done = run_tests(tree, *dict.fromkeys(mutant.tests for mutant in mutants))
-    if done.returncode:
-        raise Broken(f"tests fail without a fault:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-
-
-def run(mutants: list[Mutant], out=print) -> list[Mutant]:
-    """Those of the mutants that survive."""
-    for mutant in mutants:
-        place(mutant, ROOT)
-    survivors = []
+def run(mutants: list[Mutant], out=print) -> dict[Mutant, str]:
+    """What became of each mutant."""
+    verdicts = {}
     with TemporaryDirectory(prefix="pygpt-mutants-") as folder:
         tree = Path(folder).resolve()
         copy_tree(tree)
         if any(mutant.builds_cpu_library for mutant in mutants) or not list((tree / "pygpt").glob("_C.*")):
-            cpu_library(tree)
+            one_instruction_set(tree)
             build_cpu(tree)
-        check_unchanged(mutants, tree)
-        for mutant in mutants:
-            start = time.monotonic()
-            noticed = judge(mutant, tree)
-            out(f"{'noticed ' if noticed else 'SURVIVED'} {time.monotonic() - start:5.0f} s  {mutant.name}", flush=True)
-            survivors += [] if noticed else [mutant]
-    return survivors
+        seconds = limits(mutants, tree)
+        for mutant in sorted(mutants, key=lambda m: m.builds_cpu_library):  # last, for the library keeps its fault
+            start, reason = time.monotonic(), ""
+            try:
+                if mutant not in seconds:
+                    raise Broken("its tests fail without a fault")
+                verdicts[mutant] = judge(mutant, tree, seconds[mutant])
+            except Broken as e:
+                verdicts[mutant], reason = NOT_JUDGED, f": {e}"
+            out(f"{verdicts[mutant]:21} {time.monotonic() - start:4.0f} s  {mutant.name}{reason}", flush=True)
+    return verdicts
 
 
 def main(argv=None) -> int:
@@ -187,13 +188,17 @@ def main(argv=None) -> int:
     if args.list:
         print(*(f"{m.name}  ({m.file}: {' '.join(m.tests)})" for m in mutants), sep="\n")
         return 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's "&" may have the first ignored
+        signal.signal(number, signal.default_int_handler)
     try:
-        survivors = run(mutants)
+        verdicts = list(run(mutants).values())
     except Broken as e:
         print(e, file=sys.stderr)
         return 2
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} faults were noticed")
-    return 1 if survivors else 0
+    except KeyboardInterrupt:
+        return 130
+    print(f"{sum(v.startswith(NOTICED) for v in verdicts)} of {len(mutants)} faults were noticed")
+    return 2 if NOT_JUDGED in verdicts else 1 if SURVIVED in verdicts else 0
 
 
 if __name__ == "__main__":
