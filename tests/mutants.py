@@ -437,14 +437,14 @@ TRITON = [
         "triton_kernels/attention_tiles.py",
         r"\[None, :\] <= last - col",
         r"[None, :] < last - col",
-        (MEMORY, "past_the_end", "triton", "attention", "exact"),
+        (TRITON_TESTS, "vanishes_in_float32"),
     ),
     Mutant(
         "triton: a product's last rows of tiles are taken for a whole group",
         "triton_kernels/mlp.py",
         r"height = tl\.minimum\(tiles_m - first, GROUP\)",
         r"height = GROUP",
-        (TRITON_TESTS, "configurations", "linear", "sm80"),
+        (TRITON_TESTS, "scheduled_in_groups_of_rows"),
     ),
     Mutant(
         "triton: attention's rows at an offset of 32 bits",
@@ -458,7 +458,7 @@ TRITON = [
         "triton_kernels/attention_tiles.py",
         r"tl\.minimum\(params\.heads - first, group\)",
         r"group",
-        (TRITON_TESTS, "test_a_partial_group_of_heads"),
+        (TRITON_TESTS, "scheduled_in_groups_of_heads"),
     ),
     Mutant(
         "triton: a group has more heads than there are",

@@ -23,7 +23,7 @@ from pygpt.dispatch import OPS, TABLE
 
 if TABLE["triton"].missing:
     pytest.fail(TABLE["triton"].missing, pytrace=False)
-from pygpt.triton_kernels import attention, attention_tiles, common, norm
+from pygpt.triton_kernels import attention, attention_tiles, common, mlp, norm
 
 KERNELS = TABLE["triton"].kernels
 DEVICE = TABLE["triton"].devices[0]
@@ -138,7 +138,7 @@ def test_a_scale_that_vanishes_in_float32_is_zero(scale, generator):
     torch.testing.assert_close(KERNELS.attention_fwd(q, q, q, True, scale)[0], mean)
 
 
-# ------------------------------------------------------------------------------- attention's tile scheduler
+# ------------------------------------------------------------------------------- the tile schedulers
 @pytest.mark.parametrize("L", [2**17, 2**28])
 def test_groups_of_heads_are_no_larger_than_the_heads(L):
     """GROUP times the tiles of a head is computed in 32 bits. One key is shared by any number of heads."""
@@ -152,6 +152,22 @@ def test_groups_of_heads_are_no_larger_than_the_heads(L):
         out, lse = KERNELS.attention_fwd(q, k, k, False, 1.0)
         KERNELS.attention_bwd(out, None, q, k, k, out, lse, False, 1.0, [True] * 3)
     assert [call["GROUP"] for call in launched if "GROUP" in call] == [3, 3, 3]
+
+
+@triton.jit
+def _gemm_tile_coord(result, tiles_m, tiles_n, GROUP: tl.constexpr):
+    tile_m, tile_n = mlp._tile_coord(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    tl.store(result + tl.program_id(0) * 2, tile_m)
+    tl.store(result + tl.program_id(0) * 2 + 1, tile_n)
+
+
+@pytest.mark.parametrize("tiles_m, tiles_n, group", [(6, 3, 4), (1, 5, 8), (4, 2, 2), (3, 1, 1)])
+def test_a_products_tiles_are_scheduled_in_groups_of_rows(tiles_m, tiles_n, group):
+    """Each tile once: a group's rows of tiles share their first column, then their second one."""
+    result = torch.zeros(tiles_m * tiles_n, 2, dtype=torch.int32, device=DEVICE)
+    _gemm_tile_coord[(tiles_m * tiles_n,)](result, tiles_m, tiles_n, group)
+    groups = [range(first, min(first + group, tiles_m)) for first in range(0, tiles_m, group)]
+    assert result.tolist() == [[m, n] for some in groups for n in range(tiles_n) for m in some]
 
 
 @triton.jit
