@@ -39,3 +39,15 @@ def test_results_past_the_caches(op, width, dtype, generator):
         want = CALLS[op](*(t[at : at + part] for t in (x, dy, z)), w)
         for ours, theirs in zip(found, want, strict=True):
             assert torch.equal(ours[at : at + part], theirs)
+
+
+def test_rows_at_any_address_past_the_caches(generator):
+    """On every machine: the inputs are one row, expanded, and only the result is large."""
+    width = 1003
+    rows = last_level_cache() // (4 * width * torch.float32.itemsize) + 3  # the kernel counts three inputs too
+    dy, ds, x = (torch.randn(1, width, generator=generator).expand(rows, width) for _ in range(3))
+    mean, rstd = torch.rand(2, 1, generator=generator).expand(2, rows).contiguous()
+    (dx, *_), (want, *_) = (
+        cpp.add_layer_norm_bwd(dy[:n], ds[:n], x[:n], None, mean[:n], rstd[:n], [True, False, False]) for n in (rows, 1)
+    )
+    assert torch.equal(dx, want.expand_as(dx))
