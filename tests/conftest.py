@@ -12,6 +12,8 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -38,6 +40,21 @@ def pytest_generate_tests(metafunc):
     for fixture, wanted in (("backend", names), ("compiled", [name for name in names if name != "torch"])):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, wanted, scope="session")
+
+
+def pytest_configure():
+    """Triton's interpreter prepares the language anew in every call of a device function. Once is enough."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    prepare = cache(interpreter._patch_lang)
+
+    def call(self, *args, **kwargs):
+        prepare(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,10 +4,10 @@
     python -m tests.mutate cuda "one warp"   those whose name contains one of these
     python -m tests.mutate --list
 
-The tests that must notice a fault have to pass without it first. What a fault changes is rebuilt: the emulator for a
-file of csrc/cuda; the CPU library, of one instruction set, for a file of csrc/cpu or csrc/bind; nothing for Python. A
-fault with which the tests take far longer than without it counts as noticed: they did not end. Exit code 1 if a fault
-survives, 2 if one cannot be planted or judged.
+Only tests that `make test` runs count, and they have to pass without the fault first. What a fault changes is rebuilt:
+the emulator for a file of csrc/cuda; the CPU library, of one instruction set, for a file of csrc/cpu or csrc/bind;
+nothing for Python. A fault with which the tests take far longer than without it counts as noticed: they did not end.
+Exit code 1 if a fault survives, 2 if one cannot be planted or judged.
 """
 
 import argparse
@@ -117,8 +117,12 @@ def run_tests(tree: Path, tests: Iterable[tuple[str, ...]], *options: str, secon
     # no cache: a file changed twice within a second would be taken for unchanged
     environment = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PYGPT_CPU_CAPABILITY": ""}
     environment |= {"PYGPT_EMULATOR_FLAGS": "-O1", "PYGPT_TEST_SEED": "1"}  # compiles faster; the same in every run
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutate", "-p", "no:cacheprovider", *options]
-    command += [*dict.fromkeys(words[0] for words in tests), *(f"--only={'|'.join(words)}" for words in tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "tests.mutate", "-p", "no:cacheprovider"]
+    command += [
+        *options,
+        *dict.fromkeys(words[0] for words in tests),
+        *(f"--only={'|'.join(words)}" for words in tests),
+    ]
     return run_process(command, tree, seconds, **environment)
 
 
