@@ -6,9 +6,8 @@ groups. A fault that no test can notice without a GPU, because it changes no res
 
 from dataclasses import dataclass
 
-MEMORY, PARITY, KERNELS, TRAIN, TRITON_TESTS = (
-    f"tests/test_{name}.py" for name in ("memory", "parity", "kernels", "train", "triton")
-)
+MEMORY, KERNELS, TRITON_TESTS = (f"tests/kernels/test_{name}.py" for name in ("memory", "kernels", "triton"))
+PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ CUDA = [
         "csrc/cuda/norm_bwd.cu",
         r"shared\[parity\]",
         r"shared[0]",
-        ("tests/test_emulator.py", "ahead", "rms_norm"),
+        ("tests/emulator/test_emulator.py", "ahead", "rms_norm"),
     ),
     Mutant(
         "cuda: attention computes with a tile before all of it is there",
@@ -305,14 +304,14 @@ CPU = [
         "csrc/cpu/nontemporal.h",
         r"n >= W<Acc<S>> && reinterpret_cast<uintptr_t>\(p\) % \(W<Acc<S>> \* sizeof\(S\)\) == 0",
         r"n >= W<Acc<S>>",
-        ("tests/test_large.py", "rows_at_any_address"),
+        ("tests/ops/test_large.py", "rows_at_any_address"),
     ),
     Mutant(
         "cpu: the chunks of a norm's rows depend on the threads",
         "csrc/cpu/norm.cpp",
         r"ceil_div\(a\.rows, 64\)\}\);",
         r"ceil_div(a.rows, threads.count())});",
-        ("tests/test_threads.py", "thread_counts", "rms_norm", "float32"),
+        ("tests/kernels/test_threads.py", "thread_counts", "rms_norm", "float32"),
     ),
     Mutant(
         "cpu: a query sees one key too few",
@@ -333,7 +332,7 @@ CPU = [
         "csrc/cpu/norm.cpp",
         r"Vec<T> g = no_fma\(at\(dy, c\) \* at\(w, c\)\);",
         r"Vec<T> g = at(dy, c) * at(w, c);",
-        ("tests/test_norm.py", "single_column", "cpp"),
+        ("tests/ops/test_norm.py", "single_column", "cpp"),
     ),
 ]
 
@@ -392,14 +391,14 @@ PYTHON = [
         "pygpt/ops/norm.py",
         r"return \(dx - g\.mean\(-1, keepdim=True\) if centre else dx\)",
         r"return (dx)",
-        ("tests/test_reference.py", "explicit_formulas", "layer_norm"),
+        ("tests/ops/test_reference.py", "explicit_formulas", "layer_norm"),
     ),
     Mutant(
         "python: a choice of backend outlives its block",
         "pygpt/dispatch.py",
         r"state\.chosen, state\.cache = previous",
         r"pass",
-        ("tests/test_backend.py", "choice_nests"),
+        ("tests/dispatch/test_backend.py", "choice_nests"),
     ),
 ]
 
@@ -477,7 +476,7 @@ EQUIVALENT = {
         "csrc/cuda/norm_bwd.cu",
         r"__fmul_rn\(dy\[i\], w\[i\]\)",
         r"dy[i] * w[i]",
-        ("tests/test_norm.py", "single_column", "cuda"),
+        ("tests/ops/test_norm.py", "single_column", "cuda"),
     ): "nvcc may fuse g with each sum that it goes into, and only a GPU shows that. GCC, the emulator's compiler, "
     "fuses a product only if it goes into nothing but sums, and g is also multiplied by xhat.",
 }

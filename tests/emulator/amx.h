@@ -1,5 +1,5 @@
 // AMX for machines without it. Included before everything else (CPPFLAGS="-include amx.h"), this file replaces AMX's
-// intrinsics by functions and makes the kernels compiled for AVX512_BF16 use them. See tests/test_amx.py.
+// intrinsics by functions and makes the kernels compiled for AVX512_BF16 use them. See tests/kernels/test_amx.py.
 //
 // A product is computed as Intel's manual defines it: the even and the odd elements of a row are summed separately by
 // fused multiply-adds, the two sums are added, and the result is added to the tile; subnormals count as 0. The program

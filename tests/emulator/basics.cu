@@ -1,4 +1,4 @@
-// Correct kernels that exercise the emulator's parts one by one. tests/test_emulator.py compares their results with the
+// Correct kernels that exercise the emulator's parts one by one. test_emulator.py compares their results with the
 // definitions.
 #include "platform.cuh"
 

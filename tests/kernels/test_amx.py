@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("pygpt", "csrc", "tests", "triton_kernels", "bench", "setup.py", "pyproject.toml", "README.md")
 COUNT = """
 import ctypes, sys
@@ -19,7 +19,7 @@ import pytest
 from pygpt import _C
 assert _C.__file__.startswith(sys.argv[1]), _C.__file__
 products = ctypes.c_longlong.in_dll(ctypes.CDLL(_C.__file__), "emulated_amx_products")
-files = ["tests/test_parity.py", "tests/test_kernels.py"]
+files = ["tests/ops/test_parity.py", "tests/kernels/test_kernels.py"]
 status = pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", sys.argv[2], *files])
 assert products.value > 1000, products
 sys.exit(status)

@@ -13,7 +13,7 @@ import pytest
 from bench.cases import goals
 from bench.compiled import pipes, predict, schedule
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def sass(listing: str) -> str:

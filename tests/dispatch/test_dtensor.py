@@ -14,12 +14,12 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from test_ecosystem import Count, in_processes  # noqa: F401 (a fixture)
 
 import pygpt
 import pygpt.functional as F
 from pygpt import dispatch
 from pygpt.dispatch import OPS
+from tests.dispatch.test_ecosystem import Count, in_processes  # noqa: F401 (a fixture)
 
 GPU_SHARE = {"triton": 1}
 F64 = torch.float64
@@ -435,7 +435,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import pygpt.functional as F
-from test_dtensor import tensor_parallel_mlp
+from tests.dispatch.test_dtensor import tensor_parallel_mlp
 
 def record(graph, _):
     print(*(n.target for n in graph.graph.nodes if "pygpt" in str(n.target) or "c10d" in str(n.target)))

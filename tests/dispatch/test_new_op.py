@@ -8,7 +8,7 @@ import pytest
 
 from pygpt.dispatch import OPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def recipe():

@@ -511,7 +511,7 @@ def test_a_wrong_number_of_compilers(setting):
     code = (
         "import runpy, sys; sys.path.insert(0, sys.argv[1]); jobs = runpy.run_path(sys.argv[1] + '/setup.py')['jobs']"
     )
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     found = process("-c", code + "; print(jobs())", root, MAX_JOBS=setting)
     line = f"pygpt: MAX_JOBS must be a number from 1 on, got {setting!r}\n".encode()
     assert (found.returncode, found.stdout, found.stderr) == (2, b"", line)
@@ -520,7 +520,7 @@ def test_a_wrong_number_of_compilers(setting):
 def test_a_right_number_of_compilers(monkeypatch):
     import runpy
 
-    jobs = runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))["jobs"]
+    jobs = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["jobs"]
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     for setting, number in (("3", 3), (" 12 ", 12), ("", 7)):
         monkeypatch.setenv("MAX_JOBS", setting)

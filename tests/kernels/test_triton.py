@@ -29,7 +29,7 @@ KERNELS = TABLE["triton"].kernels
 DEVICE = TABLE["triton"].devices[0]
 NAMES = [f"{op}_{way}" for op in OPS for way in ("fwd", "bwd")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def registered(name):

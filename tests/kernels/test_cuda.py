@@ -16,7 +16,7 @@ import torch
 
 import pygpt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = find_spec("pygpt._cuda")
 needs_library = pytest.mark.skipif(LIBRARY is None, reason="the CUDA kernels were not built: no nvcc")
 
