@@ -37,9 +37,10 @@ template <class E, class Epilogue>
 PYGPT_INLINE void finish(const Tile<E>& tile, int64_t i, int64_t j, int64_t M, int64_t N, const Epilogue& epilogue) {
   using T = Acc<E>;
   const int64_t rows = std::min<int64_t>(Tiling<E>::MR, M - i), cols = std::min<int64_t>(Tiling<E>::NR, N - j);
+  const Epilogue store = epilogue;  // a copy, whose fields stay in registers: no store can change them
   for (int r = 0; r < rows; r++)
     for (int v = 0; v * W<T> < cols; v++)
-      epilogue(i + r, j + v * W<T>, tile.c[r][v], std::min<int64_t>(W<T>, cols - v * W<T>));
+      store(i + r, j + v * W<T>, tile.c[r][v], std::min<int64_t>(W<T>, cols - v * W<T>));
 }
 
 // One round of loop 5: columns jc .. jc + n of the product, whose part of B is packed as panels [k][NR].
