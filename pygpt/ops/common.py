@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 from .. import dispatch
 
@@ -79,13 +82,13 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
 # function's results by kernels.<op>_fwd, and keeps ``kernels`` as ctx.kernels. The registered ops get their gradients
 # from the same two methods (backends.py).
 def backward_kernels(ctx):
-    """The kernels of the forward pass; None where this backward pass is itself to be differentiated.
+    """The kernels of the forward pass; None where this backward pass is itself to be differentiated, in either mode.
 
     While a backward pass is traced (compiled autograd), they are the registered ops, which a graph can hold.
     """
     if torch.compiler.is_compiling():
         return getattr(ctx.kernels, "registered", ctx.kernels)
-    return None if torch.is_grad_enabled() else ctx.kernels
+    return None if torch.is_grad_enabled() or forward_ad._current_level >= 0 else ctx.kernels
 
 
 def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
@@ -96,20 +99,30 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     They are taken with respect to views of the arguments, because one tensor may be passed as several arguments, or may
     have been computed from another argument.
     """
-    with torch.enable_grad():
-        args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
-        sources = [a.requires_grad_() for a, need in zip(args, needs, strict=False) if need]  # `unread` does not yet
-        outputs = as_tuple(composite(*args))
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    gradients = iter(
-        torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
+    sources = [a for a, need in zip(args, needs, strict=False) if need]
+    given = tuple(g for g in grads if g is not None)
+
+    def outputs(*sources):
+        rest = iter(sources)
+        full = [next(rest) if need else a for a, need in zip_longest(args, needs)]
+        return tuple(o for o, g in zip(as_tuple(composite(*full)), grads, strict=True) if g is not None)
+
+    if _are_functorch_transforms_active():  # in which a tensor from outside requires no gradient
+        gradients = iter(torch.func.vjp(outputs, *sources)[1](given))
+    else:
+        with torch.enable_grad():
+            views = [a.view_as(a) for a in sources]
+            results = outputs(*views)
+        gradients = iter(torch.autograd.grad(results, views, given, create_graph=True, allow_unused=True))
     return tuple(next(gradients) if need else None for need in needs)
 
 
 def unread(like: Tensor, *shape) -> Tensor:
-    """A stand-in for a tensor that was not saved, as no wanted gradient reads it. One row, expanded."""
-    return like.new_zeros(shape[-1]).expand(shape)
+    """A stand-in for a tensor that was not saved, as no wanted gradient reads it. One row, expanded.
+
+    The composite can be differentiated with respect to it.
+    """
+    return like.new_zeros(shape[-1], requires_grad=True).expand(shape)
 
 
 def only(needs, grads) -> tuple:

@@ -5,7 +5,7 @@ from itertools import product
 import cases
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pygpt
@@ -158,6 +158,37 @@ def test_writing_to_a_saved_input_is_noticed(op, kernels, generator):
         leaves[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward(grads[0])
+
+
+@pytest.mark.parametrize("transform", ["dual", "jvp", "grad"])
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
+def test_a_backward_pass_that_is_transformed(op, dims, transform, compiled, generator):
+    """The graph is recorded first. Then the upstream gradient is dual, or a transform's: a tangent is not dropped."""
+    args, grads = verify.draw(op, dims, torch.float64, generator)
+    leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
+    tangents = tuple(torch.randn_like(g) for g in grads)
+
+    def transformed(function):
+        outs = verify.as_tuple(function(*leaves))[: len(grads)]
+
+        def backward(*upstream, create_graph=False):
+            return torch.autograd.grad(outs, tensors, upstream, retain_graph=True, create_graph=create_graph)
+
+        if transform == "jvp":
+            return torch.func.jvp(backward, grads, tangents)[1]
+        if transform == "grad":
+            penalty = lambda *upstream: sum(g.square().sum() for g in backward(*upstream, create_graph=True))
+            return torch.func.grad(penalty, argnums=tuple(range(len(grads))))(*grads)
+        with forward_ad.dual_level():
+            duals = backward(*map(forward_ad.make_dual, grads, tangents))
+            return [forward_ad.unpack_dual(g).tangent for g in duals]
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's with a second derivative
+        with pygpt.backend(compiled):
+            ours = transformed(verify.SPECS[op].call)
+        for a, b in zip(ours, transformed(verify.eager(op)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 LAST_BIAS = {"linear": 2, "mlp": 4, "layer_norm": 2, "add_layer_norm": 3}  # the position of a bias that is only added
