@@ -219,8 +219,8 @@ def measure(o, curves) -> int:
     if o.save == "" and not _is_whole(o):
         raise UsageError("--save would replace the machine's whole run by a part; name the part: --save KIND")
     path = o.json or o.out / "bench.json"
-    if path.is_dir():
-        raise UsageError(f"--json {path} is a folder")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by the file
+        raise UsageError(f"--json {path} is no regular file")
     must_be_folder(path.parent)
     with locked(o.out) if o.out else nullcontext():
         for folder in filter(None, (o.out, path.parent)):
