@@ -32,9 +32,9 @@ ATTENTION = [
         *((1, 1, L, S, 24) for L, S in zip(LENGTHS, LENGTHS, strict=True)),  # B*H = 1
         *((2, 3, L, S, 8) for L, S in ((17, 33), (33, 17), (64, 65))),
         *((1, 2, L, S, 8) for L, S in ((1, 257), (257, 1), (127, 257), (257, 127))),
-        *((1, 2, 65, 70, E) for E in HEAD_DIMS),
+        *((1, 1 if E > 80 else 2, 65, 70, E) for E in HEAD_DIMS),
         *((2, 1, 33, 40, E, Ev) for E, Ev in ((64, 24), (8, 80), (1, 256), (256, 3))),
-        (1, 3, 300, 300, 64),
+        (1, 1, 300, 300, 64),
         *((1, 2, L, S, E, Ev) for L, S, E, Ev in ((1, 300, 64, 64), (2, 257, 80, 33), (4, 500, 7, 24))),  # decode
     )
     for case in _attention(*shape)

@@ -15,7 +15,7 @@ import pygpt
 from pygpt import _C, verify
 from pygpt.ops.attention import scores
 
-GPU_SHARE = {"triton": 2, "cuda": 1}  # see conftest
+GPU_SHARE = {"triton": 3, "cuda": 1}  # see conftest
 
 
 @pytest.fixture(autouse=True)
