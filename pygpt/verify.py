@@ -249,8 +249,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", help=f"comma-separated, of {', '.join(SPECS)}; default: all")
     parser.add_argument("--dtypes", help=f"comma-separated, of {', '.join(DTYPES)}; default: all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are; default: cpu")
+    dims = "; ".join(f"{op}: {','.join(spec.dims)}" for op, spec in SPECS.items())
     parser.add_argument(
-        "--shape", help="your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304"
+        "--shape", help=f"your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304. {dims}"
     )
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -258,7 +259,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every row passes, else 1. UsageError on bad arguments."""
-    ops = _names(args.ops, SPECS, "op")
+    public = {op.public.__name__: name for name, op in OPS.items()}
+    named = [public.get(name, name) for name in args.ops.split(",")] if args.ops else SPECS
+    ops = _names(",".join(named), SPECS, "op")
     dtypes = _names(args.dtypes, DTYPES, "dtype")
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
