@@ -1,6 +1,6 @@
 """Trains a small GPT on a text of your choice for a few seconds and lets it continue the text's beginning.
 
-    python examples/train_and_generate.py [TEXT_FILE]      (default: this file, which the model learns by heart)
+    python examples/train_and_generate.py [TEXT_FILE]      (default: this file, of which the model learns much by heart)
 
 `pygpt train` does it in earnest: with validation, checkpoints and a resumable run.
 """
@@ -16,9 +16,9 @@ torch.set_num_threads(1)  # The model is too small to be worth a second thread.
 torch.manual_seed(0)
 text = Path(sys.argv[1] if len(sys.argv) > 1 else __file__).read_bytes()
 data = torch.tensor(list(text))  # A token is a byte.
-model = pygpt.GPT(pygpt.GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=4, n_embd=64))
+model = pygpt.GPT(pygpt.GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=4, n_embd=128))
 
-STEPS, BATCH, RATE = 300, 16, 1e-2
+STEPS, BATCH, RATE = 400, 16, 5e-3
 optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
 for step in range(STEPS):
     for group in optimizer.param_groups:
