@@ -113,7 +113,7 @@ def test_a_slow_peer_is_called_four_times(monkeypatch):
 @pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux says")
 def test_peak_memory(run_new_python):
     """In a process of its own: the threads of other tests leave heaps with free memory behind."""
-    done = run_new_python("import test_bench_rows; test_bench_rows.peak_memory()")
+    done = run_new_python("from tests.bench import test_bench_rows; test_bench_rows.peak_memory()")
     assert done.returncode == 0, done.stderr
 
 

@@ -62,7 +62,7 @@ def printed(capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------------------- the environment variable
-IN_A_PROCESS = "from tests import test_fallback_log as t; t.attempt_all(); t.attempt_all()"
+IN_A_PROCESS = "from tests.dispatch import test_fallback_log as t; t.attempt_all(); t.attempt_all()"
 
 
 @pytest.fixture

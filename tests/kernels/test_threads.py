@@ -177,7 +177,7 @@ def load_in_workers(start_method):
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_data_loader_workers_after_first_use(start_method, run_python):
     """torch sets one thread in a worker. With more, its own functions hang after a fork too, for OpenMP's sake."""
-    done = run_python(f"import test_threads; test_threads.load_in_workers({start_method!r})")
+    done = run_python(f"from tests.kernels import test_threads; test_threads.load_in_workers({start_method!r})")
     assert done.stdout == "all equal\n", done.stderr
 
 
@@ -223,6 +223,6 @@ def end_threads(at_once, one_by_one):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much memory is resident")
 def test_a_thread_that_ends_gives_its_scratch_memory_back(run_python):
-    done = run_python("import test_threads; test_threads.end_threads(20, 200)")
+    done = run_python("from tests.kernels import test_threads; test_threads.end_threads(20, 200)")
     kept, grown = map(int, done.stdout.split())
     assert 0 < kept and grown < kept / 2, (kept, grown)
