@@ -32,7 +32,7 @@ def test_two_writers_of_one_file(tmp_path):
     """In turn, a file is one writer's or the other's: never a mixture, never a part."""
     path, stop, errors = tmp_path / "file.bin", threading.Event(), []
     writers = [threading.Thread(target=write_forever, args=(path, stop, errors)) for _ in range(2)]
-    code = "import sys, threading; from pathlib import Path; from tests.test_files import write_forever as w\n"
+    code = "import sys, threading; from pathlib import Path; from tests.model.test_files import write_forever as w\n"
     code += (
         "e = []; t = threading.Event(); threading.Timer(3, t.set).start(); w(Path(sys.argv[1]), t, e); sys.exit(len(e))"
     )
