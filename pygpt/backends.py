@@ -72,7 +72,8 @@ def _register_gradients(library, op: Op, kernels):
         ctx.mark_non_differentiable(*as_tuple(output)[op.results :])
 
     def gradients(ctx, *grads):
-        ctx.needs_input_grad = False, *ctx.needs_input_grad[:arguments]  # the Function's first argument is the kernels
+        # The first argument of the Function is the kernels. torch puts the attribute back after this call.
+        ctx.needs_input_grad = False, *ctx.needs_input_grad[:arguments]
         return op.function.backward(ctx, *grads[: op.results])[1:]
 
     def refuse(ctx, *grads):

@@ -4,7 +4,7 @@ Each file in pygpt/ops/ registers an `Op`, and backends.py registers each `Backe
 `call`:
 
     prepare    the op checks the public arguments and brings them to the canonical arguments of its kernels (a `Call`)
-    autocast   casts the tensors as torch casts those of its own function
+    autocast   casts the tensors as torch casts those of its own function (autocast.py)
     pick       takes the first backend of TABLE that has no objection; an explicitly chosen one must have none
     _run       runs the backend's kernels under the op's autograd Function, or PyTorch's own function
 
@@ -18,7 +18,6 @@ import inspect
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,12 +31,12 @@ from torch._C import (
     _are_functorch_transforms_active,
     _is_torch_function_mode_enabled,
     _is_tracing,
-    _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function
+
+from .autocast import autocast
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -290,6 +289,11 @@ def _objections(
     return row.objections(op, tensors, features)
 
 
+def ops_by_name() -> dict[str, Op]:
+    """Every op by its public function's name and by its own."""
+    return {**{op.public.__name__: op for op in OPS.values()}, **OPS}
+
+
 def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
     """Tells which backend would serve ``op(*args, **kwargs)``, and why each one before it would not.
 
@@ -297,7 +301,7 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
     ValueError. The result is a `pygpt.Choice`. Nothing is computed. ``print(pygpt.explain("layer_norm", x, (768,)))``
     shows the choice in lines.
     """
-    known = {**{o.public.__name__: o for o in OPS.values()}, **OPS}
+    known = ops_by_name()
     known_op = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)
     if known_op is None:
         raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(known)}")
@@ -318,7 +322,7 @@ def lookup(op: str, *tensors: Tensor | None) -> Any:
     """The bound kernel of fast calls like this one, a function of the canonical arguments.
 
     None if this call is not fast (`call_key` is None) or if no call like it has been resolved before. No traced call is
-    fast, but Dynamo cannot trace `call_key`, so it is told.
+    fast; Dynamo's are asked for here because Dynamo cannot trace `call_key`.
     """
     if is_dynamo_compiling():
         return None
@@ -396,96 +400,6 @@ def _needs_gradient(tensors: list[Tensor]) -> bool:
 def _is_proxy(a: object) -> bool:
     """Whether ``a`` is no tensor but stands for one in torch functions, as torch.fx's Proxy does."""
     return not isinstance(a, Tensor) and hasattr(type(a), "__torch_function__")
-
-
-# ------------------------------------------------------------------------------- autocast
-def autocasting(device: str) -> bool:
-    """Whether autocast is on for this type of device. Some types, such as "meta", have no autocast."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def autocast(op: Op, prepared: Call) -> Call:
-    """The call with its tensors cast as autocast would for torch's op of the same name."""
-    lead = prepared.args[0]
-    device = lead.device.type
-    if not autocasting(device) or lead.dtype == torch.float64:
-        return prepared
-    if op.lower_precision:
-        dtype = torch.get_autocast_dtype(device)
-    elif device == "cuda" and op.float32_on_cuda:
-        dtype = torch.float32
-    else:
-        return prepared
-    return prepared._replace(args=tuple(_cast(a, dtype) if isinstance(a, Tensor) else a for a in prepared.args))
-
-
-class _Casts(dict):
-    """(id of a leaf, dtype) -> (the leaf's state, a weak reference to its cast). A cast keeps its leaf alive."""
-
-    def put(self, key: tuple, state: tuple, cast: Tensor) -> None:
-        casts = weakref.ref(self)
-
-        def forget(reference: weakref.ref) -> None:
-            kept = casts()
-            if kept is not None and kept.get(key, (None, None))[1] is reference:
-                del kept[key]
-
-        self[key] = state, weakref.ref(cast, forget)
-
-
-class _Region(threading.local):
-    """The autocast region that this thread is in."""
-
-    def __init__(self) -> None:
-        self.casts: Callable[[], _Casts | None] = lambda: None  # a weak reference to the result of `_casts`
-
-
-_region = _Region()
-
-
-def _casts(device: torch.device) -> _Casts:
-    """The casts of this autocast region.
-
-    A change of a leaf through ``.data`` cannot be noticed, so no cast may outlive its region, as in torch's own cache.
-    Only that cache is cleared when a region ends. So it owns this dictionary, through the cast of an empty leaf.
-    """
-    casts = _region.casts()
-    if casts is None:
-        casts = _Casts()
-        leaf = torch.empty(0, 0, dtype=torch.float32, device=device, requires_grad=True)
-        empty = leaf.detach()
-        node: Any = torch.addmm(leaf, empty, empty).grad_fn
-        node.next_functions[0][0].metadata["pygpt"] = casts  # the node of the cast
-        _region.casts = weakref.ref(casts)
-    return casts
-
-
-def _shares_cast(t: Tensor) -> bool:
-    """Whether torch's own autocast would cache a cast of ``t``, and nothing records or transforms this call."""
-    if is_compiling() or t.dtype != torch.float32 or t.layout != torch.strided:
-        return False
-    if not (t.is_leaf and t.requires_grad and torch.is_grad_enabled()) or t._is_view() or t.is_inference():
-        return False
-    if _len_torch_dispatch_stack() or _is_tracing() or _are_functorch_transforms_active():
-        return False
-    return torch.is_autocast_cache_enabled()
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in another dtype. All uses of a leaf in an autocast region share one cast while a graph holds it."""
-    if not t.is_floating_point() or t.dtype in (dtype, torch.float64):  # autocast leaves float64 alone
-        return t
-    if not _shares_cast(t):
-        return t.to(dtype)
-    casts, key = _casts(t.device), (id(t), dtype)
-    leaf_state = t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()
-    cached_state, reference = casts.get(key, (None, None))
-    if cached_state == leaf_state and (shared := reference()) is not None:
-        shared._fix_weakref()  # a weak reference can outlive the Python object that C++ still shares
-        return shared
-    cast = t.to(dtype)
-    casts.put(key, leaf_state, cast)
-    return cast
 
 
 # ------------------------------------------------------------------------------- PYGPT_LOG=fallback

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import functional  # noqa: F401 (registers the ops)
 from .data import UsageError, check_memory, check_number
-from .dispatch import OPS, REFERENCE, SPECS, TABLE, pick
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, ops_by_name, pick
 from .dispatch import backend as use_backend
 from .ops.common import as_tuple, lead
 from .progress import table
@@ -259,9 +259,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every row passes, else 1. UsageError on bad arguments."""
-    public = {op.public.__name__: name for name, op in OPS.items()}
-    named = [public.get(name, name) for name in args.ops.split(",")] if args.ops else SPECS
-    ops = _names(",".join(named), SPECS, "op")
+    known = ops_by_name()
+    ops = _names(args.ops and ",".join(known[n].name if n in known else n for n in args.ops.split(",")), SPECS, "op")
     dtypes = _names(args.dtypes, DTYPES, "dtype")
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed

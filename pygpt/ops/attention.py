@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..dispatch import Call, Op, autocasting, call, lookup, register
+from ..autocast import autocasting
+from ..dispatch import Call, Op, call, lookup, register
 from .common import (
     Spec,
     acc,

@@ -11,6 +11,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
 from .. import dispatch
+from ..autocast import autocasting
 
 
 # ------------------------------------------------------------------------------- mathematics
@@ -70,7 +71,7 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
             error = TypeError(f"{public}: {name} is a nested tensor")
         if error is None and not t.is_floating_point():
             error = TypeError(f"{public}: {name} must be floating point, got {t.dtype}")
-    if error is None and one_dtype and not dispatch.autocasting(lead.device.type):
+    if error is None and one_dtype and not autocasting(lead.device.type):
         for name, t in named:
             if t.dtype != lead.dtype:
                 return TypeError(f"{public}: {name} is {t.dtype}, {first} is {lead.dtype}; they must be equal")
@@ -100,7 +101,7 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     have been computed from another argument.
     """
     sources = [a for a, need in zip(args, needs, strict=False) if need]
-    given = tuple(g for g in grads if g is not None)
+    upstream = tuple(g for g in grads if g is not None)
 
     def outputs(*sources):
         rest = iter(sources)
@@ -108,12 +109,12 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
         return tuple(o for o, g in zip(as_tuple(composite(*full)), grads, strict=True) if g is not None)
 
     if _are_functorch_transforms_active():  # in which a tensor from outside requires no gradient
-        gradients = iter(torch.func.vjp(outputs, *sources)[1](given))
+        gradients = iter(torch.func.vjp(outputs, *sources)[1](upstream))
     else:
         with torch.enable_grad():
             views = [a.view_as(a) for a in sources]
             results = outputs(*views)
-        gradients = iter(torch.autograd.grad(results, views, given, create_graph=True, allow_unused=True))
+        gradients = iter(torch.autograd.grad(results, views, upstream, create_graph=True, allow_unused=True))
     return tuple(next(gradients) if need else None for need in needs)
 
 

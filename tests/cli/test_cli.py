@@ -555,3 +555,11 @@ def test_bench_outside_a_checkout(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "pygpt" / "cli.py"))
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert "a checkout of pygpt has them" in refused(capsys, "bench")
+
+
+def test_verify_takes_the_names_of_the_public_functions(capsys):
+    shape = "--shape=B=1,H=1,L=4,S=4,E=8,causal=1"
+    assert cli.main(["verify", "--ops=scaled_dot_product_attention", shape, "--dtypes=float32", "--seed=1"]) == 0
+    by_public_name = capsys.readouterr().out
+    assert cli.main(["verify", "--ops=attention", shape, "--dtypes=float32", "--seed=1"]) == 0
+    assert capsys.readouterr().out == by_public_name

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pygpt
-from pygpt import dispatch, functional, verify
+from pygpt import autocast, functional, verify
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 CAST = {
@@ -172,7 +172,7 @@ def test_nothing_is_kept_of_a_leaf_or_a_region():
     with AUTOCAST():
         w = leaf(5, 4)
         y = functional.linear(x, w)
-        region = dispatch._region.casts
+        region = autocast._region.casts
         assert len(region()) == 2
         del w, y
         gc.collect()
