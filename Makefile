@@ -33,9 +33,9 @@ test-all: build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 oldest-triton: build $(OLDEST_TRITON)
-	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/kernels/test_triton.py
-	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 -m "not slow" -k "not compile and not opcheck" \
-	  tests/kernels/test_triton.py
+	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/kernels/test_triton_compiled.py
+	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 -m "not slow" -k "not opcheck" \
+	  tests/kernels/test_triton.py tests/kernels/test_triton_interpreter.py
 
 bench: build
 	$(BIN)/python -m bench

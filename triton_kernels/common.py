@@ -5,8 +5,8 @@ kernels in NumPy on CPU tensors) differs from a GPU: it holds bfloat16 as bare b
 were integers, truncates where hardware rounds to nearest even, rounds an fma twice (before 3.9), and passes loop
 bounds as arrays of one element, of which NumPy 2.4 makes no int (docs/measured.md T8). `dot`, `fma`, `to_storage` and
 `loop_bound` correct all of this and are the only places where a kernel depends on where it runs. A kernel must also
-convert bfloat16 with ``.to(tl.float32)`` before any arithmetic. tests/kernels/test_triton.py shows the interpreter's
-errors.
+convert bfloat16 with ``.to(tl.float32)`` before any arithmetic. tests/kernels/test_triton_interpreter.py shows the
+interpreter's errors.
 """
 
 import json

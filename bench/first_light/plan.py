@@ -39,7 +39,10 @@ LIBRARIES = ("pygpt/_C.abi3.so", "pygpt/_cuda.abi3.so")
 CONFORMANCE = ROOT / "build" / "conformance-sm_90a.so"
 EMULATED = ROOT / "build" / "emulator" / "sm_90" / "plain-conformance-hopper_gemm.so"  # the same cases, in a rehearsal
 BUILD_EMULATOR = "from tests.emulator import build, conformance as c; build.load(), build.load_tests(*c.SOURCES)"
-TESTS = ("tests/ops/test_parity.py", *(f"tests/kernels/test_{name}.py" for name in ("kernels", "cuda", "triton")))
+TESTS = (
+    "tests/ops/test_parity.py",
+    *(f"tests/kernels/test_{name}.py" for name in ("kernels", "cuda", "triton", "triton_interpreter")),
+)
 BENCHMARK = ("--quick", "--peers=eager,sdpa-flash,sdpa-cudnn,sdpa-efficient", "--directions=forward,backward")
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,45 +12,10 @@ import pytest
 import torch
 
 import pygpt
-from pygpt import checkpoint as checkpoints
 from pygpt import cli
 from pygpt.data import Corpus
 from pygpt.dispatch import OPS, TABLE
-from tests import processes
-
-TINY = [
-    "--n-layer=1",
-    "--n-head=2",
-    "--n-embd=16",
-    "--block-size=16",
-    "--batch-size=2",
-    "--eval-iters=1",
-    "--steps=2",
-    "--warmup=1",
-]
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("A text about nothing, but long enough for a block.\n" * 20)
-    return str(path)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, text, capsys):
-    out = tmp_path / "run"
-    assert cli.main(["train", *TINY, "--data", text, "--out", str(out)]) == 0
-    capsys.readouterr()
-    return out / "checkpoint.safetensors"
-
-
-def refused(capsys, *argv) -> str:
-    """Runs a command that must fail as bad input -> its one line."""
-    assert cli.main([str(a) for a in argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("pygpt: error: ")
-    return captured.err
+from tests.cli.commands import TINY, refused
 
 
 # ------------------------------------------------------------------------------- info
@@ -297,176 +261,7 @@ def test_backend_that_cannot_train_the_model(files, capsys):
         assert "head dimension above 256" in refused(capsys, *wide.split())
 
 
-def damaged(data: bytes):
-    from safetensors.torch import save
-
-    middle = bytearray(data)
-    middle[-100] ^= 1
-    yield "cut", data[: len(data) // 2], "not a readable checkpoint"
-    yield "flipped", bytes(middle), "damaged: its contents do not match their checksum"
-    yield "relabelled", data.replace(b'steps\\":', b'stepz\\":'), "damaged: its contents do not match their checksum"
-    yield "unreadable", data.replace(b'{\\"checksum', b'[\\"checksum'), "damaged: its header cannot be read"
-    yield "empty", b"", "not a readable checkpoint"
-    yield "other", save({"x": torch.zeros(3)}), "no pygpt checkpoint"
-
-
-def test_damaged_checkpoints(checkpoint, text, capsys):
-    for name, content, message in damaged(checkpoint.read_bytes()):
-        out = checkpoint.parent.parent / name
-        out.mkdir()
-        path = out / "checkpoint.safetensors"
-        path.write_bytes(content)
-        assert message in refused(capsys, "generate", path)
-        assert message in refused(capsys, "train", "--resume", "--data", text, "--out", out)
-        assert path.read_bytes() == content
-
-
-def test_checkpoint_of_another_text(checkpoint, text, capsys):
-    Path(text).write_text("Quite another text, of sufficient length for blocks.\n" * 20)
-    assert "another text" in refused(capsys, "train", "--resume", "--steps=9", "--out", checkpoint.parent)
-
-
-def rewritten(checkpoint, change):
-    """The checkpoint with a right checksum over what ``change`` did to its tensors and metadata."""
-    tensors, metadata = checkpoints.load(checkpoint)
-    tensors = {name: t.clone() for name, t in tensors.items()}
-    change(tensors, metadata)
-    checkpoints.save(checkpoint, tensors, metadata)
-
-
-WEIGHT = "transformer.h.0.attn.c_attn.weight"
-WRONG_ENTRIES = {
-    "exp_avg missing": lambda t, m: t.pop(f"adamw.exp_avg.{WEIGHT}"),
-    "step missing": lambda t, m: t.pop(f"adamw.step.{WEIGHT}"),
-    "all missing": lambda t, m: [t.pop(name) for name in list(t) if name.startswith("adamw.")],
-    "unknown key": lambda t, m: t.update({f"adamw.momentum.{WEIGHT}": torch.zeros(48, 16)}),
-    "unknown parameter": lambda t, m: t.update({"adamw.exp_avg.nobody": torch.zeros(3)}),
-    "no parameter": lambda t, m: t.update({"adamw.": torch.zeros(3)}),
-    "exp_avg_sq's shape": lambda t, m: t.update({f"adamw.exp_avg_sq.{WEIGHT}": torch.zeros(16, 48)}),
-    "step's shape": lambda t, m: t.update({f"adamw.step.{WEIGHT}": torch.ones(1)}),
-    "dtype": lambda t, m: t.update({f"adamw.exp_avg.{WEIGHT}": torch.zeros(48, 16, dtype=torch.float64)}),
-    "weight's dtype": lambda t, m: t.update({WEIGHT: torch.zeros(48, 16, dtype=torch.float64)}),
-    "weight missing": lambda t, m: t.pop(WEIGHT),
-    "unknown weight": lambda t, m: t.update({"lm_head.bias": torch.zeros(256)}),
-    "negative step": lambda t, m: m.update(step=-1),
-    "a scaler": lambda t, m: m.update(scaler={"scale": 2.0}),
-    "no scaler": lambda t, m: m.pop("scaler"),
-    "no step": lambda t, m: m.update(step=None),
-    "no settings": lambda t, m: m.pop("settings"),
-    "setting's kind": lambda t, m: m["settings"].update(n_layer="one"),
-    "unknown setting": lambda t, m: m["settings"].update(depth=3),
-}
-
-
-@pytest.mark.parametrize("what", WRONG_ENTRIES)
-def test_checkpoints_with_wrong_entries(what, checkpoint, capsys):
-    """Each is refused, in one line, before anything of it is loaded."""
-    rewritten(checkpoint, WRONG_ENTRIES[what])
-    before = checkpoint.read_bytes()
-    message = refused(capsys, "train", "--resume", "--steps=3", "--out", checkpoint.parent)
-    assert "does not fit" in message or "is damaged" in message
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_right_checkpoint_may_be_rewritten(checkpoint):
-    """The test above refuses what it changes, not how it writes."""
-    rewritten(checkpoint, lambda t, m: None)
-    assert cli.main(["train", "--resume", "--steps=3", "--out", str(checkpoint.parent)]) == 0
-
-
-@pytest.mark.parametrize("line", [
-    b"\xff\xfe", "é".encode("latin-1"), b"[1]", b"5", b"null", b"{}", b'{"loss": 1.0}', b'{"step": "1"}', b"text",
-    b'{"step": 1, "loss": "low"}', b"", b"[" * 100_000,
-], ids=repr)  # fmt: skip
-def test_a_log_that_is_none(line, checkpoint, capsys):
-    log = checkpoint.parent / "log.jsonl"
-    content = log.read_bytes() + line[:10] * (len(line) // 10 or 1) + b"\n" + log.read_bytes()
-    log.write_bytes(content)
-    message = refused(capsys, "train", "--resume", "--steps=3", "--out", checkpoint.parent)
-    assert f"{log} is no log of a training run: line 5" in message and log.read_bytes() == content
-
-
-# ------------------------------------------------------------------------------- as a process
-@pytest.fixture
-def forked(run_python):
-    """Runs what stands on a command line after "python"."""
-    return lambda *command, **environment: run_python(*processes.source_of(command), **environment)
-
-
-def process(*arguments, **environment) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])} | environment
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, check=False)
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_streams_that_are_not_utf8(encoding, checkpoint):
-    """What an encoding lacks becomes a question mark."""
-    arguments = "-m", "pygpt", "generate", str(checkpoint), "--prompt=né →", "--max-new-tokens=50", "--temperature=9"
-    found = process(*arguments, PYTHONIOENCODING=encoding)
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert found.stdout.startswith("né →".encode(encoding, "replace"))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_standard_output(unbuffered, checkpoint):
-    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1]), "PYTHONUNBUFFERED": unbuffered}
-    for arguments in ["info"], ["generate", str(checkpoint)]:
-        with open("/dev/full", "w") as full:
-            command = [sys.executable, "-m", "pygpt", *arguments]
-            found = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        line = "pygpt: error: cannot write to standard output: No space left on device\n"
-        assert (found.returncode, found.stderr) == (2, line)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-def test_a_closed_standard_output(checkpoint):
-    env = os.environ | {"PYTHONPATH": str(Path(pygpt.__file__).parents[1])}
-    for arguments in ["info"], ["generate", str(checkpoint), "--max-new-tokens=5"]:
-        command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "pygpt", *arguments]
-        found = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
-        assert (found.returncode, found.stderr) == (0, "")
-
-
-WITHOUT = """
-import sys, warnings
-sys.modules[sys.argv[1]] = None  # importing it is a ModuleNotFoundError
-warnings.simplefilter("ignore")  # torch's, about NumPy
-from pygpt import cli
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
-def test_without_numpy(checkpoint, text, tmp_path):
-    """What can do without it does; what saves says so before it begins."""
-    run = str(tmp_path / "new")
-    for arguments in (["train", *TINY, "--data", text], ["demo", "--steps=3"]):
-        found = process("-c", WITHOUT, "numpy", *arguments, "--out", run)
-        line = b"pygpt: error: this command needs numpy, which is not installed\n"
-        assert (found.returncode, found.stdout, found.stderr) == (2, b"", line) and not os.path.exists(run)
-    for arguments in (["generate", str(checkpoint)], ["verify", "--ops=relu,mlp", "--dtypes=float32"]):
-        found = process("-c", WITHOUT, "numpy", *arguments)
-        assert (found.returncode, found.stderr) == (0, b"") and found.stdout
-
-
-def test_without_rich(text, tmp_path, forked):
-    """Tables are plain, and a run in a terminal prints lines."""
-    for arguments in (
-        ["verify", "--ops=relu", "--dtypes=float32"],
-        ["train", *TINY, "--data", text, f"--out={tmp_path / 'run'}"],
-    ):
-        found = forked("-c", WITHOUT, "rich", *arguments)
-        assert (found.returncode, found.stderr) == (0, "") and found.stdout
-    code = "import sys; sys.stdout.isatty = lambda: True\n" + WITHOUT
-    found = forked("-c", code, "rich", "train", "--force", *TINY, "--data", text, f"--out={tmp_path / 'run'}")
-    assert found.returncode == 0 and "training  2/2" in found.stdout
-
-
-def test_without_safetensors(tmp_path, forked):
-    found = forked("-c", WITHOUT, "safetensors", "generate", str(tmp_path))
-    assert (found.returncode, found.stderr.count("\n")) == (2, 1) and "this command needs safetensors" in found.stderr
-
-
+# ------------------------------------------------------------------------------- errors of other kinds
 def test_a_missing_module_of_ours_is_no_bad_input(monkeypatch):
     monkeypatch.setitem(sys.modules, "pygpt.info", None)
     with pytest.raises(ModuleNotFoundError, match=r"pygpt\.info"):
@@ -497,58 +292,6 @@ def test_out_of_memory(monkeypatch, capsys):
     ):  # fmt: skip
         monkeypatch.setattr(cli, "_run_command", lambda argv, error=error: (_ for _ in ()).throw(error))
         assert refused(capsys, "info") == f"pygpt: error: {line}\n"
-
-
-def test_a_wrong_backend_in_the_environment_of_a_process(forked):
-    for command in ("info", "bench"):
-        found = forked("-m", "pygpt", command, PYGPT_BACKEND="cpu")
-        assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1), found.stderr
-        assert "unknown backend 'cpu'; known: cpp" in found.stderr
-
-
-@pytest.mark.parametrize("setting", ["0", "-1", "two", "1.5", "0x4", "9" * 30])
-def test_a_wrong_number_of_compilers(setting):
-    code = (
-        "import runpy, sys; sys.path.insert(0, sys.argv[1]); jobs = runpy.run_path(sys.argv[1] + '/setup.py')['jobs']"
-    )
-    root = str(Path(__file__).parents[2])
-    found = process("-c", code + "; print(jobs())", root, MAX_JOBS=setting)
-    line = f"pygpt: MAX_JOBS must be a number from 1 on, got {setting!r}\n".encode()
-    assert (found.returncode, found.stdout, found.stderr) == (2, b"", line)
-
-
-def test_a_right_number_of_compilers(monkeypatch):
-    import runpy
-
-    jobs = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["jobs"]
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    for setting, number in (("3", 3), (" 12 ", 12), ("", 7)):
-        monkeypatch.setenv("MAX_JOBS", setting)
-        assert jobs() == number
-    monkeypatch.delenv("MAX_JOBS")
-    assert jobs() == 7
-
-
-def test_compile_without_a_compiler(tmp_path, text):
-    """One line, before anything is written."""
-    env = os.environ | {
-        "PYTHONPATH": str(Path(pygpt.__file__).parents[1]),
-        "CXX": "/nonexistent",
-        "PATH": "/nonexistent",
-    }
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "pygpt", "train", "--compile", "--data", text, "--out", str(tmp_path / "out")]
-    command += ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "--compile" in result.stderr and "compiler" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_module_as_a_process(tmp_path, forked):
-    result = forked("-m", "pygpt", "generate", tmp_path / "nothing")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"pygpt: error: no checkpoint at {tmp_path / 'nothing'}\n"
 
 
 def test_bench_outside_a_checkout(monkeypatch, capsys, tmp_path):
