@@ -77,7 +77,8 @@ def add_row_options(add):
     for name, names in (("ops", EVERY_OP), ("dtypes", tuple(DTYPES)), ("directions", EVERY_DIRECTION)):
         add(f"--{name}", type=some_of(names), default=None, metavar="A,B", help=f"some of {', '.join(names)}")
     add("--shape", action="append", metavar="KEY=VALUE,...", help="your own sizes instead of the suite's, such as "
-        "B=2,T=512,D=64,causal=1 or N=1000,C=768, for each op that has them; may be repeated")  # fmt: skip
+        "B=2,L=512,E=64,causal=1 or M=8x128,C=768, for each op that has them, named as in pygpt verify; may be "
+        "repeated")  # fmt: skip
     add("--backends", metavar="A,B", help="some of cpp, cuda, triton, torch; default: ours for the device")
     add("--peers", type=known, default=None, metavar="A,B", help=f"some of {', '.join(peers.PEERS)}, or all, or none; "
         "default: those that are installed and compile quickly")  # fmt: skip

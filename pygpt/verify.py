@@ -83,7 +83,7 @@ def complete(op: str, dims: Dims) -> Dims:
     if unknown := [key for key in dims if key not in known]:
         raise UsageError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
     full = {**known, **dims}
-    return {key: full[value] if isinstance(value, str) and value in full else value for key, value in full.items()}
+    return {key: value(full) if callable(value) else value for key, value in full.items()}
 
 
 def describe(op: str, dims: Dims) -> str:

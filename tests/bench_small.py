@@ -24,7 +24,7 @@ TINY = [
     ops.case(ops.attention, 1, 2, 32, 32, 8, True, standard=DTYPES),
     ops.case(ops.linear, 8, 16, 24, standard=DTYPES),
     ops.case(ops.layer_norm, 8, 16, standard=DTYPES),
-    ops.case(ops.relu, 8, 16, standard=DTYPES),
+    ops.case(ops.relu, (8, 16), standard=DTYPES),
 ]
 FEW = ["--backends=torch", "--peers=eager", "--seconds=1e-9", "--dtypes=float32", "--out=out"]
 

@@ -1,6 +1,7 @@
 """The ops and their shapes. An op has a set-up function: inputs, our call, the same in plain PyTorch, and the work."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 
 from pygpt import functional as F
+from pygpt.ops.common import lead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "backward")
@@ -54,7 +56,7 @@ class Case:
 
 
 def dimensions(setup: Callable) -> tuple[str, ...]:
-    """The names of a set-up function's arguments after `make`."""
+    """The names of a set-up function's arguments after `make`, which are those of `pygpt verify --shape`."""
     return tuple(inspect.signature(setup).parameters)[1:]
 
 
@@ -64,36 +66,47 @@ def case(setup: Callable, *args, standard: tuple = ()) -> Case:
     match setup.__name__:
         case "attention":
             length = f"T{d['L']}" if d["L"] == d["S"] else f"L{d['L']} S{d['S']}"
-            shape = f"B{d['B']} H{d['H']} {length} D{d['D']} {'causal' if d['causal'] else 'full'}"
+            shape = f"B{d['B']} H{d['H']} {length} D{d['E']} {'causal' if d['causal'] else 'full'}"
         case "linear":
-            shape = f"{d['M']} x {d['K']} -> {d['N']}"
+            shape = f"{_sizes(d['M'], d['K'])} -> {d['N']}"
         case "mlp":
-            shape = f"B{d['B']} T{d['T']} C{d['C']} {d['activation']}"
+            batch = f"B{d['M'][0]} T{d['M'][1]}" if len(lead(d["M"])) == 2 else f"M{_sizes(d['M'])}"
+            shape = f"{batch} C{d['C']} {d['activation']}"
+        case "gelu":
+            shape = f"{_sizes(d['M'])} {'erf' if d['approximate'] == 'none' else 'tanh'}"
         case _:
-            shape = f"{d['N']} x {d['C']}" + {"none": " erf", "tanh": " tanh"}.get(d.get("approximate"), "")
+            shape = _sizes(*d.values())
     return Case(setup, args, shape, standard)
 
 
+def _sizes(*sizes) -> str:
+    return " x ".join(str(n) for size in sizes for n in lead(size))
+
+
 # ------------------------------------------------------------------------------- set-up functions, one per op
-def attention(make, B, H, L, S, D, causal):
-    """4 B H L S D FLOPs (two GEMMs), if causal only those below the diagonal; backward 2.5 times (five GEMMs)."""
+def _elements(*sizes) -> int:
+    return math.prod(n for size in sizes for n in lead(size))
+
+
+def attention(make, B, H, L, S, E, causal):
+    """4 B H L S E FLOPs (two GEMMs), if causal only those below the diagonal; backward 2.5 times (five GEMMs)."""
     pairs = L * S if not causal else sum(min(i + 1, S) for i in range(L))
-    flops = 4 * B * H * pairs * D
+    flops = 4 * B * H * pairs * E
     call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return Work(call(F), call(TF), (make(B, H, L, D), make(B, H, S, D), make(B, H, S, D)), (flops, 2.5 * flops))
+    return Work(call(F), call(TF), (make(B, H, L, E), make(B, H, S, E), make(B, H, S, E)), (flops, 2.5 * flops))
 
 
 def linear(make, M, K, N):
     """2 M N K FLOPs; backward has two such GEMMs."""
-    flops = 2 * M * N * K
-    return Work(F.linear, TF.linear, (make(M, K), make(N, K) * K**-0.5, make(N)), (flops, 2 * flops))
+    flops = 2 * _elements(M, N) * K
+    return Work(F.linear, TF.linear, (make(*lead(M), K), make(N, K) * K**-0.5, make(N)), (flops, 2 * flops))
 
 
-def mlp(make, B, T, C, activation):
+def mlp(make, M, C, activation):
     """C -> 4C -> C: two GEMMs, backward four. The activation is not counted."""
     H, act = 4 * C, ACTIVATIONS[activation]
-    flops = 2 * 2 * B * T * C * H
-    tensors = make(B, T, C), make(H, C) * C**-0.5, make(H), make(C, H) * H**-0.5, make(C)
+    flops = 2 * 2 * _elements(M) * C * H
+    tensors = make(*lead(M), C), make(H, C) * C**-0.5, make(H), make(C, H) * H**-0.5, make(C)
 
     def ours(x, fc_weight, fc_bias, proj_weight, proj_bias):
         return F.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
@@ -104,40 +117,43 @@ def mlp(make, B, T, C, activation):
     return Work(ours, eager, tensors, (flops, 2 * flops))
 
 
-def layer_norm(make, N, C):
+def layer_norm(make, M, N):
     """Forward moves x and y; backward moves dy, x and dx."""
-    call = lambda f: lambda x, weight, bias: f.layer_norm(x, (C,), weight, bias)
-    return Work(call(F), call(TF), (make(N, C), make(C), make(C)), (2 * N * C, 3 * N * C), "memory")
+    call = lambda f: lambda x, weight, bias: f.layer_norm(x, (N,), weight, bias)
+    tensors, size = (make(*lead(M), N), make(N), make(N)), _elements(M, N)
+    return Work(call(F), call(TF), tensors, (2 * size, 3 * size), "memory")
 
 
-def add_layer_norm(make, N, C):
+def add_layer_norm(make, M, N):
     """Forward moves x, residual, y and sum; backward moves dy, dsum, sum and the one gradient of both."""
 
     def ours(x, residual, weight, bias):
-        return F.add_layer_norm(x, residual, (C,), weight, bias)
+        return F.add_layer_norm(x, residual, (N,), weight, bias)
 
     def eager(x, residual, weight, bias):
         s = x + residual
-        return TF.layer_norm(s, (C,), weight, bias), s
+        return TF.layer_norm(s, (N,), weight, bias), s
 
-    return Work(ours, eager, (make(N, C), make(N, C), make(C), make(C)), (4 * N * C, 4 * N * C), "memory")
+    tensors, size = (make(*lead(M), N), make(*lead(M), N), make(N), make(N)), _elements(M, N)
+    return Work(ours, eager, tensors, (4 * size, 4 * size), "memory")
 
 
-def rms_norm(make, N, C):
+def rms_norm(make, M, N):
     """Moves what layer_norm does."""
-    call = lambda f: lambda x, weight: f.rms_norm(x, (C,), weight)
-    return Work(call(F), call(TF), (make(N, C), make(C)), (2 * N * C, 3 * N * C), "memory")
+    call = lambda f: lambda x, weight: f.rms_norm(x, (N,), weight)
+    tensors, size = (make(*lead(M), N), make(N)), _elements(M, N)
+    return Work(call(F), call(TF), tensors, (2 * size, 3 * size), "memory")
 
 
-def gelu(make, N, C, approximate):
+def gelu(make, M, approximate):
     """Forward moves x and y; backward moves dy, x and dx."""
     call = lambda f: lambda x: f.gelu(x, approximate=approximate)
-    return Work(call(F), call(TF), (make(N, C),), (2 * N * C, 3 * N * C), "memory")
+    return Work(call(F), call(TF), (make(*lead(M)),), (2 * _elements(M), 3 * _elements(M)), "memory")
 
 
-def relu(make, N, C):
+def relu(make, M):
     """Forward moves x and y; backward moves dy, y and dx."""
-    return Work(F.relu, TF.relu, (make(N, C),), (2 * N * C, 3 * N * C), "memory")
+    return Work(F.relu, TF.relu, (make(*lead(M)),), (2 * _elements(M), 3 * _elements(M)), "memory")
 
 
 # ------------------------------------------------------------------------------- the shapes to time
@@ -154,38 +170,38 @@ CPU = [
     case(linear, 4096, 3072, 768, standard=ALL),
     case(linear, 8, 768, 3072),
     case(linear, 1001, 333, 517),
-    case(mlp, 8, 512, 768, "gelu_tanh", standard=ALL),
-    case(mlp, 8, 512, 768, "gelu", standard=FLOAT32),
-    case(mlp, 8, 512, 768, "relu", standard=FLOAT32),
-    case(mlp, 8, 512, 768, "relu2"),
-    case(mlp, 1, 8, 384, "gelu_tanh"),
+    case(mlp, (8, 512), 768, "gelu_tanh", standard=ALL),
+    case(mlp, (8, 512), 768, "gelu", standard=FLOAT32),
+    case(mlp, (8, 512), 768, "relu", standard=FLOAT32),
+    case(mlp, (8, 512), 768, "relu2"),
+    case(mlp, (1, 8), 384, "gelu_tanh"),
     *(
         case(norm, rows, columns, standard=standard)
         for norm in (layer_norm, add_layer_norm, rms_norm)
         for rows, columns, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
     ),
-    case(gelu, 4096, 3072, "none", standard=ALL),
-    case(gelu, 4096, 3072, "tanh", standard=ALL),
-    case(gelu, 8, 64, "none"),
-    case(relu, 4096, 3072, standard=ALL),
-    case(relu, 1001, 333),
+    case(gelu, (4096, 3072), "none", standard=ALL),
+    case(gelu, (4096, 3072), "tanh", standard=ALL),
+    case(gelu, (8, 64), "none"),
+    case(relu, (4096, 3072), standard=ALL),
+    case(relu, (1001, 333)),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CPU))
 
 TOKENS, BFLOAT16 = 16384, ("bfloat16",)
 GPU = [  # the most important first: a run that has no time left omits the rest
     case(attention, 16, 12, 1024, 1024, 64, True, standard=BFLOAT16),
-    case(mlp, 16, 1024, 768, "gelu_tanh", standard=BFLOAT16),
+    case(mlp, (16, 1024), 768, "gelu_tanh", standard=BFLOAT16),
     case(layer_norm, TOKENS, 768, standard=BFLOAT16),
     case(attention, 2, 32, 8192, 8192, 128, True, standard=BFLOAT16),
-    case(mlp, 16, 1024, 1600, "gelu_tanh", standard=BFLOAT16),
+    case(mlp, (16, 1024), 1600, "gelu_tanh", standard=BFLOAT16),
     case(linear, TOKENS, 768, 3072),
     case(attention, 16, 25, 1024, 1024, 64, True, standard=BFLOAT16),
     case(add_layer_norm, TOKENS, 768),
     case(layer_norm, TOKENS, 4096, standard=BFLOAT16),
-    case(mlp, 16, 1024, 4096, "gelu_tanh", standard=BFLOAT16),
+    case(mlp, (16, 1024), 4096, "gelu_tanh", standard=BFLOAT16),
     case(rms_norm, TOKENS, 768, standard=BFLOAT16),
-    case(gelu, TOKENS, 3072, "tanh"),
+    case(gelu, (TOKENS, 3072), "tanh"),
     case(attention, 16, 12, 1024, 1024, 64, False),
     case(linear, TOKENS, 1600, 6400),
     case(layer_norm, TOKENS, 1600, standard=BFLOAT16),
@@ -196,7 +212,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(attention, 1, 32, 16384, 16384, 128, True),
     case(rms_norm, TOKENS, 1600, standard=BFLOAT16),
     case(rms_norm, TOKENS, 4096, standard=BFLOAT16),
-    case(gelu, TOKENS, 3072, "none"),
-    case(relu, TOKENS, 3072),
+    case(gelu, (TOKENS, 3072), "none"),
+    case(relu, (TOKENS, 3072)),
 ]
 PREDICTED = tuple(GPU[i] for i in (0, 1, 2, 3, 8, 9))  # the shapes that goals.py has expectations of

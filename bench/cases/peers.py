@@ -117,7 +117,7 @@ def _xformers_attention(dims):
 def _te_attention(dims):
     import transformer_engine.pytorch as te
 
-    mask, heads = "causal" if dims["causal"] else "no_mask", (dims["H"], dims["D"])
+    mask, heads = "causal" if dims["causal"] else "no_mask", (dims["H"], dims["E"])
     module = te.DotProductAttention(*heads, attn_mask_type=mask, qkv_format="bshd", attention_dropout=0.0)
     return lambda q, k, v: module(q, k, v).unflatten(-1, heads)
 
@@ -153,7 +153,7 @@ def _apex_mlp(work, dims):
 
     if dims["activation"] != "gelu_tanh":
         raise Refused("its only activation is gelu_tanh")
-    return lambda x, *weights: fused_dense_gelu_dense_function(x.flatten(0, 1), *weights).view_as(x)
+    return lambda x, *weights: fused_dense_gelu_dense_function(x.flatten(0, -2), *weights).view_as(x)
 
 
 def _eps(x):
@@ -205,8 +205,8 @@ PEERS = {
         {
             "attention": _heads_inside(_te_attention),
             "linear": _te_module(lambda te, d, x: te.Linear(d["K"], d["N"]), ("weight", "bias")),
-            "layer_norm": _te_module(lambda te, d, x: te.LayerNorm(d["C"], eps=1e-5), ("weight", "bias")),
-            "rms_norm": _te_module(lambda te, d, x: te.RMSNorm(d["C"], eps=_eps(x)), ("weight",)),
+            "layer_norm": _te_module(lambda te, d, x: te.LayerNorm(d["N"], eps=1e-5), ("weight", "bias")),
+            "rms_norm": _te_module(lambda te, d, x: te.RMSNorm(d["N"], eps=_eps(x)), ("weight",)),
         },
         "transformer_engine.pytorch", "transformer-engine", GPU,
     ),

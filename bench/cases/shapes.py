@@ -17,15 +17,15 @@ def first_of_each_op(cases: list[Case]) -> list[Case]:
 
 def tiny(cases: list[Case]) -> list[Case]:
     """Returns the same ops on sizes that the emulator and Triton's interpreter can run."""
-    small = {"attention": {"B": 1, "H": 2, "L": 40, "S": 40, "D": 16}, "linear": {"M": 32, "K": 24, "N": 96}}
-    small["mlp"] = {"B": 1, "T": 24, "C": 32}
-    return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"N": 48, "C": 24})).values()) for c in cases))
+    small = {"attention": {"B": 1, "H": 2, "L": 40, "S": 40, "E": 16}, "linear": {"M": 32, "K": 24, "N": 96}}
+    small |= {"mlp": {"M": (1, 24), "C": 32}, "gelu": {"M": (48, 24)}, "relu": {"M": (48, 24)}}
+    return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"M": 48, "N": 24})).values()) for c in cases))
 
 
 def custom(text: str, wanted_ops) -> list[Case]:
-    """``B=1,H=12,T=512,D=64`` for every op that has these dimensions; its first case has the others.
+    """``B=1,H=12,L=512,E=64`` for every op that has these dimensions; its first case has the others.
 
-    T is L and S of attention. ValueError says what is wrong.
+    The names are those of `pygpt verify --shape`, and S is L there, too. ValueError says what is wrong.
     """
     pairs = [part.partition("=") for part in text.split(",")]
     if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
@@ -34,9 +34,8 @@ def custom(text: str, wanted_ops) -> list[Case]:
     served, known = [], []
     for first in first_of_each_op([c for c in ops.CPU if c.op in wanted_ops]):
         requested = dict(given)
-        if first.op == "attention" and "T" in requested:
-            length = requested.pop("T")
-            requested = {"L": length, "S": length} | requested
+        if first.op == "attention" and "L" in requested:
+            requested.setdefault("S", requested["L"])
         known.append(f"{first.op}: {', '.join(dimensions(first.setup))}")
         if set(requested) <= set(first.dims):
             dims = first.dims | {key: _value(key, value, first.dims[key]) for key, value in requested.items()}
@@ -55,6 +54,8 @@ def _value(key: str, text: str, default):
         if text not in WORDS[key]:
             raise ValueError(f"{key} must be one of {', '.join(WORDS[key])}; got {text!r}")
         return text == "1" if isinstance(default, bool) else text
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{key} must be a positive integer, got {text!r}")
-    return int(text)
+    sizes = text.split("x") if key == "M" else [text]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        several = " or several, such as 8x128" if key == "M" else ""
+        raise ValueError(f"{key} must be a positive integer{several}, got {text!r}")
+    return int(text) if len(sizes) == 1 else tuple(map(int, sizes))

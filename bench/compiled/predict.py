@@ -66,7 +66,7 @@ def call(kernels, row: Expected, device: str) -> Callable:
         t, lse = empty(B, H, T, D), empty(B, H, T, dtype=torch.float32)
         forward, backward = (t, t, t, causal, D**-0.5), (t, None, t, t, t, t, lse, causal, D**-0.5, [True] * 3)
     elif row.op == "mlp":
-        B, T, C, activation = args
+        (B, T), C, activation = args
         x, hidden, fc, proj = empty(B, T, C), empty(B, T, 4 * C), empty(4 * C, C), empty(C, 4 * C)
         forward = x, fc, empty(4 * C), proj, empty(C), activation
         backward = x, x, fc, proj, hidden, hidden, activation, [True] * 5
@@ -142,7 +142,7 @@ def set_trips(items: list, launch: Launch, row: Expected) -> float:
             main[0].trips = list(attention_trips(rows // launch.warps, T, step))
         return step * D * ELEMENT
     if row.op == "mlp":
-        B, T, C, _ = args
+        (B, T), C, _ = args
         trips = 8 * B * T * C * C / launch.blocks / (main[0].flop * launch.warps)
         main[0].trips = [trips, 0]
         for loop in loops:
@@ -167,7 +167,7 @@ def tile_of(launch: Launch) -> tuple[int, int]:
 
 def splits(launch: Launch, row: Expected) -> int:
     """Into how many parts K is split, which only the GEMMs of weight gradients do."""
-    B, T, C, _ = case(row).args
+    (B, T), C, _ = case(row).args
     elements = launch.blocks * math.prod(tile_of(launch))
     is_weight_gradient = row.direction == "backward" and elements not in (B * T * C, 4 * B * T * C)
     return max(1, elements // (4 * C * C)) if is_weight_gradient else 1
@@ -182,7 +182,7 @@ def memory_bytes(launch: Launch, row: Expected) -> float:
         tensors = {"attention_fwd": 4, "attention_dkdv": 6, "attention_dq": 5, "attention_delta": 2}
         return tensors.get(launch.kernel, 0) * B * H * T * D * ELEMENT
     if row.op == "mlp":
-        B, T, C, _ = args
+        (B, T), C, _ = args
         if not WORK.fullmatch(launch.kernel) or "norm" in launch.kernel:
             return 0.0
         moved = ELEMENT * (5 * B * T * C + 4 * C * C)
@@ -201,7 +201,7 @@ def preferences(launch: Launch, row: Expected) -> dict[str, float]:
         return {"LDGSTS": -1, "LDG.E.U16": -10, "SHFL": 10} if backward else {"F2FP": -1, "STG.E.128": 5}
     if launch.kernel != "mma_gemm":
         return {}
-    B, T, C, _ = case(row).args
+    (B, T), C, _ = case(row).args
     if launch.blocks * math.prod(tile_of(launch)) == 4 * B * T * C:
         backward = row.direction == "backward"  # reads pre, and stores its column sums as STG.E.128; else stores pre
         return {"MUFU": 1, "LDG.E.64": 1, "STG": -1, "STG.E.128": 2} if backward else {"MUFU": 1, "LDG.E.64": -1}

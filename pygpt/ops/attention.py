@@ -479,7 +479,7 @@ def _torchs_with_lse(q, k, v, is_causal, scale):
 
 _HOW: dict[str, Any] = {
     "inputs": ("q", "k", "v"),
-    "dims": {"B": 2, "H": 4, "L": 128, "S": "L", "E": 64, "Ev": "E", "causal": 0},
+    "dims": {"B": 2, "H": 4, "L": 128, "S": lambda d: d["L"], "E": 64, "Ev": lambda d: d["E"], "causal": 0},
     "draw": _draw,
     "cancelled": _cancelled,
 }

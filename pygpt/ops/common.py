@@ -138,7 +138,7 @@ class Spec:
 
     op: str
     inputs: tuple[str, ...]
-    dims: dict  # the keys of --shape and their defaults; a default may be the name of another key
+    dims: dict  # the keys of --shape and their defaults; a default may be a function of the other dims
     draw: Callable  # (random, dims) -> canonical arguments, in float64
     call: Callable  # the public function on canonical arguments
     shapes: tuple = ({},)  # the dims that `pygpt verify` runs without --shape

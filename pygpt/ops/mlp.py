@@ -264,7 +264,7 @@ register(
             "linear": Spec(
                 "linear",
                 inputs=("x", "weight", "bias"),
-                dims={"M": 128, "K": 256, "N": "K", "bias": 1},
+                dims={"M": 128, "K": 256, "N": lambda d: d["K"], "bias": 1},
                 draw=_draw_linear,
                 call=linear,
                 shapes=({}, {"bias": 0, "N": 33}),
@@ -287,7 +287,14 @@ register(
             "mlp": Spec(
                 "mlp",
                 inputs=("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"),
-                dims={"M": 128, "C": 128, "H": 512, "O": "C", "bias": 1, "activation": "gelu"},
+                dims={
+                    "M": 128,
+                    "C": 128,
+                    "H": lambda d: 4 * d["C"],
+                    "O": lambda d: d["C"],
+                    "bias": 1,
+                    "activation": "gelu",
+                },
                 draw=_draw_mlp,
                 call=mlp,
                 shapes=tuple({"activation": a} for a in ACTIVATIONS),

@@ -123,7 +123,7 @@ def test_one_rows_error_costs_that_row(plain, monkeypatch, capsys):
 
 
 def test_a_wrong_result_cannot_look_fast(plain, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, 8, 16)])
+    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, (8, 16))])
     wrong = replace(peers.PEERS["eager"], ops={"*": lambda work, dims: lambda x: x.relu() * 1.2})
     monkeypatch.setitem(peers.PEERS, "liger", wrong)
     assert bench(*FEW, "--peers=eager,liger", "--directions=forward") == 0
@@ -141,7 +141,7 @@ def test_an_unchecked_result_says_so(plain, monkeypatch, capsys):
         raise torch.OutOfMemoryError("no memory for float64")
 
     monkeypatch.setattr(candidates, "Reference", fails)
-    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, 8, 16)])
+    monkeypatch.setattr(ops, "CPU", [ops.case(ops.relu, (8, 16))])
     assert bench(*FEW, "--directions=forward") == 0
     assert all(entry.unchecked for entry in rows()[0].entries.values())
     assert re.search("(faster|even|slower), unchecked", capsys.readouterr().out)
@@ -389,7 +389,7 @@ def test_saved_in_a_checkout_only(plain, monkeypatch, capsys):
     first = path.read_bytes()
     assert bench(*few, "--save=part", "--budget=1e-9") == 1 and path.read_bytes() == first  # nothing measured
     assert bench(*few, "--save=part") == 0 and path.read_bytes() != first  # no history
-    for narrowed in few, (*FEW, "--quick"), (*FEW, "--shape=N=8,C=16"), (*FEW, "--directions=forward"):
+    for narrowed in few, (*FEW, "--quick"), (*FEW, "--shape=M=8,N=16"), (*FEW, "--directions=forward"):
         assert bench(*narrowed, "--save") == 2 and "name the part: --save KIND" in capsys.readouterr().err
     assert {each.name for each in folder.iterdir()} == {path.name}
 

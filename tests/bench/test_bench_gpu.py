@@ -262,7 +262,7 @@ def test_check_allows_for_a_row_that_cancels():
 
 
 def test_check_finds_who_writes_to_the_inputs():
-    work = ops.relu(torch.randn, 8, 16)
+    work = ops.relu(torch.randn, (8, 16))
     before, reference = work.tensors[0].clone(), check.Reference(work, "forward")
     with pytest.raises(Refused, match="it writes to its inputs"):
         reference.judge(lambda x: x.relu_(), work.tensors, ours=False)

@@ -13,7 +13,8 @@ from bench_small import PEAKS, TINY, options, small
 from bench.cases import gpt, ops, peers, shapes
 from bench.cases import rows as case_rows
 from bench.cases.refusal import Refused
-from bench.timing import candidates, check, clocks, memory, race
+from bench.timing import candidates, check, clocks, memory, race, results
+from pygpt import verify
 
 __all__ = ["small"]  # fixtures
 
@@ -35,11 +36,30 @@ def test_the_suite(monkeypatch):
 
 
 def test_custom_shapes():
-    (case,) = shapes.custom("T=20,H=3,causal=0", ops.OPS)
-    dims = {"B": 1, "H": 3, "L": 20, "S": 20, "D": 8, "causal": False}
+    (case,) = shapes.custom("L=20,H=3,causal=0", ops.OPS)
+    dims = {"B": 1, "H": 3, "L": 20, "S": 20, "E": 8, "causal": False}
     assert case.shape == "B1 H3 T20 D8 full" and case.dims == dims
-    assert [c.shape for c in shapes.custom("N=5", ops.OPS)] == ["8 x 16 -> 5", "5 x 16", "5 x 16"]
-    assert shapes.custom("L=1,T=9", ["attention"])[0].shape == "B1 H2 L1 S9 D8 causal"
+    assert [c.shape for c in shapes.custom("M=2x3", ops.OPS)] == ["2 x 3 x 16 -> 24", "2 x 3 x 16", "2 x 3"]
+    assert shapes.custom("L=1,S=9", ["attention"])[0].shape == "B1 H2 L1 S9 D8 causal"
+
+
+def test_dimensions_are_named_as_in_verify(monkeypatch):
+    monkeypatch.undo()
+    for case in shapes.first_of_each_op(ops.CPU):
+        assert set(ops.dimensions(case.setup)) <= set(verify.SPECS[case.op].dims)
+        work, sizes = case.setup(lambda *shape: torch.empty(shape, device="meta"), *case.args), dict(case.dims)
+        drawn = verify.SPECS[case.op].draw(
+            lambda *shape: torch.empty(shape, device="meta"), verify.complete(case.op, sizes)
+        )
+        assert [t.shape for t in work.tensors] == [t.shape for t in drawn if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("folder", [results.RESULTS, results.RESULTS / "sweep"])
+def test_rows_keep_their_names(folder, monkeypatch):
+    """Names of rows in saved results are still those of the suite, so that runs can be compared."""
+    monkeypatch.undo()
+    known = {row.op + row.shape for path in folder.glob("*.json") for row in results.results(results.read(path))}
+    assert known and {c.op + c.shape for c in (*ops.CPU, *gpt.CASES, *shapes.sweep(shapes.SWEEP[-1]))} >= known
 
 
 class FakeClock(clocks.CpuClock):
@@ -63,7 +83,7 @@ def test_turns_are_fair():
 
 def test_candidates_take_turns_with_inputs(monkeypatch):
     o, seen = options("--ops=relu"), {"eager": [], "torch": []}
-    work, drawn = ops.relu(torch.randn, 8, 16), []
+    work, drawn = ops.relu(torch.randn, (8, 16)), []
     for name, pick in (("eager", "eager"), ("torch", "ours")):
         record = lambda x, n=name: seen[n].append(x.data_ptr()) or x.relu()
         work = replace(work, **{pick: record})
@@ -98,7 +118,7 @@ def test_the_slow_are_in_few_rounds(blocks, rounds, monkeypatch):
 def test_a_slow_peer_is_called_four_times(monkeypatch):
     """A call can take half a minute: once for its results, its time, its memory, and against ours."""
     calls, eager = [], lambda x: calls.append(x.dtype) or x.relu()
-    work = replace(ops.relu(torch.randn, 8, 16), eager=eager)
+    work = replace(ops.relu(torch.randn, (8, 16)), eager=eager)
     monkeypatch.setattr(clocks.CpuClock, "estimate", lambda self, call: call() or 20.0)
     o = options()
     clock, row = clocks.CpuClock(), case_rows.Row(ops.Case(lambda make: work, (), ""), "float32", "forward")
@@ -212,8 +232,8 @@ FAKES = {
     "transformer-engine": {"transformer_engine.pytorch": vars(TransformerEngine)},
 }
 SHAPES = [
-    *TINY[:4], ops.case(ops.mlp, 2, 3, 8, "gelu_tanh"), ops.case(ops.add_layer_norm, 4, 8),
-    ops.case(ops.rms_norm, 4, 8), ops.case(ops.gelu, 4, 8, "none"), ops.case(ops.gelu, 4, 8, "tanh"), TINY[4],
+    *TINY[:4], ops.case(ops.mlp, (2, 3), 8, "gelu_tanh"), ops.case(ops.add_layer_norm, 4, 8),
+    ops.case(ops.rms_norm, 4, 8), ops.case(ops.gelu, (4, 8), "none"), ops.case(ops.gelu, (4, 8), "tanh"), TINY[4],
 ]  # fmt: skip
 
 
@@ -226,7 +246,7 @@ def agrees(peer, case, direction="forward"):
 
 
 def test_another_computation():
-    reference = check.Reference(ops.relu(torch.ones, 1, 4), "forward")
+    reference = check.Reference(ops.relu(torch.ones, (1, 4)), "forward")
 
     def fine(got, eager=1.0):
         reference.eager = (torch.full((1, 4), eager),)
@@ -265,7 +285,7 @@ def test_adapters_of_pytorch():
         peer = peers.PEERS[name]
         assert all(agrees(peer, case, way) for case in SHAPES if peer.serves(case.op) for way in ops.DIRECTIONS)
     with pytest.raises(Refused, match="GB for copies of the scores"):
-        huge = {"B": 1, "H": 64, "L": 1 << 18, "S": 1 << 18, "D": 8, "causal": True}
+        huge = {"B": 1, "H": 64, "L": 1 << 18, "S": 1 << 18, "E": 8, "causal": True}
         peers.PEERS["sdpa-math"].function("attention", "forward", SimpleNamespace(tensors=[torch.ones(1)]), huge)
 
 
