@@ -143,12 +143,12 @@ def _elementwise(kernel, configs, name, *inputs, order=None):
 
 def gelu_fwd(x, approximate):
     """x (...) -> y (...)."""
-    return _elementwise(activation_fwd_kernel, FWD, gelu_name(approximate), x)
+    return _elementwise(activation_fwd_kernel, FWD, gelu_name("gelu_fwd", approximate), x)
 
 
 def gelu_bwd(dy, x, approximate):
     """dy, x (...) -> dx (...)."""
-    return _elementwise(activation_bwd_kernel, BWD, gelu_name(approximate), dy, x)
+    return _elementwise(activation_bwd_kernel, BWD, gelu_name("gelu_bwd", approximate), dy, x)
 
 
 def relu_fwd(x):

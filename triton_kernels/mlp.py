@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pygpt.ops.activation import SAVES_INPUT
+from pygpt.ops.activation import SAVES_INPUT, known
 
 from .activation import activate, backpropagate
 from .common import (
@@ -282,7 +282,7 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
     x2, H = rows_of(x), fc_weight.shape[0]
     hidden = empty(x, *x.shape[:-1], H)
     pre = empty(hidden, *hidden.shape) if activation in SAVES_INPUT else None
-    epilogue = Epilogue(bias=contiguous(fc_bias), pre=pre, activation=activation)
+    epilogue = Epilogue(bias=contiguous(fc_bias), pre=pre, activation=known("mlp_fwd", activation))
     _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), epilogue)
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, x.new_empty(0) if pre is None else pre
 
@@ -296,7 +296,7 @@ def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
         dpre = empty(x, *hidden2.shape)
         lines = triton.cdiv(dpre.shape[0], SUM_ROWS)
         sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias else None
-        saved = pre if activation in SAVES_INPUT else hidden
+        saved = pre if known("mlp_bwd", activation) in SAVES_INPUT else hidden
         _gemm(dy2, proj_weight, dpre, Epilogue(saved=saved.contiguous(), row_sums=sums, activation=activation))
     return (
         _if(need_x, lambda: _gemm(dpre, fc_weight, empty(x, *x2.shape)).view(x.shape), x),

@@ -63,8 +63,18 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable, Callable]] = {
 SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu's derivative follows from its output
 
 
-def gelu_name(approximate):
+def gelu_name(op, approximate):
+    """The name in ACTIVATIONS. Raises what the compiled kernels raise for another value."""
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"pygpt.{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
     return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def known(op, activation):
+    """The same for a name in ACTIVATIONS."""
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f"pygpt.{op}: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return activation
 
 
 def gelu_composite(x, approximate):
@@ -73,11 +83,12 @@ def gelu_composite(x, approximate):
 
 
 def gelu_fwd(x: Tensor, approximate: str) -> Tensor:
-    return laid_out(ACTIVATIONS[gelu_name(approximate)][1](acc(x)), dense_strides(x.shape, x.stride()), x.dtype)
+    y = ACTIVATIONS[gelu_name("gelu_fwd", approximate)][1](acc(x))
+    return laid_out(y, dense_strides(x.shape, x.stride()), x.dtype)
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
-    dx = ACTIVATIONS[gelu_name(approximate)][2](acc(dy), acc(x))
+    dx = ACTIVATIONS[gelu_name("gelu_bwd", approximate)][2](acc(dy), acc(x))
     return laid_out(dx, dense_strides(x.shape, dy.stride(), x.stride()), x.dtype)
 
 

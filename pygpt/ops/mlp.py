@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Call, Op, call, lookup, register
-from .activation import ACTIVATIONS, SAVES_INPUT
+from .activation import ACTIVATIONS, SAVES_INPUT, known
 from .common import (
     Spec,
     acc,
@@ -118,7 +118,7 @@ def mlp_fwd(
     """-> y (..., O), hidden (..., H) after the activation, pre (..., H) before it (SAVES_INPUT only)."""
     pre = acc(x) @ acc(fc_weight).mT
     pre = pre if fc_bias is None else pre + acc(fc_bias)
-    hidden = ACTIVATIONS[activation][1](pre).to(x.dtype)
+    hidden = ACTIVATIONS[known("mlp_fwd", activation)][1](pre).to(x.dtype)
     saved = pre.to(x.dtype) if activation in SAVES_INPUT else x.new_empty(0)
     return linear_fwd(hidden, proj_weight, proj_bias), hidden, saved
 
@@ -130,7 +130,7 @@ def mlp_bwd(
     """-> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias."""
     dy2, x2, h2 = (acc(rows(t)) for t in (dy, x, hidden))
     saved = acc(rows(pre)) if activation in SAVES_INPUT else h2
-    dpre = ACTIVATIONS[activation][2](dy2 @ acc(proj_weight), saved)
+    dpre = ACTIVATIONS[known("mlp_bwd", activation)][2](dy2 @ acc(proj_weight), saved)
     grads = ((dpre @ acc(fc_weight)).view(x.shape), dpre.mT @ x2, dpre.sum(0), dy2.mT @ h2, dy2.sum(0))
     return wanted(needs, grads, x)
 

@@ -70,6 +70,17 @@ def test_backward_ops_refuse_a_derivative(op, dims, generator):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", ["gelu", "mlp"])
+def test_an_unknown_name_is_refused_by_kernels_and_fake_kernels_alike(op, device, kernels, generator):
+    args, grads = verify.draw(op, cases.TINY[op], torch.float32, generator)
+    for name, arguments in cases.kernel_calls(op, args, grads, torch.ops.pygpt):
+        arguments = [a.to(device) if isinstance(a, torch.Tensor) else "swish" if isinstance(a, str) else a
+                     for a in arguments]  # fmt: skip
+        with pytest.raises(RuntimeError, match=rf"pygpt.{name}: .*(approximate must be|unknown activation).*'swish'"):
+            getattr(torch.ops.pygpt if device == "meta" else kernels, name)(*arguments)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_what_only_backward_reads_is_not_differentiable(op, generator):
     args, _ = verify.draw(op, cases.TINY[op], torch.float32, generator)
