@@ -118,6 +118,11 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     return tuple(next(gradients) if need else None for need in needs)
 
 
+def savable(t: Tensor | None) -> Tensor | None:
+    """``t``, or a copy where it is an inference tensor, which cannot be saved for backward."""
+    return t.clone() if t is not None and t.is_inference() else t
+
+
 def unread(like: Tensor, *shape) -> Tensor:
     """A stand-in for a tensor that was not saved, as no wanted gradient reads it. One row, expanded.
 

@@ -23,6 +23,7 @@ from .common import (
     lead,
     only,
     rows,
+    savable,
     unread,
     wanted,
 )
@@ -53,7 +54,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x, weight, bias):
         ctx.kernels, ctx.leading = kernels, x.shape[:-1]
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)  # only dW reads x
+        ctx.save_for_backward(x if weight.requires_grad else None, savable(weight))  # only dW reads x
         ctx.set_materialize_grads(False)
         return kernels.linear_fwd(x, weight, bias)
 
@@ -144,7 +145,7 @@ class MLP(torch.autograd.Function):
         y, hidden, pre = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
         if not proj_weight.requires_grad and activation in SAVES_INPUT:
             hidden = None  # only dproj_weight reads it
-        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, hidden, pre)
+        ctx.save_for_backward(x, fc_weight, savable(fc_bias), proj_weight, hidden, pre)
         ctx.set_materialize_grads(False)
         return y
 

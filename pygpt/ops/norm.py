@@ -28,6 +28,7 @@ from .common import (
     lead,
     only,
     rows,
+    savable,
     unread,
     wanted,
 )
@@ -178,7 +179,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, kernels, x, weight, eps):
         ctx.kernels, ctx.eps = kernels, eps
         y, rstd = kernels.rms_norm_fwd(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(savable(x), weight, rstd)
         ctx.set_materialize_grads(False)
         return y
 

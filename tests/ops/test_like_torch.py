@@ -1,6 +1,7 @@
 """What torch.nn.functional accepts, pygpt.functional accepts with the same result, on torch's own OpInfo samples."""
 
 from functools import partial
+from itertools import product
 
 import cases
 import pytest
@@ -126,6 +127,34 @@ def test_irregular_calls(_, function, args):
     assert_like_torch(name, SampleInput(args[0], args=args[1:], kwargs=kwargs))
     floats = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     assert_like_torch(name, SampleInput(floats[0], args=tuple(floats[1:]), kwargs=kwargs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_tensors_outside_inference_mode(name):
+    """PyTorch refuses to save one for backward. Where it saves none, ours accepts the call, too."""
+    shapes = {"linear": [(3, 4), (5, 4), (5,)], "scaled_dot_product_attention": [(1, 2, 3, 8)] * 3}.get(name)
+    shapes = shapes or [(3, 4), *[(4,)] * (name.count("norm") + (name == "layer_norm"))]
+    between = [(4,)] if "norm" in name else []
+    accepted = 0
+    for kinds in product(("plain", "trained", "inference"), repeat=len(shapes)):
+        with torch.inference_mode():
+            made = [torch.randn(shape) for shape in shapes]
+        plain = [t if kind == "inference" else t.clone() for kind, t in zip(kinds, made, strict=True)]
+        tensors = [t.requires_grad_(kind == "trained") for kind, t in zip(kinds, plain, strict=True)]
+        leaves = [t for t in tensors if t.requires_grad]
+
+        def gradients(function, tensors=tensors, leaves=leaves):
+            out = function(tensors[0], *between, *tensors[1:])
+            return torch.autograd.grad(out.sum(), leaves) if leaves else ()
+
+        try:
+            want = gradients(getattr(F, name))
+        except RuntimeError:
+            continue
+        for _ in range(2):  # the second call may be served from the dispatch cache
+            torch.testing.assert_close(gradients(getattr(functional, name)), want)
+        accepted += "inference" in kinds
+    assert accepted
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
