@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear
+from .reference import ACTIVATIONS
 
 
 @dataclass
 class GPTConfig:
     """The shape of a `GPT`. The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64.
 
-    ``bias`` is for every Linear and LayerNorm. Impossible shapes raise ValueError.
+    ``bias`` is for every Linear and LayerNorm, and ``activation`` is one of `pygpt.nn.MLP`'s. A value that is not
+    allowed raises ValueError.
     """
 
     vocab_size: int = 50304
@@ -35,9 +38,15 @@ class GPTConfig:
     activation: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pygpt.GPTConfig: {name} must be positive, got {getattr(self, name)}")
+        sizes = "vocab_size", "block_size", "n_layer", "n_head", "n_embd"
+        fields = dict.fromkeys(sizes, (lambda n: isinstance(n, Integral) and int(n) >= 1, "a positive integer")) | {
+            "dropout": (lambda p: isinstance(p, Real) and 0 <= float(p) <= 1, "a probability"),
+            "bias": (lambda flag: flag in (True, False), "True or False"),
+            "activation": (lambda name: name in tuple(ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}"),
+        }
+        for name, (is_allowed, allowed) in fields.items():
+            if not is_allowed(value := getattr(self, name)):
+                raise ValueError(f"pygpt.GPTConfig: {name} must be {allowed}, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"pygpt.GPTConfig: n_embd {self.n_embd} does not divide by n_head {self.n_head}")
 
@@ -132,7 +141,8 @@ class GPT(nn.Module):
 
         With targets (B, T) these are logits (B, T, V) and their mean cross-entropy; negative targets are ignored.
         Without targets they are the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds
-        the positions that follow the cached ones. Shapes that do not fit the configuration raise ValueError.
+        the positions that follow the cached ones. Shapes that do not fit the configuration raise ValueError, and ids
+        that do not fit the vocabulary raise IndexError on a CPU.
         """
         start = caches[0].length if caches else 0
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size - start:
@@ -142,7 +152,12 @@ class GPT(nn.Module):
             raise ValueError(f"pygpt.GPT: targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         t = self.transformer
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x, delta = t.drop(t.wte(idx) + t.wpe(positions)), None
+        try:
+            embedded = t.wte(idx)
+        except IndexError:  # on a GPU, PyTorch asserts on the device
+            ids, size = f"from {idx.min()} to {idx.max()}", self.config.vocab_size
+            raise IndexError(f"pygpt.GPT: idx has ids {ids}, vocab_size is {size}") from None
+        x, delta = t.drop(embedded + t.wpe(positions)), None
         for i, block in enumerate(t.h):
             x, delta = block(x, delta, caches[i] if caches else None)
         if targets is None:

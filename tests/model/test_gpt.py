@@ -403,13 +403,23 @@ def test_autocast(dtype, backend):
         (lambda m: m.generate(tokens(1, 2), 3, temperature=-1), "temperature must be >= 0"),
         (lambda m: m.generate(tokens(1, 2), 3, top_k=0), "top_k >= 1"),
         (lambda m: GPTConfig(n_embd=10, n_head=3), "n_embd 10 does not divide by n_head 3"),
-        (lambda m: GPTConfig(n_layer=0), "n_layer must be positive, got 0"),
-        (lambda m: GPT(dataclasses.replace(TINY, activation="swish")), "unknown activation"),
+        (lambda m: GPTConfig(n_layer=0), "n_layer must be a positive integer, got 0"),
+        (lambda m: GPTConfig(n_embd=24.0), "n_embd must be a positive integer, got 24.0"),
+        (lambda m: GPTConfig(dropout=3), r"dropout must be a probability, got 3"),
+        (lambda m: GPTConfig(dropout="0.1"), "dropout must be a probability, got '0.1'"),
+        (lambda m: GPTConfig(bias=None), "bias must be True or False, got None"),
+        (lambda m: GPTConfig(activation="foo"), "activation must be one of gelu, .*relu2, got 'foo'"),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(GPT(TINY))
+
+
+@pytest.mark.parametrize("ids", [[0, 37], [-1, 5]])
+def test_ids_outside_the_vocabulary(ids):
+    with pytest.raises(IndexError, match=f"idx has ids from {min(ids)} to {max(ids)}, vocab_size is 37"):
+        GPT(TINY)(torch.tensor([ids]))
 
 
 # ------------------------------------------------------------------------------- transformers' weights
