@@ -25,12 +25,14 @@ ABANDONED = 3600.0  # seconds without a write after which a temporary file count
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a path to write; on success it is synced to disk and moved to ``path``. OSError names ``path``.
 
-    The yielded path is in a new temporary folder beside ``path``, so that no two writers share a file. What a killed
-    writer leaves, safetensors' own temporary file included, is removed later.
+    Where that is a symbolic link, its target is replaced. The yielded path is in a new temporary folder beside the
+    file, so that no two writers share one. What a killed writer leaves, safetensors' own temporary file included, is
+    removed later.
     """
+    target = Path(os.path.realpath(path))
     try:
-        _remove_leftovers(path.parent, time.time() - ABANDONED)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        _remove_leftovers(target.parent, time.time() - ABANDONED)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=target.parent, ignore_cleanup_errors=True) as folder:
             temporary = Path(folder, path.name)
             temporary.touch()
             mode = temporary.stat().st_mode
@@ -38,9 +40,9 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.chmod(mode)  # safetensors makes the file readable by its owner only
             with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         if os.name == "posix":  # the rename is durable once the folder is synced
-            parent = os.open(path.parent, os.O_RDONLY)
+            parent = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(parent)
             finally:

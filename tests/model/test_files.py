@@ -64,6 +64,19 @@ def test_a_file_keeps_its_mode_and_its_name_in_errors(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "plain"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links need a privilege on Windows")
+def test_a_symbolic_link_stays_one(tmp_path):
+    for folder in ("run", "disk"):
+        (tmp_path / folder).mkdir()
+    link, target = tmp_path / "run" / "file", tmp_path / "disk" / "other"
+    link.symlink_to(Path("..", "disk", "other"))
+    for text in ("new", "again"):  # at first the link dangles
+        with atomic(link) as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink() and target.read_text() == text and not target.is_symlink()
+    assert os.listdir(link.parent) == ["file"] and os.listdir(target.parent) == ["other"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits and signals of POSIX")
 def test_a_full_disk_names_the_file(tmp_path):
     """A limit on the size of files stands for the full disk."""
