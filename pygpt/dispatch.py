@@ -189,14 +189,19 @@ TABLE: dict[str, Backend] = _Table()  # backends.py fills it
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer of `explain`: the backend that serves the call, or None, and the reasons of each that does not."""
+    """The answer of `explain`: the backend that serves the call, or None, and the reasons of each that does not.
+
+    Where no kernel takes the call, ``backend`` is "torch", and the call raises ``error`` unless PyTorch takes it.
+    """
 
     op: str
     backend: str | None
     rejected: dict[str, list[str]]
+    error: Exception | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend'}"]
+        unless = " (if PyTorch takes the call, which no kernel does)" if self.error and self.backend else ""
+        lines = [f"{self.op}: {self.backend or 'no backend'}{unless}"]
         return "\n".join(lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()])
 
 
@@ -268,8 +273,8 @@ def choose(
         elif reasons := _objections(row, op, tensors, features, error):
             rejected[row.name] = reasons
         else:
-            return Choice(op, row.name, rejected)
-    return Choice(op, None, rejected)
+            return Choice(op, row.name, rejected, error)
+    return Choice(op, None, rejected, error)
 
 
 def pick(op: str, tensors: Sequence[Tensor], features: Collection[str] = (), error: Exception | None = None) -> Backend:
@@ -299,12 +304,16 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
 
     ``op`` is a function of `pygpt.functional`, its name, or the op's name in ``pygpt info``; another one raises
     ValueError. The result is a `pygpt.Choice`. Nothing is computed. ``print(pygpt.explain("layer_norm", x, (768,)))``
-    shows the choice in lines.
+    shows the choice in lines. Bad arguments raise what the call itself would raise.
     """
     known = ops_by_name()
     known_op = known.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.public is op), None)
     if known_op is None:
         raise ValueError(f"pygpt.explain: unknown op {op!r}; known: {', '.join(known)}")
+    try:
+        inspect.signature(known_op.public).bind(*args, **kwargs)
+    except TypeError as e:
+        raise TypeError(f"pygpt.{known_op.public.__name__}: {e}") from None
     prepared = autocast(known_op, known_op.prepare(*args, **kwargs))
     return choose(known_op.name, _tensors(prepared.args), prepared.features, prepared.error)
 

@@ -100,7 +100,24 @@ def test_explain_refuses_what_is_no_op(op):
 def test_explain_passes_on_bad_arguments():
     with pytest.raises(ValueError, match="layer_norm: normalized_shape"):
         pygpt.explain("layer_norm", X, (7,))
+    with pytest.raises(TypeError, match=r"^pygpt.layer_norm: missing a required argument: 'input'"):
+        pygpt.explain("layer_norm")
+    with pytest.raises(TypeError, match=r"^pygpt.relu: got an unexpected keyword argument 'p'"):
+        pygpt.explain(functional.relu, X, p=1)
     assert functional.relu(X).shape == X.shape
+
+
+def test_explain_says_what_depends_on_pytorch(compiled):
+    """Which takes relu of integers, and no layer_norm of them."""
+    x, why = X.long(), "input must be floating point, got torch.int64"
+    for op, args in (("relu", (x,)), ("layer_norm", (x, (8,)))):
+        choice = pygpt.explain(op, *args)
+        assert choice.backend == "torch" and f"{op}: torch (if PyTorch takes the call" in str(choice)
+        assert why in str(choice.error) and choice.rejected[compiled] == [str(choice.error)]
+    assert torch.equal(functional.relu(x), x.relu())
+    with pytest.raises(TypeError, match=why):
+        functional.layer_norm(x, (8,))
+    assert pygpt.explain("relu", X).error is None
 
 
 @pytest.mark.parametrize("op", OPS)
