@@ -49,6 +49,7 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm on `pygpt.functional.rms_norm`; ``input (..., *normalized_shape)``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Returns the norm of ``input (..., *normalized_shape)``, of the same shape."""
         if torch.jit.is_scripting():
             return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
         return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)
@@ -62,6 +63,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """``input (..., in_features)`` -> ``(..., out_features)``."""
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
         return functional.linear(input, self.weight, self.bias)
@@ -150,6 +152,7 @@ class MLP(nn.Module):
         self.c_proj.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x (..., embed_dim)`` -> ``(..., embed_dim)``."""
         fc, proj = self.c_fc, self.c_proj
         if _is_unmodified_linear(fc) and _is_unmodified_linear(proj):
             y = functional.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.activation)
@@ -233,7 +236,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj.reset_parameters()
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Returns (B, T, embed_dim). With a cache, x holds the positions that follow the cached ones.
+        """``x (B, T, embed_dim)`` -> ``(B, T, embed_dim)``; with a cache, x holds the positions that follow its own.
 
         Another shape of x raises ValueError.
         """

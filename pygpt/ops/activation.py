@@ -151,8 +151,9 @@ class ReLU(torch.autograd.Function):
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """Returns x Phi(x), where Phi is the standard normal distribution function (Hendrycks and Gimpel 2016).
 
-    ``approximate="tanh"`` takes GPT-2's approximation of Phi. ``input`` has any shape, and the result has the same
-    shape, dtype and order of strides. Another value of ``approximate`` raises ValueError.
+    ``approximate="tanh"`` takes the same paper's approximation, which GPT-2 has:
+    0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). ``input`` has any shape, and the result has the same shape, dtype
+    and order of strides. Another value of ``approximate`` raises ValueError, an input of a wrong type TypeError.
     """
     kernel = lookup("gelu", input)
     if kernel is None or approximate not in ("none", "tanh"):
@@ -169,7 +170,11 @@ def _prepare_gelu(input, approximate="none") -> Call:
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """Returns max(x, 0). ``input`` has any shape. With ``inplace`` the result replaces it, by PyTorch's own op."""
+    """Returns max(x, 0), element by element.
+
+    ``input`` has any shape, and the result has the same shape, dtype and order of strides. With ``inplace`` the result
+    replaces the input. PyTorch's own op serves that, and integers. An input of a wrong type raises TypeError.
+    """
     kernel = None if inplace else lookup("relu", input)
     return call("relu", input, inplace) if kernel is None else kernel(input)
 

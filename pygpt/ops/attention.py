@@ -235,8 +235,10 @@ def scaled_dot_product_attention(
     ``(..., Hq, L, Ev)``. The leading dimensions broadcast, and so does a single head of key and value. The result is
     laid out in memory as query is. All tensors have one dtype: float64, float32, bfloat16 or float16.
 
-    - ``attn_mask`` is boolean (True: may attend) or floating, and broadcasts to ``(..., Hq, L, S)``. It may also be
-      ``torch.nn.attention.bias.causal_lower_right(L, S)``.
+    - ``attn_mask`` is boolean (True: may attend) or floating (added to the scores), and broadcasts to
+      ``(..., Hq, L, S)``. Together with ``is_causal`` or ``window``, a query attends to the keys that all allow. It may
+      also be ``torch.nn.attention.bias.causal_lower_right(L, S)``, which is causal along j = i + S - L instead of j = i
+      and excludes ``is_causal``.
     - ``is_causal``: query i attends to keys j <= i, aligned top-left as in torch. For L = 3 and S = 5::
 
           i=0  1 . . . .
@@ -246,13 +248,15 @@ def scaled_dot_product_attention(
     - ``dropout_p`` is the probability with which an attention weight is dropped.
     - ``scale`` is 1 / sqrt(E) by default.
     - ``enable_gqa`` lets Hq be a multiple of Hkv.
-    - ``window=(left, right)`` gives inclusive distances along the causal diagonal; -1 is unlimited.
-    - ``alibi_slopes`` ``(Hq,)`` or ``(B, Hq)`` adds -slope * distance to that diagonal (Press et al. 2021).
+    - ``window=(left, right)``: query i attends to keys i - left <= j <= i + right; -1 is unlimited. Its diagonal j = i
+      starts top-left also where L and S differ. Only causal_lower_right moves it, too: j = i + S - L.
+    - ``alibi_slopes`` ``(Hq,)`` or ``(B, Hq)`` adds -slope * distance to the same diagonal (Press et al. 2021).
     - ``softcap`` c > 0 makes a score c * tanh(score / c), before masks.
     - ``return_lse`` also returns lse ``(..., Hq, L)``, the natural logarithm of each row's sum of exponentials. It is
       float32 (float64 for float64) and differentiable.
 
-    A fully masked row gives output 0, lse -inf and gradients 0. Shapes that do not fit raise ValueError.
+    A fully masked row gives output 0, lse -inf and gradients 0. Shapes and values that do not fit raise ValueError.
+    Unequal dtypes and wrong types, such as integer tensors, raise TypeError.
     """
     kernel = lookup("attention", query, key, value)
     features = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None

@@ -77,7 +77,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     ``input (..., K)``, ``weight (N, K)`` and ``bias (N,)`` or None give ``(..., N)``. Products are summed in float32
     (float64 for float64). What torch.nn.functional.linear takes beyond that, it serves itself: a vector as weight, a
-    bias that broadcasts, integer and complex tensors. Shapes that torch does not take either raise ValueError.
+    bias that broadcasts, integer and complex tensors. Shapes that torch does not take either raise ValueError, and
+    dtypes and types that it does not take raise TypeError.
     """
     kernel = lookup("linear", input, weight, bias)
     if kernel is None or _misfit("linear", input.shape, weight.shape, bias):
@@ -178,7 +179,7 @@ def mlp(
     ``input (..., C)``, ``fc_weight (H, C)``, ``fc_bias (H,)`` or None, ``proj_weight (O, H)`` and ``proj_bias (O,)`` or
     None give ``(..., O)``. ``activation`` is "gelu" (exact), "gelu_tanh", "relu" or "relu2" (relu squared; So et al.
     2021). The bias and the activation run in the first product's epilogue. Another activation, or shapes that do not
-    fit, raise ValueError.
+    fit, raise ValueError. Unequal dtypes and wrong types, such as integer tensors, raise TypeError.
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
     kernel = lookup("mlp", *args)

@@ -206,7 +206,7 @@ def layer_norm(
 
     ``input`` has shape ``(..., *normalized_shape)``, and so has the result, in input's dtype. ``weight`` and ``bias``
     have shape ``normalized_shape`` or are None. Mean and variance are float32 (float64 for float64). Shapes that do not
-    fit raise ValueError.
+    fit raise ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("layer_norm", input, weight, bias)
     n = 0 if kernel is None else _dims(input, normalized_shape, eps, weight, bias)
@@ -229,7 +229,7 @@ def add_layer_norm(
 
     ``input`` and ``residual`` have one shape, ``(..., *normalized_shape)``, and so have both results. Their dtypes are
     promoted as by addition. ``weight``, ``bias`` and ``eps`` are those of `layer_norm`. Shapes that do not fit raise
-    ValueError.
+    ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("add_layer_norm", input, residual, weight, bias)
     n = 0 if kernel is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
@@ -248,7 +248,8 @@ def rms_norm(
 
     ``input`` has shape ``(..., *normalized_shape)``, and so has the result, in input's dtype and channels_last where
     the input is. ``weight`` has shape ``normalized_shape`` or is None. ``eps`` is by default the machine epsilon of the
-    dtype, of float32 for the 16-bit types, as torch's. Shapes that do not fit raise ValueError.
+    dtype, of float32 for the 16-bit types, as torch's. Shapes that do not fit raise ValueError, wrong types,
+    such as integer tensors, TypeError.
     """
     kernel = lookup("rms_norm", input, weight)
     if kernel is None or (input.dim() > 3 and not input.is_contiguous()):  # the input may be channels_last
