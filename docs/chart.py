@@ -1,10 +1,11 @@
-"""Draws the README's chart and writes the first table of docs/performance.md, from the runs saved in bench/results/.
+"""Draws the README's chart and writes two tables of docs/performance.md, from the runs saved in bench/results/.
 
     python docs/chart.py
 
 A figure is PyTorch eager's time over ours, forward and backward together, at the first shape of an op. The chart shows
 the longest run of the newest day. Its axis is logarithmic and starts at 1, where both take equally long. The table has
-a line for each machine, instruction set and dtype, taken from the newest run that got at least 90 % of its cores.
+a line for each machine, instruction set and dtype, taken from the newest run that got at least 90 % of its cores. The
+other table has every row whose newest measurement is slower than PyTorch eager's, by more than the two spread.
 """
 
 import json
@@ -15,12 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the checkout, whose bench/ this reads
 
+from bench.timing import results
 from bench.timing.results import RESULTS, recency
 
 COLOURS = {"float32": "#30638e", "bfloat16": "#d1495b"}
 LEFT, TOP, ROW, BAR, RIGHT, WIDTH = 300, 62, 34, 13, 60, 720  # pixels
 OPS = "attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu", "gpt"
 BEGIN, END = "<!-- machines: written by docs/chart.py -->", "<!-- end of machines -->"
+BEGIN_SLOWER, END_SLOWER = "<!-- slower: written by docs/chart.py -->", "<!-- end of slower -->"
 
 
 def saved_runs() -> list[dict]:
@@ -77,10 +80,28 @@ def table(runs: list[dict]) -> str:
     return "\n".join([head, "|---" * (3 + len(OPS)) + "|", *sorted(cells)])
 
 
-def with_table(page: str, runs: list[dict]) -> str:
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{begin}\n{table(runs)}\n{end}{after}"
+def slower(runs: list[dict]) -> str:
+    """A line for each machine, instruction set and row."""
+    ours = {}
+    for run in runs:
+        about = run["pygpt"]["machine"]
+        for row in results.results(run):
+            if {"cpp", "eager"} <= row.entries.keys():
+                ours[about["cpu"].replace("(R)", ""), about["isa_ours"], str(row)] = row
+    lines = [
+        f"| {' | '.join([cpu, isa, row.op, row.shape, row.dtype, row.direction, f'{row.ratio(cpp):.2f}'])} |"
+        for (cpu, isa, _), row in sorted(ours.items())
+        if results.compared(cpp := row.entries["cpp"], row.entries["eager"]) == "slower"
+    ]
+    head = "| machine | instruction set | op | shape | dtype | direction | ratio |"
+    return "\n".join([head, "|---" * 7 + "|", *lines])
+
+
+def with_tables(page: str, runs: list[dict]) -> str:
+    for begin, end, text in ((BEGIN, END, table(runs)), (BEGIN_SLOWER, END_SLOWER, slower(runs))):
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 # ------------------------------------------------------------------------------- the chart
@@ -136,4 +157,4 @@ def draw(run: dict) -> str:
 if __name__ == "__main__":
     runs, page = saved_runs(), HERE / "performance.md"
     (HERE / "speed.svg").write_text(draw(newest(runs)), encoding="utf-8")
-    page.write_text(with_table(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), runs), encoding="utf-8")

@@ -33,7 +33,7 @@ def test_the_chart_is_drawn_from_the_saved_run(chart):
 
 def test_the_table_of_machines_is_of_the_saved_runs(chart):
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert page.count("AMD EPYC |") >= 3 and chart.with_table(page, chart.saved_runs()) == page
+    assert page.count("AMD EPYC |") >= 3 and chart.with_tables(page, chart.saved_runs()) == page
 
 
 def test_the_first_sentence_has_the_charts_figures(chart):
