@@ -24,6 +24,7 @@ BACKENDS = "torch", "cpp"
 ByBackend = dict[str, list[float]]
 CALIBRATION = 10  # the first steps of each, which are timed to find how many fit into --seconds
 TOGETHER = 0.3  # the share of --seconds in which both train
+UNDISTURBED = 0.75  # a main thread that has less of its time on a core waits for cores that others use
 PROMPT, TEMPERATURE = "def ", 0.5
 
 
@@ -95,7 +96,7 @@ def _train_together(trainers: dict[str, Trainer], args: argparse.Namespace) -> t
     """Steps the trainers in turn -> losses and seconds per step, and how many steps pygpt's kernels are to train on."""
     losses: ByBackend = {name: [] for name in trainers}
     seconds: ByBackend = {name: [] for name in trainers}
-    start = time.perf_counter()
+    start, computing = time.perf_counter(), time.thread_time()
 
     def both() -> None:
         for name in reversed(trainers) if len(losses["cpp"]) % 2 else trainers:
@@ -121,6 +122,9 @@ def _train_together(trainers: dict[str, Trainer], args: argparse.Namespace) -> t
             both()
             speeds = ", ".join(f"{name} {per_step / median(s[-20:]):,.0f}" for name, s in seconds.items())
             progress.update(len(losses["cpp"]), f"loss {losses['cpp'][-1]:.4f}  {speeds} tokens/s")
+    share = (time.thread_time() - computing) / (time.perf_counter() - start)
+    if share < UNDISTURBED:
+        print(f"training had its cores for only {share:.0%} of this time: the speeds below mean little")
     return losses, seconds, alone
 
 

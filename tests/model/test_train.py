@@ -387,14 +387,20 @@ def test_demo(text, tmp_path, capsys):
     assert cli.main(["generate", str(out), "--max-new-tokens=3"]) == 0
 
 
-def test_demo_trains_on_alone(text, tmp_path, capsys, monkeypatch):
-    """By a clock that advances by 0.05 s each time it is read: 2.05 s for 10 steps of each, which leaves 0.45 s."""
-    ticks = itertools.count()
-    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05))
+@pytest.mark.parametrize("busy", [0.7, 0.8])
+def test_demo_trains_on_alone(text, tmp_path, capsys, monkeypatch, busy):
+    """By a clock that advances by 0.05 s each time it is read: 2.05 s for 10 steps of each, which leaves 0.45 s.
+
+    In all, it is read 46 times from the first step on, and the main thread has a core for some of that time.
+    """
+    ticks, computed = itertools.count(), iter((0.0, 46 * 0.05 * busy))
+    clocks = SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05, thread_time=lambda: next(computed))
+    monkeypatch.setattr(demo, "time", clocks)
     text.with_name("long.txt").write_bytes(text.read_bytes() * 10)
     arguments = ["--seconds=2.5", "--sample=5", f"--data={text.with_name('long.txt')}", f"--out={tmp_path / 'demo'}"]
     assert cli.main(["demo", *arguments]) == 0
     shown = capsys.readouterr().out
+    assert ("training had its cores for only 70% of this time" in shown) == (busy < demo.UNDISTURBED)
     assert '11 steps of each backend, taking turns, then 6 of "cpp" alone' in shown and "6/6" in shown
     assert checkpoint.load(tmp_path / "demo" / "checkpoint.safetensors")[1]["step"] == 17
     assert f"loss chart  {tmp_path / 'demo' / 'loss.png'}" in shown
