@@ -79,11 +79,14 @@ class Row:
 # ------------------------------------------------------------------------------- measuring
 def complete(op: str, dims: Dims) -> Dims:
     """``dims`` with the op's defaults filled in. UsageError for a key that the op does not have."""
-    known = SPECS[op].dims
-    if unknown := [key for key in dims if key not in known]:
-        raise UsageError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(known)}")
-    full = {**known, **dims}
+    _check_keys(op, dims)
+    full = {**SPECS[op].dims, **dims}
     return {key: value(full) if callable(value) else value for key, value in full.items()}
+
+
+def _check_keys(op: str, keys: Collection[str]) -> None:
+    if unknown := [key for key in keys if key not in SPECS[op].dims]:
+        raise UsageError(f"verify: {op} has no dimension {unknown[0]!r}; it has {', '.join(SPECS[op].dims)}")
 
 
 def describe(op: str, dims: Dims) -> str:
@@ -226,7 +229,7 @@ def parse_shape(text: str, ops: Sequence[str], named: bool) -> dict[str, Dims]:
         raise UsageError(f"verify: --shape: no op has the dimensions {', '.join(keys)}; they are {known}")
     shapes = {}
     for op in fitting:
-        complete(op, dict.fromkeys(keys))
+        _check_keys(op, keys)
         shapes[op] = {key: _value(op, key, value) for key, _, value in pairs}
     return shapes
 

@@ -306,3 +306,17 @@ def test_verify_takes_the_names_of_the_public_functions(capsys):
     by_public_name = capsys.readouterr().out
     assert cli.main(["verify", "--ops=attention", shape, "--dtypes=float32", "--seed=1"]) == 0
     assert capsys.readouterr().out == by_public_name
+
+
+@pytest.mark.parametrize(
+    "op, shape, described",
+    [
+        ("mlp", "M=2,C=8", "M=2,C=8,H=32,O=8"),
+        ("mlp", "M=2,C=8,H=5", "M=2,C=8,H=5,O=8"),
+        ("linear", "M=2,K=5", "M=2,K=5,N=5"),
+        ("attention", "H=1,L=4,E=8", "B=2,H=1,L=4,S=4,E=8,Ev=8"),
+    ],
+)
+def test_verify_derives_the_sizes_that_are_left_out(op, shape, described, capsys):
+    assert cli.main(["verify", f"--ops={op}", f"--shape={shape}", "--dtypes=float32"]) == 0
+    assert capsys.readouterr().out.startswith(f"{op}  {described},")
