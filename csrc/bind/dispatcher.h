@@ -66,8 +66,9 @@ inline View argument(AtenTensorHandle t) {
 inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device device) {
   const auto known = std::find_if(dtype_codes.begin(), dtype_codes.end(), [=](auto& d) { return d.type == type; });
   AtenTensorHandle t;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code, device.type, device.index, &t));
+  if (aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code, device.type, device.index, &t))
+    throw std::runtime_error("pygpt: not enough memory: tried to allocate " + std::to_string(bytes_of(size, type)) +
+                             " bytes");
   return Handle(t);
 }
 
@@ -102,7 +103,7 @@ class DispatcherCall final : public Call {
     count_++;
     View v = view_of(t.get());
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t.get(), &v.data));
-    if (device().type == cpu_device) request_huge_pages(v.data, product(size) * bytes_of(type));
+    if (device().type == cpu_device) request_huge_pages(v.data, bytes_of(size, type));
     return v;
   }
   View temporary(Shape size, ScalarType type) override { return empty(size, contiguous_strides(size), type); }

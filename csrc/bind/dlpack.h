@@ -1,6 +1,9 @@
 // The structs of DLPack, version 1, and torch's table of DLPack functions (dmlc.github.io/dlpack: DLPackExchangeAPI).
 #pragma once
-#include "view.h"
+#include <cstdlib>
+#include <new>
+
+#include "check.h"
 
 namespace pygpt::bind::fast {
 
@@ -60,5 +63,21 @@ inline DLDataType dtype_of(ScalarType type) {
   return {code, uint8_t(8 * bytes_of(type)), 1};
 }
 constexpr bool is_integer(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
+
+// A new tensor in one block of memory: the struct, the sizes, the strides, and the elements, at a multiple of 64 bytes
+// like torch's own. A block of malloc costs less than torch's allocation (docs/measured.md G6).
+inline DLManaged* new_tensor(Shape size, Shape stride, ScalarType type) {
+  const size_t n = size.size(), bytes = bytes_of(size, type), header = sizeof(DLManaged) + 2 * n * sizeof(int64_t) + 64;
+  void* block = std::malloc(header + bytes);
+  if (!block) throw std::bad_alloc();
+  auto* managed = new (block) DLManaged{{1, 0}, nullptr, [](DLManaged* m) { std::free(m); }, 0, {}};
+  auto* sizes = reinterpret_cast<int64_t*>(managed + 1);
+  std::copy(size.begin(), size.end(), sizes), std::copy(stride.begin(), stride.end(), sizes + n);
+  char* data = static_cast<char*>(block) + header;
+  data -= reinterpret_cast<uintptr_t>(data) % 64;
+  request_huge_pages(data, bytes);
+  managed->tensor = {data, {kCpu, 0}, int32_t(n), dtype_of(type), sizes, sizes + n, 0};
+  return managed;
+}
 
 }  // namespace pygpt::bind::fast

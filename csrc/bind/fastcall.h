@@ -3,7 +3,7 @@
 // A plain tensor is a strided CPU tensor whose class is exactly torch's Tensor or Parameter. If all tensors of a call
 // are plain and no mode is on, the dispatcher has nothing to decide, and bypassing it saves most of the call's cost
 // (docs/measured.md G4). Pointers, sizes and strides then come from torch's DLPack exchange table
-// (dmlc.github.io/dlpack: DLPackExchangeAPI), which also creates the results.
+// (dmlc.github.io/dlpack: DLPackExchangeAPI), which also makes the results Python objects.
 //
 // Every other call is passed to the dispatcher unchanged. So is a call that fails, so that the dispatcher raises the
 // error. The functions are therefore correct for all arguments. They differ from the dispatcher's in one point: the
@@ -175,21 +175,13 @@ class FastCall final : public Call {
 
  private:
   View allocate(Shape size, Shape stride, ScalarType type) override {
-    DLTensor want{nullptr, {kCpu, 0}, int32_t(size.size()), dtype_of(type), const_cast<int64_t*>(size.data()),
-                  nullptr, 0};
-    DLManaged** managed = std::find(results_.begin(), results_.end(), nullptr);  // a free slot
-    if (managed == results_.end()) throw std::runtime_error("more results than any op has");
-    std::string error;
-    auto set_error = [](void* to, const char*, const char* message) { *static_cast<std::string*>(to) = message; };
-    if (exchange->allocate(&want, managed, &error, set_error)) throw std::runtime_error(error);
-    DLTensor& t = (*managed)->tensor;
-    std::copy(stride.begin(), stride.end(), t.strides);  // any dense order fits into the contiguous memory
-    void* data = static_cast<char*>(t.data) + t.byte_offset;
-    request_huge_pages(data, product(size) * bytes_of(type));
-    return {data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *managed};
+    DLManaged*& managed = *std::find(results_.begin(), results_.end(), nullptr);  // a free slot
+    managed = new_tensor(size, stride, type);
+    const DLTensor& t = managed->tensor;
+    return {t.data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), managed};
   }
   View temporary(Shape size, ScalarType type) override {
-    const size_t bytes = product(size) * bytes_of(type);
+    const size_t bytes = bytes_of(size, type);
     void* memory = reserve((bytes + 63) / 64 * 64);
     if (poison) pygpt::fill_with_nan(memory, bytes);
     View t;
@@ -223,7 +215,7 @@ class FastCall final : public Call {
   }
 
   const bool without_backward_;
-  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet
+  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet; a copy needs one, too
   alignas(64) std::array<char, 1024> local_;  // temporary memory that is too large for it comes from the heap
   size_t local_used_ = 0;
   std::vector<std::unique_ptr<void, void (*)(void*)>> heap_;
@@ -241,6 +233,7 @@ template <auto f, size_t first>
 struct Builtin;
 template <size_t results, class... Args, Results<results> (*f)(Call&, Args...), size_t first>
 struct Builtin<f, first> {
+  static_assert(results < 8, "FastCall::results_ is too small");
   static constexpr size_t returned = first ? first : results;
   static inline PyObject* dispatched;  // the same op through the dispatcher
   static inline PyMethodDef method;

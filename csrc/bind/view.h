@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -45,6 +46,15 @@ inline size_t bytes_of(ScalarType type) {
     case ScalarType::Byte: return 1;
     default: return 2;
   }
+}
+
+// The bytes of a dense tensor. PTRDIFF_MAX, which no allocation grants, stands for any larger number.
+inline size_t bytes_of(Shape shape, ScalarType type) {
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
+  ptrdiff_t bytes = bytes_of(type);
+  for (int64_t size : shape)
+    if (__builtin_mul_overflow(bytes, size, &bytes)) return PTRDIFF_MAX;
+  return bytes;
 }
 
 struct Device {

@@ -64,6 +64,22 @@ def test_public_functions_take_it():
     assert direct(y) and direct(torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 1, 1, 7), (1,) * 20, (70_000,), (0, 4), ()])
+def test_results_are_aligned_as_torchs(shape):
+    for dtype in cases.DTYPES:
+        y = functional.relu(torch.randn(shape).to(dtype))
+        assert direct(y) and y.data_ptr() % 64 == 0 and y.storage_offset() == 0
+
+
+def test_a_result_larger_than_any_memory():
+    """Its bytes do not fit into 64 bits, or they do and nobody has them."""
+    one = torch.ones(1)
+    for rows, columns, amount in ((2**40, 2**40, 2**63 - 1), (2**31, 2**31, 2**63 - 1), (2**31, 2**19, 2**52)):
+        with pytest.raises(RuntimeError, match=f"not enough memory: tried to allocate {amount} bytes"):
+            functional.linear(one.expand(rows, 1), one.expand(columns, 1))
+    assert functional.linear(one.expand(2**40, 1), torch.ones(0, 1)).shape == (2**40, 0)
+
+
 class Wrapper(torch.Tensor):
     pass
 
