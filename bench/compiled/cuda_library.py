@@ -19,7 +19,7 @@ from .sass import Function, functions
 TENSOR_CORES = ("HMMA", "HGMMA")  # mma.sync and wgmma in machine code
 
 
-def inspect(targets: list[str], dtypes: list[str], only: str) -> list[Result]:
+def inspect(targets: list[str], dtypes: list[str], only: tuple[str, ...]) -> list[Result]:
     """Returns one result for each kernel that a call launches, on each target that the library was built for."""
     from tests import emulator
 

@@ -325,8 +325,8 @@ def steps(predicted: list[Prediction]) -> str:
 NEAR = 0.25  # estimates by hand that are so close agree with the model
 
 
-def show(backends: list[str], only: str, result: Path | None) -> int:
-    """Both tables of the rows whose op starts with ``only``; exit code 1 if there is nothing, or an unknown opcode."""
+def show(backends: list[str], only: tuple[str, ...], result: Path | None) -> int:
+    """Both tables of the rows whose op starts with one of ``only``. Exit code 1 for no row or an unknown opcode."""
     predicted = [predict(row, backend) for row in EXPECTED for backend in backends if row.op.startswith(only)]
     if not predicted:
         print("no row")

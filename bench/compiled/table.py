@@ -57,7 +57,8 @@ def main() -> int:
     add("--targets", type=some_of(DEVICES), default=list(DEVICES), metavar="A,B", help=f"some of {', '.join(DEVICES)}")
     add("--dtypes", type=some_of(DTYPES), default=["bf16", "fp32"], metavar="A,B", help="default: bf16,fp32; also fp16")
     add("--all", action="store_true", help="of Triton every candidate, width and activation, not only the first")
-    add("--only", default="", help="calls whose name starts with this: attention, mlp, norm, activation")
+    add("--only", type=lambda text: tuple(text.split(",")), default="", metavar="A,B",
+        help="calls whose names start with one of these: attention, mlp, norm, activation; default: all")  # fmt: skip
     add("--jobs", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     add("--json", type=Path, metavar="PATH", help="write the table to this file")
     add("--predict", action="store_true", help="instead: rates to expect of an H100, and what bounds them")

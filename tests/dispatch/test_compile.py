@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import pygpt
 from pygpt import verify
 
-TYPICAL = list(cases.variants(cases.TYPICAL))
+TINY = list(cases.variants(cases.TINY))
 
 GPU_SHARE = {"triton": 1}  # see conftest
 
@@ -20,7 +20,7 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_compiled_equals_eager(op, dims, dtype, backend, generator):
     """Bitwise: the same kernels run."""
     args, grads = verify.draw(op, dims, dtype, generator)
@@ -37,7 +37,7 @@ def test_compiled_equals_eager(op, dims, dtype, backend, generator):
             assert torch.equal(compiled[key], want), key
 
 
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(verify.SPECS[op].call, fullgraph=True, dynamic=True, backend=counter)
@@ -71,7 +71,7 @@ def test_function_transforms_within(name):
         torch.testing.assert_close(compiled(), transformed(theirs))
 
 
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_default_choice_compiles(op, dims, generator):
     """Without an explicit backend the table is walked while tracing."""
     args, grads = verify.draw(op, dims, torch.float32, generator)
@@ -90,7 +90,7 @@ def test_a_changed_choice_recompiles(compiled):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("op, dims", TYPICAL, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_checkpoint(op, dims, reentrant, backend, generator):
     args, grads = verify.draw(op, dims, torch.float32, generator)
     call = verify.SPECS[op].call

@@ -169,7 +169,7 @@ def test_emulator_answers_as_gpus_did():
 
 
 @pytest.mark.skipif(not gpu_code.tool("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("arch", ["90a", pytest.param("80", marks=pytest.mark.slow)])
 def test_conformance_is_built_for_a_device_elsewhere(arch, tmp_path):
     file = tmp_path / "cases.so"
     assert conformance.main(["--build", str(file), "--arch", arch]) == 0

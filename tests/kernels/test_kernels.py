@@ -100,6 +100,8 @@ def test_large_offsets_are_64_bit(kernels, device, generator):
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "linear"])
 def test_more_rows_than_a_grid_is_high(op, compiled, device, generator):
     """CUDA's y and z dimensions end at 65,535."""
+    if (op, compiled, device) == ("linear", "triton", "cpu"):
+        pytest.skip("grids are one-dimensional, and one program serves many rows")
     dims = {"M": 70_000, "N": 8} if op != "linear" else {"M": 70_000, "K": 8, "N": 3}
     cases.assert_exact(op, dims, torch.float32, generator, compiled, device=device)
 
