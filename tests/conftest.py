@@ -32,6 +32,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 pytest_plugins = ["tests.crash"]
 BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,cuda,torch").split(",")
 ON_GPU = ("triton", "cuda")
+LONGEST = ("tests.kernels.test_triton_compiled", "tests.kernels.test_instructions")
 
 
 def pytest_generate_tests(metafunc):
@@ -77,7 +78,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker("slow")
             seen[test] += 1
     config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    # The longest tests come first. One that came last would keep a single process busy.
+    items[:] = sorted(kept, key=lambda item: item.module.__name__ not in LONGEST)
 
 
 def under_test(request):

@@ -16,7 +16,7 @@ import pygpt
 from pygpt import _C, verify
 from pygpt.ops.attention import scores
 
-GPU_SHARE = {"triton": 4, "cuda": 1}  # see conftest
+GPU_SHARE = {"triton": 4, "cuda": 2}  # see conftest
 
 
 @pytest.fixture(autouse=True)
