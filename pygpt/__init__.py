@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from . import threads
+
+if threads.is_command_line(sys.argv, sys.orig_argv):
+    threads.bound_spinning()  # before torch is imported
+
 if not (Path(__file__).parent / "triton_kernels").is_dir():  # in a checkout that folder is beside this one
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -13,8 +18,7 @@ try:
 
     chosen()  # raises where PYGPT_BACKEND is unknown or not available
 except (RuntimeError, ValueError) as e:  # the command line reports a wrong environment variable in one line
-    command_line = Path(*sys.argv[:1]).stem in ("-m", "pygpt")  # "-m" while `python -m pygpt` imports this file
-    if "PYGPT_" not in str(e) or not command_line:
+    if "PYGPT_" not in str(e) or not threads.is_command_line(sys.argv, sys.orig_argv):
         raise
     print(f"pygpt: error: {str(e).removeprefix('pygpt: ')}", file=sys.stderr)
     sys.exit(2)

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from .data import UsageError
+from . import threads
+from .data import UsageError, check_number
 from .dispatch import Unavailable, chosen
 
 COMMANDS = {
@@ -110,6 +111,10 @@ def _run_command(argv: list[str]) -> int | None:
     except ValueError as e:
         raise UsageError(e) from None
     args.given = argv[argv.index(args.command) + 1 :]
+    number = getattr(args, "threads", None)
+    if number is not None:
+        check_number("--threads", number, 1, 2**31)
+    torch.set_num_threads(number or threads.default()[0] or torch.get_num_threads())
     return _module(args.command).run(args)
 
 

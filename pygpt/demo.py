@@ -12,7 +12,7 @@ from statistics import mean, median
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, threads
 from .data import Corpus, UsageError, check_number
 from .dispatch import TABLE
 from .files import locked, must_be_folder
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=120, help="time for training (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="train each this many steps instead")
     parser.add_argument("--sample", type=int, default=400, help="length of the generated text (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
+    threads.add_argument(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder of the results (default: %(default)s)"
     )
@@ -47,13 +47,11 @@ def run(args: argparse.Namespace) -> None:
             )
     must_be_folder(args.out)
     checkpoint.need_numpy()
-    for flag in ("seconds", "steps", "sample", "threads"):
+    for flag in ("seconds", "steps", "sample"):
         if (value := getattr(args, flag)) is not None:
             check_number(f"--{flag}", value, below=2**31)
             if value <= 0:
                 raise UsageError(f"--{flag} must be positive, got {value}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     settings = Settings(**PRESETS["demo"], data=args.data)
     if args.steps:
         settings = dataclasses.replace(settings, steps=args.steps, decay_steps=args.steps)

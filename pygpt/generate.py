@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from . import threads
 from .data import Bytes, Chars, UsageError, check_number
 from .dispatch import TABLE, backend
 from .model import GPT
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--backend", choices=TABLE, help="default: the first that serves a call")
+    threads.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

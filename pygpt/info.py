@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, threads
 from .dispatch import OPS, TABLE, Backend, chosen
 
 
@@ -24,6 +24,8 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "threads_because": threads.default()[1],
+        "openmp": threads.waiting(),
         "extension": extension.origin if extension else None,
         "cuda_extension": cuda.origin if cuda else None,
         "cpu_capability": _C.cpu_capability() if _C else None,
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
         return
     ops = facts.pop("ops")
+    facts["threads"] = f"{facts['threads']} ({facts.pop('threads_because')})"
     capabilities = ", ".join(facts.pop("cpu_capabilities")) or "none"
     for name in ("extension", "cuda_extension"):
         facts[name] = facts[name] or "not built"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, reference
+from . import checkpoint, reference, threads
 from .data import Bytes, Chars, Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
 from .dispatch import TABLE, backend, chosen, explain
 from .files import atomic, locked, must_be_folder, naming
@@ -91,7 +91,7 @@ class Settings:
         None, "default: the first that serves a call", str, choices=tuple(TABLE), adjustable=True
     )
     compile: bool = option(False, "torch.compile the model", adjustable=True)
-    threads: int | None = option(None, "CPU threads; default: PyTorch's", int, 1, adjustable=True, below=2**31)
+    threads: int | None = option(None, threads.HELP, int, 1, adjustable=True, below=2**31)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -34,7 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional  # noqa: F401 (registers the ops)
+from . import (
+    functional,  # noqa: F401 (registers the ops)
+    threads,
+)
 from .data import UsageError, check_memory, check_number
 from .dispatch import OPS, REFERENCE, SPECS, TABLE, ops_by_name, pick
 from .dispatch import backend as use_backend
@@ -257,6 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", help=f"your own sizes, such as B=2,H=4,L=100,S=80,E=64,causal=1 or M=8x128,K=768,N=2304. {dims}"
     )
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
+    threads.add_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 

@@ -131,11 +131,6 @@ def test_compiling_is_announced(text, tmp_path, monkeypatch, capsys):
     assert "compile" not in capsys.readouterr().out
 
 
-def test_threads(text, tmp_path):
-    command = ["train", *TINY, "--data", text, "--threads=2", "--out", str(tmp_path / "run")]
-    assert cli.main(command) == 0 and torch.get_num_threads() == 2
-
-
 BAD = [
     ("train --preset=gpt5", "invalid choice: 'gpt5'"),
     ("train --backend=rocm", "invalid choice: 'rocm'"),
