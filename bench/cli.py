@@ -27,6 +27,7 @@ from .cases.ops import DIRECTIONS, DTYPES
 from .show import compare, page, plots, readme, table
 from .timing import results
 from .timing.machine import VARIABLES
+from .timing.processes import search_path
 from .timing.run import Run
 
 EVERY_OP, EVERY_DIRECTION = (*ops.OPS, *gpt.DIRECTIONS), (*DIRECTIONS, *gpt.DIRECTIONS.values())
@@ -88,6 +89,8 @@ def add_row_options(add):
     add("--quick", action="store_true", default=False, help="each op's first shape in one dtype; ends in 2 minutes")
     add("--seconds", type=positive(float), metavar="S", help="time for a candidate of a row (0.75; a GPU: 0.1)")
     add("--budget", type=positive(float), metavar="S", help="begin no row after so long; what is left out is listed")
+    add("--busy", nargs="?", type=positive(int), const=1, metavar="N", help="measure every row also beside N busy "
+        "processes (1); on a CPU, eager-default is among the peers")  # fmt: skip
     add("--threads", type=positive(int), metavar="N", help="torch.set_num_threads (default: PyTorch's own choice)")
     add("--rehearse", action="store_true", default=False, help="the GPU's rows in tiny sizes on the CPU, where the "
         "emulator and Triton's interpreter play the GPU")  # fmt: skip
@@ -141,7 +144,7 @@ def complete(options):
     if o.rehearse and "cuda" in (o.backends or ""):
         play_cuda_on_the_cpu()
     o.backends = _backends(o.backends, o.device)
-    named = o.peers or ["default"]
+    named = o.peers or ["default", *(["eager-default"] if o.busy and o.device == "cpu" else ())]
     requested = {"all": list(peers.PEERS), "none": []}.get(named[0], named)
     o.peers, o.absent = peers.chosen(requested, o.device)
     if missing := [f"{name}: {why}" for name, why in o.absent.items() if name in named]:
@@ -265,8 +268,7 @@ def _with_isa(o):
     available = pygpt._C.cpu_capabilities() if hasattr(pygpt, "_C") else ISA
     if o.isa not in available:
         raise UsageError(f"--isa {o.isa}: this machine has {', '.join(available)}")
-    paths = (str(Path(pygpt.__file__).parents[1]), os.environ.get("PYTHONPATH"))
-    os.environ |= ISA[o.isa] | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.environ |= ISA[o.isa] | {"PYTHONPATH": search_path()}
     os.execv(sys.executable, [sys.executable, "-m", "pygpt", "bench", *o.given])
 
 

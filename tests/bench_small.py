@@ -36,6 +36,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(clocks.CpuClock, "peaks", lambda self, dtypes, quick: PEAKS)
     monkeypatch.setattr(clocks, "BLOCK", 1e-6)
     monkeypatch.setattr(race, "FEWEST", {float("inf"): 5})
+    monkeypatch.setattr(race, "BUSY_BLOCK", 1e-6)
     monkeypatch.setattr(clocks.CpuClock, "estimate", lambda self, call: self.once(call, 2))
     monkeypatch.setattr(clocks, "last_level_cache", lambda: 1)
     monkeypatch.setattr(ops, "CPU", TINY)

@@ -45,7 +45,9 @@ class Bar:
 
 
 def first_bar(result: Result, machine: dict) -> Bar | None:
-    """The bar is on a CPU a ratio to PyTorch eager, of standard rows; on a Hopper GPU it is a rate."""
+    """The bar of a quiet row is on a CPU a ratio to PyTorch eager, of standard rows; on a Hopper GPU it is a rate."""
+    if result.busy:
+        return None
     if "gpu" in machine:
         wanted = hopper_bar(result.op, result.shape, result.dtype, result.direction, machine["gpu"],
                             machine["copy_peak_gbs"] / 1000)  # fmt: skip

@@ -31,7 +31,7 @@ class Peer:
     package: str = ""  # what to install
     devices: tuple[str, ...] = ("cpu", "cuda")
     directions: tuple[str, ...] = ("forward", "backward")
-    slow: bool = False  # takes long to compile for every shape, so that it is used only where it is named
+    slow: bool = False  # takes long for every shape or doubles the memory, so that it is used only where it is named
     program: str = ""  # a compiler that it needs for the CPU
     convert: Callable = field(default=lambda tensors: tensors)  # from PyTorch's tensors to the library's
     export: Callable = field(default=lambda result: result)  # and back
@@ -169,6 +169,7 @@ CPU, GPU, FORWARD = ("cpu",), ("cuda",), ("forward",)
 PEERS = {
     "eager": Peer({"*": lambda work, dims: work.eager}),
     "compile": Peer({"*": compilers.with_inductor}, program=os.environ.get("CXX", "g++"), slow=True),
+    "eager-default": Peer({}, devices=CPU, slow=True),  # eager in a process of its own (timing/processes.py)
     "sdpa-flash": Peer({"attention": _sdpa("FLASH_ATTENTION")}),
     "sdpa-math": Peer({"attention": _sdpa("MATH")}),
     "sdpa-efficient": Peer({"attention": _sdpa("EFFICIENT_ATTENTION")}, devices=GPU),
@@ -258,7 +259,7 @@ def chosen(names: list[str] | None, device: str) -> tuple[dict[str, Peer], dict[
             continue
         why = peer.absent(device)
         if not why and peer.slow and not named:
-            why = f"takes long to compile for every shape; request it by name (--peers {name},... or --peers all)"
+            why = f"is used only where it is named (--peers {name},... or --peers all)"
         if why:
             absent[name] = why
         else:

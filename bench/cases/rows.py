@@ -13,17 +13,22 @@ class Row:
     case: Case
     dtype: str
     direction: str
+    busy: int = 0  # how many busy processes there were beside it
+
+    @property
+    def shape(self) -> str:
+        return self.case.shape + (f", {self.busy} busy" if self.busy else "")
 
     @property
     def facts(self) -> dict:
         c = self.case
         return {
-            "op": c.op, "shape": c.shape, "dtype": self.dtype, "direction": self.direction, "dims": c.dims,
-            "standard": self.dtype in c.standard,
+            "op": c.op, "shape": self.shape, "dtype": self.dtype, "direction": self.direction, "dims": c.dims,
+            "standard": self.dtype in c.standard, "busy": self.busy,
         }  # fmt: skip
 
     def __str__(self):
-        return f"{self.case.op} {self.case.shape} {self.dtype} {self.direction}"
+        return f"{self.case.op} {self.shape} {self.dtype} {self.direction}"
 
 
 def cases(options) -> list[Case]:

@@ -38,6 +38,8 @@ def write(path: Path, rows: list[Result], about: dict, figures: dict):
         matplotlib=find_spec("matplotlib") is not None,
         peers=list(dict.fromkeys(peer.name for row in rows for peer in row.peers)),
         lines=[(row, entry) for row in rows for entry in row.ours],
+        timed=any(row.busy for row in rows),
+        slowdowns=table.slowdowns(rows),
         notes=table.notes(about),
     )
     with atomic(path) as temporary:
@@ -48,7 +50,9 @@ def tiles(rows: list[Result]) -> list[tuple[str, list[tuple], str]]:
     """Per dtype: its name, for each direction the mean ratio to PyTorch eager, and the verdicts counted."""
     per_dtype = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        pairs = [(row, entry) for row in rows for entry in row.ours if row.dtype == dtype and row.peers]
+        pairs = [
+            (row, entry) for row in rows for entry in row.ours if row.dtype == dtype and row.peers and not row.busy
+        ]
         means = []
         for direction, what in WAYS.items():
             ratios = [r for row, entry in pairs if row.direction == direction and (r := row.ratio(entry))]

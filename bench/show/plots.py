@@ -26,12 +26,13 @@ def all_figures(rows: list[Result], machine: dict, curves: dict) -> dict | None:
         import matplotlib.figure
     except ImportError:
         return None
+    quiet = [row for row in rows if not row.busy]
     with matplotlib.rc_context(TIDY):
         drawn = {
             "ratios": ratios(rows),
-            "speed": by_length(rows, "rate"),
-            "memory": by_length(rows, "memory") or memory_bars(rows),
-            "roofline": roofline(rows, machine),
+            "speed": by_length(quiet, "rate"),
+            "memory": by_length(quiet, "memory") or memory_bars(quiet),
+            "roofline": roofline(quiet, machine),
             "training": training(curves),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}

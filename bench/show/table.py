@@ -3,6 +3,8 @@
 import re
 import shutil
 import sys
+from collections import defaultdict
+from statistics import geometric_mean
 
 from pygpt.progress import table as aligned
 
@@ -64,6 +66,10 @@ def ratio(result: Result, ours: Entry, peer: str) -> str:
     return "" if value is None else f"{'~' if result.entries[peer].rounds == 1 else ''}{value:.2f}"
 
 
+def milliseconds(result: Result, peer: str) -> str:
+    return number(result.entries[peer].ms, 4) if peer in result.entries else ""
+
+
 def fastest_peer(result: Result, ours: Entry) -> str:
     """Names it, and says how many times its speed we have."""
     peer = result.best_peer
@@ -89,8 +95,10 @@ def line(result: Result) -> str:
 def table(results: list[Result], brief: bool = False) -> str:
     """A line for each of our candidates, with a column for each peer. brief: for a narrow terminal."""
     peers = list(dict.fromkeys(peer.name for result in results for peer in result.peers))
-    peers = [peer for peer in peers if peer == "eager" or not brief]
+    peers = [peer for peer in peers if peer.startswith("eager") or not brief]
+    timed = peers if any(result.busy for result in results) else []
     names = "ms", *(() if brief else ("±", "rate", "MB")), "of peak", *(f"vs {peer}" for peer in peers)
+    names += tuple(f"{peer} ms" for peer in timed)
     columns = dict.fromkeys(("op", "shape", "dtype", "direction", "ours"), "<") | dict.fromkeys(names, ">")
     lines = []
     for result in results:
@@ -100,7 +108,8 @@ def table(results: list[Result], brief: bool = False) -> str:
             lines.append((
                 *(result.op, result.shape, result.dtype, result.direction, ours.name),
                 *(number(ours.ms, 4), *(() if brief else more), percent(ours.share)),
-                *(ratio(result, ours, peer) for peer in peers), fastest_peer(result, ours),
+                *(ratio(result, ours, peer) for peer in peers), *(milliseconds(result, peer) for peer in timed),
+                fastest_peer(result, ours),
                 (word, COLOURS.get(verdict(result, ours), "")),
             ))  # fmt: skip
     return aligned(columns | {"fastest peer": "<", "verdict": "<"}, lines)
@@ -120,6 +129,17 @@ def notes(about: dict) -> list[str]:
     if left := about["left_out"]:
         lines.append(f"not reached in time: {len(left)} rows, from {left[0]} on")
     return lines
+
+
+def slowdowns(results: list[Result]) -> list[str]:
+    """Says how many times its quiet time each candidate takes among busy processes."""
+    quiet, factors = {str(result): result.entries for result in results}, defaultdict(list)
+    for result in (result for result in results if result.busy):
+        beside = f", {result.busy} busy"
+        for name, entry in quiet.get(str(result).replace(beside, ""), {}).items():
+            factors[entry.label + beside].append(result.entries[name].ms / entry.ms)
+    mean = "times the quiet time (geometric mean of"
+    return [f"{label}: {geometric_mean(each):.2f} {mean} {len(each)} rows)" for label, each in factors.items()]
 
 
 def below_the_bar(results: list[Result], machine: dict) -> list[Result]:
@@ -149,5 +169,5 @@ def show(results: list[Result], about: dict):
     print(table(results, brief=True) if brief else full)
     if brief:
         print("(this terminal is too narrow for all columns; the page has them)")
-    for note in notes(about):
+    for note in [*slowdowns(results), *notes(about)]:
         print(note)

@@ -36,6 +36,8 @@ class Block:
     calls: int = 1
     head_start: float = 0.0  # seconds that the host gets to queue the call before the device begins
     seconds: float = 0.0  # what the block costs, about
+    least: float = 0.0  # seconds: on a CPU, so many calls are repeated until they have passed
+    elsewhere: bool = False  # ``call``((calls, least)) times them in another process -> seconds per call
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Times:
     block: Block
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # on a GPU: until the call returned
+    busy: "Times | None" = None  # of the same candidate among busy processes
 
     @property
     def launch_bound(self) -> bool:
@@ -105,13 +108,16 @@ class CpuClock:
 
     def time(self, blocks: list[Block]) -> list[tuple[float, float]]:
         """(device, host) seconds per call of each block."""
-        return [(self.once(block.call, block.calls), 0.0) for block in blocks]
+        here = lambda block: self.once(block.call, block.calls, block.least)
+        return [(block.call((block.calls, block.least)) if block.elsewhere else here(block), 0.0) for block in blocks]
 
-    def once(self, call: Callable, calls: int = 1) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+    def once(self, call: Callable, calls: int = 1, least: float = 0.0) -> float:
+        start, done = time.perf_counter(), 0
+        while not done or time.perf_counter() - start < least:
+            for _ in range(calls):
+                call()
+            done += calls
+        return (time.perf_counter() - start) / done
 
     def release(self):
         pass

@@ -14,6 +14,7 @@ import pygpt
 
 from .clocks import Peaks
 from .nvidia import clocks_under_load, gpu
+from .processes import SPIN
 
 VARIABLES = (  # they lower the instruction set of ours and of each library
     "PYGPT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
@@ -42,6 +43,7 @@ def describe(peaks: Peaks, clock, options) -> dict:
         "isa_ours": pygpt._C.cpu_capability() if hasattr(pygpt, "_C") else "not built",
         "isa_torch": torch.backends.cpu.get_cpu_capability(),
         "forced": {name: os.environ[name] for name in (*VARIABLES, "PYGPT_BACKEND") if os.environ.get(name)},
+        "spin": {name: os.environ[name] for name in SPIN if name in os.environ},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),  # where a backend has imported it

@@ -59,6 +59,7 @@ class Result:
     dtype: str
     direction: str
     standard: bool = False
+    busy: int = 0  # how many busy processes there were; they are part of the shape's name
     dims: dict = field(default_factory=dict)
     intensity: float | None = None  # FLOPs per byte that must move
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -206,7 +207,7 @@ def newest(folder: Path, wanted: Callable[[Path, list[Result]], bool]) -> Path |
 def results(document: dict) -> list[Result]:
     """Returns the rows in the order in which they were measured."""
     rows: dict[str, Result] = {}
-    keys = ("op", "shape", "dtype", "direction", "standard", "dims", "intensity")
+    keys = ("op", "shape", "dtype", "direction", "standard", "busy", "dims", "intensity")
     for benchmark in document["benchmarks"]:
         facts, stats = benchmark["extra_info"], benchmark["stats"]
         result = Result(**{key: facts[key] for key in keys if key in facts})

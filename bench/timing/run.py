@@ -3,6 +3,8 @@
 import gc
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +15,7 @@ from ..cases.rows import Row
 from ..show import table
 from . import candidates, machine, results
 from .clocks import CpuClock, CudaClock, Times
+from .processes import Busy, Default
 from .race import race
 
 COMPILE_SHARE = 0.35  # of the budget, for preparing torch.compile
@@ -33,6 +36,8 @@ class Run:
         self.times: dict[str, Times] = {}  # by the full name of a benchmark
         self.compile_left = COMPILE_SHARE * (options.budget or float("inf"))
         self.done, self.stopped = 0, ""
+        self.busy = self.default = None
+        self.processes = ExitStack()
 
     @property
     def document(self) -> dict | None:
@@ -62,11 +67,16 @@ class Run:
         self.peaks = self.clock.peaks(dtypes, self.options.quick)
         self.about["machine"] = machine.describe(self.peaks, self.clock, self.options)
         self.progress.print(table.head(self.about["machine"]) + "\n")
+        if self.options.busy:
+            self.busy = self.processes.enter_context(closing(Busy(self.options.busy)))
+        if "eager-default" in self.options.peers:
+            self.default = self.processes.enter_context(closing(Default()))
         gc.collect()
         gc.freeze()  # later collections, which may fall into a timed block, ignore what importing left behind
 
     def end(self):
         """The peaks again, which shows how far the machine has drifted."""
+        self.processes.close()
         gc.unfreeze()
         if "machine" in self.about:
             if self.in_time() and not self.stopped:
@@ -111,6 +121,9 @@ class Run:
         if "compile" in began:  # until the next candidate's turn
             later = [t for t in began.values() if t > began["compile"]]
             self.compile_left -= min(later, default=self.now()) - began["compile"]
+        if self.default:
+            log("eager-default")
+            self.default.add_to(run, "eager-default", self.peaks)
         for name, why in run.failed.items():
             self.fail(row, name, why)
         if len(peers) < len(o.peers):
@@ -119,7 +132,12 @@ class Run:
             self.about["refused"].setdefault(f"{name}: {why}", []).append(str(row))
         if o.prepare or not any(run.facts[name]["ours"] for name in run.blocks):
             return
-        times = race(self.clock, run.blocks, o.seconds)
+        times = race(self.clock, run.blocks, o.seconds, self.busy)
+        self.add(run, times)
+        if self.busy:
+            self.add(replace(run, row=replace(row, busy=o.busy)), {name: each.busy for name, each in times.items()})
+
+    def add(self, run: candidates.RowRun, times: dict[str, Times]):
         for name in (name for name in run.facts if name in times):
             self.benchmarks.append(results.benchmark(run, name, times[name]))
             self.times[self.benchmarks[-1]["fullname"]] = times[name]

@@ -225,6 +225,7 @@ BAD = [
     ("--seconds=0", "must be positive"),
     ("--budget=nan", "must be positive"),
     ("--threads=two", "must be positive"),
+    *((f"--busy={wrong}", f"--busy: must be positive, got '{wrong}'") for wrong in ("0", "-1", "x", "1.5", "")),
     ("--shape=B", "--shape: wants KEY=VALUE,..., got 'B'"),
     ("--shape=Q=3", "no op has the dimensions Q"),
     ("--shape=B=0", "B must be a positive integer"),

@@ -58,7 +58,12 @@ def test_dimensions_are_named_as_in_verify(monkeypatch):
 def test_rows_keep_their_names(folder, monkeypatch):
     """Names of rows in saved results are still those of the suite, so that runs can be compared."""
     monkeypatch.undo()
-    known = {row.op + row.shape for path in folder.glob("*.json") for row in results.results(results.read(path))}
+    known = {
+        row.op + row.shape
+        for path in folder.glob("*.json")
+        for row in results.results(results.read(path))
+        if not row.busy
+    }
     assert known and {c.op + c.shape for c in (*ops.CPU, *gpt.CASES, *shapes.sweep(shapes.SWEEP[-1]))} >= known
 
 
