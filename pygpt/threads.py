@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 # For GNU's runtime, a number of iterations; for Intel's and LLVM's, milliseconds.
-WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 HELP = "CPU threads (default: what this process's CPUs and control groups allow, see pygpt info)"
 NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 OTHER_SETTINGS = ("OMP_WAIT_POLICY", "KMP_LIBRARY")  # the user's ways to say how threads wait

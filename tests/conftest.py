@@ -5,12 +5,11 @@ fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output sho
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
 milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on one of
-n cases of a test (all of them in `make test-all`). With a GPU, they run on it.
+n cases of a test that has more than FEW (on all of them in `make test-all`). With a GPU, they run on it.
 """
 
 import os
 import signal
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -32,6 +31,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 pytest_plugins = ["tests.crash"]
 BACKENDS = os.environ.get("PYGPT_TEST_BACKENDS", "cpp,triton,cuda,torch").split(",")
 ON_GPU = ("triton", "cuda")
+FEW = 8
 LONGEST = ("tests.kernels.test_triton_compiled", "tests.kernels.test_instructions")
 
 
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     """Drops what a backend's dtypes rule out, and marks as slow what slow backends leave to `make test-all`."""
     from pygpt.dispatch import TABLE
 
-    kept, dropped, seen = [], [], Counter()
+    kept, dropped, on_gpu = [], [], {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         name = params.get("backend") or params.get("compiled")
@@ -72,11 +72,12 @@ def pytest_collection_modifyitems(config, items):
             continue
         kept.append(item)
         if name in ON_GPU and not torch.cuda.is_available():
-            test = item.module, item.originalname, name
-            group, place = divmod(seen[test], item.module.GPU_SHARE[name])
-            if place != group % item.module.GPU_SHARE[name]:  # another place in each group: no parameter stays the same
+            on_gpu.setdefault((item.module, item.originalname, name), []).append(item)
+    for (module, _, name), cases in on_gpu.items():
+        n = module.GPU_SHARE[name]
+        for i, item in enumerate(cases if len(cases) > FEW else ()):
+            if i % n != i // n % n:  # another place in each group of n, so that no parameter stays the same
                 item.add_marker("slow")
-            seen[test] += 1
     config.hook.pytest_deselected(items=dropped)
     # The longest tests come first. One that came last would keep a single process busy.
     items[:] = sorted(kept, key=lambda item: item.module.__name__ not in LONGEST)

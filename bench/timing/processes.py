@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 import pygpt
+from pygpt import threads
 
 from ..cases.peers import PEERS
 from ..cases.refusal import Refused, reason
 from .candidates import RowRun, prepare
 from .clocks import Block, CpuClock, Peaks
 
-SPIN = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how long idle OpenMP threads spin; the default process has neither
+SPIN = tuple(threads.WAITING)
 BUSY = """
 import os, select
 while os.read(0, 1):

@@ -57,14 +57,14 @@ def test_the_command_line_sets_it_before_openmp_is_loaded():
     cpu = min(os.sched_getaffinity(0))
     out, loaded = process("-m", "pygpt", "info", "--json", cpus={cpu})
     found = json.loads(out)
-    assert found["threads"] == 1 and found["openmp"].endswith("waiting: GOMP_SPINCOUNT=10000, KMP_BLOCKTIME=1")
-    assert "GOMP_SPINCOUNT = '10000'" in loaded
+    assert found["threads"] == 1 and found["openmp"].endswith("waiting: GOMP_SPINCOUNT=3000, KMP_BLOCKTIME=1")
+    assert "GOMP_SPINCOUNT = '3000'" in loaded
     out, loaded = process("-m", "pygpt", "info", "--json", OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
     found = json.loads(out)
     assert found["threads_because"] == "OMP_NUM_THREADS=1" and "OMP_WAIT_POLICY=passive" in found["openmp"]
     assert "GOMP_SPINCOUNT = '0'" in loaded
     out, loaded = process("-c", "import os, pygpt; print('GOMP_SPINCOUNT' in os.environ)")
-    assert out == "False\n" and "GOMP_SPINCOUNT = '10000'" not in loaded
+    assert out == "False\n" and "GOMP_SPINCOUNT = '3000'" not in loaded
 
 
 # ------------------------------------------------------------------------------- how many
