@@ -1,5 +1,5 @@
-// Threads. The binding installs torch's parallel_for here, so that torch.set_num_threads rules. A kernel's result never
-// depends on how a range is split.
+// Threads. The binding installs a loop on torch's threads here, so that torch.set_num_threads rules. A kernel's result
+// never depends on how a range is split.
 #pragma once
 #include <cstdint>
 #if defined(__x86_64__)
@@ -9,8 +9,8 @@
 namespace pygpt::cpu {
 
 struct Threads {
-  // Calls body(context, begin, end) on disjoint ranges that cover [0, n). There are no more ranges than ceil(n /
-  // grain).
+  // Calls body(context, begin, end) on disjoint ranges that cover [0, n), of at least `grain` indices each unless fewer
+  // are left.
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
   int64_t (*count)();
 };

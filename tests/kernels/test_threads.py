@@ -3,6 +3,9 @@
 And what a thread keeps for itself goes when it ends.
 """
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +48,27 @@ def test_runs_and_thread_counts(op, dims, dtype, compiled, generator):
         for threads in (1, 2, 3, 5, 2):
             torch.set_num_threads(threads)
             assert_equal(verify.directions(op, verify.SPECS[op].call, args, grads), want, f"with {threads} threads")
+
+
+@pytest.fixture
+def busy_machine():
+    """As many processes as there are CPUs compute until the test ends."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    yield
+    for process in busy:
+        process.kill()
+        process.wait()
+
+
+def test_bits_on_a_busy_machine(busy_machine, generator):
+    """Threads that lose their cores compute less, others more."""
+    for op, dims in EVERY:
+        args, grads = verify.draw(op, dims, torch.float32, generator)
+        torch.set_num_threads(1)
+        want = verify.directions(op, verify.SPECS[op].call, args, grads)
+        torch.set_num_threads(3)
+        for _ in range(3):
+            assert_equal(verify.directions(op, verify.SPECS[op].call, args, grads), want, "on a busy machine")
 
 
 @pytest.mark.parametrize("op", cases.TYPICAL)

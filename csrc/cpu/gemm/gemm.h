@@ -146,9 +146,12 @@ void packed_gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<
       pack_b(b + begin * NR * packs, B.at(0, jc + begin * NR), std::min(n, end * NR) - begin * NR, K);
     };
     parallel_for(panels, pack, 4 * NR * K);
-    // Where row blocks are fewer than threads, the columns are split too, and each split packs A for itself.
-    const int64_t most_splits = std::max<int64_t>(panels, 1);
-    const int64_t splits = std::clamp<int64_t>(threads.count() / std::max<int64_t>(blocks, 1), 1, most_splits);
+    // The columns are split, too: where row blocks are fewer than threads, and into four tasks a thread, so that a thread
+    // without a core can leave some to the others. Each split packs A for itself, which 256 columns are worth.
+    const int64_t count = threads.count(), wanted = count > 1 ? 4 * count : 1;
+    const int64_t splits =
+        std::max<int64_t>({1, std::min(ceil_div(wanted, std::max<int64_t>(blocks, 1)), n / 256),
+                           std::min(count / std::max<int64_t>(blocks, 1), std::max<int64_t>(panels, 1))});
     const ColumnBlock<S, Epilogue> column_block = {M, K, jc, n, A, b, jc == 0 ? a_sums : nullptr, epilogue};
     auto multiply = [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const typename PackElement<E>::TileScope tile_registers;
