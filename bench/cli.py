@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import pygpt
+from pygpt import threads
 from pygpt.data import UsageError
 from pygpt.dispatch import TABLE, chosen
 from pygpt.files import locked, must_be_folder
@@ -91,7 +92,7 @@ def add_row_options(add):
     add("--budget", type=positive(float), metavar="S", help="begin no row after so long; what is left out is listed")
     add("--busy", nargs="?", type=positive(int), const=1, metavar="N", help="measure every row also beside N busy "
         "processes (1); on a CPU, eager-default is among the peers")  # fmt: skip
-    add("--threads", type=positive(int), metavar="N", help="torch.set_num_threads (default: PyTorch's own choice)")
+    add("--threads", type=positive(int), metavar="N", help=threads.HELP)
     add("--rehearse", action="store_true", default=False, help="the GPU's rows in tiny sizes on the CPU, where the "
         "emulator and Triton's interpreter play the GPU")  # fmt: skip
     add("--prepare", action="store_true", default=False, help="time nothing; fills the compilers' caches")

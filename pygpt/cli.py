@@ -114,7 +114,8 @@ def _run_command(argv: list[str]) -> int | None:
     number = getattr(args, "threads", None)
     if number is not None:
         check_number("--threads", number, 1, 2**31)
-    torch.set_num_threads(number or threads.default()[0] or torch.get_num_threads())
+    if number := number or threads.default()[0]:
+        torch.set_num_threads(number)
     return _module(args.command).run(args)
 
 

@@ -122,7 +122,8 @@ def _train_together(trainers: dict[str, Trainer], args: argparse.Namespace) -> t
             progress.update(len(losses["cpp"]), f"loss {losses['cpp'][-1]:.4f}  {speeds} tokens/s")
     share = (time.thread_time() - computing) / (time.perf_counter() - start)
     if share < UNDISTURBED:
-        print(f"training had its cores for only {share:.0%} of this time: the speeds below mean little")
+        waited = f"training computed for only {share:.0%} of this time, as if others used its cores"
+        print(f"{waited}: the speeds below mean little")
     return losses, seconds, alone
 
 

@@ -9,22 +9,27 @@ environment is the user's.
 
 import argparse
 import os
+import re
 from collections.abc import MutableMapping
 from itertools import pairwise
 from pathlib import Path
 
 # For GNU's runtime, a number of iterations; for Intel's and LLVM's, milliseconds.
 WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
-HELP = "CPU threads (default: what this process's CPUs and control groups allow, see pygpt info)"
+HELP = "CPU threads (default: OMP_NUM_THREADS, or what the CPUs and control groups allow; see pygpt info)"
 NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Read now, because OpenMP may bind this thread to one core when torch loads it. None where the system does not say.
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 OTHER_SETTINGS = ("OMP_WAIT_POLICY", "KMP_LIBRARY")  # the user's ways to say how threads wait
 
 
 def is_command_line(argv: list[str], orig_argv: list[str]) -> bool:
-    """Whether this process runs `pygpt`, `python -m pygpt` or `python -m bench`. Right before torch is imported."""
-    if argv[:1] == ["-m"]:  # so it is until Python has found the module
-        return "-mpygpt" in orig_argv or ("-m", "pygpt") in pairwise(orig_argv)
-    return Path(*argv[:1]).stem == "pygpt"
+    """Whether this process runs `pygpt`, `python -m pygpt` or `python -m bench`. Right while Python imports pygpt."""
+    if argv[:1] != ["-m"]:  # as it is until Python has found the module
+        return Path(*argv[:1]).stem == "pygpt"
+    pairs = (pair for pair in pairwise((*orig_argv, "")) if re.match("-[^-WXcm]*m", pair[0]))
+    option, following = next(pairs, ("", ""))
+    return (option.partition("m")[2] or following).partition(".")[0] == "pygpt"
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -57,11 +62,12 @@ def default() -> tuple[int | None, str]:
     for name in NUMBER:
         if setting := os.environ.get(name):
             return None, f"{name}={setting}"
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores, quota = physical_cores(cpus), cpu_quota()
+    if CPUS is None:
+        return None, "torch's default"
+    cores, quota = physical_cores(CPUS), cpu_quota()
     if quota is not None and quota < cores:
         return max(1, int(quota)), f"the control group's quota of {quota:g} CPUs"
-    return cores, "a physical core each" if cores < len(cpus) else "a CPU each"
+    return cores, "a physical core each" if cores < len(CPUS) else "a CPU each"
 
 
 def physical_cores(cpus: list[int], root: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -79,7 +85,7 @@ def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
         _, controllers, name = line.split(":", 2)  # version 2 is one line without controllers
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mount = root / controllers
+        mount = root / ("cpu" if controllers else "")  # also where it is mounted together with others
         group = mount / name.lstrip("/")
         quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(mount)]
     return min((quota for quota in quotas if quota is not None), default=None)
@@ -93,6 +99,6 @@ def _quota(group: Path) -> float | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(errors="replace")
     except OSError:
         return ""

@@ -7,10 +7,11 @@
 using namespace pygpt::bind;
 
 // Shares [0, n) among threads of which number `late` starts only when the others are done (-1: none). Returns how many
-// pieces there were, or -1 if an index was not computed exactly once or a late thread still found work.
+// pieces there were, or -1 if an index was not computed exactly once, a piece but the last was below `grain`,
+// or a late thread still found work.
 extern "C" int64_t shared(int64_t n, int64_t grain, int64_t count, int64_t late) {
   std::vector<std::atomic<int>> times(n);
-  std::atomic<int64_t> pieces{0}, arrived{0}, too_late{0};
+  std::atomic<int64_t> pieces{0}, arrived{0}, wrong{0};
   thread_local int64_t own = 0;
   Patience patience;
   const auto fork = [&](const auto& work) {
@@ -26,12 +27,12 @@ extern "C" int64_t shared(int64_t n, int64_t grain, int64_t count, int64_t late)
     for (auto& thread : threads) thread.join();
   };
   share(n, grain, count, patience, fork, [&](int64_t begin, int64_t end) {
-    pieces++, too_late += own == late;
+    pieces++, wrong += own == late || (end - begin < grain && end < n);
     for (int64_t i = begin; i < end; i++) times[i]++;
   });
   for (const auto& t : times)
     if (t != 1) return -1;
-  return too_late ? -1 : pieces.load();
+  return wrong ? -1 : pieces.load();
 }
 
 // Whether a caller of so many threads that computed and waited for so many microseconds, `times` times in turn, then

@@ -15,12 +15,11 @@ namespace fast = pygpt::bind::fast;
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-// On torch's threads. They are woken only for more than one piece of work.
+// A loop on torch's threads, which are woken only for more than one piece of work.
 void parallel_for(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
   static thread_local pygpt::bind::Patience patience;
-  const int64_t pieces = (n + grain - 1) / grain;
-  const int64_t count = pieces > 1 ? std::min({thread_count(), pieces, pygpt::bind::kMostThreads}) : 1;
-  if (count <= 1 || n > UINT32_MAX || patience.exhausted()) return body(context, 0, n);
+  const int64_t count = n > grain ? std::min({thread_count(), (n + grain - 1) / grain, pygpt::bind::kMostThreads}) : 1;
+  if (count <= 1) return body(context, 0, n);
   const auto fork = [count](const auto& work) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) work(i);

@@ -66,9 +66,12 @@ inline View argument(AtenTensorHandle t) {
 inline Handle new_tensor(Shape size, Shape stride, ScalarType type, Device device) {
   const auto known = std::find_if(dtype_codes.begin(), dtype_codes.end(), [=](auto& d) { return d.type == type; });
   AtenTensorHandle t;
-  if (aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code, device.type, device.index, &t))
+  const AOTITorchError error =
+      aoti_torch_empty_strided(size.size(), size.data(), stride.data(), known->code, device.type, device.index, &t);
+  if (error && device.type == cpu_device)  // on a CPU nothing else goes wrong
     throw std::runtime_error("pygpt: not enough memory: tried to allocate " + std::to_string(bytes_of(size, type)) +
                              " bytes");
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Handle(t);
 }
 

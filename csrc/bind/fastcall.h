@@ -175,10 +175,11 @@ class FastCall final : public Call {
 
  private:
   View allocate(Shape size, Shape stride, ScalarType type) override {
-    DLManaged*& managed = *std::find(results_.begin(), results_.end(), nullptr);  // a free slot
-    managed = new_tensor(size, stride, type);
-    const DLTensor& t = managed->tensor;
-    return {t.data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), managed};
+    DLManaged** managed = std::find(results_.begin(), results_.end(), nullptr);  // a free slot
+    if (managed == results_.end()) throw std::runtime_error("more results than any op has");
+    *managed = new_tensor(size, stride, type);
+    const DLTensor& t = (*managed)->tensor;
+    return {t.data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *managed};
   }
   View temporary(Shape size, ScalarType type) override {
     const size_t bytes = bytes_of(size, type);
@@ -215,7 +216,7 @@ class FastCall final : public Call {
   }
 
   const bool without_backward_;
-  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet; a copy needs one, too
+  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet
   alignas(64) std::array<char, 1024> local_;  // temporary memory that is too large for it comes from the heap
   size_t local_used_ = 0;
   std::vector<std::unique_ptr<void, void (*)(void*)>> heap_;
@@ -233,7 +234,6 @@ template <auto f, size_t first>
 struct Builtin;
 template <size_t results, class... Args, Results<results> (*f)(Call&, Args...), size_t first>
 struct Builtin<f, first> {
-  static_assert(results < 8, "FastCall::results_ is too small");
   static constexpr size_t returned = first ? first : results;
   static inline PyObject* dispatched;  // the same op through the dispatcher
   static inline PyMethodDef method;

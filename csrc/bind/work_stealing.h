@@ -1,13 +1,13 @@
 // How a parallel loop of the CPU kernels is shared among threads.
 //
-// Each thread owns an equal part of the range, so that it finds in its own caches what it wrote in the op before. It
-// takes its part in pieces. A thread that has finished takes pieces from the ends of the others' parts (work stealing,
-// Blumofe and Leiserson 1999), so that one which loses its core to another process computes less.
+// The range is cut into pieces, four for each thread. A thread owns neighbouring ones, so that it finds in its caches
+// what it wrote in the op before. When it has finished them, it takes pieces from the ends of the others' parts (work
+// stealing, Blumofe and Leiserson 1999). A thread that loses its core to another process therefore computes less.
 //
 // Nevertheless the loop ends only when every thread has arrived, and a thread without a core may need milliseconds for
 // that. A caller that has lost more time than the others saved it computes alone for some time, then tries again.
 //
-// With PYGPT_LOG=threads, a call that waits 100 times longer than it computes says so, once in a process.
+// With PYGPT_LOG=threads, a line is printed the first time that a loop loses 100 times as long as it computes.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -21,24 +21,22 @@
 
 namespace pygpt::bind {
 
-constexpr int64_t kMostThreads = 256;
+constexpr int64_t kMostThreads = 512, kPiecesPerThread = 4;
 
-// A range of 32-bit indices from whose two ends threads take pieces.
+// The pieces that a thread owns, as a range of their numbers. Threads take pieces from both ends of it.
 class alignas(64) Part {
  public:
   void set(int64_t begin, int64_t end) { bounds_.store(pack(begin, end), std::memory_order_relaxed); }
 
-  // Takes a quarter of what is left, but at least `least`, from the front or the back. False if nothing is left.
-  bool take(bool front, int64_t least, int64_t& begin, int64_t& end) {
+  // Takes the first or the last piece. False if none is left.
+  bool take(bool first, int64_t& piece) {
     uint64_t bounds = bounds_.load(std::memory_order_relaxed);
     while (true) {
-      begin = uint32_t(bounds), end = bounds >> 32;
-      const int64_t left = end - begin, piece = std::min(left, std::max(least, left / 4));
-      if (left <= 0) return false;
-      const uint64_t rest = front ? pack(begin + piece, end) : pack(begin, end - piece);
-      if (!bounds_.compare_exchange_weak(bounds, rest, std::memory_order_relaxed)) continue;
-      front ? end = begin + piece : begin = end - piece;
-      return true;
+      const int64_t begin = uint32_t(bounds), end = bounds >> 32;
+      if (begin >= end) return false;
+      piece = first ? begin : end - 1;
+      const uint64_t rest = first ? pack(begin + 1, end) : pack(begin, end - 1);
+      if (bounds_.compare_exchange_weak(bounds, rest, std::memory_order_relaxed)) return true;
     }
   }
 
@@ -69,7 +67,7 @@ class Patience {
   // or without a core.
   void judge(int64_t threads, int64_t computed, int64_t lost) {
     slow_ = computed + lost > kTolerated;
-    if (lost > std::max(kTolerated, computed * (threads - 1))) {
+    if (lost > std::max(kTolerated, computed * threads)) {
       alone_until_ = now() + pause_;
       pause_ = std::min(2 * pause_, kLongestPause);
       if (log && lost > 100 * computed) report(computed, lost);
@@ -98,19 +96,29 @@ class Patience {
   int64_t alone_until_ = 0, pause_ = kShortestPause;
 };
 
-// Computes the range [0, n) in pieces of at least `grain` by `count` threads. fork(work) calls work(i) once for each i
-// below `count`, i = 0 on the calling thread, and returns when all calls have. body(begin, end) computes a piece.
+// Computes the range [0, n) by `count` threads, in pieces of `grain` or more; the last may be smaller. fork(work) calls
+// work(i) once for each i below `count`, i = 0 on the calling thread, and returns when all calls have. body(begin, end)
+// computes a piece.
 template <class Fork, class Body>
 void share(int64_t n, int64_t grain, int64_t count, Patience& patience, const Fork& fork, const Body& body) {
+  const int64_t length = std::max(grain, n / (kPiecesPerThread * count));
+  int64_t done = 0;
+  for (; done < n && patience.exhausted(); done += length) body(done, std::min(n, done + length));
+  if (done >= n) return;
+
+  const int64_t pieces = (n - done + length - 1) / length;
   std::array<Part, kMostThreads> parts;
-  for (int64_t i = 0; i < count; i++) parts[i].set(n * i / count, n * (i + 1) / count);
+  for (int64_t i = 0; i < count; i++) parts[i].set(pieces * i / count, pieces * (i + 1) / count);
   const bool slow = patience.last_was_slow();  // only then the time without a core counts, and its price is small
   const int64_t started = Patience::now(), cpu_started = slow ? Patience::cpu_time() : 0;
   int64_t computed = 0;
   fork([&](int64_t own) {
-    int64_t begin, end;
+    int64_t piece;
     for (int64_t i = 0; i < count; i++)
-      while (parts[(own + i) % count].take(i == 0, grain, begin, end)) body(begin, end);
+      while (parts[(own + i) % count].take(i == 0, piece)) {
+        const int64_t begin = done + piece * length;
+        body(begin, std::min(n, begin + length));
+      }
     if (own == 0) computed = slow ? Patience::cpu_time() - cpu_started : Patience::now() - started;
   });
   patience.judge(count, computed, Patience::now() - started - computed);

@@ -9,8 +9,8 @@
 namespace pygpt::cpu {
 
 struct Threads {
-  // Calls body(context, begin, end) on disjoint ranges that cover [0, n), of at least `grain` indices each unless fewer
-  // are left.
+  // Calls body(context, begin, end) on disjoint ranges that cover [0, n), of `grain` or more indices; the last may be
+  // shorter.
   void (*parallel_for)(int64_t n, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
   int64_t (*count)();
 };

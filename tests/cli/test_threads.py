@@ -22,6 +22,9 @@ from tests.cli.commands import TINY, refused
         (True, ["pygpt.exe", "info"], ["pygpt.exe", "info"]),
         (True, ["-m", "info"], ["python", "-X", "dev", "-m", "pygpt", "info"]),
         (True, ["-m", "info"], ["python", "-mpygpt", "info"]),
+        (True, ["-m", "info"], ["python", "-Im", "pygpt", "info"]),
+        (True, ["-m"], ["python", "-m", "pygpt.bench"]),
+        (False, ["-m"], ["python", "-m"]),
         (False, ["-m", "pygpt"], ["python", "-m", "other", "pygpt"]),
         (False, ["script.py", "-m", "pygpt"], ["python", "script.py", "-m", "pygpt"]),
         (False, ["-c"], ["python", "-c", "import pygpt"]),
@@ -63,6 +66,8 @@ def test_the_command_line_sets_it_before_openmp_is_loaded():
     found = json.loads(out)
     assert found["threads_because"] == "OMP_NUM_THREADS=1" and "OMP_WAIT_POLICY=passive" in found["openmp"]
     assert "GOMP_SPINCOUNT = '0'" in loaded
+    out, _ = process("-m", "pygpt", "info", "--json", OMP_PROC_BIND="true")
+    assert json.loads(out)["threads"] == threads.physical_cores(threads.CPUS)
     out, loaded = process("-c", "import os, pygpt; print('GOMP_SPINCOUNT' in os.environ)")
     assert out == "False\n" and "GOMP_SPINCOUNT = '3000'" not in loaded
 
@@ -86,7 +91,7 @@ NESTED = {"a/b/cpu.max": "300000 100000\n", "a/cpu.max": "150000 100000\n", "cpu
         (None, "0::/\n", NESTED),
         (0.5, "0::/../of/the/host\n", {"cpu.max": "50000 100000\n"}),  # in a container
         (2.0, "4:memory:/m\n3:cpu,cpuacct:/a\n0::/\n",
-         {"cpu,cpuacct/a/cpu.cfs_quota_us": "200000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"}),
+         {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}),
         (None, "1:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}),
         (None, "2:cpuset:/a\n", {"cpuset/a/cpu.cfs_quota_us": "1\n", "cpuset/a/cpu.cfs_period_us": "100000\n"}),
         (None, "0::/a\n", {}),
@@ -121,10 +126,12 @@ def test_the_default(quota, number, reason, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     monkeypatch.setattr(threads, "physical_cores", lambda cpus: 3)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setattr(threads, "CPUS", list(range(6)))
     assert threads.default() == (number, reason)
     assert cli.main(["info"]) == 0 and f"{number} ({reason})" in capsys.readouterr().out
     assert torch.get_num_threads() == number
+    monkeypatch.setattr(threads, "CPUS", None)
+    assert threads.default() == (None, "torch's default")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert threads.default() == (None, "OMP_NUM_THREADS=5")
 

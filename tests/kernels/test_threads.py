@@ -4,10 +4,9 @@ And what a thread keeps for itself goes when it ends.
 """
 
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import cases
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import pygpt
+from bench.timing.processes import Busy
 from pygpt import functional, verify
 
 LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of anything
@@ -53,11 +53,8 @@ def test_runs_and_thread_counts(op, dims, dtype, compiled, generator):
 @pytest.fixture
 def busy_machine():
     """As many processes as there are CPUs compute until the test ends."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
-    yield
-    for process in busy:
-        process.kill()
-        process.wait()
+    with closing(Busy(len(os.sched_getaffinity(0)))) as busy, busy:
+        yield
 
 
 def test_bits_on_a_busy_machine(busy_machine, generator):

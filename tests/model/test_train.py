@@ -400,7 +400,7 @@ def test_demo_trains_on_alone(text, tmp_path, capsys, monkeypatch, busy):
     arguments = ["--seconds=2.5", "--sample=5", f"--data={text.with_name('long.txt')}", f"--out={tmp_path / 'demo'}"]
     assert cli.main(["demo", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert ("training had its cores for only 70% of this time" in shown) == (busy < demo.UNDISTURBED)
+    assert ("training computed for only 70% of this time" in shown) == (busy < demo.UNDISTURBED)
     assert '11 steps of each backend, taking turns, then 6 of "cpp" alone' in shown and "6/6" in shown
     assert checkpoint.load(tmp_path / "demo" / "checkpoint.safetensors")[1]["step"] == 17
     assert f"loss chart  {tmp_path / 'demo' / 'loss.png'}" in shown

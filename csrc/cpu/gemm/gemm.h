@@ -107,8 +107,8 @@ struct ColumnBlock {
 };
 
 // Few rows for AMX: every thread packs the columns of B that it needs, as many at a time as stay in its L2, because
-// panels packed by another core arrive slowly (docs/measured.md C7). A, which is no larger, is repacked by every
-// thread.
+// panels packed by another core arrive slowly (docs/measured.md C7). A, which is no larger, is repacked for every
+// range of columns.
 template <class S, class Epilogue>
 void gemm_with_private_b(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<S>* a_sums,
                          const Epilogue& epilogue) {
@@ -146,7 +146,7 @@ void packed_gemm(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, Acc<
       pack_b(b + begin * NR * packs, B.at(0, jc + begin * NR), std::min(n, end * NR) - begin * NR, K);
     };
     parallel_for(panels, pack, 4 * NR * K);
-    // The columns are split, too: where row blocks are fewer than threads, and into four tasks a thread, so that a thread
+    // The columns are split, too: where row blocks are fewer than threads, and into four tasks a thread, so that one
     // without a core can leave some to the others. Each split packs A for itself, which 256 columns are worth.
     const int64_t count = threads.count(), wanted = count > 1 ? 4 * count : 1;
     const int64_t splits =

@@ -141,7 +141,7 @@ void gemv_nn_rows(int64_t M, int64_t N, int64_t K, Matrix<S> A, Matrix<S> B, con
   const int64_t rows = round_up(M, kRows), packs = K / d, lda = packs_of<E>(K);
   E* a = scratch<E>(Region::packed_a, rows * lda);
   for (int64_t i = 0; i < M; i += kRows) pack_panel<kRows>(a + i * lda, A.at(i, 0), std::min<int64_t>(kRows, M - i), K);
-  // A task computes kColumns columns of C, a thread all of its tasks' columns together.
+  // A task computes kColumns columns of C, and a range of tasks all of its columns together.
   auto columns = [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns, n = std::min(N, end * kColumns) - first;
     T* sum = scratch<T>(Region::sums, rows * n);
