@@ -1,10 +1,10 @@
 """How many CPU threads the command line uses, and how they wait for each other.
 
-torch's parallel loops run on OpenMP's threads. At the end of a loop a thread spins until the others are done too, and
-then goes on spinning for some milliseconds in case another loop follows. On a machine that is not idle it thereby takes
-the core from the thread that it waits for. The command line bounds the spinning (docs/measured.md C16). OpenMP reads
-its settings when its library is loaded, so they are made before torch is imported. In a program of the user's own, the
-environment is the user's.
+torch's parallel loops run on OpenMP's threads. At the end of a loop a thread spins until the others are done too. It
+then goes on spinning for some milliseconds in case another loop follows. On a machine that is not idle, a spinning
+thread takes the core from the thread that it waits for. The command line therefore bounds the spinning
+(docs/measured.md C16). OpenMP reads its settings when its library is loaded, so they are made before torch is imported.
+A program that imports pygpt keeps its own environment.
 """
 
 import argparse
@@ -14,18 +14,19 @@ from collections.abc import MutableMapping
 from itertools import pairwise
 from pathlib import Path
 
-# For GNU's runtime, a number of iterations; for Intel's and LLVM's, milliseconds.
+# How OpenMP's idle threads wait. GNU's runtime counts iterations; Intel's and LLVM's count milliseconds.
 WAITING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+OTHER_SETTINGS = ("OMP_WAIT_POLICY", "KMP_LIBRARY")  # with which a user may say the same
+NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with which a user sets the number of threads
 HELP = "CPU threads (default: OMP_NUM_THREADS, or what the CPUs and control groups allow; see pygpt info)"
-NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# Read now, because OpenMP may bind this thread to one core when torch loads it. None where the system does not say.
+# The CPUs that this process may use, or None where the system does not say. They are read here, before torch is
+# imported, because OpenMP may bind this thread to one of them when it is loaded.
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-OTHER_SETTINGS = ("OMP_WAIT_POLICY", "KMP_LIBRARY")  # the user's ways to say how threads wait
 
 
 def is_command_line(argv: list[str], orig_argv: list[str]) -> bool:
-    """Whether this process runs `pygpt`, `python -m pygpt` or `python -m bench`. Right while Python imports pygpt."""
-    if argv[:1] != ["-m"]:  # as it is until Python has found the module
+    """Whether this process runs `pygpt`, `python -m pygpt` or `python -m bench`. Ask while pygpt is imported."""
+    if argv[:1] != ["-m"]:  # which it is until Python has imported the package of the module that it runs
         return Path(*argv[:1]).stem == "pygpt"
     pairs = (pair for pair in pairwise((*orig_argv, "")) if re.match("-[^-WXcm]*m", pair[0]))
     option, following = next(pairs, ("", ""))
