@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <functional>
 
+#include "attention/scores.h"
+#include "attention/sequence.h"
+
 namespace pygpt {
 
 enum class DType { f64, f32, bf16, f16 };
@@ -28,21 +31,29 @@ struct Heads {
   int64_t stride[4];
 };
 
-constexpr int64_t kMaxHeadDim = 256;  // the largest head_dim and v_dim
+constexpr int64_t kMaxHeadDim = 512;  // the largest head_dim and v_dim; kernels for GPUs may serve less
 
-// out = softmax(scale q k^T) v for every batch entry and head, with q (L, E), k (S, E) and v (S, Ev). With is_causal,
-// query i attends to keys 0 .. i. lse[b, h, i] is the log of row i's sum of exponentials.
+// out = softmax(scores) v for every batch entry and head, with q (L, E), k (S, E) and v (S, Ev). csrc/attention says
+// which keys a query sees, what happens to a score and where the sequences lie. lse[b, h, i] is the log of row i's sum
+// of exponentials. Head h takes the key and value head h / (heads / kv_heads).
 struct AttentionArgs {
   DType dtype;
-  int64_t batch, heads, q_len, k_len, head_dim, v_dim;
-  bool is_causal;
-  double scale;
+  int64_t batch, heads, kv_heads, head_dim, v_dim;
+  Sequences sequences;
+  Reach reach;
+  Scores scores;
   Heads q, k, v, out;
-  void* lse;  // (batch, heads, q_len), contiguous
+  void* lse;
+  int64_t lse_stride[2];  // between batch entries and between heads; rows are contiguous
   // backward
   Heads dout;
   const void* dlse;  // like lse, or null
   Heads dq, dk, dv;  // with null data where not wanted
+  Heads dmask;  // of the mask's dtype, (batch, heads, q_len, k_len) with stride 0 where the mask is broadcast, or null
+  void *dslopes, *dsink;  // like slopes and sink, contiguous, or null
+
+  int64_t group() const { return heads / kv_heads; }
+  Visible<int64_t> visible(const Sequence& s) const { return reach.visible<int64_t>(s.q_len, s.k_len); }
 };
 
 // y (rows, out) = x (rows, in) weight^T + bias, weight (out, in).

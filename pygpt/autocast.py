@@ -24,7 +24,7 @@ def autocasting(device: str) -> bool:
 
 
 def autocast(op: "Op", prepared: "Call") -> "Call":
-    """The call with its tensors cast as autocast would for torch's op of the same name."""
+    """The call with its leading tensors cast as autocast would for torch's op of the same name. Others keep their dtype."""
     lead = prepared.args[0]
     device = lead.device.type
     if not autocasting(device) or lead.dtype == torch.float64:
@@ -35,7 +35,8 @@ def autocast(op: "Op", prepared: "Call") -> "Call":
         dtype = torch.float32
     else:
         return prepared
-    return prepared._replace(args=tuple(_cast(a, dtype) if isinstance(a, Tensor) else a for a in prepared.args))
+    leading, rest = prepared.args[: len(op.tensors)], prepared.args[len(op.tensors) :]
+    return prepared._replace(args=(*(_cast(a, dtype) if isinstance(a, Tensor) else a for a in leading), *rest))
 
 
 class _Casts(dict):

@@ -242,10 +242,13 @@ def _fill():
     triton, no_triton, triton_devices = _triton()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
-    def limits(serves: Any, max_head_dim: int | None) -> dict:
-        """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
+    def limits(serves: Any, max_head_dim: int | None, *attention: str) -> dict:
+        """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing.
+
+        attention: which optional features of attention it serves.
+        """
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
-        return {"ops": names, "features": {"attention": ("return_lse",)}, "max_head_dim": max_head_dim}
+        return {"ops": names, "features": {"attention": ("return_lse", *attention)}, "max_head_dim": max_head_dim}
 
     head_dim = sys.modules["pygpt._C"].max_head_dim if cpp else None
     of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -50,11 +51,21 @@ class Call(NamedTuple):
     """A call of an op in the canonical form that its kernels take."""
 
     args: tuple  # of <op>_fwd
-    features: Mapping = {}  # the optional features in use, which not every backend serves
+    features: Collection[str] = ()  # the optional features in use, which not every backend serves
     finish: Callable = lambda results: results  # the op's results -> the result of the public function
     torch: Callable | None = None  # runs PyTorch's own function on the public arguments, where there is one
     error: Exception | None = None  # why no kernel takes the call; raised if PyTorch rejects it, too
     fast: tuple | None = None  # the tensors of a call that the dispatch cache may serve
+    options: Mapping = {}  # keyword arguments of the composite
+    seed: int | None = None  # the place in args of the seed for dropout, which is drawn when the call runs
+
+    def seeded(self) -> "Call":
+        """The call with a new seed, where it needs one."""
+        if self.seed is None:
+            return self
+        lead, limits = self.args[0], torch.iinfo(torch.int64)
+        seed = torch.randint(limits.min, limits.max, (1,), dtype=torch.int64, device=lead.device)
+        return self._replace(args=(*self.args[: self.seed], seed, *self.args[self.seed + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -74,15 +85,17 @@ class Op:
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
 
-    tensors: tuple = field(init=False)  # (public name, whether it may be None) of each tensor argument of <op>_fwd
+    tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
 
     def __post_init__(self) -> None:
-        of_public, of_fwd = (
-            [p for p in inspect.signature(f).parameters.values() if p.annotation in (Tensor, Tensor | None)]
-            for f in (self.public, self.fwd)
-        )
-        tensors = tuple((p.name, p.annotation is not Tensor) for p in of_public[: len(of_fwd)])
+        of_public, of_fwd = (inspect.signature(f).parameters.values() for f in (self.public, self.fwd))
+        leading = list(takewhile(_is_tensor, of_fwd))
+        tensors = tuple((p.name, p.annotation is not Tensor) for p in filter(_is_tensor, of_public))[: len(leading)]
         object.__setattr__(self, "tensors", tensors)
+
+
+def _is_tensor(parameter: inspect.Parameter) -> bool:
+    return parameter.annotation in (Tensor, Tensor | None)
 
 
 OPS: dict[str, Op] = {}
@@ -129,7 +142,8 @@ class Backend:
             reasons.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
         if lead.dtype not in self.dtypes:
             reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
-        if any(t.dtype != lead.dtype for t in tensors if t.is_floating_point()):
+        leading = tensors[: len(OPS[op].tensors)]  # prepare has checked the dtypes of optional ones
+        if any(t.dtype != lead.dtype for t in leading if t.is_floating_point()):
             reasons.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
             reasons.append("tensors that are not strided")
@@ -343,7 +357,7 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     op = OPS[name]
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
-    prepared = autocast(op, op.prepare(*args, **kwargs))
+    prepared = autocast(op, op.prepare(*args, **kwargs)).seeded()
     tensors = _tensors(prepared.args)
     row = pick(name, tensors, prepared.features, prepared.error)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
@@ -359,7 +373,7 @@ def _run(op: Op, row: Backend, prepared: Call, tensors: list[Tensor]) -> Any:
     try:
         if prepared.torch is not None:
             return prepared.torch()
-        return prepared.finish(op.composite(*prepared.args, **prepared.features))
+        return prepared.finish(op.composite(*prepared.args, **prepared.options))
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         if prepared.error is None:
             raise

@@ -444,7 +444,7 @@ class _Call:
         )  # fmt: skip
 
 
-def attention_fwd(q, k, v, is_causal, scale):
+def attention_fwd(q, k, v, is_causal, scale, *options):
     """q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev) -> out (B, H, L, Ev) laid out as q is, lse (B, H, L)."""
     call = _Call(q, k, v, is_causal)
     B, L, EV = q.shape[0], call.L, v.shape[3]
@@ -469,17 +469,17 @@ def _delta(call: _Call, out, dout, lse, dlse):
     return lse2, delta
 
 
-def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs):
+def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *options):
     """-> dq, dk, dv, contiguous as (B, T, H, E). dlse (B, H, L) may be None."""
     call = _Call(q, k, v, is_causal, dout)
     stats = lse, *_delta(call, out, call.inputs[3].tensor, lse, dlse)
     dq, dk, dv = (
         empty(q, t.shape[0], t.shape[2], call.H, t.shape[3]).transpose(1, 2) if need else None
-        for need, t in zip(needs, (q, k, v), strict=True)
+        for need, t in zip(needs, (q, k, v), strict=False)
     )
     for outputs in ((dk, None), (None, dv)) if call.bucket[1] == WIDE else ((dk, dv),):
         if any(g is not None for g in outputs):
             call.launch(BACKWARD_KEYS, outputs, scale, stats=stats)
     if dq is not None:
         call.launch(BACKWARD_QUERIES, (dq,), scale, stats=stats)
-    return tuple(q.new_empty(0) if g is None else g for g in (dq, dk, dv))
+    return *(q.new_empty(0) if g is None else g for g in (dq, dk, dv)), *(q.new_empty(0) for _ in range(3))

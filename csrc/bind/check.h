@@ -46,6 +46,7 @@ inline const char* to_string(ScalarType type) {
     case ScalarType::Half: return "float16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
 }
@@ -97,6 +98,11 @@ class Call {
 
   // ---------------------------------------------------------------- results
   View empty(Shape size, Shape stride) { return empty(size, stride, type_); }
+  View empty(Shape size, Shape stride, ScalarType type) {
+    View t = allocate(size, stride, type);
+    if (poison) fill_with_nan(t);
+    return t;
+  }
   View empty(Shape size) { return empty(size, contiguous_strides(size), type_); }
 
   // A result of forward that only backward reads; temporary memory if there will be no backward.
@@ -117,6 +123,9 @@ class Call {
     return none;
   }
   View empty_if(bool need, Shape size) { return empty_if(need, size, contiguous_strides(size)); }
+
+  // A result at the end of the list that the caller has not asked for. The dispatcher returns it without elements.
+  virtual View omitted() { return empty(Shape{0}); }
 
   // ---------------------------------------------------------------- arguments in the memory order that kernels require
   View with_strides(const View& t, Shape stride) { return t.has_strides(stride) ? t : copy(t, stride); }
@@ -148,11 +157,6 @@ class Call {
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
 
   Device device() const { return device_; }
-  View empty(Shape size, Shape stride, ScalarType type) {
-    View t = allocate(size, stride, type);
-    if (poison) fill_with_nan(t);
-    return t;
-  }
 
  private:
   const char* op_;

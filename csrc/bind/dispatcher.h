@@ -24,12 +24,13 @@ struct DtypeCode {
   ScalarType type;
   int32_t code;
 };
-inline const std::array<DtypeCode, 7> dtype_codes = {{{ScalarType::Float, aoti_torch_dtype_float32()},
+inline const std::array<DtypeCode, 8> dtype_codes = {{{ScalarType::Float, aoti_torch_dtype_float32()},
                                                       {ScalarType::BFloat16, aoti_torch_dtype_bfloat16()},
                                                       {ScalarType::Half, aoti_torch_dtype_float16()},
                                                       {ScalarType::Double, aoti_torch_dtype_float64()},
                                                       {ScalarType::Long, aoti_torch_dtype_int64()},
                                                       {ScalarType::Int, aoti_torch_dtype_int32()},
+                                                      {ScalarType::Bool, aoti_torch_dtype_bool()},
                                                       {ScalarType::Byte, aoti_torch_dtype_uint8()}}};
 inline const int32_t cpu_device = aoti_torch_device_type_cpu();
 
@@ -124,30 +125,30 @@ class DispatcherCall final : public Call {
 };
 
 // ---------------------------------------------------------------- arguments
-// Converts an argument from the stack to the type that a body takes, and owns what the stack has handed over.
+// Converts an argument at this place of the stack to the type that a body takes, and owns what the stack has handed over.
 template <class T>
 struct Argument {
-  explicit Argument(StableIValue v) : value(torch::stable::detail::to<T>(v)) {}
+  explicit Argument(const StableIValue* v) : value(torch::stable::detail::to<T>(*v)) {}
   T get() const { return value; }
   T value;
 };
 template <>
 struct Argument<View> {
-  explicit Argument(StableIValue v) : tensor(torch::stable::detail::to<AtenTensorHandle>(v)) {}
+  explicit Argument(const StableIValue* v) : tensor(torch::stable::detail::to<AtenTensorHandle>(*v)) {}
   View get() const { return argument(tensor.get()); }
   Handle tensor;
 };
 template <>
 struct Argument<Maybe> {
-  explicit Argument(StableIValue v)
-      : tensor(torch::stable::detail::to<std::optional<AtenTensorHandle>>(v).value_or(nullptr)) {}
+  explicit Argument(const StableIValue* v)
+      : tensor(torch::stable::detail::to<std::optional<AtenTensorHandle>>(*v).value_or(nullptr)) {}
   Maybe get() const { return tensor ? Maybe(argument(tensor.get())) : Maybe(); }
   Handle tensor;
 };
 // The header's conversion to std::string is avoided, because it leaks one string per call in torch 2.13.
 template <>
 struct Argument<std::string_view> {
-  explicit Argument(StableIValue v) : text(torch::stable::detail::to<StringHandle>(v)) {}
+  explicit Argument(const StableIValue* v) : text(torch::stable::detail::to<StringHandle>(*v)) {}
   Argument(const Argument&) = delete;
   ~Argument() { torch_delete_string(text); }
   std::string_view get() const {
@@ -161,13 +162,28 @@ struct Argument<std::string_view> {
 };
 template <>
 struct Argument<Needs> {
-  explicit Argument(StableIValue v) {
-    const auto list = torch::stable::detail::to<std::vector<bool>>(v);
+  explicit Argument(const StableIValue* v) {
+    const auto list = torch::stable::detail::to<std::vector<bool>>(*v);
     value.count = list.size();
     for (size_t i = 0; i < list.size() && i < 32; i++) value.bits |= uint32_t(list[i]) << i;
   }
   Needs get() const { return value; }
   Needs value;
+};
+
+template <>
+struct Argument<AttentionOptions> {
+  explicit Argument(const StableIValue* v)
+      : mask(v), slopes(v + 1), sink(v + 2), seed(v + 3), dropout_p(v + 4), softcap(v + 5), left(v + 6), right(v + 7),
+        lower_right(v + 8) {}
+  AttentionOptions get() const {
+    return {mask.get(), slopes.get(), sink.get(), seed.get(), dropout_p.get(), softcap.get(), left.get(), right.get(),
+            lower_right.get()};
+  }
+  Argument<Maybe> mask, slopes, sink, seed;
+  Argument<double> dropout_p, softcap;
+  Argument<int64_t> left, right;
+  Argument<bool> lower_right;
 };
 
 // ---------------------------------------------------------------- boxed functions
@@ -178,7 +194,7 @@ struct Boxed<f> {
   static inline const char* op;
 
   static void call(StableIValue* stack, uint64_t num_args, uint64_t num_results) {
-    if (num_args != sizeof...(Args) || num_results != results)
+    if (num_args != (kFields<Args> + ...) || num_results != results)
       throw std::runtime_error(std::string("pygpt.") + op + ": the registered schema is not the kernel's");
     call(stack, std::index_sequence_for<Args...>());
   }
@@ -186,7 +202,8 @@ struct Boxed<f> {
  private:
   template <size_t... I>
   static void call(StableIValue* stack, std::index_sequence<I...>) {
-    const std::tuple<Argument<Args>...> args(stack[I]...);
+    // An argument of several fields is the last one, so argument I starts at place I.
+    const std::tuple<Argument<Args>...> args((stack + I)...);
     DispatcherCall call(op);
     const Results<results> views = f(call, std::get<I>(args).get()...);
     for (size_t i = 0; i < results; i++) stack[i] = torch::stable::detail::from(call.take(views[i]));

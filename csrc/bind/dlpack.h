@@ -42,7 +42,7 @@ struct Exchange {
   int (*stream)(int32_t device_type, int32_t device, void** out);
 };
 constexpr int kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 // Undefined if no op takes the dtype.
 inline ScalarType scalar_type(DLDataType t) {
@@ -54,6 +54,7 @@ inline ScalarType scalar_type(DLDataType t) {
     case kFloat << 8 | 64: return ScalarType::Double;
     case kInt << 8 | 64: return ScalarType::Long;
     case kInt << 8 | 32: return ScalarType::Int;
+    case kBool << 8 | 8: return ScalarType::Bool;
     default: return ScalarType::Undefined;
   }
 }

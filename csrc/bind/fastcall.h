@@ -137,6 +137,10 @@ inline bool read(PyObject* object, double& value) {
   value = PyFloat_AsDouble(object);
   return !PyErr_Occurred();
 }
+inline bool read(PyObject* object, int64_t& value) {
+  value = PyLong_AsLongLong(object);
+  return !PyErr_Occurred();
+}
 inline bool read(PyObject* object, std::string_view& value) {
   Py_ssize_t length;
   const char* text = PyUnicode_AsUTF8AndSize(object, &length);
@@ -154,6 +158,17 @@ inline bool read(PyObject* object, Needs& value) {
   return true;
 }
 
+// Reads the argument at args[0]; a struct of options reads all its fields, or none if the caller has left them out.
+template <class T>
+bool read_argument(PyObject* const* args, Py_ssize_t count, T& value) {
+  if constexpr (kFields<T> == 1) {
+    return read(args[0], value);
+  } else {
+    if (count == 0) return true;
+    return std::apply([&](auto&... field) { return (read(*args++, field) && ...); }, value.fields());
+  }
+}
+
 // ---------------------------------------------------------------- one call
 class FastCall final : public Call {
  public:
@@ -165,6 +180,7 @@ class FastCall final : public Call {
     for (PyObject* copy : copies_) Py_DECREF(copy);
   }
   bool has_backward() const override { return !without_backward_; }
+  View omitted() override { return {}; }
 
   // Converts a result to a Python tensor. Null if that fails.
   PyObject* take(const View& result) {
@@ -239,17 +255,23 @@ struct Builtin<f, first> {
   static inline PyMethodDef method;
 
   static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count == sizeof...(Args) && !any_on(*call_modes))
-      if (PyObject* result = attempt(args, std::index_sequence_for<Args...>())) return result;
+    if (is_count(count) && !any_on(*call_modes))
+      if (PyObject* result = attempt(args, count, std::index_sequence_for<Args...>())) return result;
     PyErr_Clear();
     return dispatch(args, count);
   }
 
  private:
+  // Options at the end may be left out, all of them.
+  static bool is_count(Py_ssize_t count) {
+    constexpr Py_ssize_t all = (kFields<Args> + ...), required = ((kFields<Args> == 1) + ...);
+    return count == all || count == required;
+  }
+
   template <size_t... I>
-  static PyObject* attempt(PyObject* const* args, std::index_sequence<I...>) {
+  static PyObject* attempt(PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
     std::tuple<Args...> values;
-    if (!(read(args[I], std::get<I>(values)) && ...)) return nullptr;
+    if (!(read_argument(args + I, count - Py_ssize_t(I), std::get<I>(values)) && ...)) return nullptr;
     FastCall call(method.ml_name, returned < results);
     try {
       return to_object(call, f(call, std::get<I>(values)...));
@@ -258,8 +280,10 @@ struct Builtin<f, first> {
 
   static PyObject* to_object(FastCall& call, const Results<results>& views) {
     if (returned == 1) return call.take(views[0]);
-    PyObject* tuple = PyTuple_New(returned);
-    for (size_t i = 0; tuple && i < returned; i++) {
+    size_t count = returned;
+    while (!views[count - 1].owner) count--;  // omitted
+    PyObject* tuple = PyTuple_New(count);
+    for (size_t i = 0; tuple && i < count; i++) {
       PyObject* object = call.take(views[i]);
       if (!object || PyTuple_SetItem(tuple, i, object)) Py_CLEAR(tuple);
     }

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "../ops.h"
 
@@ -43,6 +46,7 @@ inline size_t bytes_of(ScalarType type) {
     case ScalarType::Long: return 8;
     case ScalarType::Float:
     case ScalarType::Int: return 4;
+    case ScalarType::Bool:
     case ScalarType::Byte: return 1;
     default: return 2;
   }
@@ -96,6 +100,19 @@ struct Needs {
   uint32_t bits = 0;
   bool operator[](size_t i) const { return bits >> i & 1; }
 };
+
+// How many arguments of the schema become one argument of an op's body: one, or the fields of a struct of options, which
+// stand at the end and have defaults.
+template <class T, class = void>
+struct Fields {
+  static constexpr size_t count = 1;
+};
+template <class T>
+struct Fields<T, std::void_t<decltype(std::declval<T&>().fields())>> {
+  static constexpr size_t count = std::tuple_size_v<decltype(std::declval<T&>().fields())>;
+};
+template <class T>
+constexpr size_t kFields = Fields<T>::count;
 
 // ---------------------------------------------------------------- shapes and strides
 inline Shape leading(const View& t) { return t.sizes.slice(0, t.dim() - 1); }

@@ -60,11 +60,6 @@ PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
   return no_fma(s * (scales_after_masking<T>(scale) ? T(scale) : T(1)));
 }
 
-// The number of keys that query i may attend to, which are the first ones.
-inline int64_t unmasked_keys(const AttentionArgs& a, int64_t i) {
-  return a.is_causal ? std::min(a.k_len, i + 1) : a.k_len;
-}
-
 // out = the scores of MR query rows from row0 on against the panel of keys from `first` on, `packs` packs each. Scores
 // past the last key, and above the diagonal if causal, become -inf. scaled_scores finishes them.
 template <class U, class T = Acc<U>>

@@ -179,7 +179,7 @@ Error attention_fwd(const AttentionArgs& a, const Stream& stream) {
     return by_head_dim(std::max(a.head_dim, a.v_dim), [&](auto width) {
       constexpr int D = width;
       constexpr int shared = shared_bytes<T, D>(kShape<T, D>, 1);
-      return launch_tiles<T>(attention_fwd_kernel<T, D>, make_params<T>(a), a.q_len, a.k_len, kShape<T, D>, shared,
+      return launch_tiles<T>(attention_fwd_kernel<T, D>, make_params<T>(a), a.sequences.q_len, a.sequences.k_len, kShape<T, D>, shared,
                              stream);
     });
   });

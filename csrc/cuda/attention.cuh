@@ -70,8 +70,8 @@ Params make_params(const AttentionArgs& a) {
   constexpr int kChunk = 16 / sizeof(T), kPair = 2;
   Params p{};
   p.heads_per_batch = static_cast<int>(a.heads), p.total_heads = static_cast<int>(a.batch * a.heads);
-  p.q_len = static_cast<int>(a.q_len), p.k_len = static_cast<int>(a.k_len);
-  p.is_causal = a.is_causal, p.scale = static_cast<float>(a.scale);
+  p.q_len = static_cast<int>(a.sequences.q_len), p.k_len = static_cast<int>(a.sequences.k_len);
+  p.is_causal = a.reach.right == 0, p.scale = static_cast<float>(a.scores.scale);
   p.q = make_tensor<T>(a.q, a.head_dim, kChunk), p.k = make_tensor<T>(a.k, a.head_dim, kChunk);
   p.v = make_tensor<T>(a.v, a.v_dim, kChunk), p.dout = make_tensor<T>(a.dout, a.v_dim, kChunk);
   p.out = make_tensor<T>(a.out, a.v_dim, kPair), p.dq = make_tensor<T>(a.dq, a.head_dim, kPair);

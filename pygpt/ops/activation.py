@@ -182,7 +182,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 def _prepare_relu(input, inplace=False) -> Call:
     error = check_tensors("relu", (input,))
     fast = (input,) if error is None and not inplace else None
-    features = {"inplace": True} if inplace else {}
+    features = ("inplace",) if inplace else ()
     return Call((input,), features, torch=partial(_torchs_relu, input, inplace), error=error, fast=fast)
 
 

@@ -1,106 +1,129 @@
-"""Attention: out = softmax(scale q k^T) v, and lse, the log of each row's sum of exponentials.
+"""Attention: out = softmax(s) v with the scores s = scale q k^T, and lse, the log of each row's sum of exponentials.
 
 q (B, Hq, L, E), k (B, Hkv, S, E), v (B, Hkv, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L). Backward keeps out and lse
-and recomputes p = exp(scale q k^T - lse) (FlashAttention-2; Dao 2023), so that nothing of size L x S stays in memory.
+and recomputes p = exp(s - lse) (FlashAttention-2; Dao 2023), so that nothing of size L x S stays in memory.
+
+A query sees the keys of an interval (csrc/attention/visible.h draws it), and its scores may be changed on the way to
+the softmax, in this order: scale, softcap, ALiBi and floating mask, then the boolean masks together. `Options` has what
+a call may add to the plain one. attention_arguments.py checks the public arguments and makes them canonical.
 """
 
 import math
-import sys
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, Literal, overload
+from functools import reduce
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
 from ..autocast import autocasting
-from ..dispatch import Call, Op, call, lookup, register
+from ..dispatch import Op, call, lookup, register
+from .attention_arguments import is_fast, prepare, torchs
 from .common import (
     Spec,
     acc,
     backward_kernels,
-    check_tensors,
     composite_gradients,
     dense_strides,
+    dropout_factors,
     laid_out,
     only,
-    wanted,
 )
-
-_torchs = F.scaled_dot_product_attention  # bound now, because a user may replace it by ours later
 
 
 # ------------------------------------------------------------------------------- the mathematics
-def attention_composite(
-    q, k, v, is_causal, scale, *, attn_mask=None, dropout_p=0.0, enable_gqa=False, window=None,
-    alibi_slopes=None, softcap=0.0, lower_right=False, return_lse=False,
-):  # fmt: skip
-    """softmax(scale * q k^T + bias) v over (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)."""
-    torch_has_it = window is None and alibi_slopes is None and softcap == 0.0 and not lower_right
-    if torch_has_it and not return_lse and not (is_causal and attn_mask is not None):
-        return _torchs(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    features = attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right
+class Options(NamedTuple):
+    """The optional arguments of attention_fwd and attention_bwd, in the order of their schema."""
+
+    attn_mask: Tensor | None = None  # boolean or floating, (B or 1, Hq or 1, L or 1, S or 1)
+    alibi_slopes: Tensor | None = None  # (B or 1, Hq) in the dtype of lse
+    sink: Tensor | None = None  # (Hq,) in the dtype of lse
+    seed: Tensor | None = None  # (1,) int64: the key of dropout's random bits
+    dropout_p: float = 0.0
+    softcap: float = 0.0
+    left: int = -1  # how many keys before its own a query sees; -1 is unlimited
+    right: int = -1
+    lower_right: bool = False  # whether query i's own key is i + S - L, not i
+
+
+def attention_composite(q, k, v, is_causal, scale, *options, return_lse=False):
+    """out, or with return_lse (out, lse): PyTorch's own function where it has the options, else the formulas."""
+    if not options and not return_lse:
+        return torchs(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     with torch.autocast(q.device.type, enabled=False) if autocasting(q.device.type) else nullcontext():
-        out, lse = _explicit_attention(q, *_repeat_heads(q, k, v), is_causal, scale, *features)
+        o = Options(*options)
+        p, lse = _softmax(_scores(q, k, is_causal, scale, o)[0], o.sink)
+        out = (_dropped(p, o) @ acc(_repeated(v, q))).to(q.dtype)
     return (out, lse) if return_lse else out
 
 
-def _explicit_attention(q, k, v, is_causal, scale, attn_mask, dropout_p, window, alibi_slopes, softcap, lower_right):
-    L, S = q.shape[-2], k.shape[-2]
-    dist = _distance(L, S, q.device, lower_right)
-    s = (acc(q) * scale) @ acc(k).mT
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.to(s.dtype).reshape(-1, q.shape[1], 1, 1) * dist.abs()
-    keep = torch.ones_like(dist, dtype=torch.bool)
-    if is_causal or lower_right:
-        keep = keep & (dist <= 0)
-    if window is not None:
-        left, right = window
-        keep = keep & (dist >= -left if left >= 0 else keep) & (dist <= right if right >= 0 else keep)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        keep = keep & attn_mask
-    elif attn_mask is not None:
-        s = s + attn_mask.to(s.dtype)
-    p, lse = _softmax(s.masked_fill(~keep, -math.inf))
-    p = F.dropout(p, dropout_p) if dropout_p else p
-    return (p @ acc(v)).to(q.dtype), lse
+def scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """The scores of a plain call, -inf where masked."""
+    return _scores(q, k, is_causal, scale, Options())[0]
 
 
-def _distance(L: int, S: int, device, lower_right: bool) -> Tensor:
-    """(L, S): the distance of key j to the right of query i's position on the key axis."""
-    shift = S - L if lower_right else 0
-    return torch.arange(S, device=device) - (torch.arange(L, device=device)[:, None] + shift)
+def _scores(q, k, is_causal, scale, o: Options) -> tuple[Tensor, Tensor]:
+    """(B, Hq, L, S): the scores, -inf where masked, and what they were after softcap, for its derivative."""
+    s = (acc(q) * scale) @ acc(_repeated(k, q)).mT
+    capped = s = o.softcap * torch.tanh(s / o.softcap) if o.softcap else s
+    L, S = s.shape[-2:]
+    if o.alibi_slopes is not None:
+        s = s - o.alibi_slopes[..., None, None] * distance(L, S, q.device, o.lower_right).abs()
+    if o.attn_mask is not None and o.attn_mask.dtype != torch.bool:
+        s = s + o.attn_mask.to(s.dtype)
+    keep = visible(L, S, q.device, is_causal, o)
+    return s if keep is None else s.masked_fill(~keep, -math.inf), capped
 
 
-def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.shape[1] == k.shape[1]:
-        return k, v
-    groups = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+def own_key(L: int, S: int, device, lower_right: bool) -> Tensor:
+    """(L, 1): the key on query i's diagonal, which may lie outside 0 .. S - 1."""
+    return torch.arange(L, device=device)[:, None] + (S - L if lower_right else 0)
 
 
-def _softmax(s: Tensor):
-    """Row softmax and log-sum-exp. A fully masked row gives zeros and -inf, never NaN."""
+def distance(L: int, S: int, device, lower_right: bool) -> Tensor:
+    """(L, S): how far key j is to the right of query i's own key."""
+    return torch.arange(S, device=device) - own_key(L, S, device, lower_right)
+
+
+def visible(L: int, S: int, device, is_causal: bool, o: Options) -> Tensor | None:
+    """Whether query i sees key j, broadcast to (B, Hq, L, S). None if each query sees every key."""
+    right, conditions = 0 if is_causal else o.right, []
+    if o.left >= 0 or right >= 0:
+        d = distance(L, S, device, o.lower_right)
+        conditions = [d >= -o.left] * (o.left >= 0) + [d <= right] * (right >= 0)
+    if o.attn_mask is not None and o.attn_mask.dtype == torch.bool:
+        conditions.append(o.attn_mask)
+    return reduce(torch.logical_and, conditions) if conditions else None
+
+
+def _softmax(s: Tensor, sink: Tensor | None):
+    """p and lse. A row that sees no key has p = 0, and lse = sink or -inf, never NaN."""
     m = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
+    if sink is not None:
+        m = m.maximum(sink.detach()[:, None, None])
     m = m.masked_fill(m == -math.inf, 0.0)
     e = torch.exp(s - m)
     total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink[:, None, None] - m)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     lse = (m + total.log()).masked_fill(empty, -math.inf)
     return e / total, lse.squeeze(-1)
 
 
-def scores(q, k, is_causal, scale):
-    s = (acc(q) * scale) @ acc(k).mT
-    if is_causal:
-        s = s.masked_fill(_distance(q.shape[-2], k.shape[-2], q.device, False) > 0, -math.inf)
-    return s
+def _dropped(p: Tensor, o: Options) -> Tensor:
+    """p after dropout: 0 where a weight is dropped, else p / (1 - dropout_p)."""
+    if o.seed is None:
+        return p
+    (B, H, L, S), device = p.shape, p.device
+    rows, heads = torch.arange(L, device=device)[:, None], torch.arange(B * H, device=device).view(B, H, 1, 1)
+    return p * dropout_factors(o.seed, o.dropout_p, S, rows, heads).to(p.dtype)
+
+
+def _repeated(kv: Tensor, q: Tensor) -> Tensor:
+    """Each head as many times as query heads share it."""
+    return kv if kv.shape[1] == q.shape[1] else kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
 
 
 def strides_like_query(q: Tensor, width: int) -> tuple[int, ...]:
@@ -118,59 +141,119 @@ def _heads_last(t: Tensor) -> Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, H, L, Ev) laid out as q is, lse (B, H, L) = log sum_j exp(s_ij)."""
-    p, lse = _softmax(scores(q, k, is_causal, scale))
-    return laid_out(p @ acc(v), strides_like_query(q, v.shape[3]), q.dtype), lse
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    softcap: float = 0.0, left: int = -1, right: int = -1, lower_right: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (B, Hq, L, Ev) laid out as q is, lse (B, Hq, L) = log(sum_j exp(s_ij) + exp(sink))."""
+    o = Options(attn_mask, alibi_slopes, sink, seed, dropout_p, softcap, left, right, lower_right)
+    p, lse = _softmax(_scores(q, k, is_causal, scale, o)[0], sink)
+    return laid_out(_dropped(p, o) @ acc(_repeated(v, q)), strides_like_query(q, v.shape[3]), q.dtype), lse
 
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    is_causal: bool, scale: float, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """p = exp(s - lse); dv = p^T dout; ds = p (dout v^T - rowsum(dout out) + dlse); dq = scale ds k;
-    dk = scale ds^T q."""
-    s = scores(q, k, is_causal, scale)
-    p = torch.exp(s - lse[..., None].masked_fill(lse[..., None] == -math.inf, 0.0))
+    is_causal: bool, scale: float, needs: list[bool], attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    softcap: float = 0.0, left: int = -1, right: int = -1, lower_right: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dmask, dslopes, dsink; the last three only where ``needs`` has six entries.
+
+    With delta = rowsum(dout out) - dlse and f = 1 / (1 - dropout_p) where a weight is kept, else 0:
+    dv = (p f)^T dout; ds = p (f dout v^T - delta); dmask = ds; dslopes = -sum(ds distance);
+    dsink = -sum(exp(sink - lse) delta); with c = 1, or 1 - (s / softcap)^2 of the capped scores: dq = scale (c ds) k;
+    dk = scale (c ds)^T q. Gradients are summed over what was broadcast: the query heads of a group, the mask.
+    A row that sees one key, and has no sink, has p = 1 whatever the score, so its ds is dlse.
+    """
+    o = Options(attn_mask, alibi_slopes, sink, seed, dropout_p, softcap, left, right, lower_right)
+    s, capped = _scores(q, k, is_causal, scale, o)
+    finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
+    p = torch.exp(s - finite_lse[..., None])
     do = acc(dout)
     delta = (do * acc(out)).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None]
-    ds = p * (do @ acc(v).mT - delta) * scale
-    grads = wanted(needs, (ds @ acc(k), ds.mT @ acc(q), p.mT @ do), q)
-    dq, dk, dv = (_heads_last(g) if need else g for need, g in zip(needs, grads, strict=True))
-    return dq, dk, dv
+    ds = p * (_dropped(do @ acc(_repeated(v, q)).mT, o) - delta)
+    if sink is None:
+        one_key = _sees_one_key(*s.shape[-2:], s.device, is_causal, o)
+        ds = torch.where(one_key, p * (0.0 if dlse is None else dlse[..., None]), ds)
+    ds_scaled = ds * scale if not softcap else ds * (1.0 - (capped / softcap) ** 2) * scale
+
+    needs, none = [*needs, False, False, False][:6], q.new_empty(0)
+    dq, dk, dv = (
+        _heads_last(g.to(q.dtype)) if need else none
+        for need, g in zip(
+            needs,
+            (
+                ds_scaled @ acc(_repeated(k, q)),
+                _of_groups(ds_scaled.mT @ acc(q), k),
+                _of_groups(_dropped(p, o).mT @ do, k),
+            ),
+            strict=False,
+        )
+    )
+    dmask, dslopes, dsink = none, none, none
+    if needs[3]:
+        assert attn_mask is not None
+        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    if needs[4]:
+        assert alibi_slopes is not None
+        of_heads = -(ds * distance(*s.shape[-2:], s.device, lower_right).abs()).sum((-1, -2))
+        dslopes = of_heads.sum_to_size(alibi_slopes.shape)
+    if needs[5]:
+        assert sink is not None
+        dsink = -(torch.exp(sink[:, None] - finite_lse) * delta.squeeze(-1)).sum((0, 2))
+    return dq, dk, dv, dmask, dslopes, dsink
+
+
+def _of_groups(g: Tensor, k: Tensor) -> Tensor:
+    """(B, Hq, S, .) summed over the query heads that share a head of k."""
+    return g if g.shape[1] == k.shape[1] else g.unflatten(1, (k.shape[1], -1)).sum(2)
+
+
+def _sees_one_key(L: int, S: int, device, is_causal: bool, o: Options) -> Tensor:
+    """(L, 1): whether query i sees exactly one key, by its interval alone."""
+    own, right = own_key(L, S, device, o.lower_right), 0 if is_causal else o.right
+    begin = (own - o.left).clamp(min=0) if o.left >= 0 else torch.zeros_like(own)
+    end = (own + right + 1).clamp(max=S) if right >= 0 else torch.full_like(own, S)
+    return end - begin == 1
 
 
 # ------------------------------------------------------------------------------- autograd
-def _with_lse(q, k, v, is_causal, scale):
-    return attention_composite(q, k, v, is_causal, scale, return_lse=True)
+def _with_lse(*args):
+    return attention_composite(*args, return_lse=True)
 
 
 class Attention(torch.autograd.Function):
-    """(kernels, q, k, v, is_causal, scale) -> out, lse."""
+    """(kernels, q, k, v, is_causal, scale, *options) -> out, lse. The options are absent, or all of `Options`."""
 
     @staticmethod
-    def forward(ctx, kernels, q, k, v, is_causal, scale):
-        ctx.kernels, ctx.is_causal, ctx.scale = kernels, is_causal, scale
-        out, lse = kernels.attention_fwd(q, k, v, is_causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx, kernels, q, k, v, is_causal, scale, *options):
+        ctx.kernels, ctx.is_causal, ctx.scale, ctx.options = kernels, is_causal, scale, options[4:]
+        out, lse = kernels.attention_fwd(q, k, v, is_causal, scale, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:4])
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
-            return (None,) * 6
-        q, k, v, out, lse = ctx.saved_tensors
-        kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:4]
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        options = (*tensors, *ctx.options)
+        needs = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:9] if options else ctx.needs_input_grad[1:4]
+        kernels = backward_kernels(ctx)
         if kernels is None:
-            args = q, k, v, ctx.is_causal, ctx.scale
-            return None, *composite_gradients(_with_lse, args, needs, (dout, dlse)), None, None
+            args = q, k, v, ctx.is_causal, ctx.scale, *options
+            needed = *needs[:3], False, False, *needs[3:]
+            grads = composite_gradients(_with_lse, args, needed, (dout, dlse))
+            return None, *grads, *(None,) * (len(ctx.needs_input_grad) - 1 - len(grads))
         if dout is None:  # lse does not depend on v
-            dout, needs = torch.zeros_like(out), (*needs[:2], False)
-        grads = kernels.attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs)
-        return None, *only(needs, grads), None, None
+            dout, needs = torch.zeros_like(out), (*needs[:2], False, *needs[3:])
+        grads = kernels.attention_bwd(dout, dlse, q, k, v, out, lse, ctx.is_causal, ctx.scale, needs, *options)
+        grads = only(needs, grads[: len(needs)])
+        return None, *grads[:3], None, None, *grads[3:], *(None,) * (6 if options else 0)
 
 
 # ------------------------------------------------------------------------------- the public function
@@ -188,6 +271,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -206,6 +290,7 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -223,13 +308,12 @@ def scaled_dot_product_attention(
     window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns softmax(scale * query key^T + bias) value, with the arguments of torch's function of this name.
 
-    The algorithm is FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory, forward or backward. Calls with
-    attn_mask, dropout_p, enable_gqa, window, alibi_slopes or softcap have no kernel yet. PyTorch computes them, some by
-    way of that matrix.
+    The algorithm is FlashAttention-2 (Dao 2023): the (L, S) matrix is never in memory, forward or backward.
 
     Shapes: ``query (..., Hq, L, E)``, ``key (..., Hkv, S, E)``, ``value (..., Hkv, S, Ev)``, result
     ``(..., Hq, L, Ev)``. The leading dimensions broadcast, and so does a single head of key and value. The result is
@@ -252,6 +336,8 @@ def scaled_dot_product_attention(
       starts top-left also where L and S differ. Only causal_lower_right moves it, too: j = i + S - L.
     - ``alibi_slopes`` ``(Hq,)`` or ``(B, Hq)`` adds -slope * distance to the same diagonal (Press et al. 2021).
     - ``softcap`` c > 0 makes a score c * tanh(score / c), before masks.
+    - ``sink`` ``(Hq,)`` adds exp(sink) to each row's sum of exponentials (attention sinks; Xiao et al. 2023, learned as
+      in gpt-oss 2025). It is not scaled, capped, masked or dropped; lse includes it.
     - ``return_lse`` also returns lse ``(..., Hq, L)``, the natural logarithm of each row's sum of exponentials. It is
       float32 (float64 for float64) and differentiable.
 
@@ -259,187 +345,15 @@ def scaled_dot_product_attention(
     Unequal dtypes and wrong types, such as integer tensors, raise TypeError.
     """
     kernel = lookup("attention", query, key, value)
-    features = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
-    if kernel is None or features or softcap or return_lse or not _is_fast(query, key, value):
+    options = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
+    if kernel is None or options or softcap or sink is not None or return_lse or not is_fast(query, key, value):
         return call(
             "attention", query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
-            window=window, alibi_slopes=alibi_slopes, softcap=softcap, return_lse=return_lse,
+            window=window, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, return_lse=return_lse,
         )  # fmt: skip
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
     results = kernel(query, key, value, bool(is_causal), scale)
     return results[0] if isinstance(results, tuple) else results
-
-
-def _is_fast(query, key, value) -> bool:
-    """Whether the shapes are (B, H, L, E), (B, H, S, E), (B, H, S, Ev), and every kernel has these head dimensions."""
-    of_query, of_key, of_value = query.shape, key.shape, value.shape
-    return (
-        len(of_query) == len(of_key) == len(of_value) == 4
-        and of_query[:2] == of_key[:2] == of_value[:2]
-        and of_query[3] == of_key[3] <= dispatch.fast_head_dim >= of_value[3]
-        and of_key[2] == of_value[2]
-    )
-
-
-_OP = "pygpt.scaled_dot_product_attention"
-
-
-def _prepare(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False,
-    window=None, alibi_slopes=None, softcap=0.0, return_lse=False,
-) -> Call:  # fmt: skip
-    mask = attn_mask.unsqueeze(0) if isinstance(attn_mask, Tensor) and attn_mask.dim() == 1 else attn_mask
-    torchs: Callable | None = partial(
-        _torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    if error := check_tensors("attention", (query, key, value), one_dtype=True):
-        return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
-    _check_shapes(query, key, value)
-    L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
-    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
-    if _is_causal_bias(attn_mask) or (attn_mask is not None and is_causal) or window is not None:
-        torchs = None  # PyTorch's function does not take these
-    if alibi_slopes is not None or softcap or return_lse:
-        torchs = None
-    Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
-    if enable_gqa and Hk != Hv:
-        error = ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
-        if torchs is None:
-            raise error
-        return Call((query, key, value, is_causal, scale), torch=torchs, error=error)
-
-    q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
-    Hq = q.shape[1]
-    attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
-    features = _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
-    if lower_right:
-        features["lower_right"] = True
-    if dropout_p > 0.0:
-        features["dropout_p"] = dropout_p
-    if Hq != k.shape[1]:
-        features["enable_gqa"] = enable_gqa
-    if return_lse:
-        features["return_lse"] = True
-
-    heads = leading if query.dim() == key.dim() == value.dim() == 2 else (*leading, Hq)
-
-    def finish(results):
-        out, lse = results if isinstance(results, tuple) else (results, None)
-        out = out if out.dim() == len(heads) + 2 else out.reshape(*heads, L, Ev)
-        return (out, lse.reshape(*heads, L)) if return_lse else out
-
-    fast = (query, key, value) if not features and _is_fast(query, key, value) else None
-    return Call((q, k, v, bool(is_causal), scale), features, finish, torchs, fast=fast)
-
-
-def _check_shapes(query, key, value):
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() < 2:
-            raise ValueError(f"{_OP}: {name} needs at least 2 dimensions, got shape {tuple(t.shape)}")
-    E, S = query.shape[-1], key.shape[-2]
-    if key.shape[-1] != E:
-        raise ValueError(f"{_OP}: key has head dimension {key.shape[-1]}, query {E}; they must be equal")
-    if value.shape[-2] != S:
-        raise ValueError(f"{_OP}: value has {value.shape[-2]} positions, key {S}; they must be equal")
-
-
-def _without_causal_bias(attn_mask, is_causal, L, S) -> tuple:
-    """-> attn_mask, is_causal, lower_right, where a CausalBias has become one of the flags."""
-    if not _is_causal_bias(attn_mask):
-        return attn_mask, is_causal, False
-    if is_causal:
-        raise ValueError(f"{_OP}: is_causal and a CausalBias attn_mask are both set")
-    if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
-        raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
-    lower_right = attn_mask.variant.name == "LOWER_RIGHT"
-    return None, not lower_right, lower_right
-
-
-def _check_scores(q, leading, S, attn_mask, window, alibi_slopes, softcap) -> dict:
-    """The features in use that change the scores, by name. q (B, Hq, L, E)."""
-    B, Hq, L = q.shape[:3]
-    features = {}
-    if attn_mask is not None:
-        _check_optional("attn_mask", attn_mask, q, or_boolean=True)
-        features["attn_mask"] = _broadcast_mask(attn_mask, leading, (B, Hq, L, S))
-    if window is not None and _check_window(window):
-        features["window"] = window
-    if alibi_slopes is not None:
-        _check_optional("alibi_slopes", alibi_slopes, q)
-        if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
-            shape = tuple(alibi_slopes.shape)
-            raise ValueError(f"{_OP}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
-        features["alibi_slopes"] = alibi_slopes
-    if not softcap >= 0.0:
-        raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
-    if softcap > 0.0:
-        features["softcap"] = softcap
-    return features
-
-
-def _is_causal_bias(attn_mask) -> bool:
-    """Whether it is a torch.nn.attention.bias.CausalBias. Importing that module takes a second, so this does not."""
-    bias = sys.modules.get("torch.nn.attention.bias")
-    return bias is not None and isinstance(attn_mask, bias.CausalBias)
-
-
-def _four_dimensional(query, key, value, enable_gqa):
-    """Views (B, H, T, E) of the three with broadcast leading dimensions, and those dimensions without the heads."""
-    q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
-    Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
-    if enable_gqa:
-        if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
-            raise ValueError(f"{_OP}: {Hq} query heads are no multiple of {Hk} key heads")
-    elif not Hq == Hk == Hv:
-        heads = {n for n in (Hq, Hk, Hv) if n != 1}
-        if len(heads) > 1:
-            grouped = "; pass enable_gqa=True for grouped heads" if Hk == Hv and Hk and Hq % Hk == 0 else ""
-            raise ValueError(f"{_OP}: query has {Hq} heads, key {Hk}, value {Hv}; they do not broadcast{grouped}")
-        (heads,) = heads
-        q, k, v = (t.expand(*t.shape[:-3], heads, *t.shape[-2:]) for t in (q, k, v))
-    shapes = [t.shape[:-3] for t in (q, k, v)]
-    if len(shapes[0]) == 1 and shapes[0] == shapes[1] == shapes[2]:
-        return q, k, v, shapes[0]
-    try:
-        leading = torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        got = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise ValueError(f"{_OP}: the leading dimensions of {got} do not broadcast") from None
-    q, k, v = (t.expand(*leading, *t.shape[-3:]).reshape(math.prod(leading), *t.shape[-3:]) for t in (q, k, v))
-    return q, k, v, leading
-
-
-def _check_optional(name, t, query, or_boolean=False):
-    """Raises unless ``t`` is a floating tensor on the query's device, or with or_boolean a boolean one."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(t).__name__}")
-    if not t.is_floating_point() and not (or_boolean and t.dtype == torch.bool):
-        raise TypeError(f"{_OP}: {name} must be {'boolean or ' * or_boolean}floating point, got {t.dtype}")
-    if t.device != query.device:
-        raise ValueError(f"{_OP}: {name} is on {t.device}, query on {query.device}")
-
-
-def _broadcast_mask(attn_mask, leading, shape):
-    """attn_mask broadcast to (B, Hq, L, S), as a view where the strides allow it."""
-    full = (*leading, *shape[1:])
-    try:
-        return attn_mask.expand(full).reshape(shape)
-    except RuntimeError:
-        raise ValueError(f"{_OP}: attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}") from None
-
-
-def _check_window(window) -> bool:
-    """Whether the window limits anything. ValueError where it is no window."""
-    try:
-        left, right = window
-        valid = min(left, right) >= -1
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{_OP}: window must be (left, right) >= -1, got {window!r}")
-    return (left, right) != (-1, -1)
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
@@ -491,7 +405,7 @@ register(
     Op(
         "attention",
         public=scaled_dot_product_attention,
-        prepare=_prepare,
+        prepare=prepare,
         composite=attention_composite,
         fwd=attention_fwd,
         bwd=attention_bwd,

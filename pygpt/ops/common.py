@@ -51,6 +51,32 @@ def as_tuple(result) -> tuple:
     return result if isinstance(result, tuple) else (result,)
 
 
+# ------------------------------------------------------------------------------- dropout
+def dropout_factors(seed: Tensor, p: float, columns: int, row: Tensor, head: Tensor | int = 0) -> Tensor:
+    """(..., columns) in float64: 0 where dropout drops the element (row, column) of a head, else 1 / (1 - p).
+
+    The bits are those of Philox4x32-10 (Salmon et al. 2011) with ``seed`` as its key. The counter is
+    (column // 4, row, head, 0), and the column takes word column % 4. An element is dropped if its word is below
+    floor(p 2^32). ``row`` and ``head`` broadcast, with 1 in the place of the columns.
+    """
+    group = torch.arange((columns + 3) // 4, device=seed.device)
+    words = torch.stack(_philox(seed, (group, row, head, 0)), -1).flatten(-2)[..., :columns]
+    return (words >= math.floor(p * 2**32)).double() * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def _philox(seed: Tensor, counter) -> list[Tensor]:
+    """The four words, 32 bits each in int64, that Philox4x32-10 makes of a counter."""
+    mask = 0xFFFFFFFF
+    key = [seed & mask, seed >> 32 & mask]
+    c = list(torch.broadcast_tensors(*(torch.as_tensor(x, device=seed.device) for x in counter)))
+    for _ in range(10):
+        # A product of 64 bits overflows int64, but its bits are right.
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [second >> 32 & mask ^ c[1] ^ key[0], second & mask, first >> 32 & mask ^ c[3] ^ key[1], first & mask]
+        key = [key[0] + 0x9E3779B9 & mask, key[1] + 0xBB67AE85 & mask]
+    return c
+
+
 # ------------------------------------------------------------------------------- checks
 def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None:
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
