@@ -402,7 +402,7 @@ def test_what_has_no_kernel_is_pytorchs(mesh):
     assert pygpt.explain("gelu", x).backend == "cpp"
 
 
-@pytest.mark.parametrize("placement", ["R", "0", "1"])
+@pytest.mark.parametrize("placement", ["R", 0, 1])
 def test_attention_with_options(placement, mesh):
     """A tensor among them makes every rank compute the whole; grouped heads stay together."""
     q, k, mask = shards(mesh, ((2, 4, 5, 8), placement), ((2, 2, 6, 8), placement), ((5, 6), "R"))
