@@ -19,7 +19,7 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
     def attention(E, EV, L=1024, S=1024):
         q, k, v = empty(2, 4, L, E), empty(2, 4, S, E), empty(2, 4, S, EV)
         out, lse = kernels.attention_fwd(q, k, v, True, 0.1)
-        kernels.attention_bwd(out, lse, q, k, v, out, lse, True, 0.1, [True] * 3)
+        kernels.attention_bwd(out, None, q, k, v, out, lse, True, 0.1, [True] * 3)
 
     def mlp(M, C, H, activation):
         x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)

@@ -1,6 +1,6 @@
 """Attention's configurations: tile sizes, warps and stages by target, head dimension and element size."""
 
-from .common import TARGETS, Config, Configs
+from ..common import TARGETS, Config, Configs
 
 # Candidates (BLOCK_M, BLOCK_N, num_warps, num_stages), the best first, by (bucket, itemsize), or by (bucket, itemsize,
 # target) where a target needs its own. The bucket is the largest padded head dimension. None of them spills registers
@@ -50,6 +50,12 @@ DQ_CANDIDATES = {
     (256, 4): ((16, 16, 8, 1),),
 }
 
+# The same for scores that are not only scaled, whose terms take registers.
+GENERAL_FWD_CANDIDATES = dict(FWD_CANDIDATES)
+GENERAL_DKDV_CANDIDATES = dict(DKDV_CANDIDATES)
+GENERAL_DQ_CANDIDATES = dict(DQ_CANDIDATES)
+DMASK_CANDIDATES = dict(DQ_CANDIDATES)
+
 
 def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
     """A table such as FWD_CANDIDATES -> {(target, bucket, itemsize): Configs}."""
@@ -63,5 +69,7 @@ def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
 
 
 FWD, DKDV, DQ = _configs(FWD_CANDIDATES), _configs(DKDV_CANDIDATES), _configs(DQ_CANDIDATES)
+GENERAL_FWD, GENERAL_DKDV = _configs(GENERAL_FWD_CANDIDATES), _configs(GENERAL_DKDV_CANDIDATES)
+GENERAL_DQ, DMASK = _configs(GENERAL_DQ_CANDIDATES), _configs(DMASK_CANDIDATES)
 DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
 WIDE = 256  # the bucket in which registers hold the accumulators of dk or of dv, but not of both
