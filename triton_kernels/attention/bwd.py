@@ -23,6 +23,7 @@ from .tiles import (
     may_see_one_key,
     past_gap,
     product,
+    queries_of,
     rows_of_head,
     sees_one_key,
     store_gradient,
@@ -104,14 +105,7 @@ def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params)
     else:
         pt = tl.exp2((st * params.scale - load_lse(stats.lse, i, L)[None, :]) * LOG2E)
     if loop.MASKED:  # The rows that fill up the last tile must not reach an infinite key, because 0 * inf is NaN.
-        queries = mask_of(
-            Visible(
-                params.visible.k_len, params.visible.q_len, -params.visible.diagonal, params.visible.right,
-                params.visible.left, params.visible.RIGHT, params.visible.LEFT,
-            ),
-            k.row, start, KEYS, ROWS,
-        )  # fmt: skip
-        pt = tl.where(queries, pt, 0.0)
+        pt = tl.where(queries_of(params.visible, start, k.row, ROWS, KEYS), pt, 0.0)
     keep = pt
     if params.scores.seed is not None:
         keep = tl.where(kept(loop.at.head, start, k.row, params, ROWS, KEYS).T, params.scores.keep, 0.0)
@@ -135,8 +129,9 @@ def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params)
 def _accumulate_dkdv(sums, k, v, q, dout, stats, loop, params):
     """Adds the queries of a loop to the gradients of the tiles k and v."""
     dk, dv, min_lse2 = sums.dk, sums.dv, sums.min_lse2
-    for row in tl.range(loop_bound(loop.begin), loop_bound(loop.end), q.TILE_ROWS):
-        start = past_gap(row, loop)
+    # Counting tiles, not rows, takes fewer registers.
+    for tile in tl.range(0, loop_bound(tl.cdiv(loop.end - loop.begin, q.TILE_ROWS))):
+        start = past_gap(loop.begin + tile * q.TILE_ROWS, loop)
         i, j = start + tl.arange(0, q.TILE_ROWS), k.row + tl.arange(0, k.operand.TILE_ROWS)
         mask = load_mask(loop.at, i[None, :], j[:, None], params)
         if params.scores.BOOLEAN:
@@ -270,8 +265,7 @@ def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
     else:
         p = tl.exp2((s * params.scale - stats.lse[:, None]) * LOG2E)
     if MASKED:
-        SEVERAL: tl.constexpr = not (params.SINK or params.DLSE)  # the gradient of a row that sees one key is dlse
-        p = tl.where(mask_of(params.visible, q.row, k.row, ROWS, KEYS, SEVERAL), p, 0.0)
+        p = tl.where(mask_of(params.visible, q.row, k.row, ROWS, KEYS), p, 0.0)
     dp = product(dout, v)
     if params.scores.seed is not None:
         dp = tl.where(kept(q.at.head, q.row, k.row, params, ROWS, KEYS), dp * params.scores.keep, 0.0)
@@ -283,9 +277,12 @@ def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
 
 @triton.jit
 def load_stats(stats, head, i, params):
-    """The statistics of the queries i of a head."""
+    """The statistics of the queries i of a head. For dq alone, lse is also inf where ds is 0 because the row sees one
+    key."""
     L = params.visible.q_len
     lse = load_lse(rows_of_head(stats.lse, head, L), i, L)
+    if not (params.SINK or params.DLSE):
+        lse = tl.where(sees_one_key(params.visible, i), float("inf"), lse)
     lse2 = lse
     if params.LIMIT:
         lse2 = tl.load(rows_of_head(stats.lse2, head, L) + i, i < L, other=float("inf"))

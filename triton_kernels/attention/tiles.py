@@ -218,18 +218,27 @@ def may_see_one_key(visible, row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def mask_of(visible, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, SEVERAL: tl.constexpr = False):
-    """Which keys of a tile its queries see: (ROWS, COLS), or (1, COLS) if that depends on no query. SEVERAL: without
-    the key of a query that sees one."""
+def mask_of(visible, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which keys of a tile its queries see: (ROWS, COLS), or (1, COLS) if that depends on no query."""
     i, j = row + tl.arange(0, ROWS), tl.arange(0, COLS)
     last = visible.k_len - 1
     if visible.RIGHT:
         last = tl.minimum(last, i + (visible.diagonal + visible.right))[:, None]
-    if SEVERAL:
-        last = tl.where(sees_one_key(visible, i)[:, None], -1, last)
     mask = j[None, :] <= last - col
     if visible.LEFT:
         mask &= j[None, :] >= (i + (visible.diagonal - visible.left))[:, None] - col
+    return mask
+
+
+@triton.jit
+def queries_of(visible, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which queries of a tile, from row on, see its keys: (COLS, ROWS), or (1, ROWS) if that depends on no key."""
+    i, j = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+    mask = (i < visible.q_len)[None, :]
+    if visible.RIGHT:
+        mask &= j[:, None] <= (i + (visible.diagonal + visible.right))[None, :]
+    if visible.LEFT:
+        mask &= j[:, None] >= (i + (visible.diagonal - visible.left))[None, :]
     return mask
 
 
