@@ -314,9 +314,7 @@ def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, params):
         mask = load_mask(q.at, i[:, None], j[None, :], params)
         if params.scores.BOOLEAN:
             if any_visible(mask):
-                dq, slope_sum = _accumulate_dq_tile(
-                    dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params
-                )
+                dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params)
         else:
             dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params)
     return dq, slope_sum

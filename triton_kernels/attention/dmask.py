@@ -29,7 +29,9 @@ def _tile_gradient(q, dout, stats, k, v, at, row, col, q_data, do_data, params):
 
 
 @triton.jit
-def _mask_gradient(dmask, entries, heads, H, q, dout, stats, k, v, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, params):
+def _mask_gradient(
+    dmask, entries, heads, H, q, dout, stats, k, v, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, params
+):
     BLOCK_M: tl.constexpr = q.TILE_ROWS
     BLOCK_N: tl.constexpr = k.TILE_ROWS
     L, S = params.visible.q_len, params.visible.k_len
@@ -66,7 +68,9 @@ def _mask_gradient(dmask, entries, heads, H, q, dout, stats, k, v, ONE_ROW: tl.c
         tl.store(dmask + i[:, None] * S + j[None, :], to_storage(acc, dmask.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["GROUP", "diagonal", "left", "right", "threshold", "entries", "mask_heads", "shared_heads"])
+@triton.jit(
+    do_not_specialize=["GROUP", "diagonal", "left", "right", "threshold", "entries", "mask_heads", "shared_heads"]
+)
 def attention_dmask_kernel(
     dmask, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,

@@ -77,9 +77,7 @@ def _attend(state, q, k, v, loop, params):
         mask = load_mask(q.at, i, j, params)
         if params.scores.BOOLEAN:
             if any_visible(mask):
-                acc, row_max, row_sum = _attend_tile(
-                    Softmax(acc, row_max, row_sum), q, k, v, start, mask, loop, params
-                )
+                acc, row_max, row_sum = _attend_tile(Softmax(acc, row_max, row_sum), q, k, v, start, mask, loop, params)
         else:
             acc, row_max, row_sum = _attend_tile(Softmax(acc, row_max, row_sum), q, k, v, start, mask, loop, params)
     return Softmax(acc, row_max, row_sum)
