@@ -20,11 +20,12 @@ from pygpt.dispatch import OPS, TABLE
 
 if TABLE["triton"].missing:
     pytest.fail(TABLE["triton"].missing, pytrace=False)
-from pygpt.ops import attention as oracle
-from pygpt.ops.common import _philox
 from pygpt.triton_kernels import attention, common, mlp, norm
 from pygpt.triton_kernels.attention import scores
 from pygpt.triton_kernels.attention import tiles as attention_tiles
+
+from pygpt.ops import attention as oracle
+from pygpt.ops.common import _philox
 
 KERNELS = TABLE["triton"].kernels
 DEVICE = TABLE["triton"].devices[0]

@@ -36,11 +36,11 @@ key thus misses 1 by at most eps / 23 in forward and eps / 5 in backward, and ev
 1 + eps / 2 is rounded to 1. out sums the rounded p and l the unrounded ones, so l is corrected by the error of the
 last base.
 
-float32 always takes the exact form, and so do GENERAL scores. Other 16-bit tiles take the fused form where nothing is masked. If some row then turns
-out to be beyond LIMIT, the tile starts over, and the loop over the masked tiles, which always takes the exact form,
-covers all keys. Forward looks only at the last base of each row. If an earlier base was larger in size, it was below
-the last one: either far below, and the p computed from it have shrunk to nothing, or hardly beyond LIMIT, where the
-error is not twice as large.
+float32 always takes the exact form, and so do GENERAL scores. Other 16-bit tiles take the fused form where nothing is
+masked. If some row then turns out to be beyond LIMIT, the tile starts over, and the loop over the masked tiles, which
+always takes the exact form, covers all keys. Forward looks only at the last base of each row. If an earlier base was
+larger in size, it was below the last one: either far below, and the p computed from it have shrunk to nothing, or
+hardly beyond LIMIT, where the error is not twice as large.
 
 16-bit tiles are loaded through tensor descriptors (TMA) where the device and their alignment allow it, else through
 pointers. Head dimensions are padded to a power of two inside the tile. float32 products run on the CUDA cores, whose

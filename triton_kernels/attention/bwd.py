@@ -117,7 +117,7 @@ def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params)
         dpt = product(v, Tile(dout, loop.at, start, do_data))
         if params.scores.seed is not None:
             dpt = dpt * keep
-        if loop.MASKED and not params.SINK:
+        if loop.MASKED and not params.SINK:  # noqa: SIM102 - constants, and what depends on data
             if may_see_one_key(params.visible, start, ROWS):
                 dpt = tl.where(sees_one_key(params.visible, i)[None, :], 0.0, dpt)
         dst = pt * (dpt - tl.load(stats.delta + i, i < L, other=0.0)[None, :])

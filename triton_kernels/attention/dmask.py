@@ -1,7 +1,7 @@
 """The gradient of attention's floating mask: that of the scores, summed over what shares an element of the mask.
 
-A program owns a tile of the mask and loops over the batch entries, heads, rows and columns that share it, in this order,
-so that the sum needs no atomics and is the same in every run. It is kept in float32 and rounded once.
+A program owns a tile of the mask and loops over the batch entries, heads, rows and columns that share it, in this
+order, so that the sum needs no atomics and is the same in every run. It is kept in float32 and rounded once.
 """
 
 import triton
@@ -78,9 +78,9 @@ def attention_dmask_kernel(
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     seed, threshold, keep, entries, shared_heads, mask_heads,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
-    SINK: tl.constexpr, DLSE: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr,
-    EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
+    SINK: tl.constexpr, DLSE: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COL: tl.constexpr, LIMIT: tl.constexpr,
+    E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """A program computes a tile of dmask, which has mask_heads heads. `entries` batch entries share each of its batch
     entries, shared_heads heads each of its heads; all rows share one with ONE_ROW, all columns with ONE_COL."""
