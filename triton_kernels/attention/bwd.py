@@ -249,8 +249,8 @@ def attention_dkdv_kernel(
 # ------------------------------------------------------------------------------- queries
 @triton.jit
 def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
-    """(BLOCK_M, BLOCK_N) of the tiles q, dout and k, v: the gradient of the scores, and that of the products without
-    the factor scale."""
+    """(BLOCK_M, BLOCK_N) of the tiles q, dout and k, and of the operand v: the gradient of the scores, and that of the
+    products without the factor scale."""
     FUSED: tl.constexpr = params.LIMIT > 0 and not MASKED
     ROWS: tl.constexpr = q.operand.TILE_ROWS
     KEYS: tl.constexpr = k.operand.TILE_ROWS
@@ -266,7 +266,7 @@ def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
         p = tl.exp2((s * params.scale - stats.lse[:, None]) * LOG2E)
     if MASKED:
         p = tl.where(mask_of(params.visible, q.row, k.row, ROWS, KEYS), p, 0.0)
-    dp = product(dout, v)
+    dp = product(dout, Tile(v, k.at, k.row, load_tile(v, k.at, k.row)))
     if params.scores.seed is not None:
         dp = tl.where(kept(q.at.head, q.row, k.row, params, ROWS, KEYS), dp * params.scores.keep, 0.0)
     if MASKED and params.DLSE and not params.SINK:
@@ -294,10 +294,7 @@ def load_stats(stats, head, i, params):
 def _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params):
     """Adds the keys from `start` on to dq, without the factor scale, and to the gradients of the rows' slopes."""
     k_data = load_tile(k, loop.at, start)
-    ds, dproduct = score_gradients(
-        q, dout, stats, Tile(k, loop.at, start, k_data), Tile(v, loop.at, start, load_tile(v, loop.at, start)), mask,
-        loop.MASKED, params,
-    )  # fmt: skip
+    ds, dproduct = score_gradients(q, dout, stats, Tile(k, loop.at, start, k_data), v, mask, loop.MASKED, params)
     if slope_sum is not None:
         i, j = q.row + tl.arange(0, q.operand.TILE_ROWS), start + tl.arange(0, k.TILE_ROWS)
         slope_sum -= tl.sum(ds * distance(i[:, None], j[None, :], params), 1)

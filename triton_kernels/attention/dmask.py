@@ -22,8 +22,8 @@ def _tile_gradient(q, dout, stats, k, v, at, row, col, q_data, do_data, params):
     kv = kv_coord(at, params)
     ds, _ = score_gradients(
         Tile(q, at, row, q_data, params.CHUNK), Tile(dout, at, row, do_data, params.CHUNK),
-        load_stats(stats, at.head, i, params), Tile(k, kv, col, load_tile(k, kv, col)),
-        Tile(v, kv, col, load_tile(v, kv, col)), load_mask(at, i[:, None], j[None, :], params), True, params,
+        load_stats(stats, at.head, i, params), Tile(k, kv, col, load_tile(k, kv, col)), v,
+        load_mask(at, i[:, None], j[None, :], params), True, params,
     )  # fmt: skip
     return tl.where((i < params.visible.q_len)[:, None], ds, 0.0)
 
