@@ -214,7 +214,7 @@ def test_a_partial_group_of_heads(causal, generator, monkeypatch):
 # ------------------------------------------------------------------------------- attention's options
 @triton.jit
 def _intervals(
-    walks, sees, transposed, one, may_be_one, L, S, diagonal, left, right,
+    walks, sees, transposed, one, L, S, diagonal, left, right,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """What attention_tiles says of the queries ROWS * program_id and after them, for COLS * 4 keys."""
@@ -241,10 +241,6 @@ def _intervals(
     tl.store(one + i, attention_tiles.sees_one_key(
         attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), i
     ).to(tl.int8))  # fmt: skip
-    may_be = attention_tiles.may_see_one_key(
-        attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), row, ROWS
-    )
-    tl.store(may_be_one + tl.program_id(0), may_be.to(tl.int8))
 
 
 def random_interval(generator):
@@ -261,9 +257,9 @@ def test_tiles_walk_over_the_keys_that_queries_see(generator):
         L, S, diagonal, left, right = random_interval(generator)
         walks = torch.zeros(4, 4, dtype=torch.int32, device=DEVICE)
         sees, transposed = (torch.zeros(4 * ROWS, 4 * COLS, dtype=torch.int8, device=DEVICE) for _ in range(2))
-        one, may_be_one = (torch.zeros(n, dtype=torch.int8, device=DEVICE) for n in (4 * ROWS, 4))
+        one = torch.zeros(4 * ROWS, dtype=torch.int8, device=DEVICE)
         _intervals[(4,)](
-            walks, sees, transposed, one, may_be_one, L, S, diagonal, max(left, 0), max(right, 0), left >= 0,
+            walks, sees, transposed, one, L, S, diagonal, max(left, 0), max(right, 0), left >= 0,
             right >= 0, ROWS, COLS,
         )  # fmt: skip
         d = torch.arange(4 * COLS) - torch.arange(4 * ROWS)[:, None] - diagonal
@@ -279,7 +275,6 @@ def test_tiles_walk_over_the_keys_that_queries_see(generator):
             assert not seen[:, (keys < begin) | (keys >= max(end, begin))].any()
             assert seen[:, (keys >= unmasked) & (keys < masked)].all()
             assert begin % COLS == unmasked % COLS == masked % COLS == 0 and begin <= unmasked <= max(masked, unmasked)
-            assert may_be_one[tile] or not sees_one[rows].any()
 
 
 @triton.jit

@@ -59,7 +59,7 @@ from pygpt.ops.attention import Options, strides_like_query
 
 from ..common import Tiled, empty, empty_strided, launch, target, tileable
 from .bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
-from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, WIDE
+from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, GENERAL_WIDE, WIDE
 from .dmask import attention_dmask_kernel
 from .fwd import attention_fwd_kernel
 
@@ -229,7 +229,8 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *optio
         for need, t in zip(needs, (q, k, v), strict=False)
     )
     slope_rows = empty(lse, *lse.shape) if need_slopes else None
-    for outputs in ((dk, None), (None, dv)) if call.bucket[1] >= WIDE else ((dk, dv),):
+    apart = call.bucket[1] >= (GENERAL_WIDE if call.general else WIDE)
+    for outputs in ((dk, None), (None, dv)) if apart else ((dk, dv),):
         if any(g is not None for g in outputs):
             call.launch(BACKWARD_KEYS, outputs, scale, stats=stats)
     if dq is not None or slope_rows is not None:

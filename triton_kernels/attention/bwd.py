@@ -20,7 +20,6 @@ from .tiles import (
     kv_coord,
     load_tile,
     mask_of,
-    may_see_one_key,
     past_gap,
     product,
     queries_of,
@@ -30,6 +29,8 @@ from .tiles import (
     tile_coord,
     walk,
 )
+
+NO_GRADIENT = tl.constexpr(3.4028234663852886e38)  # as delta: the scores of the row have none
 
 
 # ------------------------------------------------------------------------------- statistics of rows
@@ -47,9 +48,9 @@ def attention_delta_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LIMIT: tl.constexpr, EV: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B H, L) = rowsum(out dout) - dlse, but -dlse for a row that sees one key and has no sink. lse2 (B H, L),
-    for the fused form, is lse log2(e), but -inf where LIMIT forbids that form and inf for a fully masked row.
-    sink_rows (B H, L): a row's share of the gradient of its sink."""
+    """delta (B H, L) = rowsum(out dout) - dlse, but for a row that sees one key and has no sink -dlse, or NO_GRADIENT
+    if dlse is None. lse2 (B H, L), for the fused form, is lse log2(e), but -inf where LIMIT forbids that form and inf
+    for a fully masked row. sink_rows (B H, L): a row's share of the gradient of its sink."""
     tiles = tl.cdiv(L, BLOCK_M)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     at, row = TileCoord(tile, head, head // H, head % H), tile * BLOCK_M
@@ -58,7 +59,8 @@ def attention_delta_kernel(
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     i = row + tl.arange(0, BLOCK_M)
     if sink is None:
-        row_delta = tl.where(sees_one_key(Visible(L, S, diagonal, left, right, LEFT, RIGHT), i), 0.0, row_delta)
+        one = sees_one_key(Visible(L, S, diagonal, left, right, LEFT, RIGHT), i)
+        row_delta = tl.where(one, NO_GRADIENT if dlse is None else 0.0, row_delta)
     if dlse is not None:
         dlse += at.b.to(tl.int64) * dlse_stride_b + at.h.to(tl.int64) * dlse_stride_h
         row_delta -= tl.load(dlse + i.to(tl.int64) * dlse_stride_l, i < L, other=0.0)
@@ -117,10 +119,12 @@ def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params)
         dpt = product(v, Tile(dout, loop.at, start, do_data))
         if params.scores.seed is not None:
             dpt = dpt * keep
-        if loop.MASKED and not params.SINK:  # noqa: SIM102 - constants, and what depends on data
-            if may_see_one_key(params.visible, start, ROWS):
-                dpt = tl.where(sees_one_key(params.visible, i)[None, :], 0.0, dpt)
-        dst = pt * (dpt - tl.load(stats.delta + i, i < L, other=0.0)[None, :])
+        delta = tl.load(stats.delta + i, i < L, other=0.0)
+        if loop.MASKED and params.DLSE and not params.SINK:
+            dpt = tl.where(sees_one_key(params.visible, i)[None, :], 0.0, dpt)
+        dst = pt * (dpt - delta[None, :])
+        if loop.MASKED and not (params.DLSE or params.SINK):
+            dst = tl.where(delta[None, :] == NO_GRADIENT, 0.0, dst)
         dk = dot(to_storage(uncap(dst, capped, params), q_data.dtype), q_data, dk)
     return dk, dv, min_lse2
 
@@ -277,16 +281,16 @@ def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
 
 @triton.jit
 def load_stats(stats, head, i, params):
-    """The statistics of the queries i of a head. For dq alone, lse is also inf where ds is 0 because the row sees one
-    key."""
+    """The statistics of the queries i of a head. Where scores have no gradient, lse makes p 0, but not for dv."""
     L = params.visible.q_len
     lse = load_lse(rows_of_head(stats.lse, head, L), i, L)
-    if not (params.SINK or params.DLSE):
-        lse = tl.where(sees_one_key(params.visible, i), float("inf"), lse)
     lse2 = lse
     if params.LIMIT:
         lse2 = tl.load(rows_of_head(stats.lse2, head, L) + i, i < L, other=float("inf"))
     delta = tl.load(rows_of_head(stats.delta, head, L) + i, i < L, other=0.0)
+    if not (params.DLSE or params.SINK):
+        lse = tl.where(delta == NO_GRADIENT, float("inf"), lse)
+        delta = tl.where(delta == NO_GRADIENT, 0.0, delta)
     return RowStats(lse, lse2, delta)
 
 

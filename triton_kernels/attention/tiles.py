@@ -205,19 +205,6 @@ def sees_one_key(visible, i):
 
 
 @triton.jit
-def may_see_one_key(visible, row, ROWS: tl.constexpr):
-    """False only if none of the queries row .. row + ROWS sees one key: a test that takes no vectors."""
-    result = visible.k_len == 1
-    if visible.RIGHT:
-        result |= row <= -(visible.diagonal + visible.right)
-    if visible.LEFT:
-        result |= row + ROWS >= visible.k_len - visible.diagonal + visible.left
-    if visible.LEFT and visible.RIGHT:
-        result |= visible.left + visible.right == 0
-    return result
-
-
-@triton.jit
 def mask_of(visible, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Which keys of a tile its queries see: (ROWS, COLS), or (1, COLS) if that depends on no query."""
     i, j = row + tl.arange(0, ROWS), tl.arange(0, COLS)
