@@ -254,7 +254,10 @@ def _fill():
     options = "attn_mask", "alibi_slopes", "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa"
     of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim, *options)
     of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
-    of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
+    of_triton = limits(
+        triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM, "attn_mask", "alibi_slopes",
+        "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa",
+    )  # fmt: skip
     for row in (
         Backend("cpp", cpp, no_cpp, ops, ("cpu",), **of_cpp),
         Backend(

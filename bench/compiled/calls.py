@@ -19,7 +19,7 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
     def attention(E, EV, L=1024, S=1024):
         q, k, v = empty(2, 4, L, E), empty(2, 4, S, E), empty(2, 4, S, EV)
         out, lse = kernels.attention_fwd(q, k, v, True, 0.1)
-        kernels.attention_bwd(out, lse, q, k, v, out, lse, True, 0.1, [True] * 3)
+        kernels.attention_bwd(out, None, q, k, v, out, lse, True, 0.1, [True] * 3)
 
     def mlp(M, C, H, activation):
         x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)
@@ -48,3 +48,29 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
     for N in (*((16, 32, 128, 256, 512, 2048) if wide else ()), 64, 768, 1024, 4096, 8192, 16384, 40000):
         yield f"norm {N}", lambda N=N: norm(8192, N)
     yield "activation", lambda: elements(1 << 24)
+
+
+def attention_options(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Iterator[tuple[str, Callable]]:
+    """The same for attention with options: all of them together, and a window alone."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def attention(E, mask, slopes, sink, seed, softcap, left):
+        q, k, v = empty(2, 4, 1024, E), empty(2, 2, 1024, E), empty(2, 2, 1024, E)
+        options = mask, slopes, sink, seed, 0.1 if seed is not None else 0.0, softcap, left, 0, True
+        out, lse = kernels.attention_fwd(q, k, v, False, 0.1, *options)
+        floating = mask is not None and mask.dtype != torch.bool
+        needs = [True] * 3 + [floating, slopes is not None, sink is not None]
+        kernels.attention_bwd(out, lse, q, k, v, out, lse, False, 0.1, needs, *options)
+
+    for E in (64, 128, 256) if wide else (64,):
+        for of_mask in (dtype, torch.bool) if wide else (dtype,):
+            mask, seed = empty(2, 1, 1024, 1024, dtype=of_mask), empty(1, dtype=torch.int64)
+            of_heads = empty(1, 4, dtype=torch.float32), empty(4, dtype=torch.float32)
+            name = f"attention options {E}{', boolean' * (of_mask == torch.bool)}"
+            yield (
+                name,
+                lambda E=E, mask=mask, of_heads=of_heads, seed=seed: attention(E, mask, *of_heads, seed, 30.0, 128),
+            )
+        yield f"attention window {E}", lambda E=E: attention(E, None, None, None, None, 0.0, 128)

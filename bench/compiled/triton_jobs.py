@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from pygpt import triton_kernels as kernels
 
-from .calls import DTYPES, calls
+from .calls import DTYPES, attention_options, calls
 from .result import DEVICES, Result
 from .sass import Function, functions, serialized
 
@@ -85,7 +86,8 @@ def launched(run: Callable, target: str, every_candidate: bool = False) -> Itera
 def jobs(target: str, dtype: str, wide: bool) -> Iterator[tuple[str, str, str, Job]]:
     """(call, dtype, target, job) of every launch of `calls`, without repetitions. wide: with every candidate."""
     seen = set()
-    for call, run in calls(kernels, DTYPES[dtype], "meta", wide):
+    arguments = kernels, DTYPES[dtype], "meta", wide
+    for call, run in chain(calls(*arguments), attention_options(*arguments)):
         for job in launched(run, target, wide):
             if job.key not in seen:
                 seen.add(job.key)

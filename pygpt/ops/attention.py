@@ -180,9 +180,9 @@ def attention_bwd(
         ds = torch.where(one_key, p * (0.0 if dlse is None else dlse[..., None]), ds)
     ds_scaled = ds * scale if not softcap else ds * (1.0 - (capped / softcap) ** 2) * scale
 
-    needs, none = [*needs, False, False, False][:6], q.new_empty(0)
+    needs = [*needs, False, False, False][:6]
     dq, dk, dv = (
-        _heads_last(g.to(q.dtype)) if need else none
+        _heads_last(g.to(q.dtype)) if need else q.new_empty(0)
         for need, g in zip(
             needs,
             (
@@ -193,7 +193,7 @@ def attention_bwd(
             strict=False,
         )
     )
-    dmask, dslopes, dsink = none, none, none
+    dmask, dslopes, dsink = (q.new_empty(0) for _ in range(3))  # results of an op may not share memory
     if needs[3]:
         assert attn_mask is not None
         dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)

@@ -20,7 +20,12 @@ from pygpt.dispatch import OPS, TABLE
 
 if TABLE["triton"].missing:
     pytest.fail(TABLE["triton"].missing, pytrace=False)
-from pygpt.triton_kernels import attention, attention_tiles, common, mlp, norm
+from pygpt.triton_kernels import attention, common, mlp, norm
+from pygpt.triton_kernels.attention import scores
+from pygpt.triton_kernels.attention import tiles as attention_tiles
+
+from pygpt.ops import attention as oracle
+from pygpt.ops.common import _philox
 
 KERNELS = TABLE["triton"].kernels
 DEVICE = TABLE["triton"].devices[0]
@@ -121,7 +126,8 @@ def test_the_only_key_of_a_row_weighs_exactly_one(smallest, largest, causal, dty
     out, lse = KERNELS.attention_fwd(q, k, v, causal, scale)
     assert torch.equal(out, v)
     assert torch.equal(lse, (q.float() * k.float()).sum(-1) * scale_f)
-    dq, dk, dv = KERNELS.attention_bwd(dout, torch.ones_like(lse), q, k, v, out, lse, causal, scale, [True] * 3)[:3]
+    grads = KERNELS.attention_bwd(dout, torch.ones_like(lse), q, k, v, out, lse, causal, scale, [True] * 3)
+    dq, dk, dv = grads[:3]
     assert torch.equal(dv, dout)
     how = {"rtol": 1e-5 if dtype == torch.float32 else 0, "atol": 0}  # of ds, which is that of lse
     torch.testing.assert_close(dq, (scale_f * k.float()).to(dtype), **how)
@@ -169,7 +175,7 @@ def test_a_products_tiles_are_scheduled_in_groups_of_rows(tiles_m, tiles_n, grou
 
 @triton.jit
 def _tile_coord(result, tiles, heads, H, GROUP):
-    at = attention_tiles.tile_coord(tiles, attention_tiles.Params(heads, H, 0, 0, 0.0, GROUP, False, 0, 0))
+    at = attention_tiles.tile_coord(tiles, heads, H, GROUP)
     result += tl.program_id(0) * 4
     tl.store(result, at.tile)
     tl.store(result + 1, at.head)
@@ -203,6 +209,187 @@ def test_a_partial_group_of_heads(causal, generator, monkeypatch):
     monkeypatch.setattr(attention, "L2_BYTES", 4 * 140 * (16 + 16) * 2)
     cases.assert_exact("attention", dims, torch.bfloat16, generator, "triton", device=DEVICE)
     assert groups == {4, None}  # the kernel of delta has none
+
+
+# ------------------------------------------------------------------------------- attention's options
+@triton.jit
+def _intervals(
+    walks, sees, transposed, one, L, S, diagonal, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """What attention_tiles says of the queries ROWS * program_id and after them, for COLS * 4 keys."""
+    row = tl.program_id(0) * ROWS
+    begin, unmasked, masked, end = attention_tiles.walk(
+        attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), row, ROWS, COLS
+    )
+    tl.store(walks + tl.program_id(0) * 4, begin)
+    tl.store(walks + tl.program_id(0) * 4 + 1, unmasked)
+    tl.store(walks + tl.program_id(0) * 4 + 2, masked)
+    tl.store(walks + tl.program_id(0) * 4 + 3, end)
+    i = row + tl.arange(0, ROWS)
+    for tile in tl.static_range(4):
+        at = i[:, None] * (4 * COLS) + tile * COLS + tl.arange(0, COLS)[None, :]
+        of_keys = attention_tiles.mask_of(
+            attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), row, tile * COLS, ROWS, COLS
+        )
+        tl.store(sees + at, (of_keys & (i < L)[:, None]).to(tl.int8))
+        of_queries = attention_tiles.queries_of(
+            attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), row, tile * COLS, ROWS, COLS
+        )
+        keys = tile * COLS + tl.arange(0, COLS)
+        tl.store(transposed + at.T, (of_queries & (keys < S)[:, None]).to(tl.int8))
+    tl.store(one + i, attention_tiles.sees_one_key(
+        attention_tiles.Visible(L, S, diagonal, left, right, LEFT, RIGHT), i
+    ).to(tl.int8))  # fmt: skip
+
+
+def random_interval(generator):
+    """L, S, diagonal, left and right, -1 for no limit."""
+    L, S = (int(torch.randint(1, 65, (), generator=generator)) for _ in range(2))
+    left, right = (int(torch.randint(-1, 24, (), generator=generator)) for _ in range(2))
+    return L, S, (S - L) * int(torch.randint(2, (), generator=generator)), left, right
+
+
+def test_tiles_walk_over_the_keys_that_queries_see(generator):
+    """And the masks of tiles, and which rows see one key."""
+    ROWS, COLS = 16, 16
+    for _ in range(20):
+        L, S, diagonal, left, right = random_interval(generator)
+        walks = torch.zeros(4, 4, dtype=torch.int32, device=DEVICE)
+        sees, transposed = (torch.zeros(4 * ROWS, 4 * COLS, dtype=torch.int8, device=DEVICE) for _ in range(2))
+        one = torch.zeros(4 * ROWS, dtype=torch.int8, device=DEVICE)
+        _intervals[(4,)](
+            walks, sees, transposed, one, L, S, diagonal, max(left, 0), max(right, 0), left >= 0,
+            right >= 0, ROWS, COLS,
+        )  # fmt: skip
+        d = torch.arange(4 * COLS) - torch.arange(4 * ROWS)[:, None] - diagonal
+        inside = (torch.arange(4 * ROWS) < L)[:, None] & (torch.arange(4 * COLS) < S)
+        want = inside & (d >= (-left if left >= 0 else -1000)) & (d <= (right if right >= 0 else 1000))
+        assert torch.equal(sees.cpu().bool(), want) and torch.equal(transposed.cpu().bool(), want)
+        sees_one = want.sum(1) == 1
+        assert torch.equal(one[:L].cpu().bool(), sees_one[:L])
+        for tile, (begin, unmasked, masked, end) in enumerate(walks.tolist()):
+            rows = slice(tile * ROWS, min(tile * ROWS + ROWS, L))
+            seen = want[rows]
+            keys = torch.arange(4 * COLS)
+            assert not seen[:, (keys < begin) | (keys >= max(end, begin))].any()
+            assert seen[:, (keys >= unmasked) & (keys < masked)].all()
+            assert begin % COLS == unmasked % COLS == masked % COLS == 0 and begin <= unmasked <= max(masked, unmasked)
+
+
+@triton.jit
+def _kept(result, seed, threshold, head, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    none = attention_tiles.Scores(
+        None, None, None, None, None, None, None, None, seed, threshold, None, False, True
+    )  # fmt: skip
+    params = attention_tiles.Params(
+        attention_tiles.Visible(0, 0, 0, 0, 0, False, False), none, 0, 0, 0.0, 0, 1, False, 0, 0
+    )
+    keep = scores.kept(head, row, col, params, ROWS, COLS)
+    tl.store(result + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9999, 1.0])
+@pytest.mark.parametrize("head, row, col", [(0, 0, 0), (7, 35, 48), (2**20 + 1, 2**21 + 5, 2**22 + 64)])
+def test_dropouts_bits(p, head, row, col, generator):
+    """Bit for bit those of the formulas."""
+    ROWS, COLS = 16, 32
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+    keep = torch.zeros(ROWS, COLS, dtype=torch.int8, device=DEVICE)
+    threshold = attention._scores(oracle.Options(seed=seed, dropout_p=p))[0][-2]
+    _kept[(1,)](keep, seed.to(DEVICE), threshold, head, row, col, ROWS, COLS)
+    group, rows = col // 4 + torch.arange(COLS // 4), torch.arange(row, row + ROWS)[:, None]
+    words = torch.stack(_philox(seed, (group, rows, head, 0)), -1).flatten(-2)
+    assert torch.equal(keep.cpu().bool(), words >= min(math.floor(p * 2**32), 2**32 - 1))
+
+
+@triton.jit
+def _tanh(y, x, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, scores.tanh(tl.load(x + i)))
+
+
+def test_tanh_of_small_and_large_numbers():
+    x = torch.cat([torch.logspace(-30, 2, 2047, dtype=torch.float64), torch.tensor([math.inf])]).float()
+    x = torch.cat([x, -x]).to(DEVICE)
+    y = torch.empty_like(x)
+    _tanh[(1,)](y, x, len(x))
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=3 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize(
+    "left, causal, S", [(0, False, 257), (3, False, 257), (-1, False, 1), (-1, True, 1), (0, True, 40)]
+)
+def test_a_row_that_sees_one_key_has_the_gradient_of_lse_alone(left, causal, S, dtype, generator):
+    """Also in a tile that has one key (S = 257, and S = 1), in which no other query needs a mask."""
+    L = 300 if S > 1 else 70
+    q, k, v, dout = (torch.randn(1, 1, n, 16, generator=generator).to(dtype).to(DEVICE) for n in (L, S, S, L))
+    options = None, None, None, None, 0.0, 0.0, left, -1 if causal or left < 0 else 20, False
+    out, lse = KERNELS.attention_fwd(q, k, v, causal, 0.3, *options)
+    one = oracle._sees_one_key(L, S, DEVICE, causal, oracle.Options(*options))[:, 0]
+    assert one.any()
+    for dlse in (None, torch.randn(lse.shape, generator=generator).to(DEVICE)):
+        got = KERNELS.attention_bwd(dout, dlse, q, k, v, out, lse, causal, 0.3, [True] * 3, *options)
+        want = oracle.attention_bwd(dout, dlse, q, k, v, out, lse, causal, 0.3, [True] * 3, *options)
+        for a, b in zip(got[:2], want[:2], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=5e-2 * b.std().item())
+        if dlse is None:
+            assert not got[0][:, :, one].any()
+            if S == 1:
+                assert not got[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.ids)
+def test_grouped_heads_of_which_one_is_beyond_the_fused_form(dtype, generator):
+    """Its keys start over with all heads of the group."""
+    q, k, v, dout = (torch.randn(1, heads, 140, 64, generator=generator).to(dtype).to(DEVICE) for heads in (4, 2, 2, 4))
+    q[:, 1] *= 2000
+    args = q, k, v, False, 1.0
+    out, lse = KERNELS.attention_fwd(*args)
+    got = KERNELS.attention_bwd(dout, None, q, k, v, out, lse, False, 1.0, [True] * 3)
+    repeated = (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), False, 1.0)
+    all_out, all_lse = KERNELS.attention_fwd(*repeated)
+    assert torch.equal(out, all_out) and torch.equal(lse, all_lse)
+    dq, dk, dv = KERNELS.attention_bwd(dout, None, *repeated[:3], out, lse, False, 1.0, [True] * 3)[:3]
+    assert torch.equal(got[0], dq)
+    for a, b in zip(got[1:3], (dk, dv), strict=True):
+        want = b.double().unflatten(1, (2, 2)).sum(2)
+        error = (a.double() - want).norm() / want.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("direction", ["keys", "queries"])
+def test_tiles_without_a_visible_key_are_not_read(direction, generator):
+    """By a boolean mask: what is not a number there does not matter."""
+    q, k, v = (torch.randn(1, 1, 256, 16, generator=generator).bfloat16().to(DEVICE) for _ in range(3))
+    mask = torch.ones(1, 1, 256, 256, dtype=torch.bool, device=DEVICE)
+    hidden = (slice(None), slice(None), slice(128, 256))
+    if direction == "keys":
+        mask[..., 128:] = False
+        k[hidden], v[hidden] = math.nan, math.nan
+    else:
+        mask[..., 128:, :] = False
+        q[hidden] = math.nan
+    out, lse = KERNELS.attention_fwd(q, k, v, False, 0.3, mask)
+    grads = KERNELS.attention_bwd(out, None, q, k, v, out, lse, False, 0.3, [True] * 3, mask)
+    assert all(t.isfinite().all() for t in (out, *grads[:3]))
+
+
+@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 40), (1, 70))), ids=str)
+def test_the_gradient_of_a_mask_that_is_broadcast(shape, generator):
+    q, k, v, dout = (
+        torch.randn(2, heads, n, 16, generator=generator).to(DEVICE)
+        for heads, n in ((4, 40), (2, 70), (2, 70), (4, 40))
+    )
+    mask = torch.randn(shape, generator=generator).to(DEVICE)
+    sink = torch.randn(4, generator=generator).to(DEVICE)  # without it, the gradients of a row sum to 0
+    options = mask, None, sink, None, 0.0, 0.0, 20, -1, True
+    needs = [False, False, False, True, False, False]
+    out, lse = KERNELS.attention_fwd(q, k, v, False, 0.3, *options)
+    got = KERNELS.attention_bwd(dout, None, q, k, v, out, lse, False, 0.3, needs, *options)[3]
+    want = oracle.attention_bwd(dout, None, q, k, v, out, lse, False, 0.3, needs, *options)[3]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- offsets beyond 32 bits

@@ -1,6 +1,6 @@
 """Attention's configurations: tile sizes, warps and stages by target, head dimension and element size."""
 
-from .common import TARGETS, Config, Configs
+from ..common import TARGETS, Config, Configs
 
 # Candidates (BLOCK_M, BLOCK_N, num_warps, num_stages), the best first, by (bucket, itemsize), or by (bucket, itemsize,
 # target) where a target needs its own. The bucket is the largest padded head dimension. None of them spills registers
@@ -50,6 +50,60 @@ DQ_CANDIDATES = {
     (256, 4): ((16, 16, 8, 1),),
 }
 
+# The same for scores that are not only scaled, whose terms take registers.
+GENERAL_FWD_CANDIDATES = {
+    (64, 2): ((128, 64, 8, 2), (64, 32, 4, 2)),
+    (64, 2, "gfx942"): ((64, 32, 4, 2),),
+    (128, 2): ((64, 64, 8, 1),),
+    (128, 2, "gfx942"): ((64, 32, 8, 1),),
+    (256, 2): ((64, 32, 8, 1),),
+    (256, 2, "gfx942"): ((32, 16, 8, 1),),
+    (64, 4): ((32, 16, 8, 1),),
+    (128, 4): ((32, 16, 8, 1),),
+    (256, 4): ((16, 16, 8, 1),),
+}
+GENERAL_DKDV_CANDIDATES = {
+    (64, 2): ((32, 64, 4, 2),),
+    (64, 2, "sm80"): ((32, 32, 4, 1),),
+    (64, 2, "sm100"): ((32, 64, 8, 1),),
+    (128, 2): ((32, 64, 8, 1),),
+    (128, 2, "sm90"): ((16, 64, 8, 1),),
+    (128, 2, "gfx942"): ((16, 32, 8, 1),),
+    (256, 2): ((16, 64, 8, 1),),
+    (256, 2, "sm80"): ((32, 32, 8, 1),),
+    (256, 2, "gfx942"): ((16, 32, 8, 1),),
+    (64, 4): ((16, 32, 8, 1),),
+    (128, 4): ((16, 16, 8, 1),),
+    (256, 4): ((16, 16, 8, 1),),
+}
+GENERAL_DQ_CANDIDATES = {
+    (64, 2): ((64, 64, 8, 2), (64, 32, 4, 2)),
+    (64, 2, "sm80"): ((64, 32, 4, 2),),
+    (64, 2, "gfx942"): ((64, 32, 4, 2),),
+    (128, 2): ((64, 32, 8, 1),),
+    (128, 2, "gfx942"): ((16, 32, 8, 1),),
+    (256, 2): ((64, 32, 8, 1),),
+    (256, 2, "sm80"): ((32, 32, 8, 1),),
+    (256, 2, "gfx942"): ((32, 16, 8, 1),),
+    (64, 4): ((32, 16, 8, 1),),
+    (128, 4): ((16, 16, 8, 1),),
+    (256, 4): ((16, 16, 8, 1),),
+}
+DMASK_CANDIDATES = {
+    (64, 2): ((64, 64, 8, 2),),
+    (64, 2, "sm80"): ((32, 32, 4, 1),),
+    (128, 2): ((64, 32, 8, 1),),
+    (128, 2, "sm80"): ((16, 32, 8, 1),),
+    (128, 2, "sm100"): ((64, 64, 8, 1),),
+    (128, 2, "gfx942"): ((16, 32, 8, 1),),
+    (256, 2): ((64, 32, 8, 1),),
+    (256, 2, "sm80"): ((16, 16, 4, 1),),
+    (256, 2, "gfx942"): ((32, 16, 8, 1),),
+    (64, 4): ((16, 16, 8, 1),),
+    (128, 4): ((16, 16, 8, 1),),
+    (256, 4): ((16, 16, 8, 1),),
+}
+
 
 def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
     """A table such as FWD_CANDIDATES -> {(target, bucket, itemsize): Configs}."""
@@ -63,5 +117,8 @@ def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
 
 
 FWD, DKDV, DQ = _configs(FWD_CANDIDATES), _configs(DKDV_CANDIDATES), _configs(DQ_CANDIDATES)
+GENERAL_FWD, GENERAL_DKDV = _configs(GENERAL_FWD_CANDIDATES), _configs(GENERAL_DKDV_CANDIDATES)
+GENERAL_DQ, DMASK = _configs(GENERAL_DQ_CANDIDATES), _configs(DMASK_CANDIDATES)
 DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
 WIDE = 256  # the bucket in which registers hold the accumulators of dk or of dv, but not of both
+GENERAL_WIDE = 128  # the same for scores that are not only scaled
