@@ -13,7 +13,7 @@
 //   2^(x c - lse_log2)              one fused multiply-add per score; lse_log2 = lse log2(e) is computed once per row
 //   2^((x scale - lse) log2(e))     three operations; x scale is rounded, as forward rounded it when it computed lse
 // In the first form the exponent of the largest score is the rounding error of lse and lse_log2, together at most
-// |lse_log2| 2^-23. Below kExponentLimit (attention.cuh), p is 1 +- eps/5, which rounds to 1. (c is rounded too, so
+// |lse_log2| 2^-23. Below kExponentLimit (params.cuh), p is 1 +- eps/5, which rounds to 1. (c is rounded too, so
 // lse_log2 is computed as lse times c / scale, which gives both the same relative error.) The second form is used in an
 // iteration in which a row is beyond the limit or has an infinite or NaN lse, because a masked score must have p = 0
 // even then. float always uses the second form, because its p is not rounded.
@@ -27,8 +27,8 @@
 //     64  dq           128 x 32       216/216    48 KB   2 / 2              64 x 32      168/168    64 KB   2 / 3
 //    128  dq            64 x 32       176/179    64 KB   2 / 2              64 x 16      168/163    96 KB   1 / 2
 //    256  dq            64 x 16       231/234    96 KB   1 / 2              32 x 8       255/255    96 KB   1 / 2
-#include "attention.cuh"
-#include "vector.cuh"
+#include "../vector.cuh"
+#include "walk.cuh"
 
 namespace pygpt::cuda {
 namespace attention {
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const Pa
   constexpr int LANES = kDeltaLanes<T, D>, ROWS = kDeltaThreads / LANES;
   const int blocks = params.padded_q_len / ROWS, head = blockIdx.x / blocks, lane = threadIdx.x % LANES;
   const int row = blockIdx.x % blocks * ROWS + threadIdx.x / LANES;
-  const bool inside = row < params.q_len;
-  const auto out = slice_head<const T>(params, params.out, head), dout = slice_head<const T>(params, params.dout, head);
+  const bool inside = row < params.visible.q_len;
+  const auto out = slice_head<const T>(params.out, head), dout = slice_head<const T>(params.dout, head);
   const T *out_row = out.data + row * out.row_stride, *dout_row = dout.data + row * dout.row_stride;
   float sum = 0.0f;
   if (out.vectorized && dout.vectorized) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const Pa
   }
   sum = warp_sum<LANES>(sum);
   if (lane > 0) return;
-  const int64_t i = int64_t(head) * params.q_len + row;
+  const int64_t i = int64_t(head) * params.visible.q_len + row;
   const float lse = inside && params.lse[i] != -kInf ? params.lse[i] : kInf;
   const int64_t padded = int64_t(head) * params.padded_q_len + row;
   params.padded_lse[padded] = lse;
@@ -121,16 +121,17 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   float* const stage_stats = reinterpret_cast<float*>(stages + 4 * ROWS * D);
 
   const TileCoord coord = tile_coord(params);
-  const auto input = [&](const Tensor& t) { return slice_head<const T>(params, t, coord.head); };
+  const auto input = [&](const Tensor& t) { return slice_head<const T>(t, coord.head); };
   const auto q = input(params.q), k = input(params.k), v = input(params.v), dout = input(params.dout);
   const int key0 = coord.tile * KEYS;  // the tiles with the most queries first
   const int warp_key = threadIdx.x / 32 * (16 * M), key = key0 + warp_key;
-  const int begin = params.is_causal ? key0 / ROWS * ROWS : 0;  // the first row with these keys, rounded down
+  const Visible<int> queries = params.visible.transposed();  // the rows that see a key
+  const int begin = queries.begin(key0) & -ROWS, end = queries.end(key0 + KEYS - 1);
   auto q_tile = [&](int row) { return stages + row / ROWS % 2 * (2 * ROWS * D); };
   auto row_stats = [&](int row) { return stage_stats + row / ROWS % 2 * (kRowStats<T> * ROWS); };
   auto load = [&](int row) {
-    load_tile<ROWS, D, THREADS>(q_tile(row), q, row, params.q_len);
-    load_tile<ROWS, D, THREADS>(q_tile(row) + ROWS * D, dout, row, params.q_len);
+    load_tile<ROWS, D, THREADS>(q_tile(row), q, row, params.visible.q_len);
+    load_tile<ROWS, D, THREADS>(q_tile(row) + ROWS * D, dout, row, params.visible.q_len);
     if (const int i = threadIdx.x; i < (kCanFuse<T> ? 3 : 2) * ROWS / 4) {
       const float* from = i < ROWS / 4   ? params.padded_lse
                           : i < ROWS / 2 ? params.padded_neg_delta
@@ -140,9 +141,9 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
     }
   };
 
-  load_tile<KEYS, D, THREADS>(k_tile, k, key0, params.k_len);
-  load_tile<KEYS, D, THREADS>(v_tile, v, key0, params.k_len);
-  if (begin < params.q_len) load(begin);
+  load_tile<KEYS, D, THREADS>(k_tile, k, key0, params.visible.k_len);
+  load_tile<KEYS, D, THREADS>(v_tile, v, key0, params.visible.k_len);
+  if (begin < end) load(begin);
   if (const int i = threadIdx.x; kCanFuse<T> && i < 2 * ROWS) row_stats(i / ROWS * ROWS)[3 * ROWS + i % ROWS] = 0.0f;
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
@@ -150,12 +151,12 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   WarpA<T, D, M, shape.a_resident> k_warp(k_tile + warp_key * D), v_warp(v_tile + warp_key * D);
   float dk[M][with_dk ? D / 8 : 1][4] = {}, dv[M][with_dv ? D / 8 : 1][4] = {};
 
-  for (int row = begin; row < params.q_len; row += ROWS) {
+  for (int row = begin; row < end; row += ROWS) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage has arrived, and no warp reads the other one any more
-    if (row + ROWS < params.q_len) load(row + ROWS);
+    if (row + ROWS < end) load(row + ROWS);
     ptx::cp_async_commit();
-    if (params.is_causal && row + ROWS <= key) continue;  // fully masked
+    if (row + ROWS <= queries.begin(key) || row >= queries.end(key + 16 * M - 1)) continue;  // fully masked
 
     const float *lse = row_stats(row), *neg_delta = lse + ROWS, *lse_log2 = lse + 2 * ROWS;
     const Exponent<T> exponent(params, kCanFuse<T> && below_limit<T>(lse_log2[threadIdx.x % ROWS]));
@@ -166,12 +167,11 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
       for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
         p[m][n][i] = __fmul_rn(p[m][n][i], params.scale) - lse[column];
       });
-    if (row + ROWS > params.q_len || (params.is_causal && row < key + 16 * M - 1)) {
-      const int rows = params.q_len - row, diagonal = params.is_causal ? row - key : KEYS;
+    const Range<int> unmasked = queries.unmasked(key, key + 16 * M);
+    if (row < unmasked.begin || row + ROWS > unmasked.end)
       for_each_accumulator<M, N>([&](int m, int n, int i, int k, int column) {
-        if (column >= rows || k > column + diagonal) p[m][n][i] = exponent.masked;
+        if (column < queries.begin(key + k) - row || column >= queries.end(key + k) - row) p[m][n][i] = exponent.masked;
       });
-    }
     for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
       p[m][n][i] = ptx::exp2_approx(fmaf(p[m][n][i], exponent.factor, kCanFuse<T> ? -offset[column] : 0.0f));
     });
@@ -190,11 +190,11 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
 
   if constexpr (with_dk)
     if (params.dk.data)
-      store_rows(slice_head<T>(params, params.dk, coord.head), dk, key, params.k_len,
+      store_rows(slice_head<T>(params.dk, coord.head), dk, key, params.visible.k_len,
                  [&](int, int) { return params.scale; });
   if constexpr (with_dv)
     if (params.dv.data)
-      store_rows(slice_head<T>(params, params.dv, coord.head), dv, key, params.k_len, [](int, int) { return 1.0f; });
+      store_rows(slice_head<T>(params.dv, coord.head), dv, key, params.visible.k_len, [](int, int) { return 1.0f; });
 }
 
 // ---------------------------------------------------------------- dq
@@ -208,14 +208,15 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   T* const dout_tile = q_tile + ROWS * D;
 
   const TileCoord coord = tile_coord(params);
-  const int row0 = (int(ceil_div(params.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
+  const int row0 =
+      (int(ceil_div(params.visible.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
-  const auto input = [&](const Tensor& t) { return slice_head<const T>(params, t, coord.head); };
+  const auto input = [&](const Tensor& t) { return slice_head<const T>(t, coord.head); };
   using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS>;
-  const Keys keys{dout_tile + ROWS * D, params.k_len, row0, params.is_causal, input(params.k), input(params.v)};
-  load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.q_len);
-  load_tile<ROWS, D, THREADS>(dout_tile, input(params.dout), row0, params.q_len);
-  keys.load(0);
+  const Keys keys{dout_tile + ROWS * D, params.visible, row0, input(params.k), input(params.v)};
+  load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.visible.q_len);
+  load_tile<ROWS, D, THREADS>(dout_tile, input(params.dout), row0, params.visible.q_len);
+  keys.load(keys.first());
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -227,16 +228,16 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   for (int i = 0; i < 2 * M; i++) {
     const int r = row + 8 * i + threadIdx.x % 32 / 4;
     const int64_t padded = int64_t(coord.head) * params.padded_q_len + r;
-    lse[i / 2][i % 2] = r < params.q_len ? params.padded_lse[padded] : kInf;
-    neg_delta[i / 2][i % 2] = r < params.q_len ? params.padded_neg_delta[padded] : 0.0f;
-    lse_log2[i / 2][i % 2] = kCanFuse<T> && r < params.q_len ? params.padded_lse_log2[padded] : 0.0f;
+    lse[i / 2][i % 2] = r < params.visible.q_len ? params.padded_lse[padded] : kInf;
+    neg_delta[i / 2][i % 2] = r < params.visible.q_len ? params.padded_neg_delta[padded] : 0.0f;
+    lse_log2[i / 2][i % 2] = kCanFuse<T> && r < params.visible.q_len ? params.padded_lse_log2[padded] : 0.0f;
     in_limit = in_limit && below_limit<T>(lse_log2[i / 2][i % 2]);
   }
   const Exponent<T> exponent(params, in_limit);
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) lse_log2[i / 2][i % 2] = exponent.fused ? lse_log2[i / 2][i % 2] : 0.0f;
   float dq[M][D / 8][4] = {};
-  for (int key = 0; key < keys.end(); key += KEYS) {
+  for (int key = keys.first(); key < keys.end(); key += KEYS) {
     keys.wait_and_prefetch(key);
     if (keys.fully_masked(key, row, 16 * M)) continue;
     float p[M][N][4] = {}, ds[M][N][4];
@@ -255,14 +256,14 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
     });
     warp_gemm_nn(dq, ds, keys.k_tile(key));
   }
-  store_rows(slice_head<T>(params, params.dq, coord.head), dq, row, params.q_len,
+  store_rows(slice_head<T>(params.dq, coord.head), dq, row, params.visible.q_len,
              [&](int, int) { return params.scale; });
 }
 
 // ---------------------------------------------------------------- launchers
 template <class T, int D>
 Error launch_delta(Params& params, const Stream& stream) {
-  params.padded_q_len = static_cast<int>(ceil_div(params.q_len, kRowPadding) * kRowPadding);
+  params.padded_q_len = static_cast<int>(ceil_div(params.visible.q_len, kRowPadding) * kRowPadding);
   const int64_t rows = int64_t(params.total_heads) * params.padded_q_len;
   if (rows == 0) return nullptr;
   params.padded_lse = static_cast<float*>(stream.scratch((kCanFuse<T> ? 3 : 2) * rows * sizeof(float)));
@@ -276,14 +277,16 @@ Error launch_dkdv(const Params& params, const Stream& stream) {
   if (!(with_dk && params.dk.data) && !(with_dv && params.dv.data)) return nullptr;
   constexpr int shared = shared_bytes<T, D>(kShape<T, D>, 2, kRowStats<T>);
   const auto kernel = attention_dkdv_kernel<T, D, with_dk, with_dv>;
-  return launch_tiles<T>(kernel, params, params.k_len, params.q_len, kShape<T, D>, shared, stream);
+  return launch_tiles<T>(kernel, params, params.total_heads, params.visible.k_len, params.visible.q_len, kShape<T, D>,
+                         shared, stream);
 }
 
 template <class T, int D>
 Error launch_dq(const Params& params, const Stream& stream) {
   if (!params.dq.data) return nullptr;
   constexpr int shared = shared_bytes<T, D>(kShape<T, D>, 2);
-  return launch_tiles<T>(attention_dq_kernel<T, D>, params, params.q_len, params.k_len, kShape<T, D>, shared, stream);
+  return launch_tiles<T>(attention_dq_kernel<T, D>, params, params.total_heads, params.visible.q_len,
+                         params.visible.k_len, kShape<T, D>, shared, stream);
 }
 
 }  // namespace
@@ -291,10 +294,11 @@ Error launch_dq(const Params& params, const Stream& stream) {
 
 Error attention_bwd(const AttentionArgs& a, const Stream& stream) {
   using namespace attention;
+  if (const Error e = objection(a)) return e;
   return by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     Params params = make_params<T>(a);
-    params.out = make_tensor<T>(a.out, a.v_dim, 16 / sizeof(T));  // backward reads out, 16 bytes at a time
+    params.out = make_tensor<T>(a.out, a.heads, a.v_dim, 16 / sizeof(T));  // backward reads out, 16 bytes at a time
     return by_head_dim(std::max(a.head_dim, a.v_dim), [&](auto width) {
       constexpr int D = width;
       Error e = launch_delta<T, D>(params, stream);

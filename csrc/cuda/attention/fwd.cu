@@ -25,7 +25,7 @@
 //     64         128 x 64       239/239    48 KB   2 / 2             128 x 32      226/228    64 KB   2 / 2
 //    128         128 x 32       249/250    64 KB   2 / 2              64 x 16      151/159    64 KB   2 / 3
 //    256          64 x 32       240/244    96 KB   1 / 2              32 x 8       255/254    64 KB   2 / 3
-#include "attention.cuh"
+#include "walk.cuh"
 
 namespace pygpt::cuda {
 namespace attention {
@@ -126,13 +126,14 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   T* const q_tile = reinterpret_cast<T*>(shared);
 
   const TileCoord coord = tile_coord(params);
-  const int row0 = (int(ceil_div(params.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
+  const int row0 =
+      (int(ceil_div(params.visible.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
-  const auto input = [&](const Tensor& t) { return slice_head<const T>(params, t, coord.head); };
+  const auto input = [&](const Tensor& t) { return slice_head<const T>(t, coord.head); };
   using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS>;
-  const Keys keys{q_tile + ROWS * D, params.k_len, row0, params.is_causal, input(params.k), input(params.v)};
-  load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.q_len);
-  keys.load(0);
+  const Keys keys{q_tile + ROWS * D, params.visible, row0, input(params.k), input(params.v)};
+  load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.visible.q_len);
+  keys.load(keys.first());
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
   WarpA<T, D, M, shape.a_resident> q(q_tile + warp_row * D);
   Softmax<T, M> softmax(scale * kLog2e);
   float out[M][D / 8][4] = {};
-  for (int key = 0; key < keys.end(); key += KEYS) {
+  for (int key = keys.first(); key < keys.end(); key += KEYS) {
     keys.wait_and_prefetch(key);
     if (keys.fully_masked(key, row, 16 * M)) continue;
     float s[M][KEYS / 8][4] = {};
@@ -162,10 +163,10 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
     for (int r = 0; r < 2; r++) {
       const float l = total[m][r] = warp_sum<4>(softmax.row_sum[m][r]);
       const int i = row + 16 * m + 8 * r + threadIdx.x % 32 / 4;
-      if (threadIdx.x % 4 == 0 && i < params.q_len)
-        params.lse[int64_t(coord.head) * params.q_len + i] = l == 0.0f ? -kInf : softmax.lse(m, r, scale, l);
+      if (threadIdx.x % 4 == 0 && i < params.visible.q_len)
+        params.lse[int64_t(coord.head) * params.visible.q_len + i] = l == 0.0f ? -kInf : softmax.lse(m, r, scale, l);
     }
-  store_rows(slice_head<T>(params, params.out, coord.head), out, row, params.q_len,
+  store_rows(slice_head<T>(params.out, coord.head), out, row, params.visible.q_len,
              [&](int m, int r) { return total[m][r] == 0.0f ? 0.0f : 1.0f / total[m][r]; });
 }
 
@@ -174,13 +175,14 @@ __global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_block
 
 Error attention_fwd(const AttentionArgs& a, const Stream& stream) {
   using namespace attention;
+  if (const Error e = objection(a)) return e;
   return by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     return by_head_dim(std::max(a.head_dim, a.v_dim), [&](auto width) {
       constexpr int D = width;
       constexpr int shared = shared_bytes<T, D>(kShape<T, D>, 1);
-      return launch_tiles<T>(attention_fwd_kernel<T, D>, make_params<T>(a), a.sequences.q_len, a.sequences.k_len, kShape<T, D>, shared,
-                             stream);
+      return launch_tiles<T>(attention_fwd_kernel<T, D>, make_params<T>(a), a.batch * a.heads, a.sequences.q_len,
+                             a.sequences.k_len, kShape<T, D>, shared, stream);
     });
   });
 }

@@ -14,7 +14,7 @@
 // cores with the same layout of accumulators: both operands are read from shared memory, P from the 4 lanes that share
 // a row.
 #pragma once
-#include "platform.cuh"
+#include "../platform.cuh"
 
 namespace pygpt::cuda::attention {
 
