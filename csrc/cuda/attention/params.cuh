@@ -30,9 +30,25 @@ struct Tensor {
   bool vectorized;
 };
 
+// What Scores of csrc/attention/scores.h has, in float. Kernels for scale-only calls do not read it.
+struct ScoreParams {
+  float softcap, scale_over_softcap;  // 0: none
+  const float* slopes;                // or null
+  int64_t slope_stride;
+  MaskType mask_type;
+  const void* mask;
+  int64_t mask_stride[4];
+  const uint8_t* mask_tiles;     // of a boolean mask, see MaskTiles; null otherwise
+  int64_t mask_tiles_stride[4];  // 0 where the mask is broadcast
+  const int64_t* seed;           // or null: no dropout
+  uint32_t threshold;
+  float keep;  // 1 without dropout
+};
+
 // The parameters of one attention call, common to all kernels. A head is counted through the whole batch.
 struct Params {
   int total_heads;         // query heads of the whole batch
+  int group;               // query heads that share a key head: query head h takes key head h / group
   int tiled_heads;         // the heads whose tiles a launch computes: query heads, or key heads
   int head_group;          // how many of them the tile scheduler takes together, see tile_coord()
   int padded_q_len;
@@ -41,9 +57,27 @@ struct Params {
   Tensor q, k, v, out, dout, dq, dk, dv;
   float* lse;
   const float* dlse;
+  int64_t lse_stride[2];  // between batch entries and between heads, for dlse too
+  const float* sink;      // (heads of a batch entry), or null
   float *padded_lse, *padded_neg_delta, *padded_lse_log2;  // workspaces of backward, (total_heads, padded_q_len)
   float lse_to_log2[2];  // scale_log2 / scale as the sum of two floats; infinite if scale_log2 is not a normal float
+  ScoreParams scores;
 };
+
+// Where the rows of a head start in lse.
+__device__ __forceinline__ int64_t lse_offset(const Params& params, int head) {
+  return head / params.q.heads * params.lse_stride[0] + head % params.q.heads * params.lse_stride[1];
+}
+
+// Whether one of the rows row0 .. row1 - 1 may see exactly one key and no sink. Its p is 1 whatever its score is, so ds
+// must be dlse and not the difference of two roundings. (The number of keys is a concave function of the row, so it is
+// least at one end.)
+__device__ __forceinline__ bool may_see_one_key(const Params& params, int row0, int row1) {
+  const Visible<int>& visible = params.visible;
+  const int last = min(row1, visible.q_len) - 1;
+  const int keys = min(visible.end(row0) - visible.begin(row0), visible.end(last) - visible.begin(last));
+  return !params.sink && keys <= 1;
+}
 
 template <class T>
 __device__ __forceinline__ Head<T> slice_head(const Tensor& t, int head) {
@@ -73,7 +107,7 @@ template <class T>
 Params make_params(const AttentionArgs& a) {
   constexpr int kChunk = 16 / sizeof(T), kPair = 2;
   Params p{};
-  p.total_heads = static_cast<int>(a.batch * a.heads);
+  p.total_heads = static_cast<int>(a.batch * a.heads), p.group = static_cast<int>(a.group());
   p.visible = a.reach.visible<int>(a.sequences.q_len, a.sequences.k_len);
   if (p.visible.left >= a.sequences.q_len + a.sequences.k_len) p.visible.left = kUnlimited;
   if (p.visible.right >= a.sequences.q_len + a.sequences.k_len) p.visible.right = kUnlimited;
@@ -87,6 +121,8 @@ Params make_params(const AttentionArgs& a) {
   const double lse_to_log2 = is_normal ? double(p.scale_log2) / p.scale : HUGE_VAL;
   p.lse_to_log2[0] = float(lse_to_log2), p.lse_to_log2[1] = is_normal ? float(lse_to_log2 - p.lse_to_log2[0]) : 0.0f;
   p.lse = static_cast<float*>(a.lse), p.dlse = static_cast<const float*>(a.dlse);
+  p.lse_stride[0] = a.lse_stride[0], p.lse_stride[1] = a.lse_stride[1];
+  p.sink = static_cast<const float*>(a.scores.sink);
   return p;
 }
 

@@ -78,29 +78,38 @@ __device__ __forceinline__ TileCoord tile_coord(const Params& params) {
 
 // ---------------------------------------------------------------- keys
 // The loop of a query tile over its keys. The tile's rows row0 .. row0 + ROWS - 1 see keys from first() to end() - 1,
-// which are loaded KEYS at a time: a tile of k and a tile of v, in two stages of shared memory.
-template <class T, int D, int ROWS, int KEYS, int THREADS>
+// which are loaded KEYS at a time: a tile of k and a tile of v, in two stages of shared memory. Tiles in which `tiles`
+// has no key for these rows are skipped.
+template <class T, int D, int ROWS, int KEYS, int THREADS, class Tiles>
 struct KeyWalk {
   T* stages;  // 2 stages of a k tile and a v tile
   Visible<int> visible;
   int row0;
   Head<const T> k, v;
+  Tiles tiles;
 
-  __device__ __forceinline__ T* k_tile(int key) const { return stages + key / KEYS % 2 * (2 * KEYS * D); }
-  __device__ __forceinline__ T* v_tile(int key) const { return k_tile(key) + KEYS * D; }
-  __device__ __forceinline__ int first() const { return visible.begin(row0) & -KEYS; }
+  __device__ __forceinline__ T* k_tile(int stage) const { return stages + stage * (2 * KEYS * D); }
+  __device__ __forceinline__ T* v_tile(int stage) const { return k_tile(stage) + KEYS * D; }
+  __device__ __forceinline__ int first() const { return skip(visible.begin(row0) & -KEYS); }
+  __device__ __forceinline__ int next(int key) const { return skip(key + KEYS); }
   __device__ __forceinline__ int end() const { return visible.end(row0 + ROWS - 1); }
 
-  __device__ __forceinline__ void load(int key) const {
-    load_tile<KEYS, D, THREADS>(k_tile(key), k, key, visible.k_len);
-    load_tile<KEYS, D, THREADS>(v_tile(key), v, key, visible.k_len);
+  __device__ __forceinline__ int skip(int key) const {
+    if constexpr (Tiles::kCanSkip)
+      while (key < end() && !tiles.any(row0, ROWS, key, KEYS)) key += KEYS;
+    return key;
   }
 
-  // Waits for the tiles that start at `key` and starts to load the next ones.
-  __device__ __forceinline__ void wait_and_prefetch(int key) const {
+  __device__ __forceinline__ void load(int key, int stage) const {
+    load_tile<KEYS, D, THREADS>(k_tile(stage), k, key, visible.k_len);
+    load_tile<KEYS, D, THREADS>(v_tile(stage), v, key, visible.k_len);
+  }
+
+  // Waits for the tiles that have been loaded and starts to load those at `next` into the other stage.
+  __device__ __forceinline__ void wait_and_prefetch(int next, int stage) const {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage has arrived, and no warp reads the other one any more
-    if (key + KEYS < end()) load(key + KEYS);
+    if (next < end()) load(next, stage);
     ptx::cp_async_commit();
   }
 
@@ -108,16 +117,17 @@ struct KeyWalk {
   __device__ __forceinline__ bool fully_masked(int key, int row, int rows) const {
     return key >= visible.end(row + rows - 1) || key + KEYS <= visible.begin(row);
   }
-
-  // Sets the masked elements of a warp's scores to `value`. The scores start at row `row` and key `key`.
-  template <int M, int N>
-  __device__ __forceinline__ void apply_mask(float (&acc)[M][N][4], int key, int row, float value) const {
-    const Range<int> unmasked = visible.unmasked(row, row + 16 * M);
-    if (key >= unmasked.begin && key + KEYS <= unmasked.end) return;
-    for_each_accumulator<M, N>([&](int m, int n, int i, int r, int column) {
-      if (column < visible.begin(row + r) - key || column >= visible.end(row + r) - key) acc[m][n][i] = value;
-    });
-  }
 };
+
+// Sets the masked elements of a warp's scores to `value`. The scores start at row `row` and key `key`.
+template <int M, int N>
+__device__ __forceinline__ void apply_mask(const Visible<int>& visible, float (&acc)[M][N][4], int row, int key,
+                                           float value) {
+  const Range<int> unmasked = visible.unmasked(row, row + 16 * M);
+  if (key >= unmasked.begin && key + 8 * N <= unmasked.end) return;
+  for_each_accumulator<M, N>([&](int m, int n, int i, int r, int column) {
+    if (column < visible.begin(row + r) - key || column >= visible.end(row + r) - key) acc[m][n][i] = value;
+  });
+}
 
 }  // namespace pygpt::cuda::attention
