@@ -71,14 +71,13 @@ __global__ void __launch_bounds__(kBiasShape<T, D>.threads(), kBiasShape<T, D>.m
           __syncthreads();  // no warp reads the last tiles any more
           if (key == begin) {
             load_tile<ROWS, D, THREADS>(q_tile, slice_head<const T>(params.q, head), row0, visible.q_len);
-            load_tile<ROWS, D, THREADS>(dout_tile, slice_head<const T>(params.dout, head), row0, visible.q_len);
+            load_dout<ROWS, D, THREADS>(params, dout_tile, slice_head<const T>(params.dout, head), row0);
           }
           load_tile<KEYS, D, THREADS>(k_tile, slice_head<const T>(params.k, key_head), key, visible.k_len);
           load_tile<KEYS, D, THREADS>(v_tile, slice_head<const T>(params.v, key_head), key, visible.k_len);
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();
-          if (key == begin) clear_rows_with_one_key<ROWS, D, THREADS>(params, dout_tile, row0);
 
           WarpA<T, D, M, false> q(q_tile + warp * (16 * M) * D), dout(dout_tile + warp * (16 * M) * D);
           const RowStats<T, M> stats(params, head, row);

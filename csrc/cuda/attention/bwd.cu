@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const Pa
   }
   sum = warp_sum<LANES>(sum);
   if (lane > 0) return;
-  if (!params.sink && params.visible.sees_one_key(row)) sum = 0.0f;  // as its dout v^T, see may_see_one_key
+  if (sees_one_key(params, row)) sum = 0.0f;  // as is its dout v^T
   const int64_t i = lse_offset(params, head) + row;
   const float lse = inside && params.lse[i] != -kInf ? params.lse[i] : kInf;
   const int64_t padded = int64_t(head) * params.padded_q_len + row;

@@ -65,9 +65,67 @@ struct Exponent {
         masked(copysignf(kInf, fused ? -params.scale_log2 : -1.0f)) {}
 };
 
-// Whether the product dout v^T starts at -delta. float adds small numbers first; dropout comes in between.
-template <class T, bool general>
-constexpr bool kFuseDelta = kCanFuse<T> && !general;
+// ---------------------------------------------------------------- rows that see one key
+// If a row sees one key and there is no sink, its p is 1 whatever its score is. Its ds must then be dlse, not what the
+// roundings of dout v^T and delta leave. So its delta is -dlse, and the tiles of dout have zeros in its place.
+// attention_dkdv_kernel adds its dout to dv in the end.
+__device__ __forceinline__ bool sees_one_key(const Params& params, int row) {
+  return !params.sink && params.visible.sees_one_key(row);
+}
+
+// False if none of the rows row0 .. row1 - 1 sees one key. (The number of keys is a concave function of the row, so it is
+// least at one end.)
+__device__ __forceinline__ bool may_see_one_key(const Params& params, int row0, int row1) {
+  const Visible<int>& visible = params.visible;
+  const int last = min(row1, visible.q_len) - 1;
+  const int keys = min(visible.end(row0) - visible.begin(row0), visible.end(last) - visible.begin(last));
+  return !params.sink && keys <= 1;
+}
+
+template <int ROWS, int D, int THREADS, class T>
+__device__ __forceinline__ void load_dout(const Params& params, T* tile, const Head<const T>& dout, int row) {
+  if (may_see_one_key(params, row, row + ROWS))
+    load_tile<ROWS, D, THREADS>(tile, dout, row, params.visible.q_len, [&](int r) { return sees_one_key(params, r); });
+  else load_tile<ROWS, D, THREADS>(tile, dout, row, params.visible.q_len);
+}
+
+// The rows that see key j and no other one.
+__device__ __forceinline__ Range<int> rows_with_one_key(const Params& params, int j) {
+  const Visible<int>& v = params.visible;
+  const int leftmost = j - v.diagonal - v.right, rightmost = j - v.diagonal + v.left;  // rows that just see key j
+  const int begin = j == 0 ? leftmost : max(leftmost, rightmost),
+            end = j == v.k_len - 1 ? rightmost : min(leftmost, rightmost);
+  return {max(begin, 0), params.sink || j >= v.k_len ? 0 : min(end + 1, v.q_len)};
+}
+
+// Adds p dout of these rows to a warp's dv, whose first key is `key`.
+template <class T, bool general, int M, int N>
+__device__ __forceinline__ void add_rows_with_one_key(const Params& params, float (&dv)[M][N][4], int head, int key) {
+  const auto dout = slice_head<const T>(params.dout, head);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int j = key + 16 * m + 8 * r + g;
+      const Range<int> rows = rows_with_one_key(params, j);
+#pragma unroll 1
+      for (int i = rows.begin; i < rows.end; i++) {
+        const float lse = params.padded_lse[int64_t(head) * params.padded_q_len + i];
+        float p = lse == kInf ? 0.0f : lse - lse + 1.0f;  // NaN if lse is
+        if constexpr (general)
+          if (params.scores.seed && !HeadScores<T>(params, head).is_kept(i, j)) p = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int channel = 8 * n + 2 * t + c;
+            if (channel < dout.width)
+              dv[m][n][2 * r + c] += p * to_float(dout.data[i * dout.row_stride + channel * dout.channel_stride]);
+          }
+      }
+    }
+}
 
 // Turns p = q k^T and ds = dout v^T, tiles of a warp at (row, key), into p, before dropout, and ds. derivative(m, n, i, d)
 // is called with softcap's derivatives, before ds is multiplied by p.
@@ -109,127 +167,114 @@ __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<
   const int warp_key = threadIdx.x / 32 * (16 * M), key = key0 + warp_key;
   const Visible<int> queries = params.visible.transposed();  // the rows that see a key
   const int begin = queries.begin(key0) & -ROWS, end = queries.end(key0 + KEYS - 1);
-  const bool one_key = with_dk && may_see_one_key(params, begin, end);
+  const int first_head = coord.head * params.group;
   auto q_tile = [&](int stage) { return stages + stage * (2 * ROWS * D); };
   auto row_stats = [&](int stage) { return stage_stats + stage * (kRowStats<T> * ROWS); };
+  auto load = [&](int member, int row, int stage) {
+    auto q = slice_head<const T>(params.q, first_head), dout = slice_head<const T>(params.dout, first_head);
+    q.data += member * params.q.stride[1], dout.data += member * params.dout.stride[1];
+    load_tile<ROWS, D, THREADS>(q_tile(stage), q, row, params.visible.q_len);
+    load_dout<ROWS, D, THREADS>(params, q_tile(stage) + ROWS * D, dout, row);
+    if (const int i = threadIdx.x; i < (kCanFuse<T> ? 3 : 2) * ROWS / 4) {
+      const float* from = i < ROWS / 4   ? params.padded_lse
+                          : i < ROWS / 2 ? params.padded_neg_delta
+                                         : params.padded_lse_log2;
+      const int64_t first = int64_t(first_head + member) * params.padded_q_len + row;
+      ptx::cp_async_16(row_stats(stage) + 4 * i, from + first + i % (ROWS / 4) * 4, true);
+    }
+  };
+  // The tile of queries after the one at `row` of the group's head `member`, or the first: one that sees a key.
+  auto advance = [&](int& member, int& row, int step) {
+    row += step;
+    if (row >= end) row = begin, member++;
+    if constexpr (general) {
+      while (member < params.group && !MaskTiles(params, first_head + member).any(row, ROWS, key0, KEYS)) {
+        row += ROWS;
+        if (row >= end) row = begin, member++;
+      }
+    }
+  };
+
   load_tile<KEYS, D, THREADS>(k_tile, slice_head<const T>(params.k, coord.head), key0, params.visible.k_len);
   load_tile<KEYS, D, THREADS>(v_tile, slice_head<const T>(params.v, coord.head), key0, params.visible.k_len);
+  int member = begin < end ? 0 : params.group, row = begin;
+  if (begin < end) advance(member, row, 0);
+  if (member < params.group) load(member, row, 0);
   if (const int i = threadIdx.x; kCanFuse<T> && i < 2 * ROWS) row_stats(i / ROWS)[3 * ROWS + i % ROWS] = 0.0f;
+  ptx::cp_async_commit();
   static_assert(!shape.a_resident);
   WarpA<T, D, M, false> k_warp(k_tile + warp_key * D), v_warp(v_tile + warp_key * D);
   float dk[M][with_dk ? D / 8 : 1][4] = {}, dv[M][with_dv ? D / 8 : 1][4] = {};
 
-#pragma unroll 1
-  for (int head = coord.head * params.group, past = head + params.group; head < past; head++) {
-    const auto q = slice_head<const T>(params.q, head), dout = slice_head<const T>(params.dout, head);
-    const HeadScores<T, true> scores(params, head);
-    const Tiles<general> tiles(params, head);
-    auto skip = [&](int row) {
-      if constexpr (general)
-        while (row < end && !tiles.any(row, ROWS, key0, KEYS)) row += ROWS;
-      return row;
-    };
-    auto load = [&](int row, int stage) {
-      load_tile<ROWS, D, THREADS>(q_tile(stage), q, row, params.visible.q_len);
-      load_tile<ROWS, D, THREADS>(q_tile(stage) + ROWS * D, dout, row, params.visible.q_len);
-      if (const int i = threadIdx.x; i < (kCanFuse<T> ? 3 : 2) * ROWS / 4) {
-        const float* from = i < ROWS / 4   ? params.padded_lse
-                            : i < ROWS / 2 ? params.padded_neg_delta
-                                           : params.padded_lse_log2;
-        const int64_t first = int64_t(head) * params.padded_q_len + row;
-        ptx::cp_async_16(row_stats(stage) + 4 * i, from + first + i % (ROWS / 4) * 4, true);
-      }
-    };
-    int row = skip(begin);
-    __syncthreads();  // no warp reads a tile of the head before
-    if (row < end) load(row, 0);
+  for (int stage = 0; member < params.group; advance(member, row, ROWS), stage ^= 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this stage has arrived, and no warp reads the other one any more
+    int next_member = member, next_row = row;
+    advance(next_member, next_row, ROWS);
+    if (next_member < params.group) load(next_member, next_row, stage ^ 1);
     ptx::cp_async_commit();
+    if (row + ROWS <= queries.begin(key) || row >= queries.end(key + 16 * M - 1)) continue;  // fully masked
 
-    for (int stage = 0, next; row < end; row = next, stage ^= 1) {
-      next = skip(row + ROWS);
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this stage has arrived, and no warp reads the other one any more
-      if (next < end) load(next, stage ^ 1);
-      ptx::cp_async_commit();
-      if (row + ROWS <= queries.begin(key) || row >= queries.end(key + 16 * M - 1)) continue;  // fully masked
-
-      const T* const dout_tile = q_tile(stage) + ROWS * D;
-      const float *lse = row_stats(stage), *neg_delta = lse + ROWS, *lse_log2 = lse + 2 * ROWS;
-      const Range<int> unmasked = queries.unmasked(key, key + 16 * M);
-      const bool masked = row < unmasked.begin || row + ROWS > unmasked.end;
-      float p[M][N][4] = {};
+    const T* const dout_tile = q_tile(stage) + ROWS * D;
+    const float *lse = row_stats(stage), *neg_delta = lse + ROWS, *lse_log2 = lse + 2 * ROWS;
+    float p[M][N][4] = {}, ds[M][with_dk ? N : 1][4];
+    if constexpr (general) {
+      const HeadScores<T, true> scores(params, first_head + member);
+      const bool drops = params.scores.seed;
+      Kept<M, N> kept;
+      if (drops) scores.dropout(p, key, row, [&](int m, int n, int i, bool keep) { kept.set(m, n, i, keep); });
       warp_gemm_nt(p, k_warp, q_tile(stage));
-      auto mask = [&](float value) {
-        if (masked)
-          for_each_accumulator<M, N>([&](int m, int n, int i, int k, int column) {
-            if (column < queries.begin(key + k) - row || column >= queries.end(key + k) - row) p[m][n][i] = value;
-          });
-      };
-      float ds[M][with_dk ? N : 1][4];
-      // ds = dout v^T - delta, or -delta where the query sees one key.
-      auto compute_ds = [&](auto drop) {
-        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-          ds[m][n][i] = kFuseDelta<T, general> ? neg_delta[column] : 0.0f;
-        });
+      if constexpr (with_dk) {
+        for_each_accumulator<M, N>([&](int m, int n, int i, int, int) { ds[m][n][i] = 0.0f; });
         warp_gemm_nt(ds, v_warp, dout_tile);
-        drop();
-        if (one_key)
-          for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-            if (params.visible.sees_one_key(row + column))
-              ds[m][n][i] = kFuseDelta<T, general> ? neg_delta[column] : 0.0f;
-          });
-      };
-
-      if constexpr (general) {
-        Kept<M, N> kept;
-        const bool drops = params.scores.seed;
-        if (drops) scores.dropout(p, key, row, [&](int m, int n, int i, bool keep) { kept.set(m, n, i, keep); });
-        if constexpr (with_dk) {
-          compute_ds([&] {
-            if (drops)
-              for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
-                ds[m][n][i] = kept(m, n, i) ? ds[m][n][i] * params.scores.keep : 0.0f;
-              });
-          });
-          for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) { ds[m][n][i] += neg_delta[column]; });
-        }
-        scores.apply(p, key, row, [&](int m, int n, int i, float derivative) {
-          if constexpr (with_dk) ds[m][n][i] *= derivative;
-        });
-        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) { p[m][n][i] -= lse[column]; });
-        mask(-kInf);
-        for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
-          p[m][n][i] = ptx::exp2_approx(p[m][n][i] * kLog2e);
-          if constexpr (with_dk) ds[m][n][i] *= p[m][n][i];
-        });
-        if (drops && with_dv)
+        if (drops)
           for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
-            if (!kept(m, n, i)) p[m][n][i] = 0.0f;
+            ds[m][n][i] = kept(m, n, i) ? ds[m][n][i] * params.scores.keep : 0.0f;
           });
-        if constexpr (with_dv) warp_gemm_nn(dv, p, dout_tile);
-      } else {
-        const Exponent<T> exponent(params, kCanFuse<T> && below_limit<T>(lse_log2[threadIdx.x % ROWS]));
-        const float* offset = exponent.fused ? lse_log2 : lse_log2 + ROWS;
-        if (!exponent.fused)
-          for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-            p[m][n][i] = __fmul_rn(p[m][n][i], params.scale) - lse[column];
-          });
-        mask(exponent.masked);
-        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-          p[m][n][i] = ptx::exp2_approx(fmaf(p[m][n][i], exponent.factor, kCanFuse<T> ? -offset[column] : 0.0f));
-        });
-        if constexpr (with_dv) warp_gemm_nn(dv, p, dout_tile);
-        if constexpr (with_dk) {
-          compute_ds([] {});
-          for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
-            ds[m][n][i] = p[m][n][i] * (kCanFuse<T> ? ds[m][n][i] : ds[m][n][i] + neg_delta[column]);
-          });
-        }
+        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) { ds[m][n][i] += neg_delta[column]; });
       }
-      if constexpr (with_dk) warp_gemm_nn(dk, ds, q_tile(stage));
+      scores.apply(p, key, row, [&](int m, int n, int i, float derivative) {
+        if constexpr (with_dk) ds[m][n][i] *= derivative;
+      });
+      for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) { p[m][n][i] -= lse[column]; });
+      apply_mask(queries, p, key, row, -kInf);
+      for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
+        p[m][n][i] = ptx::exp2_approx(p[m][n][i] * kLog2e);
+        if constexpr (with_dk) ds[m][n][i] *= p[m][n][i];
+      });
+      if (drops && with_dv)
+        for_each_accumulator<M, N>([&](int m, int n, int i, int, int) {
+          if (!kept(m, n, i)) p[m][n][i] = 0.0f;
+        });
+      if constexpr (with_dv) warp_gemm_nn(dv, p, dout_tile);
+    } else {
+      const Exponent<T> exponent(params, kCanFuse<T> && below_limit<T>(lse_log2[threadIdx.x % ROWS]));
+      const float* offset = exponent.fused ? lse_log2 : lse_log2 + ROWS;
+      warp_gemm_nt(p, k_warp, q_tile(stage));
+      if (!exponent.fused)
+        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
+          p[m][n][i] = __fmul_rn(p[m][n][i], params.scale) - lse[column];
+        });
+      apply_mask(queries, p, key, row, exponent.masked);
+      for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
+        p[m][n][i] = ptx::exp2_approx(fmaf(p[m][n][i], exponent.factor, kCanFuse<T> ? -offset[column] : 0.0f));
+      });
+      if constexpr (with_dv) warp_gemm_nn(dv, p, dout_tile);
+      if constexpr (with_dk) {
+        for_each_accumulator<M, N>(
+            [&](int m, int n, int i, int, int column) { ds[m][n][i] = kCanFuse<T> ? neg_delta[column] : 0.0f; });
+        warp_gemm_nt(ds, v_warp, dout_tile);
+        for_each_accumulator<M, N>([&](int m, int n, int i, int, int column) {
+          ds[m][n][i] = p[m][n][i] * (kCanFuse<T> ? ds[m][n][i] : ds[m][n][i] + neg_delta[column]);
+        });
+      }
     }
+    if constexpr (with_dk) warp_gemm_nn(dk, ds, q_tile(stage));
   }
 
+  if constexpr (with_dv)
+    if (begin < end && may_see_one_key(params, begin, end))
+      for (int i = 0; i < params.group; i++) add_rows_with_one_key<T, general>(params, dv, first_head + i, key);
   if constexpr (with_dk)
     if (params.dk.data)
       store_rows(slice_head<T>(params.dk, coord.head), dk, key, params.visible.k_len,
@@ -256,15 +301,6 @@ struct RowStats {
   }
 };
 
-// Zeros the rows of a tile of dout that see one key, so that their dout v^T is 0. The tile starts at row0 and is complete.
-template <int ROWS, int D, int THREADS, class T>
-__device__ __forceinline__ void clear_rows_with_one_key(const Params& params, T* dout_tile, int row0) {
-  if (!may_see_one_key(params, row0, row0 + ROWS)) return;
-  for (int i = threadIdx.x; i < ROWS * D; i += THREADS)
-    if (params.visible.sees_one_key(row0 + i / D)) dout_tile[i] = from_float<T>(0.0f);
-  __syncthreads();
-}
-
 template <class T, int D, bool general>
 __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<T, D, general>.min_blocks_per_sm())
     attention_dq_kernel(const Params params) {
@@ -282,13 +318,12 @@ __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<
   using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<general>>;
   const Keys keys{dout_tile + ROWS * D, params.visible, row0, k, v, Tiles<general>(params, coord.head)};
   load_tile<ROWS, D, THREADS>(q_tile, slice_head<const T>(params.q, coord.head), row0, q_len);
-  load_tile<ROWS, D, THREADS>(dout_tile, slice_head<const T>(params.dout, coord.head), row0, q_len);
+  load_dout<ROWS, D, THREADS>(params, dout_tile, slice_head<const T>(params.dout, coord.head), row0);
   int key = keys.first();
   keys.load(key, 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  clear_rows_with_one_key<ROWS, D, THREADS>(params, dout_tile, row0);
 
   WarpA<T, D, M, shape.a_resident> q_warp(q_tile + warp_row * D), dout_warp(dout_tile + warp_row * D);
   const HeadScores<T> scores(params, coord.head);

@@ -69,16 +69,6 @@ __device__ __forceinline__ int64_t lse_offset(const Params& params, int head) {
   return head / params.q.heads * params.lse_stride[0] + head % params.q.heads * params.lse_stride[1];
 }
 
-// Whether one of the rows row0 .. row1 - 1 may see exactly one key and no sink. Its p is 1 whatever its score is, so ds
-// must be dlse and not the difference of two roundings. (The number of keys is a concave function of the row, so it is
-// least at one end.)
-__device__ __forceinline__ bool may_see_one_key(const Params& params, int row0, int row1) {
-  const Visible<int>& visible = params.visible;
-  const int last = min(row1, visible.q_len) - 1;
-  const int keys = min(visible.end(row0) - visible.begin(row0), visible.end(last) - visible.begin(last));
-  return !params.sink && keys <= 1;
-}
-
 template <class T>
 __device__ __forceinline__ Head<T> slice_head(const Tensor& t, int head) {
   const int64_t offset = head / t.heads * t.stride[0] + head % t.heads * t.stride[1];

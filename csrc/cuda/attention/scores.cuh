@@ -149,6 +149,14 @@ struct HeadScores {
       }
   }
 
+  // Whether dropout keeps key j of row i.
+  __device__ __forceinline__ bool is_kept(int i, int j) const {
+    const RandomWords drawn = random_words(*params.scores.seed, j / 4, i, head);
+    const uint32_t word =
+        j % 4 < 2 ? (j % 4 == 0 ? drawn.word[0] : drawn.word[1]) : (j % 4 == 2 ? drawn.word[2] : drawn.word[3]);
+    return word >= params.scores.threshold;
+  }
+
  private:
   // Half of the transpose of the words of 4 lanes, whose g differ in the last two bits.
   template <int BIT>

@@ -119,14 +119,17 @@ struct KeyWalk {
   }
 };
 
-// Sets the masked elements of a warp's scores to `value`. The scores start at row `row` and key `key`.
+// Sets the masked elements of a warp's tile at (row, column) to `value`. `visible` says which columns a row sees.
 template <int M, int N>
-__device__ __forceinline__ void apply_mask(const Visible<int>& visible, float (&acc)[M][N][4], int row, int key,
+__device__ __forceinline__ void apply_mask(const Visible<int>& visible, float (&acc)[M][N][4], int row, int column,
                                            float value) {
   const Range<int> unmasked = visible.unmasked(row, row + 16 * M);
-  if (key >= unmasked.begin && key + 8 * N <= unmasked.end) return;
-  for_each_accumulator<M, N>([&](int m, int n, int i, int r, int column) {
-    if (column < visible.begin(row + r) - key || column >= visible.end(row + r) - key) acc[m][n][i] = value;
+  if (column >= unmasked.begin && column + 8 * N <= unmasked.end) return;
+  // Of row r, columns r - left .. r + right and below `past` are visible, counted within the tile.
+  const int own = row + visible.diagonal - column, left = visible.left - own, right = own + visible.right;
+  const int past = visible.k_len - column;
+  for_each_accumulator<M, N>([&](int m, int n, int i, int r, int c) {
+    if (c >= past || c - r > right || r - c > left) acc[m][n][i] = value;
   });
 }
 
