@@ -262,7 +262,7 @@ if __name__ == "__main__":  # a test imports what is above
         Extension(
             "pygpt._C",
             sources=["csrc/bind/bind_cpu.cpp"],
-            depends=sources("csrc/*.h", "csrc/bind/**/*.h", "csrc/cpu/**/*.h"),
+            depends=sources("csrc/*.h", "csrc/attention/*.h", "csrc/bind/**/*.h", "csrc/cpu/**/*.h"),
             libraries=["torch", "torch_cpu", "c10"],
             py_limited_api=True,
             language="c++",
@@ -275,7 +275,7 @@ if __name__ == "__main__":  # a test imports what is above
             Extension(
                 "pygpt._cuda",
                 sources=["csrc/bind/bind_cuda.cpp", *sources("csrc/cuda/**/*.cu")],
-                depends=sources("csrc/*.h", "csrc/bind/**/*.h", "csrc/cuda/**/*.cuh"),
+                depends=sources("csrc/*.h", "csrc/attention/*.h", "csrc/bind/**/*.h", "csrc/cuda/**/*.cuh"),
                 py_limited_api=True,
             )
         )

@@ -251,7 +251,8 @@ def _fill():
         return {"ops": names, "features": {"attention": ("return_lse", *attention)}, "max_head_dim": max_head_dim}
 
     head_dim = sys.modules["pygpt._C"].max_head_dim if cpp else None
-    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim)
+    options = "attn_mask", "alibi_slopes", "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa"
+    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim, *options)
     of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
     of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (

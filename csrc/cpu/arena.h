@@ -23,7 +23,7 @@ enum class Region {
   // attention; packed_*_t holds an operand of a product that sums over its rows
   packed_q, packed_q_t, packed_k, packed_k_t, packed_v, packed_dout, packed_dout_t,
   scores, output_tiles, row_statistics, p_block, ds_block, ds_rows, dq_tiles, dk_tiles, dv_tiles, dq_partials,
-  decode_rows, decode_scores,
+  dropout_factors, mask_gradient, slope_gradients, decode_rows, decode_scores, decode_partials,
   // norm
   weight, bias, summed_row, parameter_gradients, parameter_gradient_partials,
   count,

@@ -155,6 +155,19 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
   }
 }
 
+// The hyperbolic tangent, float within 2 units in the last place.
+template <class T>
+PYGPT_INLINE Vec<T> tanh(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    return detail::each<T>(x, [](T v) { return std::tanh(v); });
+  } else {
+    constexpr float kOdd[] = {-0.33333334f, 0.13333297f, -0.053957775f, 0.02175692f, -0.0083050877f, 0.0022493051f};
+    const Vec<T> a = abs<T>(x), e = exp2<T>(a * (-2 * kLog2e<T>)), xx = x * x;
+    const Vec<T> small = x + x * xx * detail::polynomial(xx, kOdd), large = (1 - e) / (1 + e);
+    return a < 0.64f ? small : (x < 0 ? -large : large);
+  }
+}
+
 PYGPT_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {  // within 2^-14
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_maskz_rcp14_ps(-1, (__m512)x);

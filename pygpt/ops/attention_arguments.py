@@ -114,7 +114,7 @@ def _without_causal_bias(attn_mask, is_causal, L, S) -> tuple:
     if (size := (attn_mask.seq_len_q, attn_mask.seq_len_kv)) != (L, S):
         raise ValueError(f"{_OP}: the CausalBias is for {size}, the scores are ({L}, {S})")
     lower_right = attn_mask.variant.name == "LOWER_RIGHT"
-    return None, not lower_right, lower_right
+    return None, True, lower_right
 
 
 def _is_causal_bias(attn_mask) -> bool:

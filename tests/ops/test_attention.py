@@ -299,11 +299,11 @@ def test_bad_arguments(args, kwargs, error, message, backend):
 
 
 def test_head_dimensions_above_the_limit_fall_back(compiled):
-    q = torch.randn(1, 1, 3, 257)
+    q = torch.randn(1, 1, 3, 513)
     torch.testing.assert_close(sdpa(q, q, q), F.scaled_dot_product_attention(q, q, q))
-    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above 256"):
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above (256|512)"):
         sdpa(q, q, q[..., :8])
-    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above 256"):
+    with pygpt.backend(compiled), pytest.raises(RuntimeError, match="head dimension above (256|512)"):
         sdpa(q[..., :8], q[..., :8], q)
 
 
@@ -319,5 +319,5 @@ def test_rows_whose_scores_are_all_minus_infinity(L, kernels):
     q, k, v, dout = (tensor(1, 2, n, 64) + x for n, x in ((L, 1e20), (9, -1e20), (9, 1.0), (L, 1.0)))
     out, lse = kernels.attention_fwd(q, k, v, False, 1.0)
     assert not out.any() and torch.equal(lse, torch.full((1, 2, L), -math.inf))
-    for gradient in kernels.attention_bwd(dout, None, q, k, v, out, lse, False, 1.0, [True] * 3):
+    for gradient in kernels.attention_bwd(dout, None, q, k, v, out, lse, False, 1.0, [True] * 3)[:3]:
         assert torch.equal(gradient, torch.zeros_like(gradient))

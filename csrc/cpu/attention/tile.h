@@ -1,0 +1,300 @@
+// What the attention kernels share: the sizes of blocks, the scores of a tile, and the running softmax.
+//
+// Kernels have a template parameter `general`. Without it, a score is scaled and nothing else happens to it; with it, it
+// goes through all options of csrc/attention/scores.h, which are then looked up for every vector of scores.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "../arena.h"
+#include "../dropout.h"
+#include "../gemm/pack.h"
+#include "../vmath.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+constexpr int64_t BC = kRegisters == 32 ? 224 : 192;  // keys of a block, a multiple of every MR and NR
+template <class E>
+constexpr int64_t BR = (kRegisters == 32 ? 112 : 96) / Tiling<E>::MR * Tiling<E>::MR;  // query rows of a block
+constexpr int64_t kScoreStride = BC + 16;  // row stride of P and dS; a power of two would crowd a few cache sets
+static_assert(BC % Tiling<float>::MR == 0 && BC % Tiling<Packed<bf16>>::MR == 0);
+static_assert(BC % Tiling<float>::NR == 0 && BC % Tiling<double>::NR == 0);
+
+template <class T>
+constexpr T kInf = std::numeric_limits<T>::infinity();
+
+template <class S>
+Matrix<S> head(const Heads& t, int64_t b, int64_t h, int64_t first_row) {
+  return {static_cast<const S*>(t.data) + b * t.stride[0] + h * t.stride[1] + first_row * t.stride[2], t.stride[2],
+          t.stride[3]};
+}
+
+// ---------------------------------------------------------------- one head
+// A query head of a sequence: where its tensors lie, which keys a query sees, and what happens to its scores.
+template <class S>
+struct QueryHead {
+  using T = Acc<S>;
+  const AttentionArgs& a;
+  int64_t b, h;
+  Sequence sequence;
+  Visible<int64_t> visible;
+
+  QueryHead(const AttentionArgs& a, int64_t b, int64_t h)
+      : a(a), b(b), h(h), sequence(a.sequences(b)), visible(a.visible(sequence)) {}
+
+  Matrix<S> queries(const Heads& t) const { return head<S>(t, b, h, sequence.q_row); }
+  Matrix<S> keys(const Heads& t) const { return head<S>(t, b, h / a.group(), sequence.k_row); }
+  // Row i of an output with a row per query. Its channels are contiguous.
+  S* output_row(const Heads& t, int64_t i) const { return const_cast<S*>(queries(t).at(i, 0).data); }
+  // Where a statistic of query i is, such as lse.
+  int64_t statistic(int64_t i) const { return b * a.lse_stride[0] + h * a.lse_stride[1] + sequence.q_row + i; }
+  T sink() const { return static_cast<const T*>(a.scores.sink)[h]; }
+
+  // Whether some of the keys first .. first + n - 1 are hidden from some of the queries row0 .. row0 + rows - 1.
+  bool at_edge(int64_t row0, int64_t rows, int64_t first, int64_t n) const {
+    const Range<int64_t> all_see = visible.unmasked(row0, row0 + rows);
+    return first < all_see.begin || first + n > all_see.end;
+  }
+
+  // Whether a boolean mask hides all of the keys from all of the queries. Other masks hide nothing here.
+  bool hides(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
+    const Scores& s = a.scores;
+    if (s.mask_type != MaskType::boolean) return false;
+    rows = s.mask_stride[2] ? std::min(rows, sequence.q_len - row0) : 1;
+    keys = s.mask_stride[3] ? std::min(keys, sequence.k_len - first) : 1;
+    for (int64_t i = row0; i < row0 + rows; i++) {
+      const uint8_t* row = mask_at<uint8_t>(i, first);
+      uint8_t seen = 0;
+      if (s.mask_stride[3] == 1)
+        for (int64_t j = 0; j < keys; j++) seen |= row[j];
+      else
+        for (int64_t j = 0; j < keys; j++) seen |= row[j * s.mask_stride[3]];
+      if (seen) return false;
+    }
+    return true;
+  }
+
+  // The scores of query i against the keys from j on, of which n exist, from their scaled products. `capped` becomes
+  // tanh(s / softcap).
+  PYGPT_INLINE Vec<T> adjust(int64_t i, int64_t j, int64_t n, Vec<T> s, Vec<T>& capped) const {
+    const Scores& o = a.scores;
+    if (o.softcap > 0) {
+      capped = tanh<T>(s / T(o.softcap));
+      s = no_fma(capped * T(o.softcap));
+    }
+    if (o.slopes) s -= no_fma(slope() * distances(i, j));
+    switch (o.mask_type) {
+      case MaskType::none: break;
+      case MaskType::boolean: {
+        IVec<T> keep;
+        each_of_mask<uint8_t>(i, j, n, [&](int lane, uint8_t x) { keep[lane] = x; });
+        s = keep != 0 ? s : set1(-kInf<T>);
+        break;
+      }
+      case MaskType::storage: s += float_mask<S>(i, j, n); break;
+      case MaskType::statistics: s += float_mask<T>(i, j, n); break;
+    }
+    return s;
+  }
+  T slope() const { return static_cast<const T*>(a.scores.slopes)[b * a.scores.slope_stride + h]; }
+  PYGPT_INLINE Vec<T> distances(int64_t i, int64_t j) const {
+    return abs<T>(T(j - i - visible.diagonal) + __builtin_convertvector(lane_index<T>(), Vec<T>));
+  }
+
+  // Dropout's factors of `rows` queries and `keys` keys from j on, a multiple of 4; `to` has rows ld apart.
+  void dropout(int64_t row0, int64_t rows, int64_t j, int64_t keys, T* to, int64_t ld) const {
+    dropout_factors(a.scores, b * a.heads + h, row0, rows, j, keys, to, ld);
+  }
+
+ private:
+  template <class M>
+  const M* mask_at(int64_t i, int64_t j) const {
+    const int64_t(&stride)[4] = a.scores.mask_stride;
+    return static_cast<const M*>(a.scores.mask) + b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
+  }
+  // Calls f(lane, value) for W<T> values of the mask's row, of which n exist; 0 stands for the others.
+  template <class M, class F>
+  PYGPT_INLINE void each_of_mask(int64_t i, int64_t j, int64_t n, const F& f) const {
+    const M* row = mask_at<M>(i, j);
+    const int64_t stride = a.scores.mask_stride[3];
+    M values[W<T>] = {};
+    if (n >= W<T> && stride == 1) std::memcpy(values, row, sizeof values);
+    else
+      for (int64_t lane = 0; lane < std::min<int64_t>(n, W<T>); lane++) values[lane] = row[lane * stride];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W<T>; lane++) f(lane, values[lane]);
+  }
+  template <class M>
+  PYGPT_INLINE Vec<T> float_mask(int64_t i, int64_t j, int64_t n) const {
+    const M* row = mask_at<M>(i, j);
+    const int64_t stride = a.scores.mask_stride[3];
+    if (stride == 1) return load(row, n);
+    if (stride == 0) return set1(T(to_acc(*row)));
+    Vec<T> values = {};
+    for (int64_t lane = 0; lane < std::min<int64_t>(n, W<T>); lane++) values[lane] = to_acc(row[lane * stride]);
+    return values;
+  }
+};
+
+// ---------------------------------------------------------------- scores
+// out = A B of two packed panels over K packs, summed 128 packs at a time, so that long rows round no worse than short
+// ones.
+template <class U, class T = Acc<U>>
+PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_t ldo) {
+  constexpr int64_t kChainK = 128, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
+  micro_kernel(std::min(K, kChainK), a, b, NR, out, ldo);
+  for (int64_t k = kChainK; k < K; k += kChainK) {
+    Tile<U> more;
+    micro_kernel(std::min(K - k, kChainK), a + k * MR, b + k * NR, NR, more.data(), NR);
+    add(out, ldo, more);
+  }
+}
+
+// float: scale is folded into Q while packing. bf16 pairs: scale is applied to S after the product, in scaled_scores. If
+// scale <= 0 or scores are to be adjusted, score_tile applies it before, so that -inf stays -inf.
+template <class U>
+PackReader<U> scaling_reader(double scale) {
+  if constexpr (PackElement<U>::kPackK == 1) return {U(scale)};
+  return {};
+}
+template <bool general, class T>
+bool scales_after_masking(double scale) {
+  return !general && T(scale) > 0;
+}
+template <bool general, class U, class T = Acc<U>>
+PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
+  if constexpr (general || PackElement<U>::kPackK == 1) return s;
+  // Not fused, so that forward and backward have the same scores and a row's only key has P = 1.
+  return no_fma(s * (scales_after_masking<general, T>(scale) ? T(scale) : T(1)));
+}
+
+// out = the scores of MR query rows from row0 on against the panel of keys from `first` on, `packs` packs each. Hidden
+// ones become -inf. scaled_scores finishes them. With softcap, capped (NR apart) becomes what adjust says.
+template <bool general, class S, class U = Packed<S>, class T = Acc<S>>
+PYGPT_INLINE void score_tile(const QueryHead<S>& x, const U* q, const U* k, int64_t packs, int64_t row0, int64_t first,
+                             T* out, int64_t ldo, [[maybe_unused]] T* capped = nullptr) {
+  constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR;
+  dot_products(packs, q, k, out, ldo);
+  auto update_row = [&](int r, auto f) {
+    for (int v = 0; v < NV; v++) store(out + r * ldo + v * W<T>, f(v, load(out + r * ldo + v * W<T>)));
+  };
+  const double scale = x.a.scores.scale;
+  if (PackElement<U>::kPackK > 1 && !scales_after_masking<general, T>(scale))
+    for (int r = 0; r < MR; r++) update_row(r, [&](int, Vec<T> s) { return no_fma(s * T(scale)); });
+  if constexpr (general)
+    for (int r = 0; r < std::min<int64_t>(MR, x.sequence.q_len - row0); r++)
+      update_row(r, [&](int v, Vec<T> s) {
+        const int64_t j = first + v * W<T>;
+        Vec<T> t = {};
+        s = x.adjust(row0 + r, j, x.sequence.k_len - j, s, t);
+        if (capped) store(capped + r * NR + v * W<T>, t);
+        return s;
+      });
+  if (!x.at_edge(row0, MR, first, NR)) return;
+  using Int = typename IntOf<T>::type;
+  const bool hides_first = x.visible.begin(row0 + MR - 1) > first;
+  for (int r = 0; r < MR; r++) {
+    const IVec<T> end = IVec<T>{} + Int(std::clamp<int64_t>(x.visible.end(row0 + r) - first, 0, NR));
+    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < end ? s : set1(-kInf<T>); });
+    if (!hides_first) continue;
+    const IVec<T> begin = IVec<T>{} + Int(std::clamp<int64_t>(x.visible.begin(row0 + r) - first, 0, NR));
+    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> >= begin ? s : set1(-kInf<T>); });
+  }
+}
+
+// Replaces one row of scores by exp(score - m'), as packs of U. Updates the running maximum m and sum l, and returns
+// the factor that rescales the output so far. A NaN score may not become the maximum, but its exponential and the sum
+// are NaN. The exponentials are stored after multiplication with dropout's factors, where those are given.
+template <bool general, class U, class T>
+PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l,
+                           [[maybe_unused]] const T* factors = nullptr) {
+  Vec<T> row_max[4], total[4] = {};
+  std::fill(row_max, row_max + 4, load(p));
+  unroll_by<4>(vectors, [&](int64_t v, auto together) {
+    for (int u = 0; u < together.value; u++) row_max[u] = max<T>(row_max[u], load(p + (v + u) * W<T>));
+  });
+  const T previous_m = m;
+  m = std::max(m, hmax<T>(scaled_scores<general, U>(
+                      scale, max<T>(max<T>(row_max[0], row_max[1]), max<T>(row_max[2], row_max[3])))));
+  const T row_max_or_0 = m == -kInf<T> ? T(0) : m;
+  unroll_by<4>(vectors, [&](int64_t v, auto together) {
+    for (int u = 0; u < together.value; u++) {
+      const Vec<T> e = exp<T>(scaled_scores<general, U>(scale, load(p + (v + u) * W<T>)) - row_max_or_0);
+      Vec<T> kept = e;
+      if constexpr (general)
+        if (factors) kept = e * load(factors + (v + u) * W<T>);
+      PackElement<U>::store_row(reinterpret_cast<U*>(p) + (v + u) * W<T> / PackElement<U>::kPackK, kept);
+      total[u] += e;
+    }
+  });
+  const T rescale = previous_m == m ? T(1) : std::exp(previous_m - row_max_or_0);
+  l = l * rescale + hsum<T>((total[0] + total[1]) + (total[2] + total[3]));
+  return rescale;
+}
+
+// Stores a finished row divided by its sum, and its lse. accumulated(j) is the row's vector from channel j on. A sink is
+// one more exponential in the sum.
+template <class S, class F>
+PYGPT_INLINE void finish_row(const QueryHead<S>& x, int64_t i, Acc<S> m, Acc<S> l, F accumulated) {
+  using T = Acc<S>;
+  T rescale = 1;
+  if (x.a.scores.sink && x.sink() != -kInf<T>) {
+    const T previous_m = m;
+    m = std::max(m, x.sink());
+    rescale = std::exp(previous_m - m), l = l * rescale + std::exp(x.sink() - m);
+  }
+  const T inverse = l == 0 ? T(0) : rescale / l;
+  static_cast<T*>(x.a.lse)[x.statistic(i)] = l == 0 ? -kInf<T> : m + std::log(l);
+  S* o = x.output_row(x.a.out, i);
+  for (int64_t j = 0; j < x.a.v_dim; j += W<T>) store(o + j, accumulated(j) * inverse, x.a.v_dim - j);
+}
+
+template <class S, class T = Acc<S>>
+T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
+  Vec<T> total[2] = {};
+  if (a.cs == 1 && b.cs == 1) {
+    for (int64_t j = 0; j < n; j += W<T>) total[j / W<T> % 2] += load(a.data + j, n - j) * load(b.data + j, n - j);
+    return hsum<T>(total[0] + total[1]);
+  }
+  double slow = 0;
+  for (int64_t j = 0; j < n; j++) slow += double(to_acc(a.data[j * a.cs])) * double(to_acc(b.data[j * b.cs]));
+  return T(slow);
+}
+
+// For backward: query i's lse, or +inf if the row is fully masked, so that P = 0; and delta = rowsum(dO O) - dlse.
+template <class S, class T = Acc<S>>
+T lse_of(const QueryHead<S>& x, int64_t i) {
+  const T lse = canonical_nan(static_cast<const T*>(x.a.lse)[x.statistic(i)]);
+  return lse == -kInf<T> ? kInf<T> : lse;
+}
+// Whether query i sees one key and no sink. Its P is 1 whatever the score, so dS is dlse: rowsum(dO O) and dO V^T, which
+// are equal, are left out where their rounding would show.
+template <class S>
+bool has_one_key(const QueryHead<S>& x, int64_t i) {
+  return x.visible.sees_one_key(i) && !x.a.scores.sink;
+}
+template <class S, class T = Acc<S>>
+T delta_of(const QueryHead<S>& x, int64_t i) {
+  const T dlse = x.a.dlse ? canonical_nan(static_cast<const T*>(x.a.dlse)[x.statistic(i)]) : T(0);
+  if (has_one_key(x, i)) return -dlse;
+  return row_dot(x.queries(x.a.dout).at(i, 0), x.queries(x.a.out).at(i, 0), x.a.v_dim) - dlse;
+}
+
+// Decoding with a cache, that is at most kDecodeQueries queries, has kernels of its own in decode.cpp. They read K and V
+// where they lie, and need contiguous channels.
+constexpr int64_t kDecodeQueries = 4;
+inline bool is_decode(const AttentionArgs& a) {
+  return a.sequences.q_len <= kDecodeQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
+}
+void decode_fwd(const AttentionArgs& a);
+void decode_bwd(const AttentionArgs& a);
+
+// Calls f with the storage type and with whether more happens to scores than scaling.
+template <class F>
+void visit_scores(const AttentionArgs& a, const F& f) {
+  visit(a.dtype, [&](auto s) { visit(!a.scores.scale_only(), [&](auto general) { f(s, general); }); });
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
