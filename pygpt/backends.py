@@ -253,7 +253,8 @@ def _fill():
     head_dim = sys.modules["pygpt._C"].max_head_dim if cpp else None
     options = "attn_mask", "alibi_slopes", "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa"
     of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim, *options)
-    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
+    cuda_head_dim = sys.modules["pygpt._cuda"].max_head_dim if cuda else None
+    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), cuda_head_dim, *options)
     of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (
         Backend("cpp", cpp, no_cpp, ops, ("cpu",), **of_cpp),

@@ -11,8 +11,8 @@
 namespace pygpt::cuda::attention {
 namespace {
 
-constexpr TileShape kBiasShapes[2][3] = {{{4, 1, 64, false}, {4, 1, 64, false}, {4, 1, 32, false}},
-                                         {{4, 1, 64, false}, {4, 1, 32, false}, {2, 1, 16, false}}};
+constexpr TileShape kBiasShapes[2][3] = {{{4, 1, 32, false}, {4, 1, 32, false}, {4, 1, 32, false}},
+                                         {{4, 1, 32, false}, {4, 1, 32, false}, {2, 1, 16, false}}};
 template <class T, int D>
 constexpr TileShape kBiasShape = select_shape<T, D>(kBiasShapes);
 

@@ -115,14 +115,13 @@ __device__ __forceinline__ void add_rows_with_one_key(const Params& params, floa
         float p = lse == kInf ? 0.0f : lse - lse + 1.0f;  // NaN if lse is
         if constexpr (general)
           if (params.scores.seed && !HeadScores<T>(params, head).is_kept(i, j)) p = 0.0f;
+        const T* from = dout.data + i * dout.row_stride + 2 * t * dout.channel_stride;
 #pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-          for (int c = 0; c < 2; c++) {
-            const int channel = 8 * n + 2 * t + c;
-            if (channel < dout.width)
-              dv[m][n][2 * r + c] += p * to_float(dout.data[i * dout.row_stride + channel * dout.channel_stride]);
-          }
+        for (int n = 0; n < N; n++, from += 8 * dout.channel_stride) {
+          const int left = dout.width - (8 * n + 2 * t);
+          if (left > 0) dv[m][n][2 * r] = fmaf(p, to_float(from[0]), dv[m][n][2 * r]);
+          if (left > 1) dv[m][n][2 * r + 1] = fmaf(p, to_float(from[dout.channel_stride]), dv[m][n][2 * r + 1]);
+        }
       }
     }
 }
