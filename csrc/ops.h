@@ -31,7 +31,7 @@ struct Heads {
   int64_t stride[4];
 };
 
-constexpr int64_t kMaxHeadDim = 512;  // the largest head_dim and v_dim; kernels for GPUs may serve less
+constexpr int64_t kMaxHeadDim = 512;  // the largest head_dim and v_dim; kernels for GPUs serve less
 
 // out = softmax(scores) v for every batch entry and head, with q (L, E), k (S, E) and v (S, Ev). csrc/attention says
 // which keys a query sees, what happens to a score and where the sequences lie. lse[b, h, i] is the log of row i's sum
@@ -133,6 +133,8 @@ struct Stream {
   void* handle;  // cudaStream_t
   std::function<void*(int64_t bytes)> scratch;  // 256-byte aligned
 };
+
+constexpr int64_t kMaxHeadDim = 256;  // the largest head_dim and v_dim
 
 // An error message, or null. Kernels do not serve float64.
 using Error = const char*;

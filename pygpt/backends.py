@@ -235,6 +235,15 @@ def _triton() -> tuple[Any, str, tuple]:
 
 
 # ------------------------------------------------------------------------------- the table
+ATTENTION_FEATURES = (
+    "attn_mask", "alibi_slopes", "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa", "return_lse",
+)  # fmt: skip
+
+
+def _limit(library: str) -> int:
+    return sys.modules[library].max_head_dim  # type: ignore[attr-defined]
+
+
 def _fill():
     ops = register_ops("pygpt", vars(REFERENCE))
     cpp, no_cpp = _cpp(ops)
@@ -242,22 +251,14 @@ def _fill():
     triton, no_triton, triton_devices = _triton()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
-    def limits(serves: Any, max_head_dim: int | None, *attention: str) -> dict:
-        """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing.
-
-        attention: which optional features of attention it serves.
-        """
+    def limits(serves: Any, max_head_dim: int | None) -> dict:
+        """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
-        return {"ops": names, "features": {"attention": ("return_lse", *attention)}, "max_head_dim": max_head_dim}
+        return {"ops": names, "features": {"attention": ATTENTION_FEATURES}, "max_head_dim": max_head_dim}
 
-    head_dim = sys.modules["pygpt._C"].max_head_dim if cpp else None
-    options = "attn_mask", "alibi_slopes", "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa"
-    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), head_dim, *options)
-    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), head_dim)
-    of_triton = limits(
-        triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM, "attn_mask", "alibi_slopes",
-        "sink", "dropout_p", "softcap", "window", "lower_right", "enable_gqa",
-    )  # fmt: skip
+    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), cpp and _limit("pygpt._C"))
+    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), cuda and _limit("pygpt._cuda"))
+    of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (
         Backend("cpp", cpp, no_cpp, ops, ("cpu",), **of_cpp),
         Backend(

@@ -76,23 +76,23 @@ CUDA = [
     ),
     Mutant(
         "cuda: attention's first row of a tile at an offset of 32 bits",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         r"int64_t\(row0 \+ first\) \* from\.row_stride \+ channel : 0",
         r"(row0 + first) * static_cast<int>(from.row_stride) + channel : 0",
         (MEMORY, "32_bits", "cuda", "attention_lse", "H=1,", "causal=1", "bfloat16"),
     ),
     Mutant(
         "cuda: attention's further rows of a tile at an offset of 32 bits",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         r"source \+= kStep \* from\.row_stride;",
         r"source += kStep * static_cast<int>(from.row_stride);",
         (MEMORY, "32_bits", "cuda", "attention_lse", "H=1,", "causal=1", "bfloat16"),
     ),
     Mutant(
         "cuda: a head at an offset of 32 bits",
-        "csrc/cuda/attention.cuh",
-        r"head % params\.heads_per_batch \* t\.stride\[1\]",
-        r"head % params.heads_per_batch * static_cast<int>(t.stride[1])",
+        "csrc/cuda/attention/params.cuh",
+        r"head % t\.heads \* t\.stride\[1\]",
+        r"head % t.heads * static_cast<int>(t.stride[1])",
         (MEMORY, "32_bits", "cuda", "attention_lse", "H=5,", "bfloat16"),
     ),
     # ---- vectors that are not aligned
@@ -119,7 +119,7 @@ CUDA = [
     ),
     Mutant(
         "cuda: attention reads vectors wherever a head begins",
-        "csrc/cuda/attention.cuh",
+        "csrc/cuda/attention/params.cuh",
         r" && address % \(elements \* sizeof\(T\)\) == 0;",
         r" && address;",
         (MEMORY, "without_vectors", "cuda", "attention_lse"),
@@ -169,7 +169,7 @@ CUDA = [
     ),
     Mutant(
         "cuda: attention reads a row past the last key",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         r"(cp_async_16\(element<D>\(tile, row, channel\), source, row) < inside\);",
         r"\1 <= inside);",
         (MEMORY, "past_the_end", "cuda", "attention", "bfloat16"),
@@ -184,7 +184,7 @@ CUDA = [
     ),
     Mutant(
         "cuda: attention computes with a tile before all of it is there",
-        "csrc/cuda/attention.cuh",
+        "csrc/cuda/attention/walk.cuh",
         r"__syncthreads\(\);  // this stage has arrived, and no warp reads the other.*$",
         r"",
         (MEMORY, "past_the_end", "cuda", "attention_lse", "exact"),
@@ -206,8 +206,8 @@ CUDA = [
     # ---- blocks
     Mutant(
         "cuda: the last group of heads is taken for a whole one",
-        "csrc/cuda/attention.cuh",
-        r"min\(params\.total_heads - first_head, params\.head_group\)",
+        "csrc/cuda/attention/walk.cuh",
+        r"min\(params\.tiled_heads - first_head, params\.head_group\)",
         r"params.head_group",
         (KERNELS, "groups_of_heads", "cuda"),
     ),
@@ -221,16 +221,16 @@ CUDA = [
     # ---- values
     Mutant(
         "cuda: float16 takes bfloat16's limit of exponents",
-        "csrc/cuda/attention.cuh",
+        "csrc/cuda/attention/params.cuh",
         r"std::is_same_v<T, f16> \? 0x1p11f",
         r"std::is_same_v<T, f16> ? 0x1p14f",
         (PARITY, "single_key", "cuda", "float16"),
     ),
     Mutant(
         "cuda: the causal mask hides the diagonal",
-        "csrc/cuda/attention.cuh",
-        r"column > r \+ diagonal",
-        r"column >= r + diagonal",
+        "csrc/cuda/attention/walk.cuh",
+        r"column >= visible\.end\(row \+ r\) - key\)",
+        r"column >= visible.end(row + r) - key - 1)",
         (MEMORY, "past_the_end", "cuda", "attention", "exact"),
     ),
     Mutant(
@@ -465,7 +465,7 @@ TRITON = [
 EQUIVALENT = {
     Mutant(
         "cuda: a row of attention's output at an offset of 32 bits",
-        "csrc/cuda/attention_tiles.cuh",
+        "csrc/cuda/attention/tiles.cuh",
         r"to\.data \+ int64_t\(row\) \* to\.row_stride",
         r"to.data + row * static_cast<int>(to.row_stride)",
         (),

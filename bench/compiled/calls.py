@@ -7,10 +7,12 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Iterator[tuple[str, Callable]]:
+def calls(
+    kernels, dtype: torch.dtype, device: str, wide: bool = False, options: bool = False
+) -> Iterator[tuple[str, Callable]]:
     """(name, call) of launchers of the namespace ``kernels`` on tensors whose content does not matter.
 
-    wide: also sizes that need odd tiles, or that alignment keeps from descriptors.
+    wide: also sizes that need odd tiles, or that alignment keeps from descriptors. options: also attention's options.
     """
 
     def empty(*shape):
@@ -20,6 +22,15 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
         q, k, v = empty(2, 4, L, E), empty(2, 4, S, E), empty(2, 4, S, EV)
         out, lse = kernels.attention_fwd(q, k, v, True, 0.1)
         kernels.attention_bwd(out, None, q, k, v, out, lse, True, 0.1, [True] * 3)
+
+    def attention_options(E, L=1024, S=1024):
+        q, k = empty(2, 4, L, E), empty(2, 2, S, E)
+        slopes, sink, seed = torch.empty(1, 4, device=device), torch.empty(4, device=device), empty(1).long()
+        for mask in (empty(1, 1, L, S), empty(1, 1, L, S).bool()):
+            o = mask, slopes, sink, seed, 0.1, 1.0
+            out, lse = kernels.attention_fwd(q, k, k, True, 0.1, *o)
+            needs = [True] * 3 + [mask.dtype != torch.bool, True, True]
+            kernels.attention_bwd(out, lse, q, k, k, out, lse, True, 0.1, needs, *o)
 
     def mlp(M, C, H, activation):
         x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)
@@ -39,6 +50,8 @@ def calls(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Itera
 
     for E, EV in ((64, 64), (128, 128), (256, 256), *(((80, 48), (20, 20)) if wide else ())):
         yield f"attention {E}" + (f",{EV}" if EV != E else ""), lambda E=E, EV=EV: attention(E, EV)
+    for E in (64, 128, 256) if options else ():
+        yield f"attention options {E}", lambda E=E: attention_options(E)
     for activation in ("gelu", "relu2") if wide else ("gelu",):
         yield f"mlp {activation}", lambda activation=activation: mlp(16384, 768, 3072, activation)
     for M in (4, 16, 256):  # for few rows there are other kernels and tiles; K is split where tiles are few

@@ -26,7 +26,7 @@ def inspect(targets: list[str], dtypes: list[str], only: tuple[str, ...]) -> lis
     compiled = {(plain(name), f.arch): f for name, f in demangled(Path(find_spec("pygpt._cuda").origin))}
     rows, seen = [], set()
     for dtype in dtypes:
-        for call, run in calls(torch.ops.pygpt_emulator, DTYPES[dtype], "cpu"):
+        for call, run in calls(torch.ops.pygpt_emulator, DTYPES[dtype], "cpu", options=True):
             for name, block, shared, _ in emulator.launches(run) if call.startswith(only) else ():
                 name = plain(name)
                 for target in targets:
@@ -43,7 +43,7 @@ def result(call: str, name: str, dtype: str, target: str, block: int, shared: in
     row = Result(call, kernel, dtype, target, arguments.rstrip(">"), -(-block // 32), shared=function.shared + shared)
     row.take(function)
     row.count(function.sass, TENSOR_CORES)
-    products = dtype != "fp32" and re.match(r"mma_gemm|attention_(fwd|dkdv|dq)", kernel)
+    products = dtype != "fp32" and re.match(r"mma_gemm|attention_(fwd|dkdv|dq|bias)", kernel)
     row.judge("HMMA" if products else "")
     return row
 

@@ -55,4 +55,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "pygpt._cuda", "pygpt's CUDA kernel
 
 STABLE_TORCH_LIBRARY_IMPL(pygpt, CUDA, m) { PYGPT_IMPL(m, pygpt::cuda); }
 
-PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cuda() {
+  PyObject* object = PyModule_Create(&module);
+  if (object && PyModule_AddIntConstant(object, "max_head_dim", pygpt::cuda::kMaxHeadDim)) Py_CLEAR(object);
+  return object;
+}

@@ -96,7 +96,9 @@ def _compile(source: Path, sanitizer: str | None) -> tuple[str, str]:
     """The name of a source's object file, and its own compiler flags. Builds share objects whose flags are equal."""
     kernel_flags, machine_flags = SANITIZERS[sanitizer]
     if source.suffix == ".cu":
-        return f"{sanitizer or 'plain'}-{source.stem}.o", f"{KERNEL_FLAGS} {kernel_flags} {machine_flags}"
+        inside = source.relative_to(KERNELS) if source.is_relative_to(KERNELS) else Path(source.name)
+        name = "-".join(inside.with_suffix("").parts)
+        return f"{sanitizer or 'plain'}-{name}.o", f"{KERNEL_FLAGS} {kernel_flags} {machine_flags}"
     flags = {
         "module.cpp": f"-O1 -g0 {_includes(torch=False)}",
         "ops.cpp": f"-O1 -DTORCH_TARGET_VERSION=0x020a000000000000 {_includes(torch=True)}",
@@ -158,8 +160,8 @@ def load(sanitizer: str | None = None, kernels: tuple[str, ...] | None = None, a
 
     _missing_preload(sanitizer)
     define_ops("pygpt_emulator")
-    files = sorted(KERNELS.glob("*.cu")) if kernels is None else [KERNELS / f"{k}.cu" for k in kernels]
-    name = "-".join(["kernels", *(kernels or ())])
+    files = sorted(KERNELS.rglob("*.cu")) if kernels is None else [KERNELS / f"{k}.cu" for k in kernels]
+    name = "-".join(["kernels", *(kernels or ())]).replace("/", "-")
     return _import(_build(name, [*files, *_machine(), HERE / "ops.cpp"], sanitizer, arch, _torch_libraries()))
 
 

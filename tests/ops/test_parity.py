@@ -100,7 +100,7 @@ def test_scores_around_the_limit(op, dtype, size, compiled, device, generator, m
     cases.assert_exact(op, cases.TYPICAL[op], dtype, generator, compiled, view=lambda t: t * size, device=device)
 
 
-# Scores up to which the CUDA kernels compute p by one multiply-add: see attention.cu. (float never does.)
+# Scores up to which the CUDA kernels compute p by one multiply-add: see attention/fwd.cu. (float never does.)
 LIMITS = {torch.float32: 2**14 * math.log(2), torch.bfloat16: 2**14 * math.log(2), torch.float16: 2**11 * math.log(2)}
 
 

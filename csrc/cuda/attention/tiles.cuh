@@ -14,7 +14,7 @@
 // cores with the same layout of accumulators: both operands are read from shared memory, P from the 4 lanes that share
 // a row.
 #pragma once
-#include "platform.cuh"
+#include "../platform.cuh"
 
 namespace pygpt::cuda::attention {
 
@@ -38,8 +38,13 @@ __device__ __forceinline__ T* element(T* tile, int row, int channel) {
 
 // Starts to copy rows row0 .. row0 + ROWS - 1 of a head that has `rows` rows into a tile; zeros outside the head. The
 // tile is complete when each thread has waited for its cp.async and the block has passed a barrier.
-template <int ROWS, int D, int THREADS, class T>
-__device__ __forceinline__ void load_tile(T* tile, const Head<const T>& from, int row0, int rows) {
+//
+// Rows for which skips(row) is true become zeros.
+struct NoRow {
+  __device__ __forceinline__ bool operator()(int) const { return false; }
+};
+template <int ROWS, int D, int THREADS, class T, class Skips = NoRow>
+__device__ __forceinline__ void load_tile(T* tile, const Head<const T>& from, int row0, int rows, Skips skips = {}) {
   constexpr int kChunk = 16 / sizeof(T), kChunks = D / kChunk, kStep = THREADS / kChunks;
   static_assert(THREADS % kChunks == 0 && ROWS % kStep == 0);
   const int first = threadIdx.x / kChunks, channel = threadIdx.x % kChunks * kChunk;
@@ -48,7 +53,7 @@ __device__ __forceinline__ void load_tile(T* tile, const Head<const T>& from, in
     const T* source = from.data + (first < inside ? int64_t(row0 + first) * from.row_stride + channel : 0);
 #pragma unroll
     for (int n = 0, row = first; n < ROWS / kStep; n++, row += kStep) {
-      ptx::cp_async_16(element<D>(tile, row, channel), source, row < inside);
+      ptx::cp_async_16(element<D>(tile, row, channel), source, row < inside && !skips(row0 + row));
       if (row + kStep < inside) source += kStep * from.row_stride;
     }
   } else {
@@ -59,7 +64,8 @@ __device__ __forceinline__ void load_tile(T* tile, const Head<const T>& from, in
       T* target = element<D>(tile, row, channel);
 #pragma unroll 1
       for (int c = 0; c < kChunk; c++)
-        target[c] = row < inside && channel + c < from.width ? source[c * from.channel_stride] : from_float<T>(0.0f);
+        target[c] = row < inside && channel + c < from.width && !skips(row0 + row) ? source[c * from.channel_stride]
+                                                                                   : from_float<T>(0.0f);
     }
   }
 }

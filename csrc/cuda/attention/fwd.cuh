@@ -25,16 +25,18 @@
 //     64         128 x 64       239/239    48 KB   2 / 2             128 x 32      226/228    64 KB   2 / 2
 //    128         128 x 32       249/250    64 KB   2 / 2              64 x 16      151/159    64 KB   2 / 3
 //    256          64 x 32       240/244    96 KB   1 / 2              32 x 8       255/254    64 KB   2 / 3
-#include "attention.cuh"
+#pragma once
+#include "scores.cuh"
+#include "walk.cuh"
 
-namespace pygpt::cuda {
-namespace attention {
-namespace {
+namespace pygpt::cuda::attention {
 
-constexpr TileShape kShapes[2][3] = {{{4, 2, 64, true}, {4, 2, 32, false}, {4, 1, 32, false}},
-                                     {{4, 2, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
-template <class T, int D>
-constexpr TileShape kShape = select_shape<T, D>(kShapes);
+constexpr TileShape kFwdShapes[2][3] = {{{4, 2, 64, true}, {4, 2, 32, false}, {4, 1, 32, false}},
+                                        {{4, 2, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
+constexpr TileShape kGeneralFwdShapes[2][3] = {{{4, 1, 64, true}, {4, 1, 32, false}, {4, 1, 32, false}},
+                                               {{4, 2, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
+template <class T, int D, bool general>
+constexpr TileShape kFwdShape = select_shape<T, D>(general ? kGeneralFwdShapes : kFwdShapes);
 
 // The online softmax of the warp's rows: the maximum of x so far (at least -FLT_MAX), and the sum of p over this lane's
 // columns so far.
@@ -106,9 +108,21 @@ struct Softmax {
       }
   }
 
-  // The log of the sum of exp(scores) of a row, whose p add up to `total`.
-  __device__ __forceinline__ float lse(int m, int r, float scale, float total) const {
-    return __fmul_rn(row_max[m][r], scale) + (logf(total) - scaled_max_error(row_max[m][r]) * kLn2);
+  // What is left of a row whose p add up to `total`: its lse, and the factor of its sums of p v.
+  struct Row {
+    float lse, factor;
+  };
+  __device__ __forceinline__ Row finish(int m, int r, float scale, float total, float sink) const {
+    const float max = __fmul_rn(row_max[m][r], scale), error = scaled_max_error(row_max[m][r]);
+    if (sink == -kInf) return total == 0.0f ? Row{-kInf, 0.0f} : Row{max + (logf(total) - error * kLn2), 1.0f / total};
+    // How far the sink is above the score for which p would be 1.
+    const float above = total == 0.0f ? kInf : sink - max + error * kLn2;
+    if (above > 0.0f) {
+      const float weight = expf(-above), sum = fmaf(total, weight, 1.0f);
+      return {sink + logf(sum), weight / sum};
+    }
+    const float sum = total + expf(above);
+    return {max + (logf(sum) - error * kLn2), 1.0f / sum};
   }
 };
 
@@ -117,72 +131,86 @@ __device__ __forceinline__ void scale_tile(T* tile, float factor) {
   for (int i = threadIdx.x; i < ELEMENTS; i += THREADS) tile[i] = from_float<T>(to_float(tile[i]) * factor);
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(kShape<T, D>.threads(), kShape<T, D>.min_blocks_per_sm())
+template <class T, int D, bool general>
+__global__ void __launch_bounds__(kFwdShape<T, D, general>.threads(), kFwdShape<T, D, general>.min_blocks_per_sm())
     attention_fwd_kernel(const Params params) {
-  constexpr TileShape shape = kShape<T, D>;
+  constexpr TileShape shape = kFwdShape<T, D, general>;
   constexpr int ROWS = shape.tile_m(), KEYS = shape.tile_n, THREADS = shape.threads(), M = shape.m_tiles;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const q_tile = reinterpret_cast<T*>(shared);
 
   const TileCoord coord = tile_coord(params);
-  const int row0 = (int(ceil_div(params.q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
+  const int q_len = params.visible.q_len, key_head = coord.head / params.group;
+  const int row0 = (int(ceil_div(q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
-  const auto input = [&](const Tensor& t) { return slice_head<const T>(params, t, coord.head); };
-  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS>;
-  const Keys keys{q_tile + ROWS * D, params.k_len, row0, params.is_causal, input(params.k), input(params.v)};
-  load_tile<ROWS, D, THREADS>(q_tile, input(params.q), row0, params.q_len);
-  keys.load(0);
+  const auto k = slice_head<const T>(params.k, key_head), v = slice_head<const T>(params.v, key_head);
+  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<general>>;
+  const Keys keys{q_tile + ROWS * D, params.visible, row0, k, v, Tiles<general>(params, coord.head)};
+  load_tile<ROWS, D, THREADS>(q_tile, slice_head<const T>(params.q, coord.head), row0, q_len);
+  int key = keys.first();
+  keys.load(key, 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  const float scale = params.scale == 0.0f ? 1.0f : fabsf(params.scale);
-  if (scale != params.scale) {
-    scale_tile<T, ROWS * D, THREADS>(q_tile, params.scale == 0.0f ? 0.0f : -1.0f);
-    __syncthreads();
+  float scale = 1.0f;  // of what `softmax` gets
+  if constexpr (!general) {
+    scale = params.scale == 0.0f ? 1.0f : fabsf(params.scale);
+    if (scale != params.scale) {
+      scale_tile<T, ROWS * D, THREADS>(q_tile, params.scale == 0.0f ? 0.0f : -1.0f);
+      __syncthreads();
+    }
   }
 
   WarpA<T, D, M, shape.a_resident> q(q_tile + warp_row * D);
+  const HeadScores<T> scores(params, coord.head);
   Softmax<T, M> softmax(scale * kLog2e);
   float out[M][D / 8][4] = {};
-  for (int key = 0; key < keys.end(); key += KEYS) {
-    keys.wait_and_prefetch(key);
+  for (int stage = 0, next; key < keys.end(); key = next, stage ^= 1) {
+    next = keys.next(key);
+    keys.wait_and_prefetch(next, stage ^ 1);
     if (keys.fully_masked(key, row, 16 * M)) continue;
     float s[M][KEYS / 8][4] = {};
-    warp_gemm_nt(s, q, keys.k_tile(key));
-    keys.apply_mask(s, key, row, -kInf);
+    warp_gemm_nt(s, q, keys.k_tile(stage));
+    if constexpr (general) scores.apply(s, row, key, [](int, int, int, float) {});
+    apply_mask(params.visible, s, row, key, -kInf);
     softmax.update(s, out);
-    warp_gemm_nn(out, s, keys.v_tile(key));
+    if constexpr (general)
+      if (params.scores.seed)
+        scores.dropout(s, row, key, [&](int m, int n, int i, bool kept) {
+          if (!kept) s[m][n][i] = 0.0f;
+        });
+    warp_gemm_nn(out, s, keys.v_tile(stage));
   }
 
-  float total[M][2];
+  const float sink = params.sink ? params.sink[coord.head % params.q.heads] : -kInf;
+  float* const lse = params.lse + lse_offset(params, coord.head);
+  float factor[M][2];
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float l = total[m][r] = warp_sum<4>(softmax.row_sum[m][r]);
+      const auto result = softmax.finish(m, r, scale, warp_sum<4>(softmax.row_sum[m][r]), sink);
       const int i = row + 16 * m + 8 * r + threadIdx.x % 32 / 4;
-      if (threadIdx.x % 4 == 0 && i < params.q_len)
-        params.lse[int64_t(coord.head) * params.q_len + i] = l == 0.0f ? -kInf : softmax.lse(m, r, scale, l);
+      if (threadIdx.x % 4 == 0 && i < q_len) lse[i] = result.lse;
+      factor[m][r] = general ? result.factor * params.scores.keep : result.factor;
     }
-  store_rows(slice_head<T>(params, params.out, coord.head), out, row, params.q_len,
-             [&](int m, int r) { return total[m][r] == 0.0f ? 0.0f : 1.0f / total[m][r]; });
+  store_rows(slice_head<T>(params.out, coord.head), out, row, q_len, [&](int m, int r) { return factor[m][r]; });
 }
 
-}  // namespace
-}  // namespace attention
-
-Error attention_fwd(const AttentionArgs& a, const Stream& stream) {
-  using namespace attention;
+template <bool general>
+Error launch_fwd(const AttentionArgs& a, const Stream& stream) {
   return by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
+    Params params = make_params<T>(a);
+    if constexpr (general)
+      if (const Error e = prepare_scores(params, a, stream)) return e;
     return by_head_dim(std::max(a.head_dim, a.v_dim), [&](auto width) {
       constexpr int D = width;
-      constexpr int shared = shared_bytes<T, D>(kShape<T, D>, 1);
-      return launch_tiles<T>(attention_fwd_kernel<T, D>, make_params<T>(a), a.sequences.q_len, a.sequences.k_len, kShape<T, D>, shared,
-                             stream);
+      constexpr TileShape shape = kFwdShape<T, D, general>;
+      return launch_tiles<T>(attention_fwd_kernel<T, D, general>, params, params.total_heads, a.sequences.q_len,
+                             a.sequences.k_len, shape, shared_bytes<T, D>(shape, 1), stream);
     });
   });
 }
 
-}  // namespace pygpt::cuda
+}  // namespace pygpt::cuda::attention

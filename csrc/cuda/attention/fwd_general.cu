@@ -1,0 +1,8 @@
+// The forward pass of calls with softcap, ALiBi, a mask or dropout.
+#include "fwd.cuh"
+
+namespace pygpt::cuda {
+
+template Error attention::launch_fwd<true>(const AttentionArgs&, const Stream&);
+
+}  // namespace pygpt::cuda
