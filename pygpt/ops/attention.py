@@ -180,9 +180,9 @@ def attention_bwd(
         ds = torch.where(one_key, p * (0.0 if dlse is None else dlse[..., None]), ds)
     ds_scaled = ds * scale if not softcap else ds * (1.0 - (capped / softcap) ** 2) * scale
 
-    needs, none = [*needs, False, False, False][:6], q.new_empty(0)
+    needs = [*needs, False, False, False][:6]
     dq, dk, dv = (
-        _heads_last(g.to(q.dtype)) if need else none
+        _heads_last(g.to(q.dtype)) if need else q.new_empty(0)
         for need, g in zip(
             needs,
             (
@@ -193,7 +193,7 @@ def attention_bwd(
             strict=False,
         )
     )
-    dmask, dslopes, dsink = none, none, none
+    dmask, dslopes, dsink = (q.new_empty(0) for _ in range(3))
     if needs[3]:
         assert attn_mask is not None
         dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
@@ -242,7 +242,9 @@ class Attention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         options = (*tensors, *ctx.options)
-        needs = ctx.needs_input_grad[1:4] + ctx.needs_input_grad[6:9] if options else ctx.needs_input_grad[1:4]
+        needs, of_options = ctx.needs_input_grad[1:4], ctx.needs_input_grad[6:9]
+        if of_options:  # of a registered op, trailing arguments that have their defaults are left out
+            needs = *needs, *of_options, *(False,) * (3 - len(of_options))
         kernels = backward_kernels(ctx)
         if kernels is None:
             args = q, k, v, ctx.is_causal, ctx.scale, *options
