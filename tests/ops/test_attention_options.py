@@ -26,7 +26,7 @@ from pygpt.ops.common import dropout_factors
 from tests.conftest import ON_GPU
 from tests.ops.attention_by_hand import by_hand, kept, philox
 
-GPU_SHARE = {"triton": 6, "cuda": 6}  # see conftest
+GPU_SHARE = {"triton": 3, "cuda": 3}  # see conftest
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore:Lower right causal bias"),  # will produce NaN, says torch; ours does not
@@ -174,12 +174,12 @@ def with_gradients(function, tensors, g):
 
 
 def assert_near(found, want, dtype):
-    """Equal in three quarters of the digits, relative to the largest value."""
+    """Equal in three fifths of the digits, relative to the largest value."""
     assert found.keys() == want.keys()
     for name, t in want.items():
         finite = t[t.isfinite()]
         size = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
-        atol = torch.finfo(dtype).eps ** 0.75 * size
+        atol = torch.finfo(dtype).eps ** 0.6 * size
         torch.testing.assert_close(found[name], t, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -310,8 +310,11 @@ def test_dropout_is_replayed_by_checkpoints(use_reentrant, option, compiled, dev
 TYPICAL = [Sizes(2, 4, 4, 4, 6), Sizes(2, 4, 2, 6, 4), Sizes(1, 4, 1, 21, 35, 8, 5)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("sizes", TYPICAL, ids=str)
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [(TYPICAL[0], torch.float64), (TYPICAL[1], torch.float32), *((TYPICAL[2], dtype) for dtype in DTYPES)],
+    ids=lambda x: cases.ids(x) or "x".join(map(str, x)),
+)
 @pytest.mark.parametrize("option", OPTIONS, ids=cases.ids)
 def test_each_option(option, sizes, dtype, backend, device, generator, kernels):
     """By the public function where its arguments can say it, else by the kernels' own."""
@@ -436,7 +439,7 @@ def test_layouts_of_masks(L, layout, floating, option, compiled, device, generat
     check(function, tensors, generator, torch.float32, device, expected)
 
 
-@pytest.mark.parametrize("option", OPTIONS[-2:], ids=cases.ids)
+@pytest.mark.parametrize("option", [EVERYTHING], ids=cases.ids)
 @pytest.mark.parametrize("layout", [cases.transposed, cases.heads_last, cases.embedded, cases.strided, cases.shifted],
                          ids=cases.ids)  # fmt: skip
 @pytest.mark.parametrize("L", [3, 35])
@@ -662,7 +665,7 @@ def test_vmap_and_jvp(option, generator):
     torch.testing.assert_close(along, slope, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("option", DIFFERENTIATED, ids=cases.ids)
+@pytest.mark.parametrize("option", DIFFERENTIATED[::2] + DIFFERENTIATED[-1:], ids=cases.ids)
 def test_opcheck(option, generator):
     """The registered ops tell the truth about shapes, strides and what they change, and have gradients."""
     kernels = torch.ops.pygpt
@@ -689,7 +692,7 @@ def test_opcheck(option, generator):
         ))  # fmt: skip
 
 
-COMPILED = [o for o in OPTIONS if o.name in ("everything", "dropout", "float mask", "sink and causal window")]
+COMPILED = [BY_NAME["float mask"], BY_NAME["everything"]]
 
 
 @pytest.mark.parametrize("option", COMPILED, ids=cases.ids)
