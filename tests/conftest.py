@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     """Drops what a backend does not serve, and marks as slow what slow backends leave to `make test-all`.
 
     It serves the dtypes of its row in the table, and of attention's optional features those that it announces there.
-    A parameter's attribute ``features`` names what the case needs.
+    A parameter's attribute ``features`` names what the case needs; so does the Spec of an op that is a parameter.
     """
     from pygpt.dispatch import TABLE
 
@@ -88,7 +88,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _serves(row, params) -> bool:
-    needed = {feature for value in params.values() for feature in getattr(value, "features", ())}
+    from pygpt.dispatch import SPECS
+
+    described = [*params.values(), SPECS.get(params.get("op"))]
+    needed = {feature for value in described for feature in getattr(value, "features", ())}
     served = row.name == "torch" or needed <= set(row.features.get("attention", ()))
     return served and params.get("dtype", torch.float32) in row.dtypes
 
