@@ -422,6 +422,32 @@ def test_masks_that_are_broadcast(L, S, broadcast, floating, option, compiled, d
 
 
 @pytest.mark.parametrize("option", [MASK], ids=cases.ids)
+@pytest.mark.parametrize("shape", [(2, 120, 230), (2, 1, 230), (1, 120, 1)], ids=str)
+def test_a_mask_of_several_tiles(shape, option, compiled, device, generator, kernels_of):
+    d = Sizes(1, 2, 2, 120, 230)
+    tensors = draw_tensors(d, generator, torch.float32, attn_mask=float_mask(generator, 1, *shape))
+    check(lambda **kw: canonical(kernels_of, **kw), tensors, generator, torch.float32, device)
+
+
+@pytest.mark.parametrize("option", [MASK], ids=cases.ids)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_the_order_in_which_a_masks_gradient_is_added_up(dtype, option, compiled, device, generator, kernels_of):
+    """In float32, batch entry by batch entry, and head by head in each; then it is rounded."""
+    d = Sizes(3, 4, 4, 18, 21)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = cast(draw_tensors(d, generator), device, dtype).values()
+    dout = torch.randn(3, 4, 18, 2, generator=generator).to(device, dtype)
+    gradients = []
+    for shape, mask_dtype in (((3, 4, 18, 21), wide), ((1, 1, 18, 21), dtype)):
+        mask = torch.zeros(shape, device=device, dtype=mask_dtype, requires_grad=True)
+        gradients += torch.autograd.grad(canonical(kernels_of, q, k, v, mask)[0], mask, dout)
+    total = torch.zeros(18, 21, device=device, dtype=wide)
+    for of_head in gradients[0].flatten(0, 1):
+        total += of_head
+    assert torch.equal(gradients[1][0, 0], total.to(dtype))
+
+
+@pytest.mark.parametrize("option", [MASK], ids=cases.ids)
 @pytest.mark.parametrize("floating", [False, True])
 @pytest.mark.parametrize("layout", [*cases.LAYOUTS[1:], cases.shifted], ids=cases.ids)
 @pytest.mark.parametrize("L", [2, 35])
@@ -474,7 +500,7 @@ def test_masks_in_float32_or_the_querys_dtype(L, dtype, option, compiled, device
 
 # ------------------------------------------------------------------------------- rows with no key, rows with one
 EMPTY = {
-    "bool mask": ("attn_mask", lambda L, S: {"attn_mask": torch.arange(L)[:, None].expand(L, S) % 3 != 1}),
+    "bool mask": ("attn_mask", lambda L, S: {"attn_mask": torch.arange(L)[:, None].expand(L, S) % 3 != 0}),
     "float mask": (
         "attn_mask",
         lambda L, S: {"attn_mask": torch.zeros(L, 1).masked_fill(torch.arange(L)[:, None] % 3 == 1, -math.inf)},
