@@ -358,15 +358,15 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: a tile hides a window's first key",
         "csrc/cpu/attention/tile.h",
-        r"Int\(std::min\(begin, NR\)\)",
-        r"Int(std::min(begin + 1, NR))",
+        r"x\.visible\.begin\(row0 \+ r\) - first, 0, NR",
+        r"x.visible.begin(row0 + r) + 1 - first, 0, NR",
         (OPTIONS, "each_option", "cpp", "window-", TILES),
     ),
     Mutant(
         "cpu options: a tile shows the key behind a window's last",
         "csrc/cpu/attention/tile.h",
-        r"Int\(std::clamp<int64_t>\(end, 0, NR\)\)",
-        r"Int(std::clamp<int64_t>(end + 1, 0, NR))",
+        r"x\.visible\.end\(row0 \+ r\) - first, 0, NR",
+        r"x.visible.end(row0 + r) + 1 - first, 0, NR",
         (OPTIONS, "each_option", "cpp", "window-", TILES),
     ),
     Mutant(
@@ -486,8 +486,8 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: decoding takes the wrong query heads",
         "csrc/cpu/attention/decode.cpp",
-        r"kv_head \* a\.group\(\) \+ r / a\.sequences\.q_len\}",
-        r"kv_head + r / a.sequences.q_len * a.kv_heads}",
+        r"h0 = task / splits % a\.kv_heads \* group;",
+        r"h0 = task / splits % a.kv_heads;",
         (OPTIONS, "keys_are_split", "3-2240"),
     ),
     # ---- the gradient of a mask
@@ -510,7 +510,7 @@ CPU_OPTIONS = [
         "csrc/cpu/attention/bwd.cpp",
         r"store<M>\(to \+ r \* stride\[2\] \+ c",
         r"store<M>(to + r * columns + c",
-        (OPTIONS, "several_tiles", "cpp", "(2, 120, 230)"),
+        (OPTIONS, "several_tiles", "cpp", "HLS"),
     ),
     # ---- decoding
     Mutant(
@@ -523,8 +523,8 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: the splits of a sequence's keys depend on the batch",
         "csrc/cpu/attention/decode.cpp",
-        r"splits = splits_of\(a\.sequences\.k_len\);",
-        r"splits = std::max<int64_t>(1, splits_of(a.sequences.k_len) / a.batch);",
+        r"splits = splits_of\(a\.sequences\.k_len\), ldr",
+        r"splits = std::max<int64_t>(1, splits_of(a.sequences.k_len) / a.batch), ldr",
         (OPTIONS, "alone_and_in_a_batch", "cpp", "1-mask_of_keys"),
     ),
 ]
