@@ -19,7 +19,7 @@ enum class MaskType { none, boolean, storage, statistics };  // storage: q's dty
 
 struct Scores {
   double scale;
-  double softcap;      // 0: none
+  double softcap;  // 0: none
   const void* slopes;  // (batch or 1, heads) of the statistics' type, or null
   int64_t slope_stride;  // between batch entries; 0 if they share the slopes
   MaskType mask_type;
@@ -31,9 +31,7 @@ struct Scores {
   double keep;  // the factor 1 / (1 - dropout_p) of the weights that are kept; 0 if dropout_p = 1
 
   // Whether scores are scaled and nothing else happens to them. A sink does not count.
-  PYGPT_HOST_DEVICE bool scale_only() const {
-    return softcap == 0 && !slopes && mask_type == MaskType::none && !seed;
-  }
+  PYGPT_HOST_DEVICE bool scale_only() const { return softcap == 0 && !slopes && mask_type == MaskType::none && !seed; }
 };
 
 // ---------------------------------------------------------------- dropout's bits
@@ -58,9 +56,9 @@ PYGPT_HOST_DEVICE inline RandomWords random_words(int64_t seed, uint32_t group, 
   uint32_t c[4] = {group, i, head, 0};
   philox(c, uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32),
          [](uint32_t a, uint32_t x, uint32_t& high, uint32_t& low) {
-           const uint64_t product = uint64_t(a) * x;
-           high = uint32_t(product >> 32), low = uint32_t(product);
-         });
+    const uint64_t product = uint64_t(a) * x;
+    high = uint32_t(product >> 32), low = uint32_t(product);
+  });
   return {{c[0], c[1], c[2], c[3]}};
 }
 

@@ -95,8 +95,7 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
 }
 
 template <auto kernel>
-Results<2> attention_fwd(Call& call, View q, View k, View v, bool is_causal, double scale,
-                         AttentionOptions options) {
+Results<2> attention_fwd(Call& call, View q, View k, View v, bool is_causal, double scale, AttentionOptions options) {
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale, options);
   View out = call.empty({a.batch, a.heads, a.sequences.q_len, a.v_dim}, strides_like_query(q, a.v_dim));
   View lse = call.for_backward({a.batch, a.heads, a.sequences.q_len}, call.statistics());

@@ -177,8 +177,8 @@ struct Argument<AttentionOptions> {
       : mask(v), slopes(v + 1), sink(v + 2), seed(v + 3), dropout_p(v + 4), softcap(v + 5), left(v + 6), right(v + 7),
         lower_right(v + 8) {}
   AttentionOptions get() const {
-    return {mask.get(), slopes.get(), sink.get(), seed.get(), dropout_p.get(), softcap.get(), left.get(), right.get(),
-            lower_right.get()};
+    return {mask.get(),    slopes.get(), sink.get(),  seed.get(),       dropout_p.get(),
+            softcap.get(), left.get(),   right.get(), lower_right.get()};
   }
   Argument<Maybe> mask, slopes, sink, seed;
   Argument<double> dropout_p, softcap;

@@ -126,7 +126,8 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
   const Scores& o = x.a.scores;
   Tile<U> s, dp, capped;
   T factors[general ? MR * NR : 1];
-  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR, general && o.softcap > 0 ? capped.data() : nullptr);
+  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR,
+                      general && o.softcap > 0 ? capped.data() : nullptr);
   dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
   if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
   if (x.at_edge(row0, MR, j, NR))
@@ -161,8 +162,8 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
 // keys, in rows kScoreGradStride apart; where a pack is one value, it is ds itself. Returns sum dS distance if the
 // gradient of the slopes is wanted.
 template <bool general, class S, class U = Packed<S>>
-double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const PackedKeys<S>& of_k, const Block& block,
-                      U* p, U* ds, U* ds_rows) {
+double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const PackedKeys<S>& of_k,
+                      const Block& block, U* p, U* ds, U* ds_rows) {
   using T = Acc<S>;
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
   double slope_gradient = 0;
@@ -184,10 +185,14 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
           for (int w = 0; w < NV; w++) put(r, w, zero, zero);
         continue;
       }
-      const TileOperands<U, T> of = {of_q.q + row0 * of_q.e_packs,    of_k.k + j * of_k.e_packs,
-                                     of_q.dout + row0 * of_q.v_packs, of_k.v + j * of_k.v_packs,
-                                     of_q.e_packs,                    of_q.v_packs,
-                                     of_q.lse + row0,                 of_q.delta + row0};
+      const TileOperands<U, T> of = {of_q.q + row0 * of_q.e_packs,
+                                     of_k.k + j * of_k.e_packs,
+                                     of_q.dout + row0 * of_q.v_packs,
+                                     of_k.v + j * of_k.v_packs,
+                                     of_q.e_packs,
+                                     of_q.v_packs,
+                                     of_q.lse + row0,
+                                     of_q.delta + row0};
       Vec<T> with_distance = {};
       gradient_tile<general>(x, of, row0, j, [&](int r, int w, const auto& e, const auto& capped_g, const auto& g) {
         put(r, w, e, capped_g);
@@ -311,13 +316,14 @@ void backward(const AttentionArgs& a) {
   const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels;
   const T scale = T(a.scores.scale);
   // With few heads, deals each head's key blocks to several tasks in turn; their number depends on the shape alone.
-  const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(kv_heads, 1)), 1, std::max<int64_t>(tiles, 1));
+  const int64_t splits =
+      std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(kv_heads, 1)), 1, std::max<int64_t>(tiles, 1));
   const bool partial = splits > 1 && a.dq.data;
-  Tile<U>* partials =
-      partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * splits * dq_tiles) : nullptr;
+  Tile<U>* partials = partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * splits * dq_tiles) : nullptr;
   double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads * splits) : nullptr;
   // A single query head stores dk and dv block by block. Several add to the sums of all blocks in turn.
-  const int64_t kept = group == 1 ? 1 : ceil_div(tiles, splits), dk_tiles = BC / MR * e_panels, dv_tiles = BC / MR * v_panels;
+  const int64_t kept = group == 1 ? 1 : ceil_div(tiles, splits), dk_tiles = BC / MR * e_panels,
+                dv_tiles = BC / MR * v_panels;
   parallel_for(kv_heads * splits, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t task = begin; task < end; task++) {
@@ -388,8 +394,9 @@ void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
     for (int64_t i = 0; i < rows; i += MR) {
       const Range<int64_t> seen = block.keys_seen_by(i, MR);
       if (column >= seen.end || column + NR <= seen.begin) continue;
-      const TileOperands<U, T> of = {q + i * e_packs,    k + column * e_packs, dout + i * v_packs, v + column * v_packs,
-                                     e_packs,            v_packs,              lse + i,            delta + i};
+      const TileOperands<U, T> of = {
+          q + i * e_packs, k + column * e_packs, dout + i * v_packs, v + column * v_packs, e_packs, v_packs, lse + i,
+          delta + i};
       gradient_tile<true>(x, of, i0 + i, j0 + column, [&](int r, int w, const auto&, const auto&, const auto& g) {
         for (int n = 0; n < d && i + r + n < rows; n++) {
           T* at = sum + (i + r + n) * BC + column + w * W<T>;

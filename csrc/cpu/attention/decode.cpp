@@ -62,12 +62,6 @@ PYGPT_INLINE void add_weighted(T* to, T rescale, const T* p, Matrix<S> m, int64_
     columns(whole, std::integral_constant<int, 1>(), [&](const S* at) { return load(at, channels - whole); });
 }
 
-// Row r of a task: query r % q_len of query head r / q_len of the group.
-template <class S>
-QueryHead<S> head_of(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t r) {
-  return {a, b, kv_head * a.group() + r / a.sequences.q_len};
-}
-
 // The scores of query i against the n keys from j on, in p, from its scaled products. tanhs: see QueryHead::adjust.
 template <bool general, class S, class T = Acc<S>>
 PYGPT_INLINE void adjust_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_t n, T* p,
@@ -83,11 +77,11 @@ PYGPT_INLINE void adjust_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_
 // Dropout's factors of the n keys from j on, which start at the returned place in `factors`. Null without dropout.
 template <bool general, class S, class T = Acc<S>>
 const T* dropout_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_t n, T* factors) {
-  if (!general || !x.a.scores.seed) return nullptr;
+  if (!general || !x.a.scores.seed || n == 0) return nullptr;
   x.dropout(i, 1, j / 4 * 4, j % 4 + n, factors, 0);
   return factors + j % 4;
 }
-constexpr int64_t kFactors = BC + 8;  // with what rounding up to groups of 4 keys takes, and a vector behind
+constexpr int64_t kFactors = BC + 8 + 16;  // with what rounding to groups of 4 keys takes, and a vector to spare
 
 // The number of tasks that the keys of a sequence are split among, and the keys of each, a multiple of BC.
 constexpr int64_t kSplitKeys = 5 * BC, kMaxSplits = 16;
@@ -106,54 +100,58 @@ template <bool general, class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t L = a.sequences.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
-  const int64_t rows = a.group() * L, splits = splits_of(a.sequences.k_len);
+  const int64_t group = a.group(), rows = group * L, splits = splits_of(a.sequences.k_len), ldr = ldv + 2;
   const int64_t chunk = round_up(ceil_div(a.sequences.k_len, splits), BC), heads = a.batch * a.kv_heads;
-  // Row by row: out, m, l. A task that has all keys keeps its rows to itself.
-  T* shared = splits > 1 ? scratch<T>(Region::decode_partials, heads * splits * rows * (ldv + 2)) : nullptr;
-  const auto partial = [&](T* rows_of_task, int64_t r) { return rows_of_task + r * (ldv + 2); };
-  const auto finish = [&](int64_t head, int64_t r, const T* row) {
-    const auto x = head_of<S>(a, head / a.kv_heads, head % a.kv_heads, r);
-    if (r % L < x.sequence.q_len) finish_row(x, r % L, row[ldv], row[ldv + 1], [&](int64_t e) { return load(row + e); });
+  // Row by row: out, not yet divided by l, then m and l. A task that has all keys keeps its rows to itself.
+  T* shared = splits > 1 ? scratch<T>(Region::decode_partials, heads * splits * rows * ldr) : nullptr;
+  const auto finish = [&](const QueryHead<S>& x, int64_t i, const T* row) {
+    finish_row(x, i, row[ldv], row[ldv + 1], [&](int64_t e) { return load(row + e); });
   };
   parallel_for(heads * splits, [&](int64_t begin, int64_t end) {
     T *q = scratch<T>(Region::decode_rows, rows * ld), *p = scratch<T>(Region::decode_scores, BC);
-    T* own = shared ? nullptr : scratch<T>(Region::decode_partials, rows * (ldv + 2));
-    T factors[kFactors + W<T>];
+    T* own = shared ? nullptr : scratch<T>(Region::decode_partials, rows * ldr);
+    T factors[general ? kFactors : 1];
     for (int64_t task = begin; task < end; task++) {
-      const int64_t head = task / splits, b = head / a.kv_heads, kv_head = head % a.kv_heads;
-      const int64_t first = task % splits * chunk;
-      T* states = shared ? shared + task * rows * (ldv + 2) : own;
-      for (int64_t r = 0; r < rows; r++) {
-        const auto x = head_of<S>(a, b, kv_head, r);
-        T* row = partial(states, r);
-        std::fill(row, row + ldv, T(0));
-        row[ldv] = -kInf<T>, row[ldv + 1] = 0;
-        if (r % L < x.sequence.q_len) unpack(q + r * ld, x.queries(a.q), r % L, E, T(a.scores.scale));
-      }
-      const QueryHead<S> any = head_of<S>(a, b, kv_head, 0);
-      const Matrix<S> K = any.keys(a.k), V = any.keys(a.v);
-      for (int64_t j0 = first; j0 < std::min(first + chunk, any.sequence.k_len); j0 += BC)
-        for (int64_t r = 0; r < rows; r++) {
-          const auto x = head_of<S>(a, b, kv_head, r);
-          const int64_t i = r % L, j = std::max(j0, x.visible.begin(i)), n = std::min(j0 + BC, x.visible.end(i)) - j;
-          if (i >= x.sequence.q_len || n <= 0 || (general && x.hides(i, 1, j, n))) continue;
-          T* row = partial(states, r);
-          dots(q + r * ld, K.at(j, 0), n, E, p);
-          adjust_row<general>(x, i, j, n, p);
-          std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
-          const T* kept = dropout_row<general>(x, i, j, n, factors);
-          const T rescale = softmax_row<general, T>(a.scores.scale, p, ceil_div(n, W<T>), row[ldv], row[ldv + 1], kept);
-          add_weighted(row, rescale, p, V.at(j, 0), n, Ev);
+      const int64_t b = task / splits / a.kv_heads, h0 = task / splits % a.kv_heads * group;
+      const QueryHead<S> first_head(a, b, h0);
+      const Matrix<S> K = first_head.keys(a.k), V = first_head.keys(a.v);
+      const int64_t first = task % splits * chunk, q_len = first_head.sequence.q_len;
+      T* states = shared ? shared + task * rows * ldr : own;
+      for (int64_t g = 0; g < group; g++)
+        for (int64_t i = 0; i < q_len; i++) {
+          T* row = states + (g * L + i) * ldr;
+          std::fill(row, row + ldv, T(0));
+          row[ldv] = -kInf<T>, row[ldv + 1] = 0;
+          unpack(q + (g * L + i) * ld, head<S>(a.q, b, h0 + g, first_head.sequence.q_row), i, E, T(a.scores.scale));
         }
-      for (int64_t r = 0; !shared && r < rows; r++) finish(head, r, partial(states, r));
+      for (int64_t j0 = first; j0 < std::min(first + chunk, first_head.sequence.k_len); j0 += BC)
+        for (int64_t g = 0; g < group; g++) {
+          const QueryHead<S> x(a, b, h0 + g);
+          for (int64_t i = 0; i < q_len; i++) {
+            const int64_t j = std::max(j0, x.visible.begin(i)), n = std::min(j0 + BC, x.visible.end(i)) - j;
+            if (n <= 0 || (general && x.hides(i, 1, j, n))) continue;
+            T* row = states + (g * L + i) * ldr;
+            dots(q + (g * L + i) * ld, K.at(j, 0), n, E, p);
+            adjust_row<general>(x, i, j, n, p);
+            std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
+            const T* kept = dropout_row<general>(x, i, j, n, factors);
+            T &m = row[ldv], &l = row[ldv + 1];
+            const T rescale = softmax_row<general, T>(a.scores.scale, p, ceil_div(n, W<T>), m, l, kept);
+            add_weighted(row, rescale, p, V.at(j, 0), n, Ev);
+          }
+        }
+      for (int64_t g = 0; !shared && g < group; g++)
+        for (int64_t i = 0; i < q_len; i++) finish({a, b, h0 + g}, i, states + (g * L + i) * ldr);
     }
   }, rows * std::min(chunk, a.sequences.k_len) * (E + Ev));
   if (shared)
     parallel_for(heads * rows, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
-        T* row = partial(shared + n / rows * splits * rows * (ldv + 2), n % rows);
-        for (int64_t s = 1; s < splits; s++) merge(row, row + s * rows * (ldv + 2), ldv);
-        finish(n / rows, n % rows, row);
+        const QueryHead<S> x(a, n / rows / a.kv_heads, n / L % a.heads);
+        if (n % L >= x.sequence.q_len) continue;
+        T* row = shared + (n / rows * splits * rows + n % rows) * ldr;
+        for (int64_t s = 1; s < splits; s++) merge(row, row + s * rows * ldr, ldv);
+        finish(x, n % L, row);
       }
     }, splits * Ev);
 }
@@ -173,62 +171,63 @@ template <bool general, class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t L = a.sequences.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
-  const int64_t rows = a.group() * L;
+  const int64_t group = a.group(), rows = group * L;
   parallel_for(a.batch * a.kv_heads, [&](int64_t begin, int64_t end) {
     T *q = scratch<T>(Region::decode_rows, rows * (2 * ld + ldv)), *dq = q + rows * ld, *dout = dq + rows * ld;
     T *p = scratch<T>(Region::decode_scores, 2 * rows * BC + W<T>), *ds = p + rows * BC + W<T>;
-    T* statistics = scratch<T>(Region::row_statistics, 2 * rows);
-    T factors[kFactors + W<T>], tanhs[BC + W<T>];
+    T *lse = scratch<T>(Region::row_statistics, 2 * rows), *delta = lse + rows;
+    T factors[general ? kFactors : 1], tanhs[general ? BC + W<T> : 1];
     for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / a.kv_heads, kv_head = task % a.kv_heads;
-      T *lse = statistics, *delta = lse + rows;
-      std::fill(dq, dq + rows * ld, T(0));
-      for (int64_t r = 0; r < rows; r++) {
-        const auto x = head_of<S>(a, b, kv_head, r);
-        if (r % L >= x.sequence.q_len) {
-          std::fill(q + r * ld, q + r * ld + ld, T(0)), std::fill(dout + r * ldv, dout + r * ldv + ldv, T(0));
-          continue;
+      const int64_t b = task / a.kv_heads, h0 = task % a.kv_heads * group;
+      const QueryHead<S> first_head(a, b, h0);
+      const Matrix<S> K = first_head.keys(a.k), V = first_head.keys(a.v);
+      const int64_t q_len = first_head.sequence.q_len, k_len = first_head.sequence.k_len;
+      std::fill(q, q + rows * (2 * ld + ldv), T(0));  // rows that do not exist have no weight
+      for (int64_t g = 0; g < group; g++) {
+        const QueryHead<S> x(a, b, h0 + g);
+        for (int64_t i = 0; i < q_len; i++) {
+          const int64_t r = g * L + i;
+          unpack(q + r * ld, x.queries(a.q), i, E, T(a.scores.scale));
+          unpack(dout + r * ldv, x.queries(a.dout), i, Ev, T(1));
+          lse[r] = lse_of(x, i), delta[r] = delta_of(x, i);
         }
-        unpack(q + r * ld, x.queries(a.q), r % L, E, T(a.scores.scale));
-        unpack(dout + r * ldv, x.queries(a.dout), r % L, Ev, T(1));
-        lse[r] = lse_of(x, r % L), delta[r] = delta_of(x, r % L);
       }
-      const QueryHead<S> any = head_of<S>(a, b, kv_head, 0);
-      const Matrix<S> K = any.keys(a.k), V = any.keys(a.v);
-      for (int64_t j0 = 0; j0 < any.sequence.k_len; j0 += BC) {
-        const int64_t keys = std::min(BC, any.sequence.k_len - j0);
-        for (int64_t r = 0; r < rows; r++) {
-          const auto x = head_of<S>(a, b, kv_head, r);
-          const int64_t i = r % L, start = std::clamp<int64_t>(x.visible.begin(i) - j0, 0, keys), j = j0 + start;
-          int64_t n = std::clamp<int64_t>(x.visible.end(i) - j, 0, keys - start);
-          T *pr = p + r * BC, *dsr = ds + r * BC, *pi = pr + start, *dsi = dsr + start;
-          if (i >= x.sequence.q_len || (general && n > 0 && x.hides(i, 1, j, n))) n = 0;
-          dots(q + r * ld, K.at(j, 0), n, E, pi);
-          dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
-          adjust_row<general>(x, i, j, n, pi, tanhs);
-          const T* kept = n > 0 ? dropout_row<general>(x, i, j, n, factors) : nullptr;
-          const bool one_key = has_one_key(x, i);
-          for (int64_t c = 0; c < n; c += W<T>) {
-            Vec<T> e = exp<T>(load(pi + c) - lse[r]), dp = one_key ? Vec<T>{} : load(dsi + c);
-            const Vec<T> f = general && kept ? load(kept + c) : set1(T(1));
-            if (general && kept) dp *= f;
-            Vec<T> g = e * (dp - delta[r]);
-            if (general && a.scores.softcap > 0) g *= 1 - load(tanhs + c) * load(tanhs + c);
-            store(dsi + c, g);
-            store(pi + c, general && kept ? e * f : e);
+      for (int64_t j0 = 0; j0 < k_len; j0 += BC) {
+        const int64_t keys = std::min(BC, k_len - j0);
+        for (int64_t g = 0; g < group; g++) {
+          const QueryHead<S> x(a, b, h0 + g);
+          for (int64_t i = 0; i < L; i++) {
+            const int64_t r = g * L + i, start = std::clamp<int64_t>(x.visible.begin(i) - j0, 0, keys), j = j0 + start;
+            int64_t n = std::clamp<int64_t>(x.visible.end(i) - j, 0, keys - start);
+            T *pr = p + r * BC, *dsr = ds + r * BC, *pi = pr + start, *dsi = dsr + start;
+            if (i >= q_len || (general && n > 0 && x.hides(i, 1, j, n))) n = 0;
+            dots(q + r * ld, K.at(j, 0), n, E, pi);
+            dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
+            adjust_row<general>(x, i, j, n, pi, tanhs);
+            const T* kept = dropout_row<general>(x, i, j, n, factors);
+            const bool one_key = has_one_key(x, i);
+            for (int64_t c = 0; c < n; c += W<T>) {
+              Vec<T> e = exp<T>(load(pi + c) - lse[r]), dp = one_key ? Vec<T>{} : load(dsi + c), f = set1(T(1));
+              if (general && kept) f = load(kept + c), dp *= f;
+              Vec<T> g = e * (dp - delta[r]);
+              if (general && a.scores.softcap > 0) g *= 1 - load(tanhs + c) * load(tanhs + c);
+              store(dsi + c, g);
+              store(pi + c, general ? e * f : e);
+            }
+            std::fill(pr, pi, T(0)), std::fill(dsr, dsi, T(0));
+            std::fill(pi + n, pr + keys, T(0)), std::fill(dsi + n, dsr + keys, T(0));
+            if (a.dq.data) add_weighted(dq + r * ld, T(1), dsi, K.at(j, 0), n, E);
           }
-          std::fill(pr, pi, T(0)), std::fill(dsr, dsi, T(0));
-          std::fill(pi + n, pr + keys, T(0)), std::fill(dsi + n, dsr + keys, T(0));
-          if (a.dq.data) add_weighted(dq + r * ld, T(1), dsi, K.at(j, 0), n, E);
         }
-        if (a.dk.data) store_outer(any.keys(a.dk).at(j0, 0), keys, E, rows, ds, q, ld);
-        if (a.dv.data) store_outer(any.keys(a.dv).at(j0, 0), keys, Ev, rows, p, dout, ldv);
+        if (a.dk.data) store_outer(first_head.keys(a.dk).at(j0, 0), keys, E, rows, ds, q, ld);
+        if (a.dv.data) store_outer(first_head.keys(a.dv).at(j0, 0), keys, Ev, rows, p, dout, ldv);
       }
-      for (int64_t r = 0; a.dq.data && r < rows; r++) {
-        const auto x = head_of<S>(a, b, kv_head, r);
-        for (int64_t e = 0; r % L < x.sequence.q_len && e < E; e += W<T>)
-          store(x.output_row(a.dq, r % L) + e, load(dq + r * ld + e) * T(a.scores.scale), E - e);
-      }
+      for (int64_t g = 0; a.dq.data && g < group; g++)
+        for (int64_t i = 0; i < q_len; i++) {
+          S* to = QueryHead<S>(a, b, h0 + g).output_row(a.dq, i);
+          for (int64_t e = 0; e < E; e += W<T>)
+            store(to + e, load(dq + (g * L + i) * ld + e) * T(a.scores.scale), E - e);
+        }
     }
   }, 3 * rows * a.sequences.k_len * (E + Ev));
 }

@@ -67,15 +67,17 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
                               kScoreStride);
         }
       T rescale[kTogether * MR];
-      for (int64_t r = 0; r < (end - first) * MR; r++) {
-        Row<T>& row = state[first * MR + r];
-        const Range<int64_t> seen = keys[r / MR];
-        const int64_t vectors = ceil_div(seen.size(), NR) * NV;
-        if (general && factors && r % MR == 0)
-          x.dropout(i0 + first * MR + r, MR, j0 + seen.begin, seen.size(), factors + r * BC + seen.begin, BC);
-        rescale[r] = vectors ? softmax_row<general, U>(scale, s + r * kScoreStride + seen.begin, vectors, row.m, row.l,
-                                                       factors ? factors + r * BC + seen.begin : nullptr)
-                             : T(1);
+      for (int64_t strip = first; strip < end; strip++) {
+        const Range<int64_t> seen = keys[strip - first];
+        const int64_t vectors = ceil_div(seen.size(), NR) * NV, r0 = (strip - first) * MR;
+        if (general && factors)
+          x.dropout(i0 + strip * MR, MR, j0 + seen.begin, seen.size(), factors + r0 * BC + seen.begin, BC);
+        for (int64_t r = r0; r < r0 + MR; r++) {
+          Row<T>& row = state[first * MR + r];
+          const T* kept = factors ? factors + r * BC + seen.begin : nullptr;
+          T* p = s + r * kScoreStride + seen.begin;
+          rescale[r] = vectors ? softmax_row<general, U>(scale, p, vectors, row.m, row.l, kept) : T(1);
+        }
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {
@@ -93,8 +95,7 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
 
   for (int64_t i = 0; i < rows; i++) {
     const Tile<U>* tiles = out + i / MR * v_panels;
-    finish_row(x, i0 + i, state[i].m, state[i].l,
-               [&](int64_t j) { return tiles[j / NR].c[i % MR][j % NR / W<T>]; });
+    finish_row(x, i0 + i, state[i].m, state[i].l, [&](int64_t j) { return tiles[j / NR].c[i % MR][j % NR / W<T>]; });
   }
 }
 

@@ -48,9 +48,7 @@ struct QueryHead {
   // Row i of an output with a row per query. Its channels are contiguous.
   S* output_row(const Heads& t, int64_t i) const { return const_cast<S*>(queries(t).at(i, 0).data); }
   // Where a statistic of query i is, such as lse.
-  int64_t statistic(int64_t i) const {
-    return b * a.lse_stride[0] + h * a.lse_stride[1] + sequence.q_row + i;
-  }
+  int64_t statistic(int64_t i) const { return b * a.lse_stride[0] + h * a.lse_stride[1] + sequence.q_row + i; }
   T sink() const { return static_cast<const T*>(a.scores.sink)[h]; }
 
   // Whether some of the keys first .. first + n - 1 are hidden from some of the queries row0 .. row0 + rows - 1.
@@ -194,14 +192,14 @@ PYGPT_INLINE void score_tile(const QueryHead<S>& x, const U* q, const U* k, int6
         return s;
       });
   if (!x.at_edge(row0, MR, first, NR)) return;
+  using Int = typename IntOf<T>::type;
+  const bool hides_first = x.visible.begin(row0 + MR - 1) > first;
   for (int r = 0; r < MR; r++) {
-    using Int = typename IntOf<T>::type;
-    const int64_t begin = x.visible.begin(row0 + r) - first, end = x.visible.end(row0 + r) - first;
-    const IVec<T> limit = IVec<T>{} + Int(std::clamp<int64_t>(end, 0, NR));
-    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < limit ? s : set1(-kInf<T>); });
-    if (begin <= 0) continue;
-    const IVec<T> start = IVec<T>{} + Int(std::min(begin, NR));
-    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> >= start ? s : set1(-kInf<T>); });
+    const IVec<T> end = IVec<T>{} + Int(std::clamp<int64_t>(x.visible.end(row0 + r) - first, 0, NR));
+    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> < end ? s : set1(-kInf<T>); });
+    if (!hides_first) continue;
+    const IVec<T> begin = IVec<T>{} + Int(std::clamp<int64_t>(x.visible.begin(row0 + r) - first, 0, NR));
+    update_row(r, [&](int v, Vec<T> s) { return lane_index<T>() + v * W<T> >= begin ? s : set1(-kInf<T>); });
   }
 }
 
