@@ -196,6 +196,7 @@ assert _C.cpu_capability() == sys.argv[1], (_C.cpu_capability(), sys.argv[1])
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
 shapes = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]
+shapes += [(op, dims) for op in cases.OPTIONS for dims in cases.CASES[op]]
 shapes += [("attention", {"L": 65, "S": 65, "E": E, "causal": 1}) for E in (1, 64, 80, 256)]
 shapes += [("linear", {"M": M, "K": 257, "N": N}) for M, N in ((1, 129), (65, 7), (130, 131))]
 failed = [
