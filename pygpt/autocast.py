@@ -24,7 +24,10 @@ def autocasting(device: str) -> bool:
 
 
 def autocast(op: "Op", prepared: "Call") -> "Call":
-    """The call with its leading tensors cast as autocast would for torch's op of the same name. Others keep their dtype."""
+    """The call with its leading tensors cast as autocast would for torch's op of the same name.
+
+    Options keep their dtype.
+    """
     lead = prepared.args[0]
     device = lead.device.type
     if not autocasting(device) or lead.dtype == torch.float64:

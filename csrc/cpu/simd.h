@@ -236,6 +236,22 @@ PYGPT_INLINE void store(S* p, Vec<Acc<S>> x, int64_t n) {
 #endif
 }
 
+// W<T> bytes as the integers of T's width.
+template <class T>
+PYGPT_INLINE IVec<T> load_bytes(const uint8_t* p) {
+  typename VectorOf<uint8_t, W<T>>::type bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (IVec<T>)_mm512_maskz_cvtepu8_epi32(-1, (__m128i)bytes);
+  else return (IVec<T>)_mm512_maskz_cvtepu8_epi64(-1, _mm_cvtsi64_si128(bit_cast<int64_t>(bytes)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (IVec<T>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(bytes)));
+  else return (IVec<T>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bit_cast<int32_t>(bytes)));
+#else
+  return __builtin_convertvector(bytes, IVec<T>);
+#endif
+}
+
 PYGPT_INLINE double to_acc(double x) { return x; }
 PYGPT_INLINE float to_acc(float x) { return x; }
 PYGPT_INLINE float to_acc(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }

@@ -48,21 +48,21 @@ RULES = {
         "rows rows R R rows rows -> rows P P P P",
         "R R 0 1 last last -> P 0 0 1 R",
     ],
-    "attention_fwd": [  # q, k, v -> out, lse
+    "attention_fwd": [  # q, k, v -> out, lse; with a tensor among the options, only the whole is computed
         "0 0 0 -> 0 0",  # by batch
         "1 1 1 -> 1 1",  # by heads
     ],
-    "attention_bwd": [  # dout, dlse, q, k, v, out, lse -> dq, dk, dv
-        "0 0 0 0 0 0 0 -> 0 0 0",
-        "1 1 1 1 1 1 1 -> 1 1 1",
+    "attention_bwd": [  # dout, dlse, q, k, v, out, lse -> dq, dk, dv, and the options' gradients, which are empty
+        "0 0 0 0 0 0 0 -> 0 0 0 R R R",
+        "1 1 1 1 1 1 1 -> 1 1 1 R R R",
     ],
 }
 
 
-def placements(name: str, args, results: int) -> list[tuple[list, list]]:
+def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list]]:
     """The rules for a call of torch.ops.pygpt.<name>: (placements of its results, of the tensors among ``args``).
 
-    args: the call's arguments. Anything with a shape stands for a tensor.
+    args: the call's arguments. Anything with a shape stands for a tensor. ranks: the sizes of the mesh.
     """
     tensors = [a for a in args if hasattr(a, "shape")]
     ndim = len(args[0].shape)
@@ -76,6 +76,10 @@ def placements(name: str, args, results: int) -> list[tuple[list, list]]:
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
         words = [word for word, a in zip(of_args, args, strict=False) if a is not None]
+        if len(words) != len(tensors) or (
+            name.startswith("attention") and "1" in of_args and _splits_groups(tensors, ranks)
+        ):
+            continue
         words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
         of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
         for choice in choices.get(of_args[0], [None]):
@@ -84,10 +88,16 @@ def placements(name: str, args, results: int) -> list[tuple[list, list]]:
     return rules
 
 
+def _splits_groups(tensors, ranks) -> bool:
+    """Whether query heads and key heads that belong together would come to different ranks."""
+    heads = {t.shape[1] for t in tensors}
+    return len(heads) > 1 and any(min(heads) % n for n in ranks)
+
+
 def _made(name: str, args, results: int) -> list[bool]:
     """Which results are computed. The others have shape (0,)."""
-    if isinstance(args[-1], list):  # the needs of <op>_bwd
-        return args[-1]
+    if (needs := next((a for a in args if isinstance(a, list)), None)) is not None:  # <op>_bwd's
+        return [*needs, *[False] * (results - len(needs))]
     return [True, True, args[-1] in SAVES_INPUT] if name == "mlp_fwd" else [True] * results
 
 
@@ -100,9 +110,9 @@ else:
 
     def _strategy(name, schema):
         args = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema.args_schema]
-        results = len(schema.op._schema.returns)
-        rules = [[*of_results, *of_args] for of_results, of_args in placements(name, args, results)]
-        return expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, rules, input_index=results)
+        results, mesh = len(schema.op._schema.returns), schema.get_mesh_from_args()
+        rules = [[*of_results, *of_args] for of_results, of_args in placements(name, args, results, mesh.shape)]
+        return expand_to_full_mesh_op_strategy(mesh, schema, rules, input_index=results)
 
     # The public function register_sharding caches a rule by the tensors alone, whatever the other arguments are.
     _by_all_arguments = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)

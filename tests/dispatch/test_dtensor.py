@@ -64,15 +64,20 @@ SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
 }
 
 
+def results_of(name):
+    return getattr(torch.ops.pygpt, name).default._schema.returns
+
+
 def arguments(name):
     """Arguments of torch.ops.pygpt.<name>; those of a backward op come from a forward one, by their names."""
     op, direction = OPS[name[:-4]], name[-3:]
     args = op.specs[op.name].draw(draw, DIMS[op.name])
     if direction == "fwd":
         return args
-    values = dict(zip(inspect.signature(op.fwd).parameters, args, strict=True))
+    values = {n: p.default for n, p in inspect.signature(op.fwd).parameters.items()}
+    values |= zip(values, args, strict=False)
     values |= zip(SAVED.get(op.name, ("y",)), call(f"{op.name}_fwd", args), strict=True)
-    values["needs"] = [True] * len(getattr(torch.ops.pygpt, f"{op.name}_bwd").default._schema.returns)
+    values["needs"] = [True] * (3 if op.name == "attention" else len(results_of(f"{op.name}_bwd")))
     return [
         values[p] if p in values else torch.randn_like(values[p.removeprefix("d")])
         for p in inspect.signature(op.bwd).parameters
@@ -110,7 +115,7 @@ def check_rule(name, args, of_results, of_args, ranks):
 
 
 def placements(name, args):
-    return rules().placements(name, args, len(getattr(torch.ops.pygpt, name).default._schema.returns))
+    return rules().placements(name, args, len(results_of(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -391,12 +396,30 @@ def test_a_module_of_shards(mesh):
 
 
 def test_what_has_no_kernel_is_pytorchs(mesh):
-    q, kv, x, mask = shards(mesh, ((2, 4, 5, 8), "R"), ((2, 2, 5, 8), "R"), ((2, 8), "R"), ((5, 5), "R"))
-    choice = pygpt.explain("scaled_dot_product_attention", q, kv, kv, enable_gqa=True)
-    assert choice.backend == "torch" and choice.rejected["cpp"] == ["enable_gqa not served"]
-    choice = pygpt.explain("scaled_dot_product_attention", q, q, q, attn_mask=mask)
-    assert choice.backend == "torch" and choice.rejected["cpp"] == ["attn_mask not served"]
+    q, x = shards(mesh, ((1, 1, 5, 513), "R"), ((2, 8), "R"))
+    choice = pygpt.explain("scaled_dot_product_attention", q, q, q)
+    assert choice.backend == "torch" and choice.rejected["cpp"] == ["head dimension above 512"]
     assert pygpt.explain("gelu", x).backend == "cpp"
+
+
+@pytest.mark.parametrize("placement", ["R", "0", "1"])
+def test_attention_with_options(placement, mesh):
+    """A tensor among them makes every rank compute the whole; grouped heads stay together."""
+    q, k, mask = shards(mesh, ((2, 4, 5, 8), placement), ((2, 2, 6, 8), placement), ((5, 6), "R"))
+    for options in ({"window": (1, 2)}, {"attn_mask": mask, "softcap": 2.0}):
+        ours = F.scaled_dot_product_attention(q, k, k, enable_gqa=True, **options)
+        whole = {name: o.full_tensor() if hasattr(o, "full_tensor") else o for name, o in options.items()}
+        want = F.scaled_dot_product_attention(*(t.full_tensor() for t in (q, k, k)), enable_gqa=True, **whole)
+        torch.testing.assert_close(ours.full_tensor(), want)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, ranks, found", [(2, (2,), True), (2, (4,), False), (4, (4,), True), (3, (2, 3), False)]
+)
+def test_groups_of_heads_are_not_split(kv_heads, ranks, found):
+    q, k = torch.empty(1, 12, 3, 8), torch.empty(1, kv_heads, 3, 8)
+    rules_of = rules().placements("attention_fwd", [q, k, k, True, 1.0], 2, ranks)
+    assert any(of_args[0].is_shard(1) for _, of_args in rules_of) == found
 
 
 def test_where_torch_has_moved(mesh, monkeypatch):

@@ -50,8 +50,9 @@ def test_same_bits_and_layout_as_dispatched(layout, op, dims, dtype, generator):
             "layer_norm_fwd": 2,
             "add_layer_norm_fwd": 2,
         }
-        assert len(ours) == len(theirs) == len(some) + for_backward.get(name, 0)
-        for t, want in [*zip(ours, theirs, strict=True), *zip(some, theirs, strict=False)]:
+        omitted = 3 if name == "attention_bwd" else 0  # the gradients of options, which are not asked for
+        assert len(ours) == len(theirs) - omitted == len(some) + for_backward.get(name, 0)
+        for t, want in [*zip(ours, theirs, strict=False), *zip(some, theirs, strict=False)]:
             assert direct(t) and not direct(want)
             assert (t.shape, t.dtype, cases.layout_of(t)) == (want.shape, want.dtype, cases.layout_of(want))
             torch.testing.assert_close(t, want, rtol=0, atol=0, equal_nan=True)

@@ -126,8 +126,8 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
   const Scores& o = x.a.scores;
   Tile<U> s, dp, capped;
   T factors[general ? MR * NR : 1];
-  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR,
-                      general && o.softcap > 0 ? capped.data() : nullptr);
+  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
+  if constexpr (general) x.adjust(row0, MR, j, NR, s.data(), NR, capped.data(), NR);
   dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
   if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
   if (x.at_edge(row0, MR, j, NR))

@@ -62,18 +62,6 @@ PYGPT_INLINE void add_weighted(T* to, T rescale, const T* p, Matrix<S> m, int64_
     columns(whole, std::integral_constant<int, 1>(), [&](const S* at) { return load(at, channels - whole); });
 }
 
-// The scores of query i against the n keys from j on, in p, from its scaled products. tanhs: see QueryHead::adjust.
-template <bool general, class S, class T = Acc<S>>
-PYGPT_INLINE void adjust_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_t n, T* p,
-                             [[maybe_unused]] T* tanhs = nullptr) {
-  if constexpr (general)
-    for (int64_t c = 0; c < n; c += W<T>) {
-      Vec<T> t = {};
-      store(p + c, x.adjust(i, j + c, n - c, load(p + c), t));
-      if (tanhs) store(tanhs + c, t);
-    }
-}
-
 // Dropout's factors of the n keys from j on, which start at the returned place in `factors`. Null without dropout.
 template <bool general, class S, class T = Acc<S>>
 const T* dropout_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_t n, T* factors) {
@@ -132,7 +120,7 @@ void forward(const AttentionArgs& a) {
             if (n <= 0 || (general && x.hides(i, 1, j, n))) continue;
             T* row = states + (g * L + i) * ldr;
             dots(q + (g * L + i) * ld, K.at(j, 0), n, E, p);
-            adjust_row<general>(x, i, j, n, p);
+            if constexpr (general) x.adjust(i, 1, j, n, p, 0, nullptr, 0);
             std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             T &m = row[ldv], &l = row[ldv + 1];
@@ -203,7 +191,7 @@ void backward(const AttentionArgs& a) {
             if (i >= q_len || (general && n > 0 && x.hides(i, 1, j, n))) n = 0;
             dots(q + r * ld, K.at(j, 0), n, E, pi);
             dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
-            adjust_row<general>(x, i, j, n, pi, tanhs);
+            if constexpr (general) x.adjust(i, 1, j, n, pi, 0, tanhs, 0);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             const bool one_key = has_one_key(x, i);
             for (int64_t c = 0; c < n; c += W<T>) {

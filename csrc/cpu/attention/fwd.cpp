@@ -76,6 +76,7 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
           Row<T>& row = state[first * MR + r];
           const T* kept = factors ? factors + r * BC + seen.begin : nullptr;
           T* p = s + r * kScoreStride + seen.begin;
+          if (general && vectors) x.adjust(i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, p, 0, nullptr, 0);
           rescale[r] = vectors ? softmax_row<general, U>(scale, p, vectors, row.m, row.l, kept) : T(1);
         }
       }

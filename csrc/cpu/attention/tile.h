@@ -75,27 +75,52 @@ struct QueryHead {
     return true;
   }
 
-  // The scores of query i against the keys from j on, of which n exist, from their scaled products. `capped` becomes
-  // tanh(s / softcap).
-  PYGPT_INLINE Vec<T> adjust(int64_t i, int64_t j, int64_t n, Vec<T> s, Vec<T>& capped) const {
+  // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
+  // apart): softcap, ALiBi, mask, and -inf for hidden keys and those behind the last one, up to whole vectors. `capped`
+  // (rows ldc apart) becomes tanh(s / softcap), if it is not null.
+  PYGPT_INLINE void adjust(int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp, T* capped,
+                           int64_t ldc) const {
     const Scores& o = a.scores;
-    if (o.softcap > 0) {
-      capped = tanh<T>(s / T(o.softcap));
-      s = no_fma(capped * T(o.softcap));
-    }
-    if (o.slopes) s -= no_fma(slope() * distances(i, j));
+    rows = std::min(rows, sequence.q_len - row0);
+    const auto each_vector = [&](const auto& f) {
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < n; c += W<T>) store(p + r * ldp + c, f(r, c, load(p + r * ldp + c)));
+    };
+    if (o.softcap > 0)
+      each_vector([&](int64_t r, int64_t c, Vec<T> s) {
+        const Vec<T> t = tanh<T>(s / T(o.softcap));
+        if (capped) store(capped + r * ldc + c, t);
+        return t * T(o.softcap);
+      });
+    if (o.slopes)
+      each_vector([&](int64_t r, int64_t c, Vec<T> s) { return s - slope() * distances(row0 + r, first + c); });
+    // A vector of the mask is read where it lies if it is contiguous and whole.
+    const auto each_of_mask = [&](auto type, const auto& f) {
+      using M = decltype(type);
+      const int64_t stride = o.mask_stride[3], exist = sequence.k_len - first;
+      for (int64_t r = 0; r < rows; r++) {
+        const M* row = mask_at<M>(row0 + r, first);
+        for (int64_t c = 0; c < n; c += W<T>) {
+          const auto m = stride == 1 && c + W<T> <= exist ? mask_vector(row + c)
+                                                          : mask_vector(row + c * stride, stride, exist - c);
+          store(p + r * ldp + c, f(load(p + r * ldp + c), m));
+        }
+      }
+    };
+    const auto hide = [](Vec<T> s, IVec<T> m) { return m != 0 ? s : set1(-kInf<T>); };
+    const auto add = [](Vec<T> s, Vec<T> m) { return s + m; };
     switch (o.mask_type) {
       case MaskType::none: break;
-      case MaskType::boolean: {
-        IVec<T> keep;
-        each_of_mask<uint8_t>(i, j, n, [&](int lane, uint8_t x) { keep[lane] = x; });
-        s = keep != 0 ? s : set1(-kInf<T>);
-        break;
-      }
-      case MaskType::storage: s += float_mask<S>(i, j, n); break;
-      case MaskType::statistics: s += float_mask<T>(i, j, n); break;
+      case MaskType::boolean: each_of_mask(uint8_t{}, hide); break;
+      case MaskType::storage: each_of_mask(S{}, add); break;
+      case MaskType::statistics: each_of_mask(T{}, add); break;
     }
-    return s;
+    for (int64_t r = 0; r < rows; r++) {
+      T* row = p + r * ldp;
+      const int64_t begin = std::clamp<int64_t>(visible.begin(row0 + r) - first, 0, n);
+      const int64_t end = std::clamp<int64_t>(visible.end(row0 + r) - first, 0, n);
+      std::fill(row, row + begin, -kInf<T>), std::fill(row + end, row + round_up(n, W<T>), -kInf<T>);
+    }
   }
   T slope() const { return static_cast<const T*>(a.scores.slopes)[b * a.scores.slope_stride + h]; }
   PYGPT_INLINE Vec<T> distances(int64_t i, int64_t j) const {
@@ -113,27 +138,18 @@ struct QueryHead {
     const int64_t(&stride)[4] = a.scores.mask_stride;
     return static_cast<const M*>(a.scores.mask) + b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
   }
-  // Calls f(lane, value) for W<T> values of the mask's row, of which n exist; 0 stands for the others.
-  template <class M, class F>
-  PYGPT_INLINE void each_of_mask(int64_t i, int64_t j, int64_t n, const F& f) const {
-    const M* row = mask_at<M>(i, j);
-    const int64_t stride = a.scores.mask_stride[3];
-    M values[W<T>] = {};
-    if (n >= W<T> && stride == 1) std::memcpy(values, row, sizeof values);
-    else
-      for (int64_t lane = 0; lane < std::min<int64_t>(n, W<T>); lane++) values[lane] = row[lane * stride];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W<T>; lane++) f(lane, values[lane]);
-  }
+  // W<T> values of a mask, uint8_t as integers, others as numbers.
   template <class M>
-  PYGPT_INLINE Vec<T> float_mask(int64_t i, int64_t j, int64_t n) const {
-    const M* row = mask_at<M>(i, j);
-    const int64_t stride = a.scores.mask_stride[3];
-    if (stride == 1) return load(row, n);
-    if (stride == 0) return set1(T(to_acc(*row)));
-    Vec<T> values = {};
-    for (int64_t lane = 0; lane < std::min<int64_t>(n, W<T>); lane++) values[lane] = to_acc(row[lane * stride]);
-    return values;
+  static PYGPT_INLINE auto mask_vector(const M* p) {
+    if constexpr (std::is_same_v<M, uint8_t>) return load_bytes<T>(p);
+    else return load(p);
+  }
+  // The same with any stride, and 0 in the place of what does not exist.
+  template <class M>
+  static auto mask_vector(const M* p, int64_t stride, int64_t exist) {
+    M values[W<T>] = {};
+    for (int64_t lane = 0; lane < std::min<int64_t>(exist, W<T>); lane++) values[lane] = p[lane * stride];
+    return mask_vector(values);
   }
 };
 
@@ -170,10 +186,10 @@ PYGPT_INLINE Vec<T> scaled_scores(double scale, Vec<T> s) {
 }
 
 // out = the scores of MR query rows from row0 on against the panel of keys from `first` on, `packs` packs each. Hidden
-// ones become -inf. scaled_scores finishes them. With softcap, capped (NR apart) becomes what adjust says.
+// ones become -inf, and scaled_scores finishes them. With `general`, QueryHead::adjust is to do both.
 template <bool general, class S, class U = Packed<S>, class T = Acc<S>>
 PYGPT_INLINE void score_tile(const QueryHead<S>& x, const U* q, const U* k, int64_t packs, int64_t row0, int64_t first,
-                             T* out, int64_t ldo, [[maybe_unused]] T* capped = nullptr) {
+                             T* out, int64_t ldo) {
   constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR;
   dot_products(packs, q, k, out, ldo);
   auto update_row = [&](int r, auto f) {
@@ -182,16 +198,7 @@ PYGPT_INLINE void score_tile(const QueryHead<S>& x, const U* q, const U* k, int6
   const double scale = x.a.scores.scale;
   if (PackElement<U>::kPackK > 1 && !scales_after_masking<general, T>(scale))
     for (int r = 0; r < MR; r++) update_row(r, [&](int, Vec<T> s) { return no_fma(s * T(scale)); });
-  if constexpr (general)
-    for (int r = 0; r < std::min<int64_t>(MR, x.sequence.q_len - row0); r++)
-      update_row(r, [&](int v, Vec<T> s) {
-        const int64_t j = first + v * W<T>;
-        Vec<T> t = {};
-        s = x.adjust(row0 + r, j, x.sequence.k_len - j, s, t);
-        if (capped) store(capped + r * NR + v * W<T>, t);
-        return s;
-      });
-  if (!x.at_edge(row0, MR, first, NR)) return;
+  if (general || !x.at_edge(row0, MR, first, NR)) return;
   using Int = typename IntOf<T>::type;
   const bool hides_first = x.visible.begin(row0 + MR - 1) > first;
   for (int r = 0; r < MR; r++) {
