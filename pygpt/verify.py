@@ -39,7 +39,7 @@ from . import (
     threads,
 )
 from .data import UsageError, check_memory, check_number
-from .dispatch import OPS, REFERENCE, SPECS, TABLE, ops_by_name, pick
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, chosen, ops_by_name, pick
 from .dispatch import backend as use_backend
 from .ops.common import as_tuple, lead
 from .progress import table
@@ -114,7 +114,9 @@ def draw(
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
     def rounded(a: Any, dtype: torch.dtype = dtype) -> Any:
-        return view(a.to(device, dtype)) if isinstance(a, Tensor) else a
+        if _is_floating(a):
+            return view(a.to(device, dtype))
+        return a.to(device) if isinstance(a, Tensor) else a
 
     for _ in range(REDRAWN):
         args = tuple(rounded(a) for a in SPECS[op].draw(random, complete(op, dims)))
@@ -125,6 +127,16 @@ def draw(
     return args, tuple(rounded(random(*o.shape), o.dtype) for o in outs)
 
 
+def _is_floating(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+def announces(backend: str, op: str) -> bool:
+    """Whether the backend serves the optional features that every call of ``op`` uses."""
+    row, spec = TABLE[backend], SPECS[op]
+    return row.kernels is REFERENCE or set(spec.features) <= set(row.features.get(spec.op, ()))
+
+
 def eager(op: str) -> Callable:
     """PyTorch's own expression of the op."""
     return SPECS[op].yardstick or OPS[SPECS[op].op].composite
@@ -133,8 +145,8 @@ def eager(op: str) -> Callable:
 def directions(op: str, function: Callable, args: Sequence, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     """Every output of ``function(*args)`` that has a gradient in ``grads``, and every gradient, by name."""
     spec = SPECS[op]
-    args = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
-    differentiated = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if a is not None}
+    args = [a.detach().requires_grad_() if _is_floating(a) else a for a in args]
+    differentiated = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if _is_floating(a)}
     outs = as_tuple(function(*args))[: len(grads)]
     gradients = torch.autograd.grad(outs, list(differentiated.values()), grads)
     return dict(zip((*spec.outputs, *differentiated), (*(o.detach() for o in outs), *gradients), strict=True))
@@ -142,7 +154,7 @@ def directions(op: str, function: Callable, args: Sequence, grads: Sequence[Tens
 
 def in_float64(op: str, args: Sequence, grads: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's results from the rounded inputs, and the terms that cancel in them."""
-    args = [a.double() if isinstance(a, Tensor) else a for a in args]
+    args = [a.double() if _is_floating(a) else a for a in args]
     grads = [g.double() for g in grads]
     function = OPS[SPECS[op].op].function
     return directions(op, lambda *a: function.apply(REFERENCE, *a), args, grads), SPECS[op].cancelled(args, grads)
@@ -177,11 +189,11 @@ def measure(
         x64, terms = in_float64(op, args, grads)
         theirs, narrow = directions(op, eager(op), args, grads), None
         if dtype == torch.float64:
-            few = [[a.float() if isinstance(a, Tensor) else a for a in group] for group in (args, grads)]
+            few = [[a.float() if _is_floating(a) else a for a in group] for group in (args, grads)]
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with use_backend(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            used = pick(SPECS[op].op, [a for a in args if isinstance(a, Tensor)]).name
+            used = pick(SPECS[op].op, [a for a in args if isinstance(a, Tensor)], SPECS[op].features).name
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:
@@ -269,6 +281,8 @@ def run(args: argparse.Namespace) -> int:
     known = ops_by_name()
     ops = _names(args.ops and ",".join(known[n].name if n in known else n for n in args.ops.split(",")), SPECS, "op")
     dtypes = _names(args.dtypes, DTYPES, "dtype")
+    if not args.ops and (backend := args.backend or chosen()):
+        ops = [op for op in ops if announces(backend, op)]
     own = parse_shape(args.shape, ops, bool(args.ops)) if args.shape else None
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     check_number("--seed", seed, -(2**63), 2**64)  # what torch takes

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 
 from pygpt import reference, verify
+from pygpt.ops.attention import in_kernels_dtypes
 
 DTYPES = list(verify.DTYPES.values())
 OPS = list(verify.SPECS)
@@ -93,7 +94,10 @@ NORM = [
 # Every tail of a vector, many blocks; values are swept by test_activation.
 ELEMENTS = [{"M": n} for n in (0, 1, 7, 33, 65, 4099, (3, 5, 7), 100_003)]
 
+OPTIONS = [op for op, spec in verify.SPECS.items() if spec.features]  # of attention
 CASES = {
+    **{op: [{"B": 1, "L": 33, "S": 35, "E": 16, "Ev": 24}] for op in OPTIONS},  # few keys in the last tile
+    "attention_mask": [{"B": 1, "L": 33, "S": 35, "E": 16, "mask": mask} for mask in ("bool", "float")],
     "attention": ATTENTION[::7],  # the same kernels as attention_lse's, which have one gradient less to read
     "attention_lse": ATTENTION,
     "linear": LINEAR,
@@ -251,19 +255,12 @@ LAYOUTS = [contiguous, transposed, heads_last, embedded, strided, expanded, cons
 def kernel_calls(op, args, grads, k):
     """[(name, arguments)] of ``<op>_fwd`` and ``<op>_bwd`` as the autograd Function would call them on ``k``."""
     op = verify.SPECS[op].op
+    if op == "attention" and len(args) > 5:
+        args = (*args[:5], *in_kernels_dtypes(args[0], args[5:]))
     saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
     dy = grads[0]
     backward = {
-        "attention": lambda q, kk, v, causal, scale: (
-            dy,
-            grads[1] if len(grads) > 1 else None,
-            q,
-            kk,
-            v,
-            *saved,
-            causal,
-            scale,
-        ),
+        "attention": lambda q, kk, v, *rest: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, *rest),
         "linear": lambda x, w, b: (dy, x, w),
         "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
@@ -272,8 +269,11 @@ def kernel_calls(op, args, grads, k):
         "gelu": lambda x, approximate: (dy, x, approximate),
         "relu": lambda x: (dy, *saved),
     }[op](*args)
-    gradients = {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2}.get(op, 3)
-    return [(f"{op}_fwd", args), (f"{op}_bwd", (*backward, [True] * gradients) if gradients else backward)]
+    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2}.get(op, 3)
+    if options := args[5:] if op == "attention" else ():
+        needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in options[:3]]
+    backward = (*backward[: -len(options) or None], *([needs] if needs else []), *options)
+    return [(f"{op}_fwd", args), (f"{op}_bwd", backward)]
 
 
 def assert_exact(*args, **how):

@@ -60,14 +60,18 @@ def pytest_configure():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Drops what a backend's dtypes rule out, and marks as slow what slow backends leave to `make test-all`."""
+    """Drops what a backend does not serve, and marks as slow what slow backends leave to `make test-all`.
+
+    It serves the dtypes of its row in the table, and of attention's optional features those that it announces there.
+    A parameter's attribute ``features`` names what the case needs; so does the Spec of an op that is a parameter.
+    """
     from pygpt.dispatch import TABLE
 
     kept, dropped, on_gpu = [], [], {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         name = params.get("backend") or params.get("compiled")
-        if name in TABLE and params.get("dtype", torch.float32) not in TABLE[name].dtypes:
+        if name in TABLE and not _serves(TABLE[name], params):
             dropped.append(item)
             continue
         kept.append(item)
@@ -81,6 +85,15 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=dropped)
     # The longest tests come first. One that came last would keep a single process busy.
     items[:] = sorted(kept, key=lambda item: item.module.__name__ not in LONGEST)
+
+
+def _serves(row, params) -> bool:
+    from pygpt.dispatch import SPECS
+
+    described = [*params.values(), SPECS.get(params.get("op"))]
+    needed = {feature for value in described for feature in getattr(value, "features", ())}
+    served = row.name == "torch" or needed <= set(row.features.get("attention", ()))
+    return served and params.get("dtype", torch.float32) in row.dtypes
 
 
 def under_test(request):
@@ -134,6 +147,17 @@ def seed():
 @pytest.fixture
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory is NaN: torch.empty comes back full of it, and freed heap blocks hold it."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    assert torch.empty(3).isnan().all()
+    heap = [torch.full((n,), torch.nan) for n in (64, 512, 4096, 20_000) for _ in range(8)]
+    del heap
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

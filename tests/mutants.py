@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 MEMORY, KERNELS, TRITON_TESTS = (f"tests/kernels/test_{name}.py" for name in ("memory", "kernels", "triton"))
 PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
+OPTIONS = "tests/ops/test_attention_options.py"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Mutant:
 
     @property
     def builds_cpu_library(self) -> bool:
-        return self.file.startswith("csrc/cpu") or self.file == "csrc/bind/*.h"
+        return self.file.startswith(("csrc/cpu", "csrc/attention")) or self.file == "csrc/bind/*.h"
 
 
 CUDA = [
@@ -294,7 +295,7 @@ CPU = [
     ),
     Mutant(
         "cpu: attention of few queries reads a whole vector at a key's end",
-        "csrc/cpu/attention_few.cpp",
+        "csrc/cpu/attention/decode.cpp",
         r"(add_products\(whole, \[&\]\(const S\* at\) \{ return load\(at), channels - whole\)",
         r"\1)",
         (MEMORY, "past_the_end", "cpp", "attention", "L=3,", "E=13"),
@@ -315,9 +316,9 @@ CPU = [
     ),
     Mutant(
         "cpu: a query sees one key too few",
-        "csrc/cpu/attention.h",
-        r"std::min\(a\.k_len, i \+ 1\)",
-        r"std::min(a.k_len, std::max<int64_t>(i, 1))",
+        "csrc/attention/visible.h",
+        r"return last < k_len \? last : k_len;",
+        r"return last < k_len ? last - (last > 1) : k_len;",
         (MEMORY, "past_the_end", "cpp", "attention", "exact"),
     ),
     Mutant(
@@ -333,6 +334,198 @@ CPU = [
         r"Vec<T> g = no_fma\(at\(dy, c\) \* at\(w, c\)\);",
         r"Vec<T> g = at(dy, c) * at(w, c);",
         ("tests/ops/test_norm.py", "single_column", "cpp"),
+    ),
+]
+
+# Attention's options. "1x4x1x21x35" has tiles, "2x4x2x6x4" two heads of keys, "2x4x4x4x6" is decoding.
+TILES, GROUPS, DECODING = "1x4x1x21x35", "2x4x2x6x4", "2x4x4x4x6"
+CPU_OPTIONS = [
+    # ---- which keys a query sees
+    Mutant(
+        "cpu options: a window shows one key too many on the left",
+        "csrc/attention/visible.h",
+        r"const Int first = i \+ diagonal - left;",
+        r"const Int first = i + diagonal - left - 1;",
+        (OPTIONS, "each_option", "cpp", "window_left", TILES),
+    ),
+    Mutant(
+        "cpu options: a window shows one key too many on the right",
+        "csrc/attention/visible.h",
+        r"const Int last = i \+ diagonal \+ right \+ 1;",
+        r"const Int last = i + diagonal + right + 2;",
+        (OPTIONS, "each_option", "cpp", "window_right", TILES),
+    ),
+    Mutant(
+        "cpu options: a tile hides a window's first key",
+        "csrc/cpu/attention/tile.h",
+        r"x\.visible\.begin\(row0 \+ r\) - first, 0, NR",
+        r"x.visible.begin(row0 + r) + 1 - first, 0, NR",
+        (OPTIONS, "each_option", "cpp", "window-", TILES),
+    ),
+    Mutant(
+        "cpu options: a tile shows the key behind a window's last",
+        "csrc/cpu/attention/tile.h",
+        r"x\.visible\.end\(row0 \+ r\) - first, 0, NR",
+        r"x.visible.end(row0 + r) + 1 - first, 0, NR",
+        (OPTIONS, "each_option", "cpp", "window-", TILES),
+    ),
+    Mutant(
+        "cpu options: the queries that see a key are those of a window turned round",
+        "csrc/attention/visible.h",
+        r"-diagonal, right, left\}",
+        r"-diagonal, left, right}",
+        (OPTIONS, "each_option", "cpp", "window_left", TILES),
+    ),
+    Mutant(
+        "cpu options: the queries that see a key are those of another diagonal",
+        "csrc/attention/visible.h",
+        r"\{k_len, q_len, -diagonal,",
+        r"{k_len, q_len, diagonal,",
+        (OPTIONS, "each_option", "cpp", "lower_right-", TILES),
+    ),
+    Mutant(
+        "cpu options: a block is skipped if its first row is masked",
+        "csrc/cpu/attention/tile.h",
+        r"rows = s\.mask_stride\[2\] \? std::min\(rows, sequence\.q_len - row0\) : 1;",
+        r"rows = 1;",
+        (OPTIONS, "see_no_key", "cpp", "40", "bool_mask"),
+    ),
+    # ---- scores and weights
+    Mutant(
+        "cpu options: ALiBi's distance forgets the diagonal",
+        "csrc/cpu/attention/tile.h",
+        r"T\(j - i - visible\.diagonal\)",
+        r"T(j - i)",
+        (OPTIONS, "each_option", "cpp", "lower_right,_window,_alibi", TILES),
+    ),
+    Mutant(
+        "cpu options: dropout's rows are counted in each block",
+        "csrc/cpu/dropout.h",
+        r"row\[lane\] = uint32_t\(row0 \+ r\)",
+        r"row[lane] = uint32_t(r)",
+        (OPTIONS, "which_weights", "cpp", "37-float32"),
+    ),
+    Mutant(
+        "cpu options: dropout's words in another order",
+        "csrc/cpu/dropout.h",
+        r"c\[word\]\[lane\] < threshold",
+        r"c[3 - word][lane] < threshold",
+        (OPTIONS, "which_weights", "cpp", "37-float32"),
+    ),
+    Mutant(
+        "cpu options: every head drops the same weights",
+        "csrc/cpu/dropout.h",
+        r"U32\{\} \+ uint32_t\(head\)",
+        r"U32{}",
+        (OPTIONS, "which_weights", "cpp", "37-float32"),
+    ),
+    Mutant(
+        "cpu options: decoding's dropout starts at the wrong word",
+        "csrc/cpu/attention/decode.cpp",
+        r"return factors \+ j % 4;",
+        r"return factors;",
+        (OPTIONS, "each_option", "cpp", "everything_else", DECODING),
+    ),
+    Mutant(
+        "cpu options: backward drops nothing from dP",
+        "csrc/cpu/attention/bwd.cpp",
+        r"e\[n\] \* \(f \* dp\.c\[r \+ n\]\[w\] - of\.delta\[r \+ n\]\)",
+        r"e[n] * (dp.c[r + n][w] - of.delta[r + n])",
+        (OPTIONS, "each_option", "cpp", "dropout-", TILES),
+    ),
+    Mutant(
+        "cpu options: the derivative of softcap is left out",
+        "csrc/cpu/attention/bwd.cpp",
+        r"capped_g\[n\] = o\.softcap > 0 \? g\[n\] \* \(1 - t \* t\) : g\[n\];",
+        r"capped_g[n] = g[n];",
+        (OPTIONS, "each_option", "cpp", "softcap-", TILES),
+    ),
+    Mutant(
+        "cpu options: the derivative of softcap is left out of decoding",
+        "csrc/cpu/attention/decode.cpp",
+        r"if \(general && a\.scores\.softcap > 0\) g \*= .*$",
+        r"",
+        (OPTIONS, "each_option", "cpp", "softcap-", DECODING),
+    ),
+    Mutant(
+        "cpu options: the sink is no part of the sum",
+        "csrc/cpu/attention/tile.h",
+        r"if \(x\.a\.scores\.sink && x\.sink\(\) != -kInf<T>\)",
+        r"if (false)",
+        (OPTIONS, "each_option", "cpp", "sink-", TILES),
+    ),
+    Mutant(
+        "cpu options: a row that sees one key and a sink is taken for one of one key",
+        "csrc/cpu/attention/tile.h",
+        r"return x\.visible\.sees_one_key\(i\) && !x\.a\.scores\.sink;",
+        r"return x.visible.sees_one_key(i);",
+        (OPTIONS, "each_option", "cpp", "sink_and_causal_window", TILES),
+    ),
+    Mutant(
+        "cpu options: a row that sees one key is like any other",
+        "csrc/cpu/attention/tile.h",
+        r"return x\.visible\.sees_one_key\(i\) && !x\.a\.scores\.sink;",
+        r"return false;",
+        (OPTIONS, "see_one_key", "cpp", "window", "float32"),
+    ),
+    Mutant(
+        "cpu options: the sink's gradient forgets the first query",
+        "csrc/cpu/attention/bwd.cpp",
+        r"(total -= double\(std::exp\(x\.sink\(\) - lse\) \* delta_of\(x, i\)\));",
+        r"\1 * (i > 0);",
+        (OPTIONS, "each_option", "cpp", "sink-", TILES),
+    ),
+    # ---- heads
+    Mutant(
+        "cpu options: query heads take the wrong head of keys",
+        "csrc/cpu/attention/tile.h",
+        r"head<S>\(t, b, h / a\.group\(\), sequence\.k_row\)",
+        r"head<S>(t, b, h % a.kv_heads, sequence.k_row)",
+        (OPTIONS, "each_option", "cpp", "sink-", GROUPS),
+    ),
+    Mutant(
+        "cpu options: decoding takes the wrong query heads",
+        "csrc/cpu/attention/decode.cpp",
+        r"h0 = task / splits % a\.kv_heads \* group;",
+        r"h0 = task / splits % a.kv_heads;",
+        (OPTIONS, "keys_are_split", "3-2240"),
+    ),
+    # ---- the gradient of a mask
+    Mutant(
+        "cpu options: the gradient of a mask that heads share is one head's",
+        "csrc/cpu/attention/bwd.cpp",
+        r"each\(stride\[1\], h0, a\.heads, 1",
+        r"each(true, h0, a.heads, 1",
+        (OPTIONS, "masks_that_are_broadcast", "cpp", "0100-True"),
+    ),
+    Mutant(
+        "cpu options: the gradient of a mask is added up head by head, then batch entry by batch entry",
+        "csrc/cpu/attention/bwd.cpp",
+        r"(each\(stride\[0\], b0, .*)(\s+)(each\(stride\[1\], h0, .*)$",
+        r"\3\2\1",
+        (OPTIONS, "masks_gradient_is_added_up", "cpp", "float32"),
+    ),
+    Mutant(
+        "cpu options: the rows of a mask's gradient lie too close",
+        "csrc/cpu/attention/bwd.cpp",
+        r"store<M>\(to \+ r \* stride\[2\] \+ c",
+        r"store<M>(to + r * columns + c",
+        (OPTIONS, "several_tiles", "cpp", "HLS"),
+    ),
+    # ---- decoding
+    Mutant(
+        "cpu options: decoding merges the sums of two splits as if their maxima were equal",
+        "csrc/cpu/attention/decode.cpp",
+        r"from\[width \+ 1\] \* theirs;",
+        r"from[width + 1];",
+        (OPTIONS, "keys_are_split", "3-2240"),
+    ),
+    Mutant(
+        "cpu options: the splits of a sequence's keys depend on the batch",
+        "csrc/cpu/attention/decode.cpp",
+        r"splits = splits_of\(a\.sequences\.k_len\), ldr",
+        r"splits = std::max<int64_t>(1, splits_of(a.sequences.k_len) / a.batch), ldr",
+        (OPTIONS, "alone_and_in_a_batch", "cpp", "1-mask_of_keys"),
     ),
 ]
 
@@ -481,4 +674,4 @@ EQUIVALENT = {
     "fuses a product only if it goes into nothing but sums, and g is also multiplied by xhat.",
 }
 
-MUTANTS = [*CUDA, *CPU, *PYTHON, *TRITON]
+MUTANTS = [*CUDA, *CPU, *CPU_OPTIONS, *PYTHON, *TRITON]

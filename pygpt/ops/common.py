@@ -165,7 +165,10 @@ def only(needs, grads) -> tuple:
 # ------------------------------------------------------------------------------- for pygpt.verify
 @dataclass(frozen=True)
 class Spec:
-    """How `pygpt.verify` draws, calls and judges one op. ``inputs``: the names of its leading canonical arguments."""
+    """How `pygpt.verify` draws, calls and judges one op. ``inputs``: the names of its leading canonical arguments.
+
+    An argument that is None, or no floating tensor, has no gradient, and may have any name.
+    """
 
     op: str
     inputs: tuple[str, ...]
@@ -178,6 +181,7 @@ class Spec:
     yardstick: Callable | None = None  # PyTorch's own expression, where it is not the op's composite
     settled: Callable = lambda args: True  # whether no result is decided by rounding, as at the kink of relu
     choices: dict | None = None  # key of dims -> its allowed values, where those are names
+    features: tuple[str, ...] = ()  # the optional features that every call uses, which not every backend serves
 
 
 def lead(m) -> tuple:

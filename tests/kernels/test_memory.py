@@ -18,6 +18,10 @@ ODD = [*cases.TYPICAL.items(), *cases.FEW.items()]
 EVEN = [*cases.EVEN.items(), *cases.EVEN_FEW.items()]
 LINES = [*(("relu", {"M": n}) for n in (1, 7, 33)), *(("gelu", {"M": n}) for n in (1, 7, 33, 1031))]
 HEADS = [("attention_lse", {"B": 1, "H": 2, "L": L, "S": 40, "E": 13, "Ev": 21}) for L in (3, 30)]
+MASKED = [
+    ("attention_mask", {"B": 1, "H": 2, "L": 30, "S": 41, "E": 13, "Ev": 21}),
+    *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
+]
 WIDE = [*((op, {"M": 2, "N": 4099}) for op in ("layer_norm", "add_layer_norm", "rms_norm"))]
 
 
@@ -35,7 +39,7 @@ def test_one_tensor_without_vectors(op, dims, layout, dtype, compiled, device, g
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors")
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=cases.ids)
 @pytest.mark.parametrize("aligned", [False, True], ids=["exact end", "aligned start"])
-@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *LINES, *HEADS, *WIDE], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *LINES, *HEADS, *MASKED, *WIDE], ids=cases.ids)
 def test_nothing_past_the_end_of_a_tensor(op, dims, aligned, dtype, compiled, generator):
     """Every tensor, results and temporary ones too, ends at a protected page. A failure may be a crash."""
     with guarded.tensors(aligned):

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention: the meaning of its arguments, against a formula written here element by element."""
+"""scaled_dot_product_attention without options: the meaning of its arguments, and which ones it refuses."""
 
 import math
 
@@ -10,42 +10,9 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import pygpt
 from pygpt.functional import scaled_dot_product_attention as sdpa
+from tests.ops.attention_by_hand import by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore:Lower right causal bias")  # will produce NaN, says torch; ours does not
-
-
-def by_hand(
-    q, k, v, attn_mask=None, is_causal=False, scale=None, window=None, alibi_slopes=None, softcap=0.0, lower_right=False
-):
-    """(out, lse) in float64, one row at a time, from the contract's words; q (B, Hq, L, E), k and v (B, Hkv, S, .)."""
-    B, H, L, E = q.shape
-    S, group = k.shape[2], H // max(k.shape[1], 1)
-    scale = E**-0.5 if scale is None else scale
-    outs, lses = [], []
-    for b, h, i in ((b, h, i) for b in range(B) for h in range(H) for i in range(L)):
-        row = i + (S - L if lower_right else 0)  # the key position of this query's diagonal
-        scores, at = [], []
-        for j in range(S):
-            s = scale * (q[b, h, i] * k[b, h // group, j]).sum()
-            s = softcap * torch.tanh(s / softcap) if softcap else s
-            if alibi_slopes is not None:
-                s = s - alibi_slopes.expand(B, H)[b, h] * abs(row - j)
-            allowed = not ((is_causal or lower_right) and j > row)
-            if window is not None:
-                allowed &= (window[0] < 0 or row - j <= window[0]) and (window[1] < 0 or j - row <= window[1])
-            if attn_mask is not None:
-                m = attn_mask.expand(B, H, L, S)[b, h, i, j]
-                allowed, s = (allowed and bool(m), s) if m.dtype == torch.bool else (allowed and m != -math.inf, s + m)
-            if allowed:
-                scores, at = [*scores, s], [*at, j]
-        if scores:
-            p = torch.softmax(torch.stack(scores), 0)
-            outs.append(p @ v[b, h // group, at])
-            lses.append(torch.logsumexp(torch.stack(scores), 0))
-        else:  # zero output, zero gradients
-            outs.append(0.0 * v[b, h // group].sum(0))
-            lses.append(torch.tensor(-math.inf, dtype=q.dtype))
-    return torch.stack(outs).view(B, H, L, -1), torch.stack(lses).view(B, H, L)
 
 
 def leaves(*shapes):
@@ -90,73 +57,6 @@ def test_plain(shape, is_causal, backend):
                 torch.equal(sdpa(q, k, v, is_causal=is_causal, scale=scale).detach(), ours[0].detach())
                 or backend == "torch"
             )
-
-
-def _mask(kind, L, S):
-    keep = torch.rand(2, 1, L, S) > 0.4
-    keep[0, 0, 1] = False  # a fully masked row
-    return keep if kind == "bool" else torch.randn(1, 4, L, S, dtype=torch.float64).masked_fill(~keep[:1], -math.inf)
-
-
-FEATURES = {
-    "bool mask": lambda L, S: {"attn_mask": _mask("bool", L, S)},
-    "float mask": lambda L, S: {"attn_mask": _mask("float", L, S)},
-    "mask of keys": lambda L, S: {"attn_mask": torch.arange(S) < S - 1},
-    "mask and causal": lambda L, S: {"attn_mask": _mask("bool", L, S), "is_causal": True},
-    "float mask and causal": lambda L, S: {"attn_mask": _mask("float", L, S), "is_causal": True},
-    "window": lambda L, S: {"window": (1, 2)},
-    "window left": lambda L, S: {"window": (1, -1)},
-    "window right": lambda L, S: {"window": (-1, 0)},
-    "window and causal": lambda L, S: {"window": (2, 3), "is_causal": True},
-    "alibi": lambda L, S: {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 2.0], dtype=torch.float64)},
-    "alibi per batch": lambda L, S: {"alibi_slopes": torch.rand(2, 4, dtype=torch.float64), "is_causal": True},
-    "softcap": lambda L, S: {"softcap": 0.7},
-    "softcap and mask": lambda L, S: {"softcap": 0.7, "attn_mask": _mask("float", L, S)},
-    "lower right": lambda L, S: {"lower_right": True},
-    "lower right, window, alibi": lambda L, S: {
-        "lower_right": True, "window": (2, -1), "alibi_slopes": torch.rand(4, dtype=torch.float64),
-    },
-    "everything": lambda L, S: {
-        "attn_mask": _mask("bool", L, S), "is_causal": True, "window": (2, 1), "softcap": 1.5,
-        "alibi_slopes": torch.rand(4, dtype=torch.float64),
-    },
-}  # fmt: skip
-
-
-def public(features, L, S):
-    """The features as arguments of the public function."""
-    features = dict(features)
-    return {**features, "attn_mask": causal_lower_right(L, S)} if features.pop("lower_right", False) else features
-
-
-@pytest.mark.parametrize("L, S", [(4, 6), (6, 4)])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("name", FEATURES)
-def test_features_by_default(name, kv_heads, L, S):
-    """Whatever no compiled backend serves yet falls back and is right, gradients too."""
-    features = FEATURES[name](L, S)
-    q, k, v = inputs = leaves((2, 4, L, 3), (2, kv_heads, S, 3), (2, kv_heads, S, 2))
-    for key in ("attn_mask", "alibi_slopes"):
-        if key in features and features[key].dtype == torch.float64:
-            inputs.append(features[key].requires_grad_())
-    arguments = public(features, L, S)
-    ours = sdpa(q, k, v, **arguments, enable_gqa=kv_heads != 4, return_lse=True)
-    theirs = by_hand(q, k, v, **features)
-    assert_equal_with_gradients(ours, theirs, inputs)
-    torch.testing.assert_close(sdpa(q, k, v, **arguments, enable_gqa=kv_heads != 4), theirs[0])
-    assert not any(t.isnan().any() for t in ours)
-
-
-@pytest.mark.parametrize("name", [*FEATURES, "dropout", "grouped heads"])
-def test_features_asked_of_a_backend_that_lacks_them(name, compiled):
-    lacking = {"dropout": {"dropout_p": 0.5}, "grouped heads": {"enable_gqa": True}}.get(name) or FEATURES[name](4, 6)
-    arguments = public(lacking, 4, 6)
-    q, k, v = (t.detach() for t in leaves((2, 4, 4, 3), (2, 4, 6, 3), (2, 4, 6, 2)))
-    k, v = (k[:, :2], v[:, :2]) if name == "grouped heads" else (k, v)
-    reason = next(key for key in (*lacking, "is_causal") if key != "is_causal")
-    with pygpt.backend(compiled), pytest.raises(RuntimeError, match=f"attention.*{compiled}.*{reason}.*not served"):
-        sdpa(q, k, v, **arguments)
-    sdpa(q, k, v, **arguments)  # the default falls back
 
 
 def test_causal_bias_is_aligned_as_in_torch(backend):
@@ -211,18 +111,6 @@ def test_lse_keeps_float32(dtype, backend, generator):
     torch.testing.assert_close(
         lse.double(), want, rtol=4 * torch.finfo(lse.dtype).eps, atol=4 * torch.finfo(lse.dtype).eps
     )
-
-
-def test_dropout():
-    q, k, v = leaves((1, 2, 64, 8), (1, 2, 64, 8), (1, 2, 64, 8))
-    torch.manual_seed(3)
-    first = sdpa(q, k, v, dropout_p=0.5)
-    torch.manual_seed(3)
-    assert torch.equal(first, sdpa(q, k, v, dropout_p=0.5)) and not torch.equal(first, sdpa(q, k, v, dropout_p=0.5))
-    assert sdpa(q, k, v, dropout_p=1.0).abs().max() == 0
-    ones = torch.ones_like(v)
-    mean = torch.stack([sdpa(q, k, ones, dropout_p=0.5) for _ in range(64)]).mean()
-    assert abs(mean - 1) < 6 * (64 * 128) ** -0.5  # six standard deviations of a mean of so many rows, each below 1
 
 
 MEMORY = """

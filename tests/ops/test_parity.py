@@ -1,7 +1,6 @@
 """Every op x backend x dtype x case, forward and every gradient, by the rule of `pygpt.verify`.
 
-Fresh memory is poisoned: torch.empty comes back full of NaN, and freed heap blocks hold NaN. (test_poison.py also fills
-the results of fast calls, which come from the heap.)
+Fresh memory is poisoned. (test_poison.py also fills the results of fast calls, which come from the heap.)
 """
 
 import math
@@ -19,14 +18,7 @@ from pygpt.ops.attention import scores
 GPU_SHARE = {"triton": 4, "cuda": 2}  # see conftest
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    assert torch.empty(3).isnan().all()
-    heap = [torch.full((n,), torch.nan) for n in (64, 512, 4096, 20_000) for _ in range(8)]
-    del heap
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def every(table):
@@ -204,6 +196,7 @@ assert _C.cpu_capability() == sys.argv[1], (_C.cpu_capability(), sys.argv[1])
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
 shapes = [*cases.variants(cases.TYPICAL), *cases.FEW.items()]
+shapes += [(op, dims) for op in cases.OPTIONS for dims in cases.CASES[op]]
 shapes += [("attention", {"L": 65, "S": 65, "E": E, "causal": 1}) for E in (1, 64, 80, 256)]
 shapes += [("linear", {"M": M, "K": 257, "N": N}) for M, N in ((1, 129), (65, 7), (130, 131))]
 failed = [

@@ -8,6 +8,7 @@ import torch
 
 from pygpt import reference, verify
 from pygpt.dispatch import OPS
+from pygpt.ops.attention import Options
 
 EVERY = [(op, dims) for op, all_dims in cases.CASES.items() for dims in all_dims]
 FLOAT32 = torch.finfo(torch.float32).eps  # what the oracle must not lose: it judges float32
@@ -23,15 +24,25 @@ def test_explicit_formulas_equal_autograd(op, dims, generator):
         torch.testing.assert_close(explicit[key], want, rtol=0, atol=FLOAT32 * scale.item(), equal_nan=True, msg=key)
 
 
-@pytest.mark.parametrize(
-    "features", [{}, {"return_lse": True}, {"window": (-1, -1)}, {"window": (70, 85)}, {"softcap": 1e9}]
-)
+NEUTRAL = [  # options that change nothing
+    Options(),
+    Options(left=70, right=85),
+    Options(softcap=1e9),
+    Options(attn_mask=torch.ones(1, 1, 1, 85, dtype=torch.bool)),
+    Options(alibi_slopes=torch.zeros(1, 2, dtype=torch.float64)),
+    Options(sink=torch.full((2,), -1e9, dtype=torch.float64)),
+    Options(seed=torch.tensor([5]), dropout_p=1e-12),
+]
+
+
+@pytest.mark.parametrize("options", NEUTRAL, ids=range(len(NEUTRAL)))
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_expression_agrees_with_itself(features, causal, generator):
-    """The composite that serves masks, windows and so on is the same function where they change nothing."""
+def test_attention_expression_agrees_with_itself(options, causal, generator):
+    """The composite with options is the same function where they change nothing."""
     (q, k, v, _, scale), _ = verify.draw("attention", cases.TYPICAL["attention"], torch.float64, generator)
-    got = verify.as_tuple(reference.attention(q, k, v, causal, scale, **features))[0]
-    torch.testing.assert_close(got, reference.attention(q, k, v, causal, scale))
+    out, lse = reference.attention(q, k, v, causal, scale, *options, return_lse=True)
+    torch.testing.assert_close(out, reference.attention(q, k, v, causal, scale))
+    torch.testing.assert_close(lse, reference.attention(q, k, v, causal, scale, return_lse=True)[1])
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)

@@ -88,7 +88,7 @@ LAST_LINES = {
 }
 PRINTED = {
     "quickstart": "layer_norm: cpp\ntorch.Size([2, 5, 64])\n",
-    "drop_in": "torch ['dropout_p not served']\n",
+    "drop_in": "torch ['pygpt.relu: input must be floating point, got torch.int64']\n",
     "determinism": "8\n",
 }
 
