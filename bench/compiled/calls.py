@@ -77,7 +77,7 @@ def attention_options(kernels, dtype: torch.dtype, device: str, wide: bool = Fal
         needs = [True] * 3 + [floating, slopes is not None, sink is not None]
         kernels.attention_bwd(out, lse, q, k, v, out, lse, False, 0.1, needs, *options)
 
-    for E in (64, 128, 256) if wide else (64,):
+    for E in (64, 128) if wide else (64,):
         for of_mask in (dtype, torch.bool) if wide else (dtype,):
             mask, seed = empty(2, 1, 1024, 1024, dtype=of_mask), empty(1, dtype=torch.int64)
             of_heads = empty(1, 4, dtype=torch.float32), empty(4, dtype=torch.float32)

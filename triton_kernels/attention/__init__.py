@@ -158,10 +158,12 @@ class _Call:
         if kernel is BACKWARD_KEYS:
             heads, H, group = self.B * self.kv_heads, self.kv_heads, self.group
         rows, length = ("BLOCK_N", self.S) if kernel is BACKWARD_KEYS else ("BLOCK_M", self.L)
+        # A window takes registers too where rows that see one key need the gradient of lse.
+        small = self.general or (self.constants["LEFT"] and self.constants.get("DLSE", False))
         launch(
             kernel.kernel, programs or (lambda c: heads * triton.cdiv(length, c[rows])), *outputs, *inputs, *stats,
             heads, H, self.L, self.S, scale, group, *strides, self.heads_per_kv, *self.interval, *self.scores, *more,
-            configs=(kernel.general_configs if self.general else kernel.configs)[self.bucket], fuse=False,
+            configs=(kernel.general_configs if small else kernel.configs)[self.bucket], fuse=False,
             **self.constants, **constants,
         )  # fmt: skip
 
