@@ -3,9 +3,10 @@
 //   ds = p (dout v^T - delta), as in bwd.cuh      dslope = -sum_ij ds_ij distance_ij
 //   dmask = ds, summed over what was broadcast    dsink = -sum_i exp(sink - lse_i) delta_i
 //
-// A block of attention_bias_kernel owns a tile of dmask. It goes through the batch entries, their heads, and the tiles of
-// rows and keys that share this tile of the mask, in this order, and adds their ds in float. For the slopes alone it owns
-// the rows of a tile. It leaves a sum for each head, and attention_dslopes_kernel adds these. Every sum has one order.
+// A block of attention_bias_kernel owns a tile of dmask. It goes through the batch entries, their heads, and the tiles
+// of rows and keys that share this tile of the mask, in this order, and adds their ds in float. For the slopes alone it
+// owns the rows of a tile. It leaves a sum for each head, and attention_dslopes_kernel adds these. Every sum has one
+// order.
 #include "bwd.cuh"
 
 namespace pygpt::cuda::attention {
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(kBiasShape<T, D>.threads(), kBiasShape<T, D>.m
   }
 }
 
-// A warp computes a slope's gradient from the `tiles` sums of each of its heads. They belong to one batch entry, or all.
+// A warp computes a slope's gradient from the `tiles` sums of each of its heads. They belong to one batch entry, or
+// all.
 __global__ void __launch_bounds__(32)
     attention_dslopes_kernel(const float* sums, int64_t tiles, int heads, int batch, bool is_shared, float* dslopes) {
   const int own = blockIdx.x / heads, head = blockIdx.x % heads;

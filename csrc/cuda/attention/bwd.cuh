@@ -18,15 +18,23 @@
 // iteration in which a row is beyond the limit or has an infinite or NaN lse, because a masked score must have p = 0
 // even then. float always uses the second form, because its p is not rounded.
 //
-// Registers per thread (ptxas 13.0, sm_80 / sm_90a, no spills) and resident blocks per multiprocessor (A100 / H100):
-//     D          16-bit: tile m x n   registers  shared  blocks      float: tile m x n   registers  shared  blocks
-//     64  dkdv         128 x 32       245/249    48 KB   2 / 2              64 x 32      196/206    64 KB   2 / 2
-//    128  dkdv          64 x 32       248/254    64 KB   2 / 2              64 x 16      254/254    96 KB   1 / 2
-//    256  dk            64 x 16       223/230    96 KB   1 / 2              32 x 8       255/255    96 KB   1 / 2
-//    256  dv            64 x 16       223/223    96 KB   1 / 2              32 x 8       255/255    96 KB   1 / 2
-//     64  dq           128 x 32       216/216    48 KB   2 / 2              64 x 32      168/168    64 KB   2 / 3
-//    128  dq            64 x 32       176/179    64 KB   2 / 2              64 x 16      168/163    96 KB   1 / 2
-//    256  dq            64 x 16       231/234    96 KB   1 / 2              32 x 8       255/255    96 KB   1 / 2
+// Registers per thread (ptxas 13.0, sm_80 / sm_90a, no spills within a loop) and resident blocks per multiprocessor
+// (A100 / H100). "general" kernels do all of scores.cuh, the others only scale.
+//     D                  16-bit: m x n   registers  shared  blocks      float: m x n   registers  shared  blocks
+//     64  dkdv              128 x 32      255/255    48 KB   2 / 2         64 x 32      175/198    64 KB   2 / 2
+//    128  dkdv               64 x 32      248/248    64 KB   2 / 2         64 x 16      248/244    96 KB   1 / 2
+//    256  dk                 64 x 16      222/236    96 KB   1 / 2         32 x 8       253/254    96 KB   1 / 2
+//    256  dv                 64 x 16      243/254    96 KB   1 / 2         32 x 8       255/252    96 KB   1 / 2
+//     64  dq                128 x 32      212/214    48 KB   2 / 2         64 x 32      168/168    64 KB   2 / 3
+//    128  dq                 64 x 32      178/178    64 KB   2 / 2         64 x 16      168/168    96 KB   1 / 2
+//    256  dq                 64 x 16      233/236    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
+//     64  dkdv, general      64 x 32      174/192    32 KB   2 / 2         64 x 32      204/212    64 KB   2 / 2
+//    128  dkdv, general      64 x 16      242/249    48 KB   2 / 2         64 x 16      236/250    96 KB   1 / 2
+//    256  dk, general        64 x 16      235/244    96 KB   1 / 2         32 x 8       254/254    96 KB   1 / 2
+//    256  dv, general        64 x 16      243/255    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
+//     64  dq, general        64 x 32      162/164    32 KB   3 / 3         64 x 32      168/168    64 KB   2 / 3
+//    128  dq, general        64 x 16      167/174    48 KB   3 / 2         64 x 16      168/168    96 KB   1 / 2
+//    256  dq, general        64 x 16      251/249    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
 #pragma once
 #include "../vector.cuh"
 #include "scores.cuh"
@@ -73,8 +81,8 @@ __device__ __forceinline__ bool sees_one_key(const Params& params, int row) {
   return !params.sink && params.visible.sees_one_key(row);
 }
 
-// False if none of the rows row0 .. row1 - 1 sees one key. (The number of keys is a concave function of the row, so it is
-// least at one end.)
+// False if none of the rows row0 .. row1 - 1 sees one key. (The number of keys is a concave function of the row, so it
+// is least at one end.)
 __device__ __forceinline__ bool may_see_one_key(const Params& params, int row0, int row1) {
   const Visible<int>& visible = params.visible;
   const int last = min(row1, visible.q_len) - 1;
@@ -126,8 +134,8 @@ __device__ __forceinline__ void add_rows_with_one_key(const Params& params, floa
     }
 }
 
-// Turns p = q k^T and ds = dout v^T, tiles of a warp at (row, key), into p, before dropout, and ds. derivative(m, n, i, d)
-// is called with softcap's derivatives, before ds is multiplied by p.
+// Turns p = q k^T and ds = dout v^T, tiles of a warp at (row, key), into p, before dropout, and ds. derivative(m, n, i,
+// d) is called with softcap's derivatives, before ds is multiplied by p.
 template <class T, int M, int N, class Stats, class F>
 __device__ __forceinline__ void finish_ds(const HeadScores<T>& scores, const Stats& stats, float (&p)[M][N][4],
                                           float (&ds)[M][N][4], int row, int key, F derivative) {

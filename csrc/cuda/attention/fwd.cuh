@@ -21,10 +21,14 @@
 //
 // Each score costs 2 (E + Ev) FLOP; k and v are read once per block. Registers per thread (ptxas 13.0, sm_80 / sm_90a,
 // no spills) and resident blocks per multiprocessor (A100 / H100):
-//     D    16-bit: rows x keys  registers  shared  blocks      float: rows x keys  registers  shared  blocks
-//     64         128 x 64       239/239    48 KB   2 / 2             128 x 32      226/228    64 KB   2 / 2
-//    128         128 x 32       249/250    64 KB   2 / 2              64 x 16      151/159    64 KB   2 / 3
-//    256          64 x 32       240/244    96 KB   1 / 2              32 x 8       255/254    64 KB   2 / 3
+//     D          16-bit: rows x keys  registers  shared  blocks      float: rows x keys  registers  shared  blocks
+//     64 scale         128 x 64       244/240    48 KB   2 / 2             128 x 32      226/252    64 KB   2 / 2
+//    128 scale         128 x 32       252/254    64 KB   2 / 2              64 x 16      160/154    64 KB   2 / 3
+//    256 scale          64 x 32       231/246    96 KB   1 / 2              32 x 8       254/254    64 KB   2 / 3
+//     64 general        64 x 64       188/188    40 KB   2 / 2             128 x 32      236/238    64 KB   2 / 2
+//    128 general        64 x 32       186/184    48 KB   2 / 2              64 x 16      167/165    64 KB   2 / 3
+//    256 general        64 x 32       246/252    96 KB   1 / 2              32 x 8       255/255    64 KB   2 / 3
+// "scale" kernels scale the scores and nothing else; "general" ones do all of scores.cuh.
 #pragma once
 #include "scores.cuh"
 #include "walk.cuh"

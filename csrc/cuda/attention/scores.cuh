@@ -1,8 +1,8 @@
 // What happens to a head's scores between q k^T and the softmax if it is more than a scale: softcap, ALiBi, a mask, and
 // dropout after the softmax. csrc/attention/scores.h has the formulas. Kernels do all of it to a warp's accumulators.
 //
-// Every option is a field that the kernels test at run time, once for each tile. Tiles of dk and dv are transposed: their
-// rows are keys and their columns queries.
+// Every option is a field that the kernels test at run time, once for each tile. Tiles of dk and dv are transposed:
+// their rows are keys and their columns queries.
 #pragma once
 #include "params.cuh"
 
@@ -68,8 +68,8 @@ struct HeadScores {
            (batch * scores.mask_stride[0] + h * scores.mask_stride[1]) * size;
   }
 
-  // Turns q . k into scores, without Visible's mask. The tile starts at (row, column). Calls derivative(m, n, i, d) with
-  // the derivative of softcap, if there is one.
+  // Turns q . k into scores, without Visible's mask. The tile starts at (row, column). Calls derivative(m, n, i, d)
+  // with the derivative of softcap, if there is one.
   template <int M, int N, class F>
   __device__ __forceinline__ void apply(float (&s)[M][N][4], int row, int column, F derivative) const {
     const ScoreParams& scores = params.scores;
@@ -113,9 +113,9 @@ struct HeadScores {
     return fabsf(origin + static_cast<float>(transposed ? -right : right));
   }
 
-  // Calls f(m, n, i, is_kept) for each accumulator of a tile at (row, column), in a call with dropout. Four neighbouring keys of a row take the four
-  // words of one draw, so every lane makes one draw for its 4 accumulators of an mma tile and its neighbour's, or
-  // neighbours', and gives away the words that are theirs.
+  // Calls f(m, n, i, is_kept) for each accumulator of a tile at (row, column), in a call with dropout. Four
+  // neighbouring keys of a row take the four words of one draw, so every lane makes one draw for its 4 accumulators of
+  // an mma tile and its neighbour's, or neighbours', and gives away the words that are theirs.
   template <int M, int N, class F>
   __device__ __forceinline__ void dropout(const float (&)[M][N][4], int row, int column, F f) const {
     const int64_t seed = *params.scores.seed;
@@ -135,7 +135,8 @@ struct HeadScores {
           for (int j = 0; j < 4; j++) w[j] = drawn.word[j];
           transpose_step<1>(w, g), transpose_step<2>(w, g);
         } else {
-          // Lanes t = 2a and 2a + 1 share their keys' draws. The first draws for the upper row, the second for the lower.
+          // Lanes t = 2a and 2a + 1 share their keys' draws. The first draws for the upper row, the second for the
+          // lower.
           const bool lower = t % 2;
           const RandomWords drawn =
               random_words(seed, (column + 8 * n + 2 * t) / 4, row + 16 * m + (lower ? 8 : 0) + g, head);

@@ -52,7 +52,8 @@ Error by_head_dim(int64_t head_dim, Body&& body) {
 constexpr int64_t kMaxTiles = 1 << 30;
 
 // Launches one block per tile of tile_m of the outer_len rows of each of `heads` heads. Heads are taken in groups whose
-// inner tensors (inner_len rows each) fit into the L2 cache together; within a group, all heads' first tiles come first.
+// inner tensors (inner_len rows each) fit into the L2 cache together; within a group, all heads' first tiles come
+// first.
 template <class T>
 Error launch_tiles(void (*kernel)(Params), Params params, int64_t heads, int64_t outer_len, int64_t inner_len,
                    const TileShape& shape, int shared, const Stream& stream) {
