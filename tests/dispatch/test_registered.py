@@ -287,7 +287,7 @@ from pygpt import functional
 theirs = {name: getattr(F, name) for name in functional.__all__ if hasattr(F, name)}
 for name in theirs:
     setattr(F, name, getattr(functional, name))
-x, w, q = torch.randn(3, 4), torch.randn(4, 4), torch.randn(1, 2, 5, 8)
+x, w, q = torch.randn(3, 4), torch.randn(4, 4), torch.randn(1, 2, 5, 600)  # wider heads than any kernel takes
 calls = {
     "linear": (x.cfloat(), w.cfloat()), "relu": (x.long(),), "gelu": (x.to_sparse(),),
     "rms_norm": (x, (4,), w[0].double()),
