@@ -363,13 +363,18 @@ def scaled_dot_product_attention(
 def _flops_fwd(q, k, v, *_, out_shape=None):
     from torch.utils.flop_counter import sdpa_flop_count
 
-    return sdpa_flop_count(q, k, v)
+    return sdpa_flop_count(q, *_shapes_by_query_head(q, k, v))
 
 
 def _flops_bwd(dout, dlse, q, k, v, *_, out_shape=None):
     from torch.utils.flop_counter import sdpa_backward_flop_count
 
-    return sdpa_backward_flop_count(dout, q, k, v)
+    return sdpa_backward_flop_count(dout, q, *_shapes_by_query_head(q, k, v))
+
+
+def _shapes_by_query_head(q, k, v):
+    """The shapes of k and v as if no query heads shared them."""
+    return ((*shape[:1], q[1], *shape[2:]) for shape in (k, v))
 
 
 def _draw(random, d):

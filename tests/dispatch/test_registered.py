@@ -262,15 +262,19 @@ def test_flops_of_linear_and_mlp_are_torchs(trained, bias, compiled):
     assert ours == flops(lambda *_: F.linear(F.gelu(F.linear(x, fc, fb)), proj, pb))
 
 
+@pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("causal", [False, True])
-def test_flops_of_attention_are_torchs(causal, compiled):
+def test_flops_of_attention_are_torchs(causal, kv_heads, compiled):
+    """Grouped heads of keys count as if each query head had its own."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-    q, k, v = leaf(2, 3, 7, 8), leaf(2, 3, 9, 8), leaf(2, 3, 9, 5)
+    q, k, v = leaf(2, 6, 7, 8), leaf(2, kv_heads, 9, 8), leaf(2, kv_heads, 9, 5)
+    call = partial(functional.scaled_dot_product_attention, is_causal=causal, enable_gqa=kv_heads != 6)
     with pygpt.backend(compiled):
-        forward, backward = flops(partial(functional.scaled_dot_product_attention, is_causal=causal), q, k, v)
-    assert forward == sdpa_flop_count(q.shape, k.shape, v.shape)
-    assert backward == sdpa_backward_flop_count((2, 3, 7, 5), q.shape, k.shape, v.shape)
+        forward, backward = flops(call, q, k, v)
+    shapes = q.shape, (2, 6, 9, 8), (2, 6, 9, 5)
+    assert forward == sdpa_flop_count(*shapes)
+    assert backward == sdpa_backward_flop_count((2, 6, 7, 5), *shapes)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "gelu", "relu"])
