@@ -114,7 +114,7 @@ void forward(const AttentionArgs& a) {
         }
       for (int64_t j0 = first; j0 < std::min(first + chunk, first_head.sequence.k_len); j0 += BC)
         for (int64_t g = 0; g < group; g++) {
-          const QueryHead<S> x(a, b, h0 + g);
+          const QueryHead<S> x(first_head, h0 + g);
           for (int64_t i = 0; i < q_len; i++) {
             const int64_t j = std::max(j0, x.visible.begin(i)), n = std::min(j0 + BC, x.visible.end(i)) - j;
             if (n <= 0 || (general && x.hides(i, 1, j, n))) continue;
@@ -129,7 +129,7 @@ void forward(const AttentionArgs& a) {
           }
         }
       for (int64_t g = 0; !shared && g < group; g++)
-        for (int64_t i = 0; i < q_len; i++) finish({a, b, h0 + g}, i, states + (g * L + i) * ldr);
+        for (int64_t i = 0; i < q_len; i++) finish({first_head, h0 + g}, i, states + (g * L + i) * ldr);
     }
   }, rows * std::min(chunk, a.sequences.k_len) * (E + Ev));
   if (shared)
@@ -172,7 +172,7 @@ void backward(const AttentionArgs& a) {
       const int64_t q_len = first_head.sequence.q_len, k_len = first_head.sequence.k_len;
       std::fill(q, q + rows * (2 * ld + ldv), T(0));  // rows that do not exist have no weight
       for (int64_t g = 0; g < group; g++) {
-        const QueryHead<S> x(a, b, h0 + g);
+        const QueryHead<S> x(first_head, h0 + g);
         for (int64_t i = 0; i < q_len; i++) {
           const int64_t r = g * L + i;
           unpack(q + r * ld, x.queries(a.q), i, E, T(a.scores.scale));
@@ -183,7 +183,7 @@ void backward(const AttentionArgs& a) {
       for (int64_t j0 = 0; j0 < k_len; j0 += BC) {
         const int64_t keys = std::min(BC, k_len - j0);
         for (int64_t g = 0; g < group; g++) {
-          const QueryHead<S> x(a, b, h0 + g);
+          const QueryHead<S> x(first_head, h0 + g);
           for (int64_t i = 0; i < L; i++) {
             const int64_t r = g * L + i, start = std::clamp<int64_t>(x.visible.begin(i) - j0, 0, keys), j = j0 + start;
             int64_t n = std::clamp<int64_t>(x.visible.end(i) - j, 0, keys - start);
@@ -212,7 +212,7 @@ void backward(const AttentionArgs& a) {
       }
       for (int64_t g = 0; a.dq.data && g < group; g++)
         for (int64_t i = 0; i < q_len; i++) {
-          S* to = QueryHead<S>(a, b, h0 + g).output_row(a.dq, i);
+          S* to = QueryHead<S>(first_head, h0 + g).output_row(a.dq, i);
           for (int64_t e = 0; e < E; e += W<T>)
             store(to + e, load(dq + (g * L + i) * ld + e) * T(a.scores.scale), E - e);
         }

@@ -1,7 +1,7 @@
 // What the attention kernels share: the sizes of blocks, the scores of a tile, and the running softmax.
 //
 // Kernels have a template parameter `general`. Without it, a score is scaled and nothing else happens to it; with it, it
-// goes through all options of csrc/attention/scores.h, which are then looked up for every vector of scores.
+// goes through all options of csrc/attention/scores.h, which are run-time fields.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -42,6 +42,8 @@ struct QueryHead {
 
   QueryHead(const AttentionArgs& a, int64_t b, int64_t h)
       : a(a), b(b), h(h), sequence(a.sequences(b)), visible(a.visible(sequence)) {}
+  // Another head of the same sequence.
+  QueryHead(const QueryHead& other, int64_t h) : QueryHead(other) { this->h = h; }
 
   Matrix<S> queries(const Heads& t) const { return head<S>(t, b, h, sequence.q_row); }
   Matrix<S> keys(const Heads& t) const { return head<S>(t, b, h / a.group(), sequence.k_row); }
