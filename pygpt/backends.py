@@ -240,8 +240,9 @@ ATTENTION_FEATURES = (
 )  # fmt: skip
 
 
-def _limit(library: str) -> int:
-    return sys.modules[library].max_head_dim  # type: ignore[attr-defined]
+def _head_dim(library: str) -> int | None:
+    """The widest heads that a compiled library takes, if it is loaded."""
+    return getattr(sys.modules.get(library), "max_head_dim", None)
 
 
 def _fill():
@@ -256,8 +257,8 @@ def _fill():
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
         return {"ops": names, "features": {"attention": ATTENTION_FEATURES}, "max_head_dim": max_head_dim}
 
-    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), cpp and _limit("pygpt._C"))
-    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), cuda and _limit("pygpt._cuda"))
+    of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), _head_dim("pygpt._C"))
+    of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), _head_dim("pygpt._cuda"))
     of_triton = limits(triton and partial(hasattr, triton), triton and triton.attention.MAX_HEAD_DIM)
     for row in (
         Backend("cpp", cpp, no_cpp, ops, ("cpu",), **of_cpp),

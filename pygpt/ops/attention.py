@@ -169,6 +169,7 @@ def attention_bwd(
     """
     o = Options(attn_mask, alibi_slopes, sink, seed, dropout_p, softcap, left, right, lower_right)
     s, capped = _scores(q, k, is_causal, scale, o)
+    L, S = s.shape[-2:]
     finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
     p = torch.exp(s - finite_lse[..., None])
     do = acc(dout)
@@ -177,7 +178,7 @@ def attention_bwd(
         delta = delta - dlse[..., None]
     ds = p * (_dropped(do @ acc(_repeated(v, q)).mT, o) - delta)
     if sink is None:
-        one_key = _sees_one_key(*s.shape[-2:], s.device, is_causal, o)
+        one_key = _sees_one_key(L, S, s.device, is_causal, o)
         ds = torch.where(one_key, p * (0.0 if dlse is None else dlse[..., None]), ds)
     ds_scaled = ds * scale if not softcap else ds * (1.0 - (capped / softcap) ** 2) * scale
 
@@ -200,7 +201,7 @@ def attention_bwd(
         dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
     if needs[4]:
         assert alibi_slopes is not None
-        of_heads = -(ds * distance(*s.shape[-2:], s.device, lower_right).abs()).sum((-1, -2))
+        of_heads = -(ds * distance(L, S, s.device, lower_right).abs()).sum((-1, -2))
         dslopes = of_heads.sum_to_size(alibi_slopes.shape)
     if needs[5]:
         assert sink is not None

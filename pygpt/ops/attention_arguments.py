@@ -76,7 +76,7 @@ def prepare(
         "lower_right": lower_right,
     }  # fmt: skip
     features = {name for name, used in in_use.items() if used}
-    args = (q, k, v, bool(is_causal), scale)
+    args: tuple = (q, k, v, bool(is_causal), scale)
     if features:
         args += (mask, slopes, sink, None, float(dropout_p), float(softcap), left, right, lower_right)
     features |= {"enable_gqa"} if Hq != k.shape[1] else set()
