@@ -7,8 +7,9 @@
 //   causal          left = unlimited, right = 0, diagonal = 0 (top-left) or k_len - q_len (lower right)
 //   window (l, r)   left = l, right = r
 //
-// Neither end moves left as i grows. So a tile of the queries i0 .. i1 - 1 walks over the keys of walk(i0, i1), of which
-// unmasked(i0, i1) need no mask, and skips all others. The queries that see a key are of the same kind: transposed().
+// Neither end moves left as i grows. So a tile of the queries i0 .. i1 - 1 walks over the keys of walk(i0, i1), of
+// which unmasked(i0, i1) need no mask, and skips all others. The queries that see a key are of the same kind:
+// transposed().
 #pragma once
 #include <cstdint>
 

@@ -124,8 +124,8 @@ class DispatcherCall final : public Call {
   std::vector<Handle> copies_;
 };
 
-// ---------------------------------------------------------------- arguments
-// Converts an argument at this place of the stack to the type that a body takes, and owns what the stack has handed over.
+// ---------------------------------------------------------------- arguments Converts an argument at this place of the
+// stack to the type that a body takes, and owns what the stack has handed over.
 template <class T>
 struct Argument {
   explicit Argument(const StableIValue* v) : value(torch::stable::detail::to<T>(*v)) {}

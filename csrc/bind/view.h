@@ -101,8 +101,8 @@ struct Needs {
   bool operator[](size_t i) const { return bits >> i & 1; }
 };
 
-// How many arguments of the schema become one argument of an op's body: one, or the fields of a struct of options, which
-// stand at the end and have defaults.
+// How many arguments of the schema become one argument of an op's body: one, or the fields of a struct of options,
+// which stand at the end and have defaults.
 template <class T, class = void>
 struct Fields {
   static constexpr size_t count = 1;

@@ -4,8 +4,8 @@
 //   dS = P (dP - delta)       dK += dS^T Q      dQ += dS K      delta = rowsum(dO O) - dlse
 //
 // One task owns a head of keys and all query heads that share it, so every sum has a fixed order without atomics. If
-// there are few heads, a head's key blocks are dealt to several tasks, whose number depends on the shape alone, and their
-// dQ are added in order.
+// there are few heads, a head's key blocks are dealt to several tasks, whose number depends on the shape alone, and
+// their dQ are added in order.
 //
 // With the options of csrc/attention/scores.h, and f the factors of dropout and c = 1 - tanh^2 of softcap:
 //

@@ -7,9 +7,9 @@
 //              dk_j = sum_i ds_ij q_i                    dv_j = sum_i p_ij dO_i
 //
 // The rows of a task are the queries of all query heads that share a head of keys, so that a block of K and V, once
-// read, serves them from the cache. Forward splits long sequences of keys among tasks, so that all threads work although
-// there are few heads. The number of splits is a function of the number of keys alone: what else is in the batch changes
-// no result.
+// read, serves them from the cache. Forward splits long sequences of keys among tasks, so that all threads work
+// although there are few heads. The number of splits is a function of the number of keys alone: what else is in the
+// batch changes no result.
 //
 // Forward and backward sum the scores in the same order, so that a query with one key has P = 1 exactly.
 #include "tile.h"

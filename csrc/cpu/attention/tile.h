@@ -1,7 +1,7 @@
 // What the attention kernels share: the sizes of blocks, the scores of a tile, and the running softmax.
 //
-// Kernels have a template parameter `general`. Without it, a score is scaled and nothing else happens to it; with it, it
-// goes through all options of csrc/attention/scores.h, which are run-time fields.
+// Kernels have a template parameter `general`. Without it, a score is scaled and nothing else happens to it; with it,
+// it goes through all options of csrc/attention/scores.h, which are run-time fields.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -169,8 +169,8 @@ PYGPT_INLINE void dot_products(int64_t K, const U* a, const U* b, T* out, int64_
   }
 }
 
-// float: scale is folded into Q while packing. bf16 pairs: scale is applied to S after the product, in scaled_scores. If
-// scale <= 0 or scores are to be adjusted, score_tile applies it before, so that -inf stays -inf.
+// float: scale is folded into Q while packing. bf16 pairs: scale is applied to S after the product, in scaled_scores.
+// If scale <= 0 or scores are to be adjusted, score_tile applies it before, so that -inf stays -inf.
 template <class U>
 PackReader<U> scaling_reader(double scale) {
   if constexpr (PackElement<U>::kPackK == 1) return {U(scale)};
@@ -242,8 +242,8 @@ PYGPT_INLINE T softmax_row(double scale, T* p, int64_t vectors, T& m, T& l,
   return rescale;
 }
 
-// Stores a finished row divided by its sum, and its lse. accumulated(j) is the row's vector from channel j on. A sink is
-// one more exponential in the sum.
+// Stores a finished row divided by its sum, and its lse. accumulated(j) is the row's vector from channel j on. A sink
+// is one more exponential in the sum.
 template <class S, class F>
 PYGPT_INLINE void finish_row(const QueryHead<S>& x, int64_t i, Acc<S> m, Acc<S> l, F accumulated) {
   using T = Acc<S>;
@@ -277,8 +277,8 @@ T lse_of(const QueryHead<S>& x, int64_t i) {
   const T lse = canonical_nan(static_cast<const T*>(x.a.lse)[x.statistic(i)]);
   return lse == -kInf<T> ? kInf<T> : lse;
 }
-// Whether query i sees one key and no sink. Its P is 1 whatever the score, so dS is dlse: rowsum(dO O) and dO V^T, which
-// are equal, are left out where their rounding would show.
+// Whether query i sees one key and no sink. Its P is 1 whatever the score, so dS is dlse: rowsum(dO O) and dO V^T,
+// which are equal, are left out where their rounding would show.
 template <class S>
 bool has_one_key(const QueryHead<S>& x, int64_t i) {
   return x.visible.sees_one_key(i) && !x.a.scores.sink;
@@ -290,8 +290,8 @@ T delta_of(const QueryHead<S>& x, int64_t i) {
   return row_dot(x.queries(x.a.dout).at(i, 0), x.queries(x.a.out).at(i, 0), x.a.v_dim) - dlse;
 }
 
-// Decoding with a cache, that is at most kDecodeQueries queries, has kernels of its own in decode.cpp. They read K and V
-// where they lie, and need contiguous channels.
+// Decoding with a cache, that is at most kDecodeQueries queries, has kernels of its own in decode.cpp. They read K and
+// V where they lie, and need contiguous channels.
 constexpr int64_t kDecodeQueries = 4;
 inline bool is_decode(const AttentionArgs& a) {
   return a.sequences.q_len <= kDecodeQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
