@@ -52,7 +52,7 @@ struct AttentionArgs {
   Heads dmask;  // of the mask's dtype, (batch, heads, q_len, k_len) with stride 0 where the mask is broadcast, or null
   void *dslopes, *dsink;  // like slopes and sink, contiguous, or null
 
-  int64_t group() const { return kv_heads ? heads / kv_heads : 1; }  // query heads to a key head
+  int64_t group() const { return heads ? heads / kv_heads : 1; }  // query heads to a key head
   Visible<int64_t> visible(const Sequence& s) const { return reach.visible<int64_t>(s.q_len, s.k_len); }
 };
 

@@ -149,6 +149,8 @@ class Backend:
             reasons.append("tensors that are not strided")
         if own := next((type(t).__name__ for t in tensors if dispatches_for_itself(type(t))), ""):
             reasons.append(f"a tensor subclass, {own}")
+        if "dropout_p" in features and type(lead) in SHARDED:
+            reasons.append("dropout of a DTensor, whose ranks would draw different bits")
         if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
             reasons.append(f"{', '.join(extra)} not served")
         if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
@@ -357,9 +359,10 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     op = OPS[name]
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
-    prepared = autocast(op, op.prepare(*args, **kwargs)).seeded()
+    prepared = autocast(op, op.prepare(*args, **kwargs))
+    row = pick(name, _tensors(prepared.args), prepared.features, prepared.error)
+    prepared = prepared.seeded()
     tensors = _tensors(prepared.args)
-    row = pick(name, tensors, prepared.features, prepared.error)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
         _log_fallback(choose(name, tensors, prepared.features, prepared.error))
     if prepared.fast and not is_compiling() and (key := call_key(_OPTIONAL[name], *prepared.fast)) is not None:

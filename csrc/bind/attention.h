@@ -41,6 +41,9 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   const std::array<int64_t, 4> shape = {a.batch, a.heads, a.sequences.q_len, a.sequences.k_len};
   const Shape scores(shape.data(), 4);
   Scores& s = a.scores;
+  if (!(o.softcap >= 0)) call.fail("softcap must not be negative");
+  if (!(o.dropout_p >= 0 && o.dropout_p <= 1)) call.fail("dropout_p must be in [0, 1]");
+  if (o.dropout_p > 0 && !o.seed) call.fail("dropout needs a seed");
   s.softcap = o.softcap;
   a.reach.left = o.left, a.reach.lower_right = o.lower_right;
   if (!o.any_tensor()) return;
@@ -64,7 +67,6 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   }
   if (o.seed) {
     call.check("seed", *o.seed, Shape{1}, ScalarType::Long);
-    if (!(o.dropout_p >= 0 && o.dropout_p <= 1)) call.fail("dropout_p must be in [0, 1]");
     s.seed = static_cast<const int64_t*>(o.seed->data);
     s.threshold = static_cast<uint64_t>(std::floor(o.dropout_p * 0x1p32));
     s.keep = o.dropout_p < 1 ? 1 / (1 - o.dropout_p) : 0;
@@ -80,7 +82,7 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
   a.dtype = call.dtype();
   a.batch = q.size(0), a.heads = q.size(1), a.kv_heads = k.size(1), a.head_dim = q.size(3), a.v_dim = v.size(3);
   a.sequences.q_len = q.size(2), a.sequences.k_len = k.size(2);
-  if (a.kv_heads != a.heads && (a.kv_heads == 0 || a.heads % a.kv_heads))
+  if (a.kv_heads != a.heads && (a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads))
     call.fail(std::to_string(a.heads) + " query heads are no multiple of " + std::to_string(a.kv_heads) + " key heads");
   if (std::max(a.head_dim, a.v_dim) > kMaxHeadDim)
     call.fail("head dimensions above " + std::to_string(kMaxHeadDim) + " are not served");

@@ -324,6 +324,7 @@ inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (!(allowed >> (16 + i) & 1)) Py_RETURN_NONE;
       continue;
     }
+    if (type == ScalarType::Bool) Py_RETURN_NONE;
     if (dtype == ScalarType::Undefined) dtype = type;
     if (type != dtype) Py_RETURN_NONE;
     gradient = gradient || is_true(requires_grad(object, nullptr));

@@ -10,6 +10,7 @@ The functions that register them are private to torch. In a torch without them n
 functions serve DTensors.
 """
 
+import math
 from functools import partial
 
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -76,9 +77,8 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
         words = [word for word, a in zip(of_args, args, strict=False) if a is not None]
-        if len(words) != len(tensors) or (
-            name.startswith("attention") and "1" in of_args and _splits_groups(tensors, ranks)
-        ):
+        by_heads = name.startswith("attention") and of_args[0] == "1"
+        if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
         words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
         of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
@@ -91,7 +91,7 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
 def _splits_groups(tensors, ranks) -> bool:
     """Whether query heads and key heads that belong together would come to different ranks."""
     heads = {t.shape[1] for t in tensors}
-    return len(heads) > 1 and any(min(heads) % n for n in ranks)
+    return len(heads) > 1 and min(heads) % math.prod(ranks) != 0
 
 
 def _made(name: str, args, results: int) -> list[bool]:

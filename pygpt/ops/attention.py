@@ -10,7 +10,6 @@ a call may add to the plain one. attention_arguments.py checks the public argume
 
 import math
 from contextlib import nullcontext
-from functools import reduce
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -29,6 +28,7 @@ from .common import (
     dropout_factors,
     laid_out,
     only,
+    savable,
 )
 
 
@@ -66,7 +66,9 @@ def scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
 def _scores(q, k, is_causal, scale, o: Options) -> tuple[Tensor, Tensor]:
     """(B, Hq, L, S): the scores, -inf where masked, and what they were after softcap, for its derivative."""
     s = (acc(q) * scale) @ acc(_repeated(k, q)).mT
-    capped = s = o.softcap * torch.tanh(s / o.softcap) if o.softcap else s
+    if o.softcap:
+        s = o.softcap * torch.tanh(s / o.softcap)
+    capped = s
     L, S = s.shape[-2:]
     if o.alibi_slopes is not None:
         s = s - o.alibi_slopes[..., None, None] * distance(L, S, q.device, o.lower_right).abs()
@@ -86,15 +88,22 @@ def distance(L: int, S: int, device, lower_right: bool) -> Tensor:
     return torch.arange(S, device=device) - own_key(L, S, device, lower_right)
 
 
+def interval(L: int, S: int, device, is_causal: bool, o: Options) -> tuple[Tensor, Tensor]:
+    """(L, 1), (L, 1): query i sees the keys begin .. end - 1, before a boolean mask hides some."""
+    own, right = own_key(L, S, device, o.lower_right), 0 if is_causal else o.right
+    begin = (own - o.left).clamp(min=0) if o.left >= 0 else torch.zeros_like(own)
+    end = (own + right + 1).clamp(max=S) if right >= 0 else torch.full_like(own, S)
+    return begin, end
+
+
 def visible(L: int, S: int, device, is_causal: bool, o: Options) -> Tensor | None:
     """Whether query i sees key j, broadcast to (B, Hq, L, S). None if each query sees every key."""
-    right, conditions = 0 if is_causal else o.right, []
-    if o.left >= 0 or right >= 0:
-        d = distance(L, S, device, o.lower_right)
-        conditions = [d >= -o.left] * (o.left >= 0) + [d <= right] * (right >= 0)
-    if o.attn_mask is not None and o.attn_mask.dtype == torch.bool:
-        conditions.append(o.attn_mask)
-    return reduce(torch.logical_and, conditions) if conditions else None
+    keep = o.attn_mask if o.attn_mask is not None and o.attn_mask.dtype == torch.bool else None
+    if not is_causal and o.left < 0 and o.right < 0:
+        return keep
+    (begin, end), key = interval(L, S, device, is_causal, o), torch.arange(S, device=device)
+    seen = (begin <= key) & (key < end)
+    return seen if keep is None else seen & keep
 
 
 def _softmax(s: Tensor, sink: Tensor | None):
@@ -178,8 +187,8 @@ def attention_bwd(
         delta = delta - dlse[..., None]
     ds = p * (_dropped(do @ acc(_repeated(v, q)).mT, o) - delta)
     if sink is None:
-        one_key = _sees_one_key(L, S, s.device, is_causal, o)
-        ds = torch.where(one_key, p * (0.0 if dlse is None else dlse[..., None]), ds)
+        begin, end = interval(L, S, s.device, is_causal, o)
+        ds = torch.where(end - begin == 1, p * (0.0 if dlse is None else dlse[..., None]), ds)
     ds_scaled = ds * scale if not softcap else ds * (1.0 - (capped / softcap) ** 2) * scale
 
     needs = [*needs, False, False, False][:6]
@@ -214,14 +223,6 @@ def _of_groups(g: Tensor, k: Tensor) -> Tensor:
     return g if g.shape[1] == k.shape[1] else g.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-def _sees_one_key(L: int, S: int, device, is_causal: bool, o: Options) -> Tensor:
-    """(L, 1): whether query i sees exactly one key, by its interval alone."""
-    own, right = own_key(L, S, device, o.lower_right), 0 if is_causal else o.right
-    begin = (own - o.left).clamp(min=0) if o.left >= 0 else torch.zeros_like(own)
-    end = (own + right + 1).clamp(max=S) if right >= 0 else torch.full_like(own, S)
-    return end - begin == 1
-
-
 # ------------------------------------------------------------------------------- autograd
 def _with_lse(*args):
     return attention_composite(*args, return_lse=True)
@@ -234,7 +235,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, kernels, q, k, v, is_causal, scale, *options):
         ctx.kernels, ctx.is_causal, ctx.scale, ctx.options = kernels, is_causal, scale, options[4:]
         out, lse = kernels.attention_fwd(q, k, v, is_causal, scale, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *options[:4])
+        ctx.save_for_backward(q, k, v, out, lse, *map(savable, options[:4]))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -323,17 +324,18 @@ def scaled_dot_product_attention(
     ``(..., Hq, L, Ev)``. The leading dimensions broadcast, and so does a single head of key and value. The result is
     laid out in memory as query is. All tensors have one dtype: float64, float32, bfloat16 or float16.
 
-    - ``attn_mask`` is boolean (True: may attend) or floating (added to the scores), and broadcasts to
-      ``(..., Hq, L, S)``. Together with ``is_causal`` or ``window``, a query attends to the keys that all allow. It may
-      also be ``torch.nn.attention.bias.causal_lower_right(L, S)``, which is causal along j = i + S - L instead of j = i
-      and excludes ``is_causal``.
+    - ``attn_mask`` is boolean (True: may attend) or floating (added to the scores, in float32 or query's dtype), and
+      broadcasts to ``(..., Hq, L, S)``. Together with ``is_causal`` or ``window``, a query attends to the keys that all
+      allow. It may also be ``torch.nn.attention.bias.causal_lower_right(L, S)``, which is causal along j = i + S - L
+      instead of j = i and excludes ``is_causal``.
     - ``is_causal``: query i attends to keys j <= i, aligned top-left as in torch. For L = 3 and S = 5::
 
           i=0  1 . . . .
           i=1  1 1 . . .
           i=2  1 1 1 . .
 
-    - ``dropout_p`` is the probability with which an attention weight is dropped.
+    - ``dropout_p`` is the probability with which an attention weight is dropped. A seed is drawn from torch's generator
+      of the device. The random bits follow from it and are the same on every backend, but not torch's.
     - ``scale`` is 1 / sqrt(E) by default.
     - ``enable_gqa`` lets Hq be a multiple of Hkv.
     - ``window=(left, right)``: query i attends to keys i - left <= j <= i + right; -1 is unlimited. Its diagonal j = i

@@ -40,15 +40,17 @@ def prepare(
     torch_call: Callable | None = partial(
         torchs, query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    if error := check_tensors("attention", (query, key, value), one_dtype=True):
-        return Call((query, key, value, is_causal, scale), torch=torch_call, error=error)
-    _check_shapes(query, key, value)
-    L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
-    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     if _is_causal_bias(attn_mask) or (attn_mask is not None and is_causal) or window is not None:
         torch_call = None  # PyTorch's function does not take these
     if alibi_slopes is not None or softcap or sink is not None or return_lse:
         torch_call = None
+    if error := check_tensors("attention", (query, key, value), one_dtype=True):
+        if torch_call is None:
+            raise error
+        return Call((query, key, value, is_causal, scale), torch=torch_call, error=error)
+    _check_shapes(query, key, value)
+    L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
+    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
     if enable_gqa and Hk != Hv:
         error = ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
@@ -60,11 +62,11 @@ def prepare(
     B, Hq = q.shape[:2]
     attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
     left, right = (-1, -1) if window is None else _checked_window(window)
-    if not softcap >= 0.0:
-        raise ValueError(f"{_OP}: softcap must not be negative, got {softcap}")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{_OP}: softcap must be finite and not negative, got {softcap}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p:
+    if dropout_p and type(query) not in dispatch.SHARDED:
         torch_call = None  # whose random bits are others
     mask = None if attn_mask is None else _canonical_mask(attn_mask, q, leading, (B, Hq, L, S))
     slopes = None if alibi_slopes is None else _canonical_slopes(alibi_slopes, q)
@@ -128,7 +130,9 @@ def _four_dimensional(query, key, value, enable_gqa):
     q, k, v = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
     Hq, Hk, Hv = q.shape[-3], k.shape[-3], v.shape[-3]
     if enable_gqa:
-        if Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
+        if Hq == 0:
+            k, v = k[..., :0, :, :], v[..., :0, :, :]
+        elif Hq != Hk and not (Hk > 0 and Hq % Hk == 0):
             raise ValueError(f"{_OP}: {Hq} query heads are no multiple of {Hk} key heads")
     elif not Hq == Hk == Hv:
         heads = {n for n in (Hq, Hk, Hv) if n != 1}
@@ -162,9 +166,11 @@ def _check_optional(name, t, query, or_boolean=False):
 def _canonical_mask(attn_mask: Tensor, q: Tensor, leading, shape) -> Tensor:
     """attn_mask in 4 dimensions, with 1 where it is broadcast to (B, Hq, L, S)."""
     _check_optional("attn_mask", attn_mask, q, or_boolean=True)
-    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+    autocasts = autocasting(q.device.type)  # which casts the query later
+    allowed = (torch.bool, torch.float32, q.dtype, *((torch.bfloat16, torch.float16) if autocasts else ()))
+    if attn_mask.dtype not in allowed:
         raise TypeError(f"{_OP}: attn_mask must be bool, float32 or the query's {q.dtype}, got {attn_mask.dtype}")
-    if attn_mask.is_floating_point() and (autocasting(q.device.type) or q.dtype == torch.float64):
+    if attn_mask.is_floating_point() and (autocasts or q.dtype == torch.float64):
         attn_mask = attn_mask.to(acc_dtype(q))
     full = (*leading, *shape[1:])
     mask = attn_mask[(None,) * (len(full) - attn_mask.dim())]
@@ -180,7 +186,7 @@ def _canonical_slopes(alibi_slopes: Tensor, q: Tensor) -> Tensor:
     """(B or 1, Hq) in the dtype of lse."""
     B, Hq = q.shape[:2]
     _check_optional("alibi_slopes", alibi_slopes, q)
-    if tuple(alibi_slopes.shape) not in ((Hq,), (B, Hq)):
+    if tuple(alibi_slopes.shape) not in ((Hq,), (1, Hq), (B, Hq)):
         shape = tuple(alibi_slopes.shape)
         raise ValueError(f"{_OP}: alibi_slopes must have shape ({Hq},) or ({B}, {Hq}), got {shape}")
     return alibi_slopes.to(acc_dtype(q)).reshape(-1, Hq)
@@ -197,9 +203,9 @@ def _canonical_sink(sink: Tensor, q: Tensor) -> Tensor:
 def _checked_window(window) -> tuple[int, int]:
     try:
         left, right = window
-        valid = min(left, right) >= -1
+        valid = all(isinstance(n, (int, torch.SymInt)) and -1 <= n < 2**31 for n in (left, right))
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise ValueError(f"{_OP}: window must be (left, right) >= -1, got {window!r}")
+        raise ValueError(f"{_OP}: window must be (left, right), integers from -1 on, got {window!r}")
     return left, right

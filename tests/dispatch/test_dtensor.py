@@ -414,7 +414,8 @@ def test_attention_with_options(placement, mesh):
 
 
 @pytest.mark.parametrize(
-    "kv_heads, ranks, found", [(2, (2,), True), (2, (4,), False), (4, (4,), True), (3, (2, 3), False)]
+    "kv_heads, ranks, found",
+    [(2, (2,), True), (2, (4,), False), (4, (4,), True), (6, (2, 2), False), (12, (2, 2), True)],
 )
 def test_groups_of_heads_are_not_split(kv_heads, ranks, found):
     q, k = torch.empty(1, 12, 3, 8), torch.empty(1, kv_heads, 3, 8)

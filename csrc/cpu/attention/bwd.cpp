@@ -124,10 +124,10 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
                                 const F& put) {
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
   const Scores& o = x.a.scores;
-  Tile<U> s, dp, capped;
+  Tile<U> s, dp, tanhs;
   T factors[general ? MR * NR : 1];
   score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
-  if constexpr (general) x.adjust(row0, MR, j, NR, s.data(), NR, capped.data(), NR);
+  if constexpr (general) x.adjust(row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
   dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
   if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
   if (x.at_edge(row0, MR, j, NR))
@@ -136,11 +136,11 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
         if (has_one_key(x, row0 + r)) dp.c[r][w] = Vec<T>{};
   for (int r = 0; r < MR; r += d)
     for (int w = 0; w < NV; w++) {
-      Vec<T> e[d], g[d], capped_g[d];
+      Vec<T> e[d], g[d], scores_g[d];
       for (int n = 0; n < d; n++) {
         // Row L may share a pack with the last query, whose gradients an infinite key must not spoil.
         if (d > 1 && row0 + r + n >= x.sequence.q_len) {
-          e[n] = g[n] = capped_g[n] = Vec<T>{};
+          e[n] = g[n] = scores_g[n] = Vec<T>{};
           continue;
         }
         e[n] = exp<T>(scaled_scores<general, U>(o.scale, s.c[r + n][w]) - of.lse[r + n]);
@@ -148,13 +148,13 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
           const Vec<T> f = o.seed ? load(factors + (r + n) * NR + w * W<T>) : set1(T(1));
           g[n] = e[n] * (f * dp.c[r + n][w] - of.delta[r + n]);
           e[n] *= f;
-          const Vec<T> t = capped.c[r + n][w];
-          capped_g[n] = o.softcap > 0 ? g[n] * (1 - t * t) : g[n];
+          const Vec<T> t = tanhs.c[r + n][w];
+          scores_g[n] = o.softcap > 0 ? g[n] * (1 - t * t) : g[n];
         } else {
-          g[n] = capped_g[n] = e[n] * (dp.c[r + n][w] - of.delta[r + n]);
+          g[n] = scores_g[n] = e[n] * (dp.c[r + n][w] - of.delta[r + n]);
         }
       }
-      put(r, w, e, capped_g, g);
+      put(r, w, e, scores_g, g);
     }
 }
 
@@ -194,10 +194,11 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
                                      of_q.lse + row0,
                                      of_q.delta + row0};
       Vec<T> with_distance = {};
-      gradient_tile<general>(x, of, row0, j, [&](int r, int w, const auto& e, const auto& capped_g, const auto& g) {
-        put(r, w, e, capped_g);
+      gradient_tile<general>(x, of, row0, j, [&](int r, int w, const auto& e, const auto& scores_g, const auto& g) {
+        put(r, w, e, scores_g);
         if (general && x.a.dslopes)
-          for (int n = 0; n < d; n++) with_distance += g[n] * x.distances(row0 + r + n, j + w * W<T>);
+          for (int n = 0; n < d && row0 + r + n < x.sequence.q_len; n++)
+            with_distance += g[n] * x.distances(row0 + r + n, j + w * W<T>);
       });
       if (general && x.a.dslopes) slope_gradient += hsum<T>(with_distance);
     }
@@ -292,18 +293,6 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
     if (sums.dk) add_transposed_product(sums.dk, ds, of_q.qt, of_q.l_packs, of_q.e_panels, block);
   }
   return slope_gradient;
-}
-
-// dslopes from sum dS distance of every head and split, in this order.
-template <class T>
-void store_slope_gradients(const AttentionArgs& a, const double* sums, int64_t splits) {
-  for (int64_t b = 0; b < (a.scores.slope_stride ? a.batch : 1); b++)
-    for (int64_t h = 0; h < a.heads; h++) {
-      double total = 0;
-      for (int64_t from = b; from < (a.scores.slope_stride ? b + 1 : a.batch); from++)
-        for (int64_t s = 0; s < splits; s++) total -= sums[(from * a.heads + h) * splits + s];
-      static_cast<T*>(a.dslopes)[b * a.heads + h] = T(total);
-    }
 }
 
 template <bool general, class S>
@@ -479,8 +468,10 @@ void sink_gradient(const AttentionArgs& a) {
 }  // namespace
 
 void attention_bwd(const AttentionArgs& a) {
-  if (is_decode(a) && !a.dslopes) decode_bwd(a);
-  else visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
+  if (a.dq.data || a.dk.data || a.dv.data || a.dslopes) {
+    if (is_decode(a)) decode_bwd(a);
+    else visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
+  }
   visit(a.dtype, [&](auto s) {
     if (a.dmask.data) mask_gradient<decltype(s)>(a);
     if (a.dsink) sink_gradient<decltype(s)>(a);

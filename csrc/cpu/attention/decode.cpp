@@ -69,7 +69,7 @@ const T* dropout_row(const QueryHead<S>& x, int64_t i, int64_t j, int64_t n, T* 
   x.dropout(i, 1, j / 4 * 4, j % 4 + n, factors, 0);
   return factors + j % 4;
 }
-constexpr int64_t kFactors = BC + 8 + 16;  // with what rounding to groups of 4 keys takes, and a vector to spare
+constexpr int64_t kFactors = BC + 8 + W<float>;  // with what rounding to groups of 4 keys takes, and a vector to spare
 
 // The number of tasks that the keys of a sequence are split among, and the keys of each, a multiple of BC.
 constexpr int64_t kSplitKeys = 5 * BC, kMaxSplits = 16;
@@ -160,6 +160,8 @@ void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   const int64_t L = a.sequences.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
   const int64_t group = a.group(), rows = group * L;
+  double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads) : nullptr;
+  if (slope_gradients) std::fill(slope_gradients, slope_gradients + a.batch * a.heads, 0.0);
   parallel_for(a.batch * a.kv_heads, [&](int64_t begin, int64_t end) {
     T *q = scratch<T>(Region::decode_rows, rows * (2 * ld + ldv)), *dq = q + rows * ld, *dout = dq + rows * ld;
     T *p = scratch<T>(Region::decode_scores, 2 * rows * BC + W<T>), *ds = p + rows * BC + W<T>;
@@ -194,14 +196,19 @@ void backward(const AttentionArgs& a) {
             if constexpr (general) x.adjust(i, 1, j, n, pi, 0, tanhs, 0);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             const bool one_key = has_one_key(x, i);
+            Vec<T> with_distance = {};
             for (int64_t c = 0; c < n; c += W<T>) {
               Vec<T> e = exp<T>(load(pi + c) - lse[r]), dp = one_key ? Vec<T>{} : load(dsi + c), f = set1(T(1));
               if (general && kept) f = load(kept + c), dp *= f;
               Vec<T> g = e * (dp - delta[r]);
+              if (general && slope_gradients)  // lanes behind the last key have no weight
+                with_distance +=
+                    lane_index<T>() < IVec<T>{} + typename IntOf<T>::type(n - c) ? g * x.distances(i, j + c) : Vec<T>{};
               if (general && a.scores.softcap > 0) g *= 1 - load(tanhs + c) * load(tanhs + c);
               store(dsi + c, g);
               store(pi + c, general ? e * f : e);
             }
+            if (general && slope_gradients) slope_gradients[b * a.heads + x.h] += hsum<T>(with_distance);
             std::fill(pr, pi, T(0)), std::fill(dsr, dsi, T(0));
             std::fill(pi + n, pr + keys, T(0)), std::fill(dsi + n, dsr + keys, T(0));
             if (a.dq.data) add_weighted(dq + r * ld, T(1), dsi, K.at(j, 0), n, E);
@@ -218,6 +225,7 @@ void backward(const AttentionArgs& a) {
         }
     }
   }, 3 * rows * a.sequences.k_len * (E + Ev));
+  if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, 1);
 }
 
 }  // namespace

@@ -71,22 +71,24 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
         const Range<int64_t> seen = keys[strip - first];
         const int64_t vectors = ceil_div(seen.size(), NR) * NV, r0 = (strip - first) * MR;
         if (general && factors)
-          x.dropout(i0 + strip * MR, MR, j0 + seen.begin, seen.size(), factors + r0 * BC + seen.begin, BC);
+          x.dropout(i0 + strip * MR, MR, j0 + seen.begin, vectors * W<T>, factors + r0 * BC + seen.begin, BC);
         for (int64_t r = r0; r < r0 + MR; r++) {
           Row<T>& row = state[first * MR + r];
           const T* kept = factors ? factors + r * BC + seen.begin : nullptr;
-          T* p = s + r * kScoreStride + seen.begin;
-          if (general && vectors) x.adjust(i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, p, 0, nullptr, 0);
-          rescale[r] = vectors ? softmax_row<general, U>(scale, p, vectors, row.m, row.l, kept) : T(1);
+          T* row_scores = s + r * kScoreStride + seen.begin;
+          if (general && vectors)
+            x.adjust(i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, row_scores, 0, nullptr, 0);
+          rescale[r] = vectors ? softmax_row<general, U>(scale, row_scores, vectors, row.m, row.l, kept) : T(1);
         }
       }
       for (int64_t p = 0; p < v_panels; p++)
         for (int64_t strip = first; strip < end; strip++) {
           const Range<int64_t> seen = keys[strip - first];
-          const U* x = reinterpret_cast<const U*>(s + (strip - first) * MR * kScoreStride + seen.begin);
-          const U* y = v + (p * v_packs + (j0 + seen.begin) / d) * NR;
+          const U* weights = reinterpret_cast<const U*>(s + (strip - first) * MR * kScoreStride + seen.begin);
+          const U* values = v + (p * v_packs + (j0 + seen.begin) / d) * NR;
           Tile<U> product, &sum = out[strip * v_panels + p];
-          micro_kernel<kScoreStride, PackElement<U>::kTileK>(packs_of<U>(seen.size()), x, y, NR, product.data(), NR);
+          micro_kernel<kScoreStride, PackElement<U>::kTileK>(packs_of<U>(seen.size()), weights, values, NR,
+                                                             product.data(), NR);
           for (int r = 0; r < MR; r++)
             for (int w = 0; w < NV; w++)
               sum.c[r][w] = sum.c[r][w] * rescale[(strip - first) * MR + r] + product.c[r][w];

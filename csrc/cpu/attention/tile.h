@@ -78,10 +78,10 @@ struct QueryHead {
   }
 
   // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
-  // apart): softcap, ALiBi, mask, and -inf for hidden keys and those behind the last one, up to whole vectors. `capped`
-  // (rows ldc apart) becomes tanh(s / softcap), if it is not null.
-  PYGPT_INLINE void adjust(int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp, T* capped,
-                           int64_t ldc) const {
+  // apart): softcap, ALiBi, mask, and -inf for hidden keys and those behind the last one, up to whole vectors. `tanhs`
+  // (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  PYGPT_INLINE void adjust(int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp, T* tanhs,
+                           int64_t ldt) const {
     const Scores& o = a.scores;
     rows = std::min(rows, sequence.q_len - row0);
     const auto each_vector = [&](const auto& f) {
@@ -91,7 +91,7 @@ struct QueryHead {
     if (o.softcap > 0)
       each_vector([&](int64_t r, int64_t c, Vec<T> s) {
         const Vec<T> t = tanh<T>(s / T(o.softcap));
-        if (capped) store(capped + r * ldc + c, t);
+        if (tanhs) store(tanhs + r * ldt + c, t);
         return t * T(o.softcap);
       });
     if (o.slopes)
@@ -288,6 +288,18 @@ T delta_of(const QueryHead<S>& x, int64_t i) {
   const T dlse = x.a.dlse ? canonical_nan(static_cast<const T*>(x.a.dlse)[x.statistic(i)]) : T(0);
   if (has_one_key(x, i)) return -dlse;
   return row_dot(x.queries(x.a.dout).at(i, 0), x.queries(x.a.out).at(i, 0), x.a.v_dim) - dlse;
+}
+
+// dslopes from sum dS distance of every head and split, in this order.
+template <class T>
+void store_slope_gradients(const AttentionArgs& a, const double* sums, int64_t splits) {
+  for (int64_t b = 0; b < (a.scores.slope_stride ? a.batch : 1); b++)
+    for (int64_t h = 0; h < a.heads; h++) {
+      double total = 0;
+      for (int64_t from = b; from < (a.scores.slope_stride ? b + 1 : a.batch); from++)
+        for (int64_t s = 0; s < splits; s++) total -= sums[(from * a.heads + h) * splits + s];
+      static_cast<T*>(a.dslopes)[b * a.heads + h] = T(total);
+    }
 }
 
 // Decoding with a cache, that is at most kDecodeQueries queries, has kernels of its own in decode.cpp. They read K and
