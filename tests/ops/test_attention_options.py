@@ -822,3 +822,84 @@ with pygpt.backend(sys.argv[1]):
 def test_no_score_matrix_in_memory(kind, run_python):
     done = run_python(MEMORY, "cpp", kind)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------- at the edges
+def test_no_query_heads():
+    q, k, v = (torch.randn(1, n, 5, 8, requires_grad=True) for n in (0, 2, 2))
+    out = sdpa(q, k, v, enable_gqa=True)
+    assert out.shape == (1, 0, 5, 8)
+    for gradient in torch.autograd.grad(out.sum(), (k, v)):
+        assert torch.equal(gradient, torch.zeros(1, 2, 5, 8))
+
+
+@pytest.mark.parametrize("options", [{"window": (0, 0)}, {"softcap": 1.0}, {"return_lse": True}], ids=cases.ids)
+def test_no_option_is_forgotten_where_only_pytorch_takes_the_tensors(options):
+    nested = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(5, 2, 8)], layout=torch.jagged).transpose(
+        1, 2
+    )
+    assert sdpa(nested, nested, nested).is_nested
+    with pytest.raises(TypeError, match="nested"):
+        sdpa(nested, nested, nested, **options)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_window_may_change(dynamic):
+    q = torch.randn(1, 2, 9, 8)
+    compiled = torch.compile(lambda q, left: sdpa(q, q, q, window=(left, 0)), backend="aot_eager", dynamic=dynamic)
+    for left in (3, 2, 5):
+        torch.testing.assert_close(compiled(q, left), sdpa(q, q, q, window=(left, 0)))
+
+
+def test_booleans_are_refused_alike_after_a_call_of_halves():
+    x, b = torch.randn(2, 3, 8).half(), torch.ones(2, 3, 8, dtype=torch.bool)
+    errors = set()
+    for _ in range(2):
+        with pytest.raises((RuntimeError, TypeError)) as refused:
+            sdpa(b, b, b)
+        errors.add((refused.type, str(refused.value)))
+        sdpa(x, x, x)
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("L", [3, 5, 13, 30])
+def test_an_infinite_key_does_not_spoil_the_gradient_of_slopes(L, backend):
+    """The rows that fill up the last tile of queries have no share in it."""
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (L, 9, 9))
+    q, k[0, 0, 3] = -q.abs(), torch.inf
+    slopes = torch.rand(2, requires_grad=True)
+    with pygpt.backend(backend):
+        (gradient,) = torch.autograd.grad(sdpa(q, k, v, alibi_slopes=slopes).sum(), slopes)
+    assert gradient.isfinite().all()
+
+
+def test_what_torch_allows_of_masks():
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with torch.inference_mode():
+        mask = torch.rand(4, 4) > 0.3
+    assert sdpa(q, q, q, mask).requires_grad
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sdpa(q, q, q, torch.zeros(4, 4, dtype=dtype)).dtype == torch.bfloat16
+
+
+def test_a_refused_call_draws_no_random_number():
+    q = torch.randn(1, 1, 3, 513)
+    before = torch.get_rng_state()
+    with pygpt.backend("cpp"), pytest.raises(RuntimeError, match="head dimension"):
+        sdpa(q, q, q, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong, message", [({"dropout_p": 0.5}, "needs a seed"), ({"softcap": -1.0}, "softcap")])
+def test_the_op_refuses(wrong, message):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pygpt.attention_fwd(q, q, q, True, 1.0, **wrong)
+
+
+@pytest.mark.parametrize("window", [(1.5, 0), (2**40, 0), (1,), ("a", 1), 3])
+def test_a_window_is_two_integers(window):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="window must be"):
+        sdpa(q, q, q, window=window)
