@@ -171,8 +171,8 @@ CUDA = [
     Mutant(
         "cuda: attention reads a row past the last key",
         "csrc/cuda/attention/tiles.cuh",
-        r"(cp_async_16\(element<D>\(tile, row, channel\), source, row) < inside\);",
-        r"\1 <= inside);",
+        r"(cp_async_16\(element<D>\(tile, row, channel\), source, row) < inside &&",
+        r"\1 <= inside &&",
         (MEMORY, "past_the_end", "cuda", "attention", "bfloat16"),
     ),
     # ---- order of events

@@ -85,7 +85,8 @@ void count(const std::string& name, int64_t work, void (*kernel)(const Args&), c
 void attention(DType dtype, int64_t H, int64_t L, int64_t S, int64_t E, int64_t Ev, bool causal) {
   Arrays make = {dtype};
   AttentionArgs a = {};
-  a.dtype = dtype, a.batch = 1, a.heads = a.kv_heads = H, a.sequences.q_len = L, a.sequences.k_len = S, a.head_dim = E, a.v_dim = Ev;
+  a.dtype = dtype, a.batch = 1, a.heads = a.kv_heads = H, a.sequences.q_len = L, a.sequences.k_len = S, a.head_dim = E,
+  a.v_dim = Ev;
   a.reach.right = causal ? 0 : -1, a.scores.scale = 0.125, a.lse_stride[0] = H * L, a.lse_stride[1] = L;
   a.q = make.heads(H, L, E), a.k = make.heads(H, S, E), a.v = make.heads(H, S, Ev);
   a.out = make.heads(H, L, Ev), a.lse = make.statistics(H * L), a.dout = make.heads(H, L, Ev);

@@ -195,7 +195,7 @@ def test_verify_keeps_what_is_wrong(tmp_path, monkeypatch, capsys):
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert found["triton"] == 1 and len(found["cuda"]["errors"]) == 1 and "no such kernel" in found["cuda"]["errors"][0]
     wrong = {row["op"] for row in found["cuda"]["rows"] if not row["passed"]}
-    assert wrong == {"relu"} and len({row["op"] for row in found["cuda"]["rows"]}) == 8
+    assert wrong == {"relu"} and {row["op"] for row in found["cuda"]["rows"]} >= {"attention", "attention_gqa", "mlp"}
     assert "WRONG: relu" in said and said.strip().splitlines()[-1].endswith(" s")
 
 

@@ -254,8 +254,10 @@ void attention(DType dtype, int64_t L, int64_t S, int64_t E, int64_t Ev, bool ca
   const Array q = input(dtype, L * E), k = input(dtype, S * E), v = input(dtype, S * Ev), dout = input(dtype, L * Ev);
   const Array out(dtype, L * Ev), lse(statistics(dtype), L), dq(dtype, L * E), dk(dtype, S * E), dv(dtype, S * Ev);
   AttentionArgs a = {};
-  a.dtype = dtype, a.batch = a.heads = a.kv_heads = 1, a.sequences.q_len = L, a.sequences.k_len = S, a.head_dim = E, a.v_dim = Ev;
-  a.reach.right = causal ? 0 : -1, a.scores.scale = 1 / std::sqrt(double(E)), a.lse_stride[0] = a.lse_stride[1] = L, a.lse = lse.data();
+  a.dtype = dtype, a.batch = a.heads = a.kv_heads = 1, a.sequences.q_len = L, a.sequences.k_len = S, a.head_dim = E,
+  a.v_dim = Ev;
+  a.reach.right = causal ? 0 : -1, a.scores.scale = 1 / std::sqrt(double(E)), a.lse_stride[0] = a.lse_stride[1] = L,
+  a.lse = lse.data();
   const auto heads = [](const Array& t, int64_t T, int64_t width) {
     return Heads{t.data(), {T * width, T * width, width, 1}};
   };

@@ -327,7 +327,8 @@ def test_a_row_that_sees_one_key_has_the_gradient_of_lse_alone(left, causal, S, 
     q, k, v, dout = (torch.randn(1, 1, n, 16, generator=generator).to(dtype).to(DEVICE) for n in (L, S, S, L))
     options = None, None, None, None, 0.0, 0.0, left, -1 if causal or left < 0 else 20, False
     out, lse = KERNELS.attention_fwd(q, k, v, causal, 0.3, *options)
-    one = oracle._sees_one_key(L, S, DEVICE, causal, oracle.Options(*options))[:, 0]
+    begin, end = oracle.interval(L, S, DEVICE, causal, oracle.Options(*options))
+    one = (end - begin == 1)[:, 0]
     assert one.any()
     for dlse in (None, torch.randn(lse.shape, generator=generator).to(DEVICE)):
         got = KERNELS.attention_bwd(dout, dlse, q, k, v, out, lse, causal, 0.3, [True] * 3, *options)

@@ -168,7 +168,7 @@ BAD = [
     ((Q, Q, Q, causal_lower_right(4, 3)), {}, ValueError, r"CausalBias is for \(4, 3\).*\(3, 3\)"),
     ((Q, Q, Q, causal_lower_right(3, 3)), {"is_causal": True}, ValueError, "is_causal and a CausalBias"),
     ((Q, Q, Q), {"dropout_p": 1.5}, ValueError, "dropout_p must be in.*1.5"),
-    ((Q, Q, Q), {"softcap": -1.0}, ValueError, "softcap must not be negative.*-1.0"),
+    ((Q, Q, Q), {"softcap": -1.0}, ValueError, "softcap must be finite and not negative.*-1.0"),
     ((Q, Q, Q), {"window": (-2, 1)}, ValueError, r"window must be.*\(-2, 1\)"),
     ((Q, Q, Q), {"window": (1,)}, ValueError, r"window must be.*\(1,\)"),
     ((Q, Q, Q), {"window": 5}, ValueError, "window must be.*5"),

@@ -287,7 +287,8 @@ def test_dropout_follows_manual_seed(option, backend, device):
         assert torch.equal(first, sdpa(q, k, v, dropout_p=0.5)) and torch.equal(second, sdpa(q, k, v, dropout_p=0.5))
         assert not torch.equal(first, second)
         nothing, lse = sdpa(q, k, v, dropout_p=1.0, return_lse=True)
-        assert not nothing.any() and torch.equal(lse, sdpa(q, k, v, return_lse=True)[1])
+        assert not nothing.any()
+        torch.testing.assert_close(lse, sdpa(q, k, v, return_lse=True)[1])
 
 
 @pytest.mark.parametrize("option", [DROPOUT], ids=cases.ids)
@@ -780,7 +781,8 @@ def test_an_option_that_a_backend_lacks(option, generator, monkeypatch):
 
 
 def test_grouped_heads_that_a_backend_lacks(monkeypatch):
-    monkeypatch.setitem(TABLE, "cpp", replace(TABLE["cpp"], features={}))
+    for name in set(TABLE) - {"torch"}:
+        monkeypatch.setitem(TABLE, name, replace(TABLE[name], features={}))
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
     with pygpt.backend("cpp"), pytest.raises(RuntimeError, match="enable_gqa not served"):
         sdpa(q, k, k, enable_gqa=True)
