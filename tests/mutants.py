@@ -230,8 +230,8 @@ CUDA = [
     Mutant(
         "cuda: the causal mask hides the diagonal",
         "csrc/cuda/attention/walk.cuh",
-        r"column >= visible\.end\(row \+ r\) - key\)",
-        r"column >= visible.end(row + r) - key - 1)",
+        r"c - r > right \|\|",
+        r"c - r >= right ||",
         (MEMORY, "past_the_end", "cuda", "attention", "exact"),
     ),
     Mutant(
@@ -436,8 +436,8 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: the derivative of softcap is left out",
         "csrc/cpu/attention/bwd.cpp",
-        r"capped_g\[n\] = o\.softcap > 0 \? g\[n\] \* \(1 - t \* t\) : g\[n\];",
-        r"capped_g[n] = g[n];",
+        r"scores_g\[n\] = o\.softcap > 0 \? g\[n\] \* \(1 - t \* t\) : g\[n\];",
+        r"scores_g[n] = g[n];",
         (OPTIONS, "each_option", "cpp", "softcap-", TILES),
     ),
     Mutant(
