@@ -295,11 +295,12 @@ def load_stats(stats, head, i, params):
 
 
 @triton.jit
-def _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params):
-    """Adds the keys from `start` on to dq, without the factor scale, and to the gradients of the rows' slopes."""
+def _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES: tl.constexpr, params):
+    """Adds the keys from `start` on to dq, without the factor scale, and with SLOPES to the gradients of the rows'
+    slopes."""
     k_data = load_tile(k, loop.at, start)
     ds, dproduct = score_gradients(q, dout, stats, Tile(k, loop.at, start, k_data), v, mask, loop.MASKED, params)
-    if slope_sum is not None:
+    if SLOPES:
         i, j = q.row + tl.arange(0, q.operand.TILE_ROWS), start + tl.arange(0, k.TILE_ROWS)
         slope_sum -= tl.sum(ds * distance(i[:, None], j[None, :], params), 1)
     dq = dot(to_storage(dproduct, k_data.dtype), k_data, dq)
@@ -307,7 +308,7 @@ def _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, 
 
 
 @triton.jit
-def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, params):
+def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, SLOPES: tl.constexpr, params):
     """The same for the keys of a loop."""
     for row in tl.range(loop_bound(loop.begin), loop_bound(loop.end), k.TILE_ROWS):
         start = past_gap(row, loop)
@@ -315,9 +316,11 @@ def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, params):
         mask = load_mask(q.at, i[:, None], j[None, :], params)
         if params.scores.BOOLEAN:
             if any_visible(mask):
-                dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params)
+                dq, slope_sum = _accumulate_dq_tile(
+                    dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES, params
+                )
         else:
-            dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, params)
+            dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES, params)
     return dq, slope_sum
 
 
@@ -333,7 +336,7 @@ def _backward_queries(dq, slope_rows, q, dout, stats, k, v, params):
     of_rows = load_stats(stats, at.head, i, params)
     begin, unmasked, masked, end = walk(params.visible, row, BLOCK_M, k.TILE_ROWS)
     acc = tl.zeros([BLOCK_M, k.TILE_WIDTH], tl.float32)
-    slope_sum = None if slope_rows is None else tl.zeros([BLOCK_M], tl.float32)
+    slope_sum = tl.zeros([BLOCK_M], tl.float32)
     for edges in tl.static_range(2):
         if edges and params.LIMIT:  # noqa: SIM102 - a constant, and what depends on data
             if any_true(of_rows.lse2 == float("-inf")):
@@ -345,7 +348,8 @@ def _backward_queries(dq, slope_rows, q, dout, stats, k, v, params):
         acc, slope_sum = _accumulate_dq(
             acc, slope_sum, Tile(q, at, row, q_data, params.CHUNK), Tile(dout, at, row, do_data, params.CHUNK),
             of_rows, k, v,
-            Loop(kv_coord(at, params), first, stop, unmasked, gap, edges and params.visible.LEFT, edges), params,
+            Loop(kv_coord(at, params), first, stop, unmasked, gap, edges and params.visible.LEFT, edges),
+            slope_rows is not None, params,
         )  # fmt: skip
     if dq is not None:
         store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H)
