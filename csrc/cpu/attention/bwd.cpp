@@ -143,7 +143,7 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
           e[n] = g[n] = scores_g[n] = Vec<T>{};
           continue;
         }
-        e[n] = exp<T>(scaled_scores<general, U>(o.scale, s.c[r + n][w]) - of.lse[r + n]);
+        e[n] = weight<general, T>(scaled_scores<general, U>(o.scale, s.c[r + n][w]) - of.lse[r + n]);
         if constexpr (general) {
           const Vec<T> f = o.seed ? load(factors + (r + n) * NR + w * W<T>) : set1(T(1));
           g[n] = e[n] * (f * dp.c[r + n][w] - of.delta[r + n]);

@@ -198,7 +198,8 @@ void backward(const AttentionArgs& a) {
             const bool one_key = has_one_key(x, i);
             Vec<T> with_distance = {};
             for (int64_t c = 0; c < n; c += W<T>) {
-              Vec<T> e = exp<T>(load(pi + c) - lse[r]), dp = one_key ? Vec<T>{} : load(dsi + c), f = set1(T(1));
+              Vec<T> e = weight<general, T>(load(pi + c) - lse[r]), dp = one_key ? Vec<T>{} : load(dsi + c),
+                     f = set1(T(1));
               if (general && kept) f = load(kept + c), dp *= f;
               Vec<T> g = e * (dp - delta[r]);
               if (general && slope_gradients)  // lanes behind the last key have no weight
