@@ -212,8 +212,8 @@ PYGPT_INLINE void score_tile(const QueryHead<S>& x, const U* q, const U* k, int6
   }
 }
 
-// The weight exp(x). Masks and ALiBi make many weights tiny. Below 2^-100 they are 0, because products with them would be
-// subnormal, which is slow (docs/measured.md C14); the largest weight of a row is 1, so none is missed.
+// The weight exp(x). Masks and ALiBi make many weights tiny. Below 2^-100 they are 0, because products with them would
+// be subnormal, which is slow (docs/measured.md C14); the largest weight of a row is 1, so none is missed.
 template <bool general, class T>
 PYGPT_INLINE Vec<T> weight(Vec<T> x) {
   const Vec<T> e = exp<T>(x);
