@@ -14,7 +14,6 @@ struct AttentionOptions {
   bool lower_right = false;
 
   auto fields() { return std::tie(attn_mask, alibi_slopes, sink, seed, dropout_p, softcap, left, right, lower_right); }
-  bool any_tensor() const { return attn_mask || alibi_slopes || sink || seed; }
 };
 
 // Checks a tensor with 1 in the place of broadcast dimensions, and returns its strides, 0 in these dimensions.
@@ -46,7 +45,6 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   if (o.dropout_p > 0 && !o.seed) call.fail("dropout needs a seed");
   s.softcap = o.softcap;
   a.reach.left = o.left, a.reach.lower_right = o.lower_right;
-  if (!o.any_tensor()) return;
   if (o.attn_mask) {
     call.check("attn_mask", *o.attn_mask, o.attn_mask->sizes, o.attn_mask->type);
     const Sizes strides = broadcast_strides(call, "attn_mask", *o.attn_mask, scores);

@@ -44,19 +44,21 @@ def prepare(
         torch_call = None  # PyTorch's function does not take these
     if alibi_slopes is not None or softcap or sink is not None or return_lse:
         torch_call = None
-    if error := check_tensors("attention", (query, key, value), one_dtype=True):
+
+    def served_by_torch(error):
+        """The call that no kernel takes. Raises the error where PyTorch's function lacks an option, too."""
         if torch_call is None:
             raise error
         return Call((query, key, value, is_causal, scale), torch=torch_call, error=error)
+
+    if error := check_tensors("attention", (query, key, value), one_dtype=True):
+        return served_by_torch(error)
     _check_shapes(query, key, value)
     L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
     if enable_gqa and Hk != Hv:
-        error = ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal")
-        if torch_call is None:
-            raise error
-        return Call((query, key, value, is_causal, scale), torch=torch_call, error=error)
+        return served_by_torch(ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal"))
 
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
     B, Hq = q.shape[:2]
