@@ -118,15 +118,19 @@ class DispatcherCall final : public Call {
     return argument(copies_.back().get());
   }
   void fill_with_nan(const View& t) override { fill_tensor_with_nan(static_cast<AtenTensorHandle>(t.owner), false); }
+  void fill(const View& t, double value) override {
+    torch::stable::fill_(shared(static_cast<AtenTensorHandle>(t.owner)), value);
+  }
 
   std::array<Handle, 8> results_;  // those that take() has not released yet
   size_t count_ = 0;
   std::vector<Handle> copies_;
 };
 
-// ---------------------------------------------------------------- arguments Converts an argument at this place of the
-// stack to the type that a body takes, and owns what the stack has handed over.
-template <class T>
+// ---------------------------------------------------------------- arguments
+// Converts an argument at this place of the stack to the type that a body takes, and owns what the stack has handed
+// over.
+template <class T, class = void>
 struct Argument {
   explicit Argument(const StableIValue* v) : value(torch::stable::detail::to<T>(*v)) {}
   T get() const { return value; }
@@ -171,19 +175,26 @@ struct Argument<Needs> {
   Needs value;
 };
 
-template <>
-struct Argument<AttentionOptions> {
-  explicit Argument(const StableIValue* v)
-      : mask(v), slopes(v + 1), sink(v + 2), seed(v + 3), dropout_p(v + 4), softcap(v + 5), left(v + 6), right(v + 7),
-        lower_right(v + 8) {}
-  AttentionOptions get() const {
-    return {mask.get(),    slopes.get(), sink.get(),  seed.get(),       dropout_p.get(),
-            softcap.get(), left.get(),   right.get(), lower_right.get()};
+// A struct of arguments, which stand one after the other.
+template <class T, class Fields>
+struct StructArgument;
+template <class T, class... Field>
+struct StructArgument<T, std::tuple<Field&...>> {
+  explicit StructArgument(const StableIValue* v) : StructArgument(v, std::index_sequence_for<Field...>()) {}
+  T get() const {
+    T value;
+    std::apply([&](const auto&... argument) { value.fields() = std::make_tuple(argument.get()...); }, arguments);
+    return value;
   }
-  Argument<Maybe> mask, slopes, sink, seed;
-  Argument<double> dropout_p, softcap;
-  Argument<int64_t> left, right;
-  Argument<bool> lower_right;
+
+ private:
+  template <size_t... I>
+  StructArgument(const StableIValue* v, std::index_sequence<I...>) : arguments((v + I)...) {}
+  std::tuple<Argument<Field>...> arguments;
+};
+template <class T>
+struct Argument<T, std::enable_if_t<(kFields<T> > 1)>> : StructArgument<T, decltype(std::declval<T&>().fields())> {
+  using StructArgument<T, decltype(std::declval<T&>().fields())>::StructArgument;
 };
 
 // ---------------------------------------------------------------- boxed functions
