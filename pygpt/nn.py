@@ -196,13 +196,26 @@ def _lower_right(T: int, S: int, device: torch.device) -> Tensor:
     return causal_lower_right(T, S)
 
 
+def _masking(T: int, S: int, window: int | None, device: torch.device) -> dict:
+    """How queries at the last T of S positions are masked, as arguments of attention."""
+    if window is not None and T < S:  # the diagonal of `window` is the mask's only where that is a CausalBias
+        if not torch.compiler.is_compiling():
+            return {"attn_mask": _lower_right(T, S, device), "window": (window, -1)}
+        return {"attn_mask": _lower_right(T, S, device).triu(S - T - window)}
+    if 1 < T < S:
+        return {"attn_mask": _lower_right(T, S, device)}
+    of_window = {} if window is None else {"window": (window, -1)}
+    return {"is_causal": True, **of_window} if T > 1 else {}
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
 
     c_attn projects to queries, keys and values side by side. The heads are views of its output, so nothing is copied.
     ``num_kv_heads`` below num_heads shares each key and value head among num_heads / num_kv_heads queries (GQA; Ainslie
-    et al. 2023). ``dropout`` acts on the attention weights and on the output. Head counts that do not divide raise
-    ValueError.
+    et al. 2023). ``dropout`` acts on the attention weights and on the output. With ``window``, a position attends to
+    itself and that many positions before it (Beltagy et al. 2020). Head counts that do not divide raise ValueError, and
+    so does a negative window.
     """
 
     def __init__(
@@ -214,6 +227,7 @@ class CausalSelfAttention(nn.Module):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -225,7 +239,10 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}"
             )
+        if window is not None and window < 0:
+            raise ValueError(f"pygpt.nn.CausalSelfAttention: window must not be negative, got {window}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
+        self.window = window
         self.c_attn = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias, device, dtype)
         self.c_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
@@ -243,24 +260,18 @@ class CausalSelfAttention(nn.Module):
         C = self.num_heads * self.head_dim
         if x.dim() != 3 or x.shape[2] != C:
             raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")
-        (B, T, _), H, Hkv = x.shape, self.num_heads, self.num_kv_heads
-        q, kv = self.c_attn(x).view(B, T, H + 2 * Hkv, self.head_dim).transpose(1, 2).split((H, 2 * Hkv), dim=1)
-        if cache is not None:
-            kv = cache.append(kv)
-        k, v = kv.chunk(2, dim=1)
-        S, attn_mask, is_causal = k.shape[2], None, False
-        if 1 < T < S:
-            attn_mask = _lower_right(T, S, x.device)
-        elif T > 1:  # here T == S, but that expression is no bool where torch.compile makes the shapes symbolic
-            is_causal = True
+        (B, T, _), D, kv_width = x.shape, self.head_dim, self.num_kv_heads * self.head_dim
+        widths = (C, kv_width, kv_width) if cache is None else (C, 2 * kv_width)
+        q, *kv = (t.view(B, T, -1, D).transpose(1, 2) for t in self.c_attn(x).split(widths, dim=2))
+        k, v = kv if cache is None else cache.append(kv[0]).chunk(2, dim=1)
         y = functional.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=attn_mask,
             dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=is_causal,
-            enable_gqa=H != Hkv,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+            **_masking(T, k.shape[2], self.window, x.device),
         )  # fmt: skip
         return _dropout(self.dropout, self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        window = "" if self.window is None else f", window={self.window}"
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}{window}"

@@ -71,15 +71,18 @@ def plain_attention(m, x):
     heads = []
     for h in range(H):
         qh, kh, vh = (t[:, :, i * D : (i + 1) * D] for t, i in ((q, h), (k, h // G), (v, h // G)))
-        s = (qh @ kh.mT / math.sqrt(D)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        left = T if m.window is None else m.window
+        visible = torch.ones(T, T).tril().triu(-left).bool()
+        s = (qh @ kh.mT / math.sqrt(D)).masked_fill(~visible, -math.inf)
         heads.append(s.softmax(-1) @ vh)
     return F.linear(torch.cat(heads, 2), m.c_proj.weight, m.c_proj.bias)
 
 
 @pytest.mark.parametrize("kv_heads", [None, 4, 2, 1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_attention(kv_heads, bias):
-    m = nn.CausalSelfAttention(24, 4, kv_heads, bias, dtype=F64)
+@pytest.mark.parametrize("window", [None, 0, 2, 99])
+def test_attention(kv_heads, bias, window):
+    m = nn.CausalSelfAttention(24, 4, kv_heads, bias, dtype=F64, window=window)
     x = torch.randn(2, 7, 24, dtype=F64)
     torch.testing.assert_close(m(x), plain_attention(m, x))
     torch.testing.assert_close(m(x[:, :1]), plain_attention(m, x[:, :1]))
@@ -99,9 +102,10 @@ def test_attention_takes_views(monkeypatch):
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 1, 1, 1, 1], [3, 4, 2], [9]])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_cache(pieces, kv_heads):
+@pytest.mark.parametrize("window", [None, 0, 3])
+def test_cache(pieces, kv_heads, window):
     """However the positions are cut into calls, the cached result is that of one call."""
-    m = nn.CausalSelfAttention(24, 4, kv_heads, dtype=F64).eval()
+    m = nn.CausalSelfAttention(24, 4, kv_heads, dtype=F64, window=window).eval()
     x = torch.randn(2, 9, 24, dtype=F64)
     cache = nn.KVCache(9)
     torch.testing.assert_close(torch.cat([m(part, cache) for part in x.split(pieces, 1)], 1), m(x))
@@ -135,6 +139,7 @@ def test_factory_arguments():
         (lambda: nn.CausalSelfAttention(10, 3), "embed_dim 10 does not divide by num_heads 3"),
         (lambda: nn.CausalSelfAttention(10, 0), "num_heads 0"),
         (lambda: nn.CausalSelfAttention(12, 4, 3), "num_heads 4 is no multiple of num_kv_heads 3"),
+        (lambda: nn.CausalSelfAttention(8, 2, window=-1), "window must not be negative"),
         (lambda: nn.MLP(8, activation="swish"), "unknown activation 'swish'"),
         (lambda: nn.CausalSelfAttention(8, 2)(torch.zeros(3, 8)), r"x must be \(B, T, 8\), got \(3, 8\)"),
     ],
@@ -398,13 +403,15 @@ def test_a_compiled_module_sees_a_forward_patched_later():
     torch.testing.assert_close(compiled(x), layer_by_layer(m, x))
 
 
-def test_cached_decoding_compiles():
+@pytest.mark.parametrize("window", [None, 2])
+def test_cached_decoding_compiles(window):
     """The branch that imports the lower-right mask, without a graph break."""
     m, x = of_kind("CausalSelfAttention"), torch.randn(2, 9, 8, dtype=F64)
+    m.window = window
 
     def run(call):
         cache = nn.KVCache(9)
-        return [call(part, cache) for part in x.split([4, 5], 1)]
+        return [call(part, cache) for part in x.split([4, 4, 1], 1)]
 
     torch._dynamo.reset()
     torch.testing.assert_close(run(torch.compile(m, fullgraph=True, backend="eager")), run(m))
