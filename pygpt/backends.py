@@ -100,7 +100,7 @@ def _register_flops(packets):
 
     for op in OPS.values():
         for direction, formula in zip(("fwd", "bwd"), op.flops, strict=True) if op.flops else ():
-            register_flop_formula(getattr(packets, f"{op.name}_{direction}"))(formula)
+            register_flop_formula(getattr(packets, f"{op.name}_{direction}"), get_raw=True)(formula)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

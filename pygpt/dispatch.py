@@ -81,7 +81,7 @@ class Op:
     function: Any  # the torch.autograd.Function over kernels <op>_fwd and <op>_bwd
     specs: Mapping  # name -> `pygpt.verify.Spec`: how verify draws and judges it
     results: int = 1  # how many results of <op>_fwd the caller gets; the others are for backward
-    flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd, as torch.utils.flop_counter takes them
+    flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd of their arguments, and of out_val
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
 
@@ -153,7 +153,8 @@ class Backend:
             reasons.append("dropout of a DTensor, whose ranks would draw different bits")
         if features and (extra := sorted(set(features) - set(self.features.get(op, ())))):
             reasons.append(f"{', '.join(extra)} not served")
-        if op == "attention" and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
+        has_heads = op in ("attention", "varlen_attn")
+        if has_heads and self.max_head_dim and max(lead.shape[-1], tensors[2].shape[-1]) > self.max_head_dim:
             reasons.append(f"head dimension above {self.max_head_dim}")
         if _are_functorch_transforms_active():
             reasons.append("a torch.func transform (vmap, grad, jvp) is active")

@@ -100,6 +100,11 @@ CASES = {
     "attention_mask": [{"B": 1, "L": 33, "S": 35, "E": 16, "mask": mask} for mask in ("bool", "float")],
     "attention": ATTENTION[::7],  # the same kernels as attention_lse's, which have one gradient less to read
     "attention_lse": ATTENTION,
+    "varlen_attn": [
+        {"N": 3, "L": 33, "E": 16, "Ev": 24, "right": 0},
+        {"N": 3, "L": 20, "S": 65, "E": 24, "left": 30, "used": 1},
+        *({"N": 2, "group": 1, "L": 5, "S": 4, "E": 8, "Ev": 6, key: 0} for key in ("N", "H", "L", "S", "E", "Ev")),
+    ],
     "linear": LINEAR,
     "mlp": MLP,
     "layer_norm": NORM,

@@ -10,6 +10,7 @@ import torch.nn.functional as TF
 
 from pygpt import functional as F
 from pygpt.ops.common import lead
+from pygpt.ops.varlen_attn import unequal_lengths, varlen_attn_composite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "backward")
@@ -67,6 +68,15 @@ def case(setup: Callable, *args, standard: tuple = ()) -> Case:
         case "attention":
             length = f"T{d['L']}" if d["L"] == d["S"] else f"L{d['L']} S{d['S']}"
             shape = f"B{d['B']} H{d['H']} {length} D{d['E']} {'causal' if d['causal'] else 'full'}"
+        case "attention_window" | "attention_mask":
+            what = f"window {d['left']}" if "left" in d else f"{d['padding']}% padding"
+            shape = f"B{d['B']} H{d['H']} T{d['L']} D{d['E']} {what}"
+        case "attention_gqa":
+            kind = "causal" if d["causal"] else "full"
+            shape = f"B{d['B']} H{d['H'] * d['group']}/{d['H']} L{d['L']} S{d['S']} D{d['E']} {kind}"
+        case "varlen_attn":
+            heads = f"H{d['H'] * d['group']}/{d['H']}"
+            shape = f"N{d['N']} {heads} T{d['L']} D{d['E']} causal"
         case "linear":
             shape = f"{_sizes(d['M'], d['K'])} -> {d['N']}"
         case "mlp":
@@ -94,6 +104,47 @@ def attention(make, B, H, L, S, E, causal):
     flops = 4 * B * H * pairs * E
     call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return Work(call(F), call(TF), (make(B, H, L, E), make(B, H, S, E), make(B, H, S, E)), (flops, 2.5 * flops))
+
+
+def attention_window(make, B, H, L, S, E, left):
+    """Causal attention to the ``left`` keys before a query's own. PyTorch takes this as a mask."""
+    q, k, v = make(B, H, L, E), make(B, H, S, E), make(B, H, S, E)
+    mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril().triu(-left)
+    flops = 4 * B * H * E * sum(max(0, min(i, S - 1) - max(0, i - left) + 1) for i in range(L))
+    ours = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, window=(left, -1))
+    eager = lambda q, k, v: TF.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return Work(ours, eager, (q, k, v), (flops, 2.5 * flops))
+
+
+def attention_mask(make, B, H, L, S, E, padding):
+    """A boolean mask that hides the last ``padding`` percent of the keys, whose FLOPs do not count."""
+    q, k, v = make(B, H, L, E), make(B, H, S, E), make(B, H, S, E)
+    keys = S - S * padding // 100
+    mask = (torch.arange(S, device=q.device) < keys).expand(B, 1, 1, S)
+    call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    flops = 4 * B * H * L * keys * E
+    return Work(call(F), call(TF), (q, k, v), (flops, 2.5 * flops))
+
+
+def attention_gqa(make, B, H, group, L, S, E, causal):
+    """Grouped heads: ``group`` query heads share each of the H key heads."""
+    tensors = make(B, H * group, L, E), make(B, H, S, E), make(B, H, S, E)
+    flops = attention(make, B, H * group, L, S, E, causal).amount
+    call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return Work(call(F), call(TF), tensors, flops)
+
+
+def varlen_attn(make, N, H, group, L, S, E):
+    """N packed causal sequences of L / N, 2 L / N, ... L queries and likewise of keys; PyTorch takes one at a time."""
+    cu_q, cu_k, rows_q, rows_k = unequal_lengths(N, L, S)
+    tensors = make(rows_q, H * group, E), make(rows_k, H, E), make(rows_k, H, E)
+    packing = cu_q.to(tensors[0].device), cu_k.to(tensors[0].device), None, L, S, E**-0.5, -1, 0
+    lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)
+    flops = 4 * H * group * E * sum(max(0, s - i) for l, s in lengths for i in range(l))
+    ours = lambda q, k, v: F.varlen_attn(
+        q, k, v, packing[0], packing[1], L, S, window_size=(-1, 0), enable_gqa=group > 1
+    )
+    return Work(ours, lambda q, k, v: varlen_attn_composite(q, k, v, *packing), tensors, (flops, 2.5 * flops))
 
 
 def linear(make, M, K, N):
@@ -166,6 +217,11 @@ CPU = [
     case(attention, 1, 12, 64, 64, 64, True),
     case(attention, 1, 12, 1, 1024, 64, False),
     case(attention, 2, 3, 77, 133, 40, False),
+    *(case(attention_window, 1, 12, 4096, 4096, 64, left) for left in (255, 1023)),
+    *(case(attention_mask, 4, 12, 512, 512, 64, padding) for padding in (0, 50)),
+    case(attention_gqa, 1, 4, 4, 1024, 1024, 64, True),
+    case(attention_gqa, 1, 4, 4, 1, 4096, 64, False),
+    case(varlen_attn, 8, 12, 1, 512, 512, 64),
     case(linear, 4096, 768, 3072, standard=ALL),
     case(linear, 4096, 3072, 768, standard=ALL),
     case(linear, 8, 768, 3072),
@@ -198,6 +254,10 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(linear, TOKENS, 768, 3072),
     case(attention, 16, 25, 1024, 1024, 64, True, standard=BFLOAT16),
     case(add_layer_norm, TOKENS, 768),
+    case(varlen_attn, 8, 32, 1, 4096, 4096, 128),
+    case(attention_window, 2, 32, 8192, 8192, 128, 1023),
+    case(attention_gqa, 2, 8, 4, 8192, 8192, 128, True),
+    case(attention_mask, 16, 12, 1024, 1024, 64, 50),
     case(layer_norm, TOKENS, 4096, standard=BFLOAT16),
     case(mlp, (16, 1024), 4096, "gelu_tanh", standard=BFLOAT16),
     case(rms_norm, TOKENS, 768, standard=BFLOAT16),

@@ -17,7 +17,10 @@ def first_of_each_op(cases: list[Case]) -> list[Case]:
 
 def tiny(cases: list[Case]) -> list[Case]:
     """Returns the same ops on sizes that the emulator and Triton's interpreter can run."""
-    small = {"attention": {"B": 1, "H": 2, "L": 40, "S": 40, "E": 16}, "linear": {"M": 32, "K": 24, "N": 96}}
+    attention = {"B": 1, "H": 2, "L": 40, "S": 40, "E": 16}
+    small = dict.fromkeys(("attention", "attention_mask", "attention_gqa"), attention)
+    small |= {"attention_window": attention | {"left": 9}, "varlen_attn": {"N": 3, "H": 2, "L": 20, "S": 20, "E": 16}}
+    small |= {"linear": {"M": 32, "K": 24, "N": 96}}
     small |= {"mlp": {"M": (1, 24), "C": 32}, "gelu": {"M": (48, 24)}, "relu": {"M": (48, 24)}}
     return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"M": 48, "N": 24})).values()) for c in cases))
 
@@ -34,7 +37,7 @@ def custom(text: str, wanted_ops) -> list[Case]:
     served, known = [], []
     for first in first_of_each_op([c for c in ops.CPU if c.op in wanted_ops]):
         requested = dict(given)
-        if first.op == "attention" and "L" in requested:
+        if "att" in first.op and "L" in requested:
             requested.setdefault("S", requested["L"])
         known.append(f"{first.op}: {', '.join(dimensions(first.setup))}")
         if set(requested) <= set(first.dims):

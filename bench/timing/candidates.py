@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 import pygpt
+from pygpt import verify
 from pygpt.dispatch import TABLE, choose
 
 from ..cases import gpt, ops
@@ -110,10 +111,11 @@ def _functions(work: ops.Work, backends, peers: dict[str, Peer], run: RowRun) ->
     functions, case = {}, run.row.case
     for name in backends:
         run.facts[name] = {"ours": True}
-        if why := TABLE[name].objections(case.op, work.tensors, {}):
+        spec = verify.SPECS[case.op]
+        if why := TABLE[name].objections(spec.op, work.tensors, spec.features):
             run.refuse(name, f"not served: {'; '.join(why)}")
         else:
-            by_default = choose(case.op, work.tensors).backend == name
+            by_default = choose(spec.op, work.tensors, spec.features).backend == name
             functions[name] = work.ours if by_default else on_backend(name, work.ours)
     for name, peer in peers.items():
         if peer.serves(case.op):

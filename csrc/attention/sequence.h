@@ -17,6 +17,7 @@ struct Sequences {
   int64_t q_len, k_len;  // packed: the longest that may occur
   const int32_t *cu_seq_q, *cu_seq_k;  // (batch + 1), or null: dense
   const int32_t* seqused_k;            // (batch), or null
+  int64_t total_q, total_k;            // packed: the rows of the tensors, which may end with rows of no sequence
 
   PYGPT_HOST_DEVICE Sequence operator()(int64_t b) const {
     if (!cu_seq_q) return {0, 0, q_len, k_len};

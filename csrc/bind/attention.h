@@ -71,6 +71,13 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   }
 }
 
+inline void check_heads(const Call& call, const AttentionArgs& a) {
+  if (a.kv_heads != a.heads && (a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads))
+    call.fail(std::to_string(a.heads) + " query heads are no multiple of " + std::to_string(a.kv_heads) + " key heads");
+  if (std::max(a.head_dim, a.v_dim) > kMaxHeadDim)
+    call.fail("head dimensions above " + std::to_string(kMaxHeadDim) + " are not served");
+}
+
 inline AttentionArgs attention_args(Call& call, const View& q, const View& k, const View& v, bool is_causal,
                                     double scale, AttentionOptions& options) {
   call.lead(q);
@@ -80,10 +87,7 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
   a.dtype = call.dtype();
   a.batch = q.size(0), a.heads = q.size(1), a.kv_heads = k.size(1), a.head_dim = q.size(3), a.v_dim = v.size(3);
   a.sequences.q_len = q.size(2), a.sequences.k_len = k.size(2);
-  if (a.kv_heads != a.heads && (a.kv_heads == 0 || a.heads == 0 || a.heads % a.kv_heads))
-    call.fail(std::to_string(a.heads) + " query heads are no multiple of " + std::to_string(a.kv_heads) + " key heads");
-  if (std::max(a.head_dim, a.v_dim) > kMaxHeadDim)
-    call.fail("head dimensions above " + std::to_string(kMaxHeadDim) + " are not served");
+  check_heads(call, a);
   call.check("k", k, {a.batch, a.kv_heads, a.sequences.k_len, a.head_dim});
   call.check("v", v, {a.batch, a.kv_heads, a.sequences.k_len, a.v_dim});
   a.q = heads(q), a.k = heads(k), a.v = heads(v);

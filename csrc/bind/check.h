@@ -112,6 +112,8 @@ class Call {
   View for_backward(Shape size) { return for_backward(size, type_); }
   virtual bool has_backward() const { return true; }
 
+  virtual void fill(const View&, double) { fail("only results of the dispatcher are filled"); }
+
   // Contiguous memory that only the kernel uses.
   View scratch(Shape size) { return temporary(size, type_); }
 

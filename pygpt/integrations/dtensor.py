@@ -20,6 +20,7 @@ from ..ops.activation import SAVES_INPUT
 
 # R: replicated. P: a partial sum. A digit: sharded in this dimension. last: sharded in the last dimension of the first
 # argument. rows: sharded in one of its other dimensions. any: in any of its dimensions. Each dimension is its own rule.
+# -: an argument that is no tensor.
 RULES = {
     "gelu_fwd": ["any -> any"],  # x -> y
     "gelu_bwd": ["any any -> any"],  # dy, x -> dx
@@ -57,6 +58,9 @@ RULES = {
         "0 0 0 0 0 0 0 -> 0 0 0 R R R",
         "1 1 1 1 1 1 1 -> 1 1 1 R R R",
     ],
+    "varlen_attn_fwd": ["1 1 1 R R R -> 1 0"],  # q, k, v, cu_seq_q, cu_seq_k, seqused_k -> out, lse; by heads
+    # dout, dlse, q, k, v, out, lse, needs, cu_seq_q, cu_seq_k, seqused_k -> dq, dk, dv
+    "varlen_attn_bwd": ["1 0 1 1 1 1 0 - R R R -> 1 1 1"],
 }
 
 
@@ -76,8 +80,8 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
     rules: list[tuple[list, list]] = [([Replicate()] * results, [Replicate()] * len(tensors))]
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
-        words = [word for word, a in zip(of_args, args, strict=False) if a is not None]
-        by_heads = name.startswith("attention") and of_args[0] == "1"
+        words = [word for word, a in zip(of_args, args, strict=False) if hasattr(a, "shape")]
+        by_heads = "att" in name and of_args[0] == "1"
         if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
         words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
@@ -90,7 +94,7 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
 
 def _splits_groups(tensors, ranks) -> bool:
     """Whether query heads and key heads that belong together would come to different ranks."""
-    heads = {t.shape[1] for t in tensors}
+    heads = {t.shape[1] for t in tensors if len(t.shape) == len(tensors[0].shape)}
     return len(heads) > 1 and min(heads) % math.prod(ranks) != 0
 
 

@@ -363,21 +363,21 @@ def scaled_dot_product_attention(
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
-def _flops_fwd(q, k, v, *_, out_shape=None):
+def flops_fwd(q, k, v, *_, out_val=None):
     from torch.utils.flop_counter import sdpa_flop_count
 
-    return sdpa_flop_count(q, *_shapes_by_query_head(q, k, v))
+    return sdpa_flop_count(q.shape, *_shapes_by_query_head(q, k, v))
 
 
-def _flops_bwd(dout, dlse, q, k, v, *_, out_shape=None):
+def flops_bwd(dout, dlse, q, k, v, *_, out_val=None):
     from torch.utils.flop_counter import sdpa_backward_flop_count
 
-    return sdpa_backward_flop_count(dout, q, *_shapes_by_query_head(q, k, v))
+    return sdpa_backward_flop_count(dout.shape, q.shape, *_shapes_by_query_head(q, k, v))
 
 
 def _shapes_by_query_head(q, k, v):
     """The shapes of k and v as if no query heads shared them."""
-    return ((*shape[:1], q[1], *shape[2:]) for shape in (k, v))
+    return ((*t.shape[:1], q.shape[1], *t.shape[2:]) for t in (k, v))
 
 
 def _draw(random, d):
@@ -387,7 +387,11 @@ def _draw(random, d):
     plain = q, k, v, bool(d["causal"]), 1.0 / math.sqrt(max(d["E"], 1))
     if not d.keys() & {"mask", "left", "alibi", "softcap", "sink", "dropout", "lower_right"}:
         return plain
-    mask = {"none": lambda: None, "bool": lambda: _bool_mask(random(B, 1, L, S)), "float": lambda: random(1, 1, L, S)}
+    mask = {
+        "none": lambda: None,
+        "bool": lambda: _bool_mask(random(B, 1, L, S), d.get("padding", 0)),
+        "float": lambda: random(1, 1, L, S),
+    }
     return *plain, *Options(
         attn_mask=mask[d.get("mask", "none")](),
         alibi_slopes=random(H * group).abs()[None] if d.get("alibi") else None,
@@ -401,9 +405,12 @@ def _draw(random, d):
     )
 
 
-def _bool_mask(noise: Tensor) -> Tensor:
-    """About two thirds visible. The first key is, so that every query sees one."""
-    return (noise > -0.5) | (torch.arange(noise.shape[-1], device=noise.device) == 0)
+def _bool_mask(noise: Tensor, padding: int) -> Tensor:
+    """About two thirds visible, but the last ``padding`` percent of the keys hidden, and the first one visible, so that
+    every query sees one."""
+    S = noise.shape[-1]
+    key = torch.arange(S, device=noise.device)
+    return (noise > -0.5) & (key < S - S * padding // 100) | (key == 0)
 
 
 def _cancelled(args, grads):
@@ -493,7 +500,12 @@ _MASKS = ("none", "bool", "float")
 _EVERY_OPTION = "attn_mask alibi_slopes sink dropout_p softcap window lower_right enable_gqa"
 _SPECS_OF_OPTIONS = {
     "attention_mask": _spec_of_option(
-        "attn_mask", {"mask": "bool"}, {}, {"mask": "float"}, {"mask": "float", **_FEW}, choices={"mask": _MASKS}
+        "attn_mask",
+        {"mask": "bool", "padding": 0},
+        {},
+        {"mask": "float"},
+        {"mask": "float", **_FEW},
+        choices={"mask": _MASKS},
     ),
     "attention_window": _spec_of_option("window", {"left": 20, "right": 10}, {}),
     "attention_lower_right": _spec_of_option("lower_right", {"causal": 1, "lower_right": 1}, _UNEVEN, _FEW),
@@ -523,7 +535,7 @@ register(
         bwd=attention_bwd,
         function=Attention,
         results=2,
-        flops=(_flops_fwd, _flops_bwd),
+        flops=(flops_fwd, flops_bwd),
         lower_precision=True,
         specs={
             "attention": Spec(

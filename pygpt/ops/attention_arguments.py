@@ -63,7 +63,7 @@ def prepare(
     q, k, v, leading = _four_dimensional(query, key, value, enable_gqa)
     B, Hq = q.shape[:2]
     attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
-    left, right = (-1, -1) if window is None else _checked_window(window)
+    left, right = (-1, -1) if window is None else checked_window(_OP, "window", window)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap must be finite and not negative, got {softcap}")
     if not 0.0 <= dropout_p <= 1.0:
@@ -202,12 +202,12 @@ def _canonical_sink(sink: Tensor, q: Tensor) -> Tensor:
     return sink.to(acc_dtype(q))
 
 
-def _checked_window(window) -> tuple[int, int]:
+def checked_window(op: str, name: str, window) -> tuple[int, int]:
     try:
         left, right = window
         valid = all(isinstance(n, (int, torch.SymInt)) and -1 <= n < 2**31 for n in (left, right))
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise ValueError(f"{_OP}: window must be (left, right), integers from -1 on, got {window!r}")
+        raise ValueError(f"{op}: {name} must be (left, right), integers from -1 on, got {window!r}")
     return left, right

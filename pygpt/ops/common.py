@@ -81,10 +81,10 @@ def _philox(seed: Tensor, counter) -> list[Tensor]:
 def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None:
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
-    tensors: in the order of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
+    tensors: the leading ones of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
     """
     public = f"pygpt.{dispatch.OPS[op].public.__name__}"
-    pairs = zip(dispatch.OPS[op].tensors, tensors, strict=True)
+    pairs = zip(dispatch.OPS[op].tensors, tensors, strict=False)
     named = [(name, t) for (name, optional), t in pairs if t is not None or not optional]
     first, lead = named[0]
     error: Exception | None = None

@@ -207,21 +207,20 @@ def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
-def _linear_flops(x, weight, bias=None, *, out_shape=None):
+def _linear_flops(x, weight, bias=None, *, out_val=None):
     """Counts a multiplication and an addition for each product, as torch does for mm and addmm."""
-    return 2 * torch.Size(x).numel() * weight[0]
+    return 2 * x.numel() * len(weight)
 
 
-def _linear_bwd_flops(dy, x, weight, needs, *, out_shape=None):
+def _linear_bwd_flops(dy, x, weight, needs, *, out_val=None):
     return _linear_flops(x, weight) * sum(needs[:2])
 
 
-def _mlp_flops(x, fc_weight, fc_bias, proj_weight, *_, out_shape=None):
-    hidden = (*x[:-1], fc_weight[0])
-    return _linear_flops(x, fc_weight) + _linear_flops(hidden, proj_weight)
+def _mlp_flops(x, fc_weight, fc_bias, proj_weight, *_, out_val=None):
+    return _linear_flops(x, fc_weight) + 2 * rows(x).shape[0] * proj_weight.numel()
 
 
-def _mlp_bwd_flops(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs, *, out_shape=None):
+def _mlp_bwd_flops(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs, *, out_val=None):
     fc, proj = _linear_flops(x, fc_weight), _linear_flops(hidden, proj_weight)
     return fc * sum(needs[:2]) + proj * (any(needs[:3]) + needs[3])
 

@@ -4,8 +4,7 @@
 //   dS = P (dP - delta)       dK += dS^T Q      dQ += dS K      delta = rowsum(dO O) - dlse
 //
 // One task owns a head of keys and all query heads that share it, so every sum has a fixed order without atomics. If
-// there are few heads, a head's key blocks are dealt to several tasks, whose number depends on the shape alone, and
-// their dQ are added in order.
+// there are few heads, several tasks share a head's key blocks.
 //
 // With the options of csrc/attention/scores.h, and f the factors of dropout and c = 1 - tanh^2 of softcap:
 //
@@ -295,70 +294,85 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
   return slope_gradient;
 }
 
+// dq is the sum of parts, added in order, whichever tasks have formed them: part n has the key blocks n, n + parts, ...
+// Their number depends on the number of keys alone, so that what else is in the batch changes no bit.
+inline int64_t parts_of(int64_t k_len) { return std::clamp<int64_t>(ceil_div(k_len, BC), 1, 8); }
+
 template <bool general, class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = Packed<S>;
   constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR;
-  const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), tiles = ceil_div(a.sequences.k_len, BC),
+  const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), blocks = ceil_div(a.sequences.k_len, BC),
                 e_panels = ceil_div(a.head_dim, NR), v_panels = ceil_div(a.v_dim, NR);
-  const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels;
+  const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels, most_parts = parts_of(a.sequences.k_len);
   const T scale = T(a.scores.scale);
-  // With few heads, deals each head's key blocks to several tasks in turn; their number depends on the shape alone.
-  const int64_t splits =
-      std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(kv_heads, 1)), 1, std::max<int64_t>(tiles, 1));
+  // With few heads, several tasks share the parts of a head and leave all of them in memory.
+  const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(kv_heads, 1)), 1, most_parts);
   const bool partial = splits > 1 && a.dq.data;
-  Tile<U>* partials = partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * splits * dq_tiles) : nullptr;
-  double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads * splits) : nullptr;
+  Tile<U>* partials =
+      partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * most_parts * dq_tiles) : nullptr;
+  double* slope_gradients =
+      a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads * most_parts) : nullptr;
   // A single query head stores dk and dv block by block. Several add to the sums of all blocks in turn.
-  const int64_t kept = group == 1 ? 1 : ceil_div(tiles, splits), dk_tiles = BC / MR * e_panels,
-                dv_tiles = BC / MR * v_panels;
+  const int64_t kept = group == 1 ? 1 : ceil_div(most_parts, splits) * ceil_div(blocks, most_parts);
+  const int64_t dk_tiles = BC / MR * e_panels, dv_tiles = BC / MR * v_panels;
   parallel_for(kv_heads * splits, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / splits / a.kv_heads, kv_head = task / splits % a.kv_heads, split = task % splits;
-      const PackedKeys<S> of_k(QueryHead<S>(a, b, kv_head * group));
+      const QueryHead<S> first_head(a, b, kv_head * group);
+      const int64_t k_len = first_head.sequence.k_len, parts = parts_of(k_len);
+      if (is_decode(first_head) || split >= parts) continue;
+      const PackedKeys<S> of_k(first_head);
       Tile<U>* dk = a.dk.data ? scratch<Tile<U>>(Region::dk_tiles, kept * dk_tiles) : nullptr;
       Tile<U>* dv = a.dv.data ? scratch<Tile<U>>(Region::dv_tiles, kept * dv_tiles) : nullptr;
+      Tile<U>* sum = a.dq.data && !partials ? scratch<Tile<U>>(Region::dq_tiles, 2 * dq_tiles) : nullptr;
       for (int64_t n = 0; n < group; n++) {
-        const QueryHead<S> x(a, b, kv_head * group + n);
+        const QueryHead<S> x(first_head, kv_head * group + n);
         const int64_t head = b * a.heads + x.h;
         const PackedQueries<S> of_q(x);
-        Tile<U>* dq = partials    ? partials + (head * splits + split) * dq_tiles
-                      : a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, dq_tiles)
-                                  : nullptr;
-        if (dq) std::fill(dq, dq + dq_tiles, Tile<U>{});
-        double slope_gradient = 0;
-        for (int64_t tile = split, at = 0; tile * BC < x.sequence.k_len; tile += splits, at += group > 1) {
-          const int64_t keys = std::min(BC, x.sequence.k_len - tile * BC);
-          const KeyGradients<S> sums = {dk ? dk + at * dk_tiles : nullptr, dv ? dv + at * dv_tiles : nullptr};
-          if (n == 0 && dk) std::fill(sums.dk, sums.dk + dk_tiles, Tile<U>{});
-          if (n == 0 && dv) std::fill(sums.dv, sums.dv + dv_tiles, Tile<U>{});
-          slope_gradient += backward_tile<general>(x, of_q, of_k, tile * BC, sums, dq);
-          if (n < group - 1) continue;
-          if constexpr (kUsesAmx<U>) {
-            if (dk) transpose_tiles(sums.dk, dk_tiles);
-            if (dv) transpose_tiles(sums.dv, dv_tiles);
+        const int64_t own_tiles = ceil_div(x.sequence.q_len, MR) * e_panels;
+        int64_t at = 0;
+        for (int64_t part = split; part < parts; part += splits) {
+          Tile<U>* dq = partials      ? partials + (head * most_parts + part) * dq_tiles
+                        : part && sum ? sum + dq_tiles
+                                      : sum;
+          if (dq) std::fill(dq, dq + own_tiles, Tile<U>{});
+          double slope_gradient = 0;
+          for (int64_t block = part; block * BC < k_len; block += parts, at += group > 1) {
+            const int64_t keys = std::min(BC, k_len - block * BC);
+            const KeyGradients<S> sums = {dk ? dk + at * dk_tiles : nullptr, dv ? dv + at * dv_tiles : nullptr};
+            if (n == 0 && dk) std::fill(sums.dk, sums.dk + dk_tiles, Tile<U>{});
+            if (n == 0 && dv) std::fill(sums.dv, sums.dv + dv_tiles, Tile<U>{});
+            slope_gradient += backward_tile<general>(x, of_q, of_k, block * BC, sums, dq);
+            if (n < group - 1) continue;
+            if constexpr (kUsesAmx<U>) {
+              if (dk) transpose_tiles(sums.dk, dk_tiles);
+              if (dv) transpose_tiles(sums.dv, dv_tiles);
+            }
+            if (dk) store_tiles<S>(x.keys(a.dk), block * BC, keys, a.head_dim, sums.dk, scale);
+            if (dv) store_tiles<S>(x.keys(a.dv), block * BC, keys, a.v_dim, sums.dv, T(1));
           }
-          if (dk) store_tiles<S>(x.keys(a.dk), tile * BC, keys, a.head_dim, sums.dk, scale);
-          if (dv) store_tiles<S>(x.keys(a.dv), tile * BC, keys, a.v_dim, sums.dv, T(1));
+          if (slope_gradients) slope_gradients[head * most_parts + part] = slope_gradient;
+          for (int64_t t = 0; sum && part && t < own_tiles; t++) add(sum[t], dq[t]);
         }
-        if (slope_gradients) slope_gradients[head * splits + split] = slope_gradient;
-        if (dq && !partials) store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
+        if (sum) store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, sum, scale);
       }
     }
   }, group * a.sequences.q_len * ceil_div(a.sequences.k_len, splits) * (a.head_dim + a.v_dim));
   if (partials)
     parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
-        Tile<U>* dq = partials + n * splits * dq_tiles;
-        for (int64_t s = 1; s < splits; s++)
-          for (int64_t t = 0; t < dq_tiles; t++) add(dq[t], dq[s * dq_tiles + t]);
         const QueryHead<S> x(a, n / a.heads, n % a.heads);
+        if (is_decode(x)) continue;
+        Tile<U>* dq = partials + n * most_parts * dq_tiles;
+        for (int64_t part = 1; part < parts_of(x.sequence.k_len); part++)
+          for (int64_t t = 0; t < ceil_div(x.sequence.q_len, MR) * e_panels; t++) add(dq[t], dq[part * dq_tiles + t]);
         store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
       }
     });
-  if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, splits);
+  if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, most_parts);
 }
 
 // ---------------------------------------------------------------- the gradients of options
@@ -469,8 +483,9 @@ void sink_gradient(const AttentionArgs& a) {
 
 void attention_bwd(const AttentionArgs& a) {
   if (a.dq.data || a.dk.data || a.dv.data || a.dslopes) {
-    if (is_decode(a)) decode_bwd(a);
-    else visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
+    by_length(a, decode_bwd, [](const AttentionArgs& a) {
+      visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
+    });
   }
   visit(a.dtype, [&](auto s) {
     if (a.dmask.data) mask_gradient<decltype(s)>(a);

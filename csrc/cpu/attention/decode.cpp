@@ -74,6 +74,7 @@ constexpr int64_t kFactors = BC + 8 + W<float>;  // with what rounding to groups
 // The number of tasks that the keys of a sequence are split among, and the keys of each, a multiple of BC.
 constexpr int64_t kSplitKeys = 5 * BC, kMaxSplits = 16;
 inline int64_t splits_of(int64_t k_len) { return std::clamp<int64_t>(k_len / kSplitKeys, 1, kMaxSplits); }
+inline int64_t split_keys(int64_t k_len) { return round_up(ceil_div(k_len, splits_of(k_len)), BC); }
 
 // Merges two rows of sums over parts of the keys: `width` channels of out, m and l.
 template <class T>
@@ -87,9 +88,9 @@ void merge(T* to, const T* from, int64_t width) {
 template <bool general, class S>
 void forward(const AttentionArgs& a) {
   using T = Acc<S>;
-  const int64_t L = a.sequences.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
-  const int64_t group = a.group(), rows = group * L, splits = splits_of(a.sequences.k_len), ldr = ldv + 2;
-  const int64_t chunk = round_up(ceil_div(a.sequences.k_len, splits), BC), heads = a.batch * a.kv_heads;
+  const int64_t L = std::min(a.sequences.q_len, kDecodeQueries), E = a.head_dim, Ev = a.v_dim;
+  const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>), ldr = ldv + 2, heads = a.batch * a.kv_heads;
+  const int64_t group = a.group(), rows = group * L, splits = splits_of(a.sequences.k_len);
   // Row by row: out, not yet divided by l, then m and l. A task that has all keys keeps its rows to itself.
   T* shared = splits > 1 ? scratch<T>(Region::decode_partials, heads * splits * rows * ldr) : nullptr;
   const auto finish = [&](const QueryHead<S>& x, int64_t i, const T* row) {
@@ -103,7 +104,9 @@ void forward(const AttentionArgs& a) {
       const int64_t b = task / splits / a.kv_heads, h0 = task / splits % a.kv_heads * group;
       const QueryHead<S> first_head(a, b, h0);
       const Matrix<S> K = first_head.keys(a.k), V = first_head.keys(a.v);
-      const int64_t first = task % splits * chunk, q_len = first_head.sequence.q_len;
+      const int64_t q_len = first_head.sequence.q_len, k_len = first_head.sequence.k_len;
+      if (!is_decode(first_head) || task % splits >= splits_of(k_len)) continue;
+      const int64_t chunk = split_keys(k_len), first = task % splits * chunk;
       T* states = shared ? shared + task * rows * ldr : own;
       for (int64_t g = 0; g < group; g++)
         for (int64_t i = 0; i < q_len; i++) {
@@ -112,7 +115,7 @@ void forward(const AttentionArgs& a) {
           row[ldv] = -kInf<T>, row[ldv + 1] = 0;
           unpack(q + (g * L + i) * ld, head<S>(a.q, b, h0 + g, first_head.sequence.q_row), i, E, T(a.scores.scale));
         }
-      for (int64_t j0 = first; j0 < std::min(first + chunk, first_head.sequence.k_len); j0 += BC)
+      for (int64_t j0 = first; j0 < std::min(first + chunk, k_len); j0 += BC)
         for (int64_t g = 0; g < group; g++) {
           const QueryHead<S> x(first_head, h0 + g);
           for (int64_t i = 0; i < q_len; i++) {
@@ -131,14 +134,14 @@ void forward(const AttentionArgs& a) {
       for (int64_t g = 0; !shared && g < group; g++)
         for (int64_t i = 0; i < q_len; i++) finish({first_head, h0 + g}, i, states + (g * L + i) * ldr);
     }
-  }, rows * std::min(chunk, a.sequences.k_len) * (E + Ev));
+  }, rows * std::min(split_keys(a.sequences.k_len), a.sequences.k_len) * (E + Ev));
   if (shared)
     parallel_for(heads * rows, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         const QueryHead<S> x(a, n / rows / a.kv_heads, n / L % a.heads);
-        if (n % L >= x.sequence.q_len) continue;
+        if (n % L >= x.sequence.q_len || !is_decode(x)) continue;
         T* row = shared + (n / rows * splits * rows + n % rows) * ldr;
-        for (int64_t s = 1; s < splits; s++) merge(row, row + s * rows * ldr, ldv);
+        for (int64_t s = 1; s < splits_of(x.sequence.k_len); s++) merge(row, row + s * rows * ldr, ldv);
         finish(x, n % L, row);
       }
     }, splits * Ev);
@@ -158,8 +161,8 @@ void store_outer(Matrix<S> to, int64_t n, int64_t channels, int64_t rows, const 
 template <bool general, class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
-  const int64_t L = a.sequences.q_len, E = a.head_dim, Ev = a.v_dim, ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>);
-  const int64_t group = a.group(), rows = group * L;
+  const int64_t L = std::min(a.sequences.q_len, kDecodeQueries), E = a.head_dim, Ev = a.v_dim;
+  const int64_t ld = round_up(E, W<T>), ldv = round_up(Ev, W<T>), group = a.group(), rows = group * L;
   double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads) : nullptr;
   if (slope_gradients) std::fill(slope_gradients, slope_gradients + a.batch * a.heads, 0.0);
   parallel_for(a.batch * a.kv_heads, [&](int64_t begin, int64_t end) {
@@ -170,6 +173,7 @@ void backward(const AttentionArgs& a) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / a.kv_heads, h0 = task % a.kv_heads * group;
       const QueryHead<S> first_head(a, b, h0);
+      if (!is_decode(first_head)) continue;
       const Matrix<S> K = first_head.keys(a.k), V = first_head.keys(a.v);
       const int64_t q_len = first_head.sequence.q_len, k_len = first_head.sequence.k_len;
       std::fill(q, q + rows * (2 * ld + ldv), T(0));  // rows that do not exist have no weight

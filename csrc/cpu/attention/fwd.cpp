@@ -116,7 +116,7 @@ void forward(const AttentionArgs& a) {
       const QueryHead<S> x(a, task / blocks / a.heads, task / blocks % a.heads);
       // Takes blocks from both ends in turn, so that every range of tasks has short and long causal rows alike.
       const int64_t n = task % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
-      if (block * BR<U> >= x.sequence.q_len) continue;
+      if (block * BR<U> >= x.sequence.q_len || is_decode(x)) continue;
       if (const int64_t problem = task / blocks / a.group(); problem != packed) {
         pack_b(k, x.keys(a.k).transposed(), x.sequence.k_len, a.head_dim);
         pack_b(v, x.keys(a.v), a.v_dim, x.sequence.k_len);
@@ -130,8 +130,9 @@ void forward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_fwd(const AttentionArgs& a) {
-  if (is_decode(a)) return decode_fwd(a);
-  visit_scores(a, [&](auto s, auto general) { forward<general.value, decltype(s)>(a); });
+  by_length(a, decode_fwd, [](const AttentionArgs& a) {
+    visit_scores(a, [&](auto s, auto general) { forward<general.value, decltype(s)>(a); });
+  });
 }
 
 }  // namespace PYGPT_ISA

@@ -312,13 +312,25 @@ void store_slope_gradients(const AttentionArgs& a, const double* sums, int64_t s
 }
 
 // Decoding with a cache, that is at most kDecodeQueries queries, has kernels of its own in decode.cpp. They read K and
-// V where they lie, and need contiguous channels.
+// V where they lie, and need contiguous channels. Of packed sequences each takes its own way, whatever the others are.
 constexpr int64_t kDecodeQueries = 4;
-inline bool is_decode(const AttentionArgs& a) {
-  return a.sequences.q_len <= kDecodeQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
+inline bool is_decode(const AttentionArgs& a, int64_t q_len) {
+  return q_len <= kDecodeQueries && a.k.stride[3] == 1 && a.v.stride[3] == 1;
+}
+template <class S>
+bool is_decode(const QueryHead<S>& x) {
+  return is_decode(x.a, x.sequence.q_len);
 }
 void decode_fwd(const AttentionArgs& a);
 void decode_bwd(const AttentionArgs& a);
+
+// Calls the kernels that the call's sequences need: decode, tiled, or, for packed sequences of unequal lengths, both.
+template <class Decode, class Tiled>
+void by_length(const AttentionArgs& a, const Decode& decode, const Tiled& tiled) {
+  const bool all_decode = is_decode(a, a.sequences.q_len);
+  if (all_decode || (a.sequences.cu_seq_q && is_decode(a, 0))) decode(a);
+  if (!all_decode) tiled(a);
+}
 
 // Calls f with the storage type and with whether more happens to scores than scaling.
 template <class F>
