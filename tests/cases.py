@@ -168,6 +168,7 @@ EVEN_FEW = {
 TINY = {
     "attention": {"B": 1, "H": 2, "L": 3, "S": 4, "E": 3, "Ev": 2, "causal": 1},
     "attention_lse": {"B": 1, "H": 2, "L": 4, "S": 3, "E": 2, "Ev": 3, "causal": 0},
+    "varlen_attn": {"N": 2, "H": 1, "group": 2, "L": 3, "S": 4, "E": 3, "Ev": 2, "right": 0},
     "linear": {"M": (2, 2), "K": 3, "N": 2},
     "mlp": {"M": (2, 2), "C": 3, "H": 4, "O": 2},
     "layer_norm": {"M": (2, 2), "N": 5},
@@ -266,6 +267,7 @@ def kernel_calls(op, args, grads, k):
     dy = grads[0]
     backward = {
         "attention": lambda q, kk, v, *rest: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, *rest),
+        "varlen_attn": lambda q, kk, v, *packing: (*grads, q, kk, v, *saved, *packing),
         "linear": lambda x, w, b: (dy, x, w),
         "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
@@ -275,9 +277,10 @@ def kernel_calls(op, args, grads, k):
         "relu": lambda x: (dy, *saved),
     }[op](*args)
     needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2}.get(op, 3)
-    if options := args[5:] if op == "attention" else ():
-        needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in options[:3]]
-    backward = (*backward[: -len(options) or None], *([needs] if needs else []), *options)
+    after_needs = args[{"attention": 5, "varlen_attn": 3}.get(op, len(args)) :]
+    if op == "attention" and after_needs:
+        needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]
+    backward = (*backward[: -len(after_needs) or None], *([needs] if needs else []), *after_needs)
     return [(f"{op}_fwd", args), (f"{op}_bwd", backward)]
 
 

@@ -10,6 +10,7 @@ here; attention.py has the mathematics. The kernels of attention serve these cal
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,8 @@ def _spans(name: str, cu_seq: Tensor, total: int, most: int) -> list[tuple[int, 
 def varlen_attn_composite(q, k, v, *packing, return_lse=False):
     """out, or with return_lse (out, lse): PyTorch's own function for each sequence."""
     p = Packing(*packing)
+    if torch.compiler.is_compiling() and len(p.cu_seq_q) > 1:
+        return _composite_by_mask(q, k, v, p, return_lse)
     outs, lses = [], []
     empty = Rows(slice(0), slice(0))  # connects the results to the inputs if there is no sequence
     for rows in (empty, *sequences(p, q, k)):
@@ -105,6 +108,30 @@ def _sequence_composite(q, k, v, p: Packing, return_lse: bool) -> tuple:
         return attention_composite(q, k, v, False, p.scale, *p.options, return_lse=True)
     mask = visible(q.shape[2], k.shape[2], q.device, False, p.options)
     return torchs(q, k, v, mask, scale=p.scale, enable_gqa=q.shape[1] != k.shape[1]), None
+
+
+def _composite_by_mask(q, k, v, p: Packing, return_lse: bool):
+    """The same in one call, with a mask of all queries and keys: a graph cannot depend on the sequences' lengths."""
+    lengths_q, lengths_k = p.cu_seq_q.diff(), p.cu_seq_k.diff() if p.seqused_k is None else p.seqused_k
+    (of_q, i), (of_k, j) = (_places(cu_seq, len(t)) for cu_seq, t in ((p.cu_seq_q, q), (p.cu_seq_k, k)))
+    own = i + lengths_k[of_q.clamp(max=len(lengths_k) - 1)] - lengths_q[of_q.clamp(max=len(lengths_q) - 1)]
+    mask = (of_q[:, None] == of_k) & (j < lengths_k[of_k.clamp(max=len(lengths_k) - 1)])
+    mask = mask & (of_q < len(lengths_q))[:, None]
+    if p.left >= 0:
+        mask = mask & (j >= own[:, None] - p.left)
+    if p.right >= 0:
+        mask = mask & (j <= own[:, None] + p.right)
+    heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out, lse = attention_composite(*heads_first, False, p.scale, *Options(mask[None, None]), return_lse=True)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _places(cu_seq: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(rows,), (rows,): each row's sequence, the number of sequences for a row of none, and its place in it."""
+    row = torch.arange(rows, device=cu_seq.device)
+    sequence = torch.searchsorted(cu_seq, row, right=True) - 1
+    return sequence, row - cu_seq[sequence]
 
 
 def varlen_attn_fwd(
@@ -233,6 +260,8 @@ def prepare(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
     enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ) -> Call:  # fmt: skip
+    if not isinstance(block_table, (Tensor, NoneType)):
+        raise TypeError(f"{_OP}: block_table must be a Tensor, got {type(block_table).__name__}")
     if block_table is not None:
         raise ValueError(f"{_OP}: block_table is not served: keys in pages are read by no kernel here")
     if num_splits is not None and not isinstance(num_splits, int):
@@ -270,9 +299,10 @@ def prepare(
 
 def _checked_rows(name: str, t, query: Tensor, size: int | None = None) -> int:
     """Checks a tensor of row numbers and returns its size."""
-    if not isinstance(t, Tensor) or t.dtype != torch.int32:
-        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{_OP}: {name} must be an int32 tensor, got {got}")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype != torch.int32:
+        raise TypeError(f"{_OP}: {name} must be int32, got {t.dtype}")
     if t.device != query.device:
         raise ValueError(f"{_OP}: {name} is on {t.device}, query on {query.device}")
     if t.dim() != 1 or len(t) == 0 and size is None or size not in (None, len(t)):

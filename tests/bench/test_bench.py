@@ -216,7 +216,7 @@ def test_as_a_module_and_through_pytest(plain, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------- bad input
 BAD = [
-    ("--ops=add", "add is not among attention, linear"),
+    ("--ops=add", "add is not among attention, attention_window"),
     ("--dtypes=float64", "float64 is not among float32"),
     ("--peers=numpy", "numpy is not among eager, compile"),
     ("--peers=eager,all", "all goes with no other name"),

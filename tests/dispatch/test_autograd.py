@@ -47,7 +47,7 @@ def test_second_order_equals_pytorchs(op, dims, backend, generator):
     args, grads = verify.draw(op, dims, torch.float64, generator)
 
     def second(function):
-        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in args]
         tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
         first = torch.autograd.grad(verify.as_tuple(function(*leaves)), tensors, grads, create_graph=True)
         total = sum((g * g).sum() for g in first)  # a gradient penalty
@@ -126,7 +126,7 @@ def test_one_output_unused(op, used, backend, generator):
     """Backward from one of two outputs is backward from both with a zero gradient for the other."""
     args, grads = verify.draw(op, cases.TYPICAL[op], torch.float64, generator)
     padded = [g if i in used else torch.zeros_like(g) for i, g in enumerate(grads)]
-    leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in args]
     tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
     with pygpt.backend(backend):
         outs = verify.SPECS[op].call(*leaves)
@@ -165,7 +165,7 @@ def test_writing_to_a_saved_input_is_noticed(op, kernels, generator):
 def test_a_backward_pass_that_is_transformed(op, dims, transform, compiled, generator):
     """The graph is recorded first. Then the upstream gradient is dual, or a transform's: a tangent is not dropped."""
     args, grads = verify.draw(op, dims, torch.float64, generator)
-    leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in args]
     tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
     tangents = tuple(torch.randn_like(g) for g in grads)
 
@@ -201,7 +201,7 @@ def test_a_bias_that_no_gradient_reads_is_not_saved(op, create_graph, compiled, 
     args, grads = verify.draw(op, cases.TYPICAL[op], torch.float32, generator)
 
     def gradients(change):
-        leaves = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [a.detach().clone().requires_grad_() if verify._is_floating(a) else a for a in args]
         tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
         outs = verify.as_tuple(verify.SPECS[op].call(*leaves))
         with torch.no_grad():

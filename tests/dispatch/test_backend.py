@@ -130,7 +130,7 @@ def test_every_objection_is_told(op):
     for part in (f"{op} is not among its ops", "cpu tensors", "torch.float32", "window not served"):
         assert part in why
     assert ("different dtypes" in why) == (others > 0)
-    assert ("head dimension above 4" in why) == (op == "attention")
+    assert ("head dimension above 4" in why) == (op in ("attention", "varlen_attn"))
 
 
 GENERAL = "sm_80 sm_90 compute_90"
@@ -226,8 +226,12 @@ def test_what_is_no_tensor_is_named(op, backend):
     function, x = getattr(functional, op), torch.randn(1, 1, 8, 8)
     parameters = inspect.signature(function).parameters.values()
     kinds = {p.name: p.annotation for p in parameters if p.annotation in (torch.Tensor, torch.Tensor | None)}
-    shaped = {"normalized_shape": (8,)} if "norm" in op else {}
-    good = {**shaped, **{n: None if kind != torch.Tensor else x[0, 0] for n, kind in kinds.items()}}
+    others = {"normalized_shape": (8,)} if "norm" in op else {}
+    if op == "varlen_attn":
+        cu = torch.tensor([0, 1], dtype=torch.int32)
+        x, others, kinds["cu_seq_k"] = x[None], {"max_q": 1, "max_k": 1}, torch.Tensor  # no None without block_table
+    good = {**others, **{n: None if kind != torch.Tensor else x[0, 0] for n, kind in kinds.items()}}
+    good |= {n: cu for n in good if n.startswith("cu_seq")}
     with pygpt.backend(backend):
         for name, kind in kinds.items():
             for bad in (3, [1.0], *[None] * (kind == torch.Tensor)):
@@ -308,7 +312,7 @@ def test_modes_of_torch_functions_can_be_disabled(compiled):
 @pytest.mark.parametrize("op, dims", [v for v in TYPICAL if v[0] in TORCHS], ids=cases.ids)
 def test_autocast_gives_torchs_dtype(op, dims, given, low, backend, generator):
     args, _ = verify.draw(op, dims, given, generator)
-    args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    args = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     with torch.autocast("cpu", dtype=low):
         want = TORCHS[op](*args)
         with pygpt.backend(backend):

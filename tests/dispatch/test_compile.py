@@ -96,7 +96,7 @@ def test_checkpoint(op, dims, reentrant, backend, generator):
     call = verify.SPECS[op].call
 
     def gradients(function):
-        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in args]
         torch.autograd.backward(verify.as_tuple(function(*leaves)), grads)
         return [a.grad for a in leaves if isinstance(a, torch.Tensor)]
 

@@ -35,6 +35,7 @@ DIMS = {
     "linear": {"M": (3, 5), "K": 7, "N": 9, "bias": 1},
     "mlp": {"M": (3, 5), "C": 7, "H": 11, "O": 4, "bias": 1, "activation": "gelu"},
     "attention": {"B": 3, "H": 5, "L": 6, "S": 7, "E": 8, "Ev": 4, "causal": 1},
+    "varlen_attn": {"N": 3, "H": 5, "group": 1, "L": 6, "S": 7, "E": 8, "Ev": 4, "left": -1, "right": 0, "used": 1},
     "layer_norm": {"M": (3, 5), "N": 7, "affine": 1, "mean": 0.0},
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
 }
@@ -57,6 +58,7 @@ def call(name, args):
 
 SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "attention": ("out", "lse"),
+    "varlen_attn": ("out", "lse"),
     "mlp": ("y", "hidden", "pre"),
     "layer_norm": ("y", "mean", "rstd"),
     "add_layer_norm": ("y", "s", "mean", "rstd"),
@@ -107,9 +109,10 @@ def merged(parts, placement):
 def check_rule(name, args, of_results, of_args, ranks):
     """AssertionError or an op's refusal unless the ranks' own calls make up the whole one."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    others = [a for a in args if not isinstance(a, torch.Tensor)]  # they stand after the tensors
     local = [split(t, p, ranks) for t, p in zip(tensors, of_args, strict=True)]
-    results = [call(name, [*on_rank, *others]) for on_rank in zip(*local, strict=True)]
+    results = []
+    for on_rank in map(iter, zip(*local, strict=True)):
+        results.append(call(name, [next(on_rank) if isinstance(a, torch.Tensor) else a for a in args]))
     for whole, placement, *parts in zip(call(name, args), of_results, *results, strict=True):
         torch.testing.assert_close(merged(parts, placement), whole)
 
@@ -122,7 +125,8 @@ def placements(name, args):
 def test_each_rule_gives_the_whole(name):
     args = arguments(name)
     found = placements(name, args)
-    dims = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}}.get(name[:-4], {0, 1})  # at least these can be sharded in the first
+    sharded = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}, "varlen_attn": {1}}
+    dims = sharded.get(name[:-4], {0, 1})  # at least these can be sharded in the first
     assert dims <= {of_args[0].dim for _, of_args in found if of_args[0].is_shard()}
     for (of_results, of_args), ranks in product(found, (2, 3)):
         check_rule(name, args, of_results, of_args, ranks)
@@ -136,7 +140,7 @@ def test_a_wrong_rule_is_noticed(name, monkeypatch):
         monkeypatch.setitem(rules().RULES, name, [rule])
         right, (first, *words) = placements(name, args), rule.split()
         for i, other in product(range(len(words)), ("R", "P", "0", "1", "last")):
-            if words[i] == "->":
+            if words[i] in ("->", "-"):
                 continue
             monkeypatch.setitem(rules().RULES, name, [" ".join([first, *words[:i], other, *words[i + 1 :]])])
             if (wrong := placements(name, args)) == right:

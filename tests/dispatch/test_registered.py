@@ -46,7 +46,7 @@ def test_second_derivative_through_an_op(op, dims, generator):
     args, grads = verify.draw(op, dims, torch.float64, generator)
 
     def second(function):
-        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in args]
         tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
         outs = verify.as_tuple(function(*leaves))[: len(grads)]
         first = torch.autograd.grad(outs, tensors, grads, create_graph=True)
@@ -63,7 +63,7 @@ def test_backward_ops_refuse_a_derivative(op, dims, generator):
     """PyTorch would give zeros and a warning."""
     args, grads = verify.draw(op, dims, torch.float32, generator)
     _, (name, arguments) = cases.kernel_calls(op, args, grads, torch.ops.pygpt)
-    leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    leaves = [a.detach().requires_grad_() if verify._is_floating(a) else a for a in arguments]
     out = verify.as_tuple(getattr(torch.ops.pygpt, name)(*leaves))[0]
     with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
         out.sum().backward()
@@ -83,7 +83,7 @@ def test_an_unknown_name_is_refused_by_kernels_and_fake_kernels_alike(op, device
 @pytest.mark.parametrize("op", OPS)
 def test_what_only_backward_reads_is_not_differentiable(op, generator):
     args, _ = verify.draw(op, cases.TINY[op], torch.float32, generator)
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     results = verify.as_tuple(getattr(torch.ops.pygpt, f"{op}_fwd")(*leaves))
     assert [t.requires_grad for t in results] == [i < OPS[op].results for i in range(len(results))]
 
@@ -91,7 +91,7 @@ def test_what_only_backward_reads_is_not_differentiable(op, generator):
 @pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_opcheck_of_ops_with_gradients(op, dims, generator):
     args, _ = verify.draw(op, dims, torch.float32, generator)
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     torch.library.opcheck(getattr(torch.ops.pygpt, f"{verify.SPECS[op].op}_fwd").default, leaves)
 
 
@@ -228,7 +228,7 @@ class Severed(torch.autograd.Function):
 def test_no_gradient_stays_none(op, dims, backend, generator):
     """As in torch: zeros would let weight decay move weights that torch leaves alone."""
     args, _ = verify.draw(op, dims, torch.float32, generator)
-    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     with pygpt.backend(backend):
         outs = verify.as_tuple(verify.SPECS[op].call(*leaves))
         sum(Severed.apply(out).sum() for out in outs).backward()
@@ -325,10 +325,12 @@ def test_torchs_functions_replaced_by_ours(run_python):
 # ------------------------------------------------------------------------------- torch functions' protocol
 def public_calls():
     x, w, b, q = torch.randn(3, 8), torch.randn(8, 8), torch.randn(8), torch.randn(1, 2, 5, 8)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     return {
         "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b),
         "add_layer_norm": (x, x, (8,), b, b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
+        "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
     }  # fmt: skip
 
 
@@ -346,7 +348,7 @@ class Log(TorchFunctionMode):
 def test_function_modes_see_the_public_function(name, grad):
     args = public_calls()[name]
     if grad:
-        args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        args = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     function = getattr(functional, name)
     for _ in range(2):  # also when plain calls like it have been served
         want = function(*args)
@@ -409,7 +411,7 @@ def test_subclasses_that_dispatch_for_themselves(name):
     args, function = public_calls()[name], getattr(functional, name)
     want = getattr(F, name)(*args)
     for kind, wrap in (("Wrapper", Wrapper), ("Intercepting", lambda t: t.as_subclass(Intercepting))):
-        wrapped = [wrap(a) if isinstance(a, torch.Tensor) else a for a in args]
+        wrapped = [wrap(a) if verify._is_floating(a) else a for a in args]
         got = function(*wrapped)
         assert type(got).__name__ == kind
         torch.testing.assert_close(got.within if kind == "Wrapper" else got.as_subclass(torch.Tensor), want)
@@ -428,7 +430,7 @@ def test_plain_subclasses_and_parameters_keep_their_kernels(name, compiled):
     args, function = public_calls()[name], getattr(functional, name)
     want = verify.as_tuple(function(*args))
     for wrap in (torch.nn.Parameter, lambda t: t.as_subclass(Subclass)):
-        wrapped = [wrap(a) if isinstance(a, torch.Tensor) else a for a in args]
+        wrapped = [wrap(a) if verify._is_floating(a) else a for a in args]
         assert pygpt.explain(function, *wrapped).backend == "cpp"
         got = verify.as_tuple(function(*wrapped))
         assert all(torch.equal(a.as_subclass(torch.Tensor), b) for a, b in zip(got, want, strict=True))

@@ -153,7 +153,7 @@ def test_backends_by_thread_while_another_thread_compiles(generator):
 @pytest.mark.parametrize("op, dims", [*cases.variants(cases.TYPICAL)], ids=cases.ids)
 def test_backward_in_another_thread_is_by_the_forwards_backend(op, dims, generator):
     args, grads = verify.draw(op, dims, torch.float32, generator)
-    args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    args = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
     leaves = [a for a in args if isinstance(a, torch.Tensor)]
 
     def forward(name):
