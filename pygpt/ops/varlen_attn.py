@@ -65,7 +65,7 @@ class Rows(NamedTuple):
 
 def sequences(p: Packing, q: Tensor, k: Tensor) -> Iterator[Rows]:
     """The rows of each sequence, checked."""
-    of_q, of_k = _spans("q", p.cu_seq_q, len(q), p.max_q), _spans("k", p.cu_seq_k, len(k), p.max_k)
+    of_q, of_k = _spans("q", p.cu_seq_q, q.shape[0], p.max_q), _spans("k", p.cu_seq_k, k.shape[0], p.max_k)
     used = [end - begin for begin, end in of_k] if p.seqused_k is None else p.seqused_k.tolist()
     if any(not 0 <= n <= end - begin for n, (begin, end) in zip(used, of_k, strict=True)):
         raise ValueError(f"{_OP}: seqused_k must be from 0 to the number of keys of a sequence")
@@ -87,7 +87,7 @@ def _spans(name: str, cu_seq: Tensor, total: int, most: int) -> list[tuple[int, 
 def varlen_attn_composite(q, k, v, *packing, return_lse=False):
     """out, or with return_lse (out, lse): PyTorch's own function for each sequence."""
     p = Packing(*packing)
-    if torch.compiler.is_compiling() and len(p.cu_seq_q) > 1:
+    if torch.compiler.is_compiling() and p.cu_seq_q.shape[0] > 1:
         return _composite_by_mask(q, k, v, p, return_lse)
     outs, lses = [], []
     empty = Rows(slice(0), slice(0))  # connects the results to the inputs if there is no sequence
@@ -95,11 +95,11 @@ def varlen_attn_composite(q, k, v, *packing, return_lse=False):
         results = _sequence_composite(*rows.of(q, k, v), p, return_lse)
         outs.append(results[0][0].transpose(0, 1))
         lses.append(results[1][0] if return_lse else None)
-    covered = sum(len(out) for out in outs)
-    out = torch.cat([*outs, q.new_zeros(len(q) - covered, q.shape[1], v.shape[2])])
+    covered = sum(out.shape[0] for out in outs)
+    out = torch.cat([*outs, q.new_zeros(q.shape[0] - covered, q.shape[1], v.shape[2])])
     if not return_lse:
         return out
-    outside = q.new_full((q.shape[1], len(q) - covered), -math.inf, dtype=acc_dtype(q))
+    outside = q.new_full((q.shape[1], q.shape[0] - covered), -math.inf, dtype=acc_dtype(q))
     return out, torch.cat([*lses, outside], 1)
 
 
@@ -113,10 +113,10 @@ def _sequence_composite(q, k, v, p: Packing, return_lse: bool) -> tuple:
 def _composite_by_mask(q, k, v, p: Packing, return_lse: bool):
     """The same in one call, with a mask of all queries and keys: a graph cannot depend on the sequences' lengths."""
     lengths_q, lengths_k = p.cu_seq_q.diff(), p.cu_seq_k.diff() if p.seqused_k is None else p.seqused_k
-    (of_q, i), (of_k, j) = (_places(cu_seq, len(t)) for cu_seq, t in ((p.cu_seq_q, q), (p.cu_seq_k, k)))
-    own = i + lengths_k[of_q.clamp(max=len(lengths_k) - 1)] - lengths_q[of_q.clamp(max=len(lengths_q) - 1)]
-    mask = (of_q[:, None] == of_k) & (j < lengths_k[of_k.clamp(max=len(lengths_k) - 1)])
-    mask = mask & (of_q < len(lengths_q))[:, None]
+    (of_q, i), (of_k, j) = (_places(cu_seq, t.shape[0]) for cu_seq, t in ((p.cu_seq_q, q), (p.cu_seq_k, k)))
+    own = i + lengths_k[of_q.clamp(max=lengths_k.shape[0] - 1)] - lengths_q[of_q.clamp(max=lengths_q.shape[0] - 1)]
+    mask = (of_q[:, None] == of_k) & (j < lengths_k[of_k.clamp(max=lengths_k.shape[0] - 1)])
+    mask = mask & (of_q < lengths_q.shape[0])[:, None]
     if p.left >= 0:
         mask = mask & (j >= own[:, None] - p.left)
     if p.right >= 0:
@@ -140,8 +140,8 @@ def varlen_attn_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (total_q, Hq, Ev), contiguous, and lse (Hq, total_q)."""
     p = Packing(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right)
-    out = q.new_zeros(len(q), q.shape[1], v.shape[2])
-    lse = q.new_full((q.shape[1], len(q)), -math.inf, dtype=acc_dtype(q))
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=acc_dtype(q))
     for rows in _known(p, q, k):
         of_out, of_lse = attention_fwd(*rows.of(q, k, v), False, scale, *p.options)
         out[rows.q], lse[:, rows.q] = of_out[0].transpose(0, 1), of_lse[0]
@@ -305,10 +305,10 @@ def _checked_rows(name: str, t, query: Tensor, size: int | None = None) -> int:
         raise TypeError(f"{_OP}: {name} must be int32, got {t.dtype}")
     if t.device != query.device:
         raise ValueError(f"{_OP}: {name} is on {t.device}, query on {query.device}")
-    if t.dim() != 1 or len(t) == 0 and size is None or size not in (None, len(t)):
+    if t.dim() != 1 or t.shape[0] == 0 and size is None or size not in (None, t.shape[0]):
         want = "(N + 1,)" if size is None else f"({size},)"
         raise ValueError(f"{_OP}: {name} must have shape {want}, got {tuple(t.shape)}")
-    return len(t)
+    return t.shape[0]
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
