@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MEMORY, KERNELS, TRITON_TESTS = (f"tests/kernels/test_{name}.py" for name in ("memory", "kernels", "triton"))
 PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
 OPTIONS = "tests/ops/test_attention_options.py"
+VARLEN = "tests/ops/test_varlen_attn.py"
 
 
 @dataclass(frozen=True)
@@ -523,9 +524,74 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: the splits of a sequence's keys depend on the batch",
         "csrc/cpu/attention/decode.cpp",
-        r"splits = splits_of\(a\.sequences\.k_len\), ldr",
-        r"splits = std::max<int64_t>(1, splits_of(a.sequences.k_len) / a.batch), ldr",
+        r"const int64_t chunk = split_keys\(k_len\),",
+        r"const int64_t chunk = split_keys(k_len) * std::min<int64_t>(a.batch, 2),",
         (OPTIONS, "alone_and_in_a_batch", "cpp", "1-mask_of_keys"),
+    ),
+]
+CPU_VARLEN = [
+    Mutant(
+        "cpu varlen: the keys begin where the queries do",
+        "csrc/attention/sequence.h",
+        r"k = cu_seq_k\[b\];",
+        r"k = q;",
+        (VARLEN, "by_hand", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: seqused_k is not read",
+        "csrc/attention/sequence.h",
+        r"seqused_k \? seqused_k\[b\] : ",
+        r"",
+        (VARLEN, "by_hand", "cpp", "used"),
+    ),
+    Mutant(
+        "cpu varlen: the diagonal starts at the first key",
+        "csrc/bind/varlen_attn.h",
+        r"packing\.right, true\}",
+        r"packing.right, false}",
+        (VARLEN, "by_hand", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: a short sequence beside a long one is left out",
+        "csrc/cpu/attention/tile.h",
+        r"if \(all_decode \|\| .*\) decode\(a\);",
+        r"if (all_decode) decode(a);",
+        (VARLEN, "by_hand", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: the splits of a sequence follow the longest",
+        "csrc/cpu/attention/decode.cpp",
+        r"const int64_t chunk = split_keys\(k_len\),",
+        r"const int64_t chunk = split_keys(a.sequences.k_len),",
+        (VARLEN, "same_bits_alone", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: the parts of dq follow the longest sequence",
+        "csrc/cpu/attention/bwd.cpp",
+        r"k_len = first_head\.sequence\.k_len, parts = parts_of\(k_len\);",
+        r"k_len = first_head.sequence.k_len, parts = most_parts;",
+        (VARLEN, "same_bits_alone", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: rows of no sequence keep what was in memory",
+        "csrc/bind/varlen_attn.h",
+        r"  zero\(first_row\[a\.batch\], t\.size\(0\)\);",
+        r"",
+        (VARLEN, "by_hand", "cpp"),
+    ),
+    Mutant(
+        "cpu varlen: keys from seqused_k on keep what was in memory",
+        "csrc/bind/varlen_attn.h",
+        r"b < a\.batch; b\+\+\) zero\(first_row\[b\] \+ s\.seqused_k\[b\], first_row\[b \+ 1\]\);",
+        r"b < a.batch; b++) zero(0, 0);",
+        (VARLEN, "by_hand", "cpp", "used"),
+    ),
+    Mutant(
+        "cpu varlen: a falling cu_seq is taken",
+        "csrc/bind/varlen_attn.h",
+        r"valid = valid && first_row\[b\] <= first_row\[b \+ 1\];",
+        r"",
+        (VARLEN, "rows_are_checked", "cpp"),
     ),
 ]
 
@@ -674,4 +740,4 @@ EQUIVALENT = {
     "fuses a product only if it goes into nothing but sums, and g is also multiplied by xhat.",
 }
 
-MUTANTS = [*CUDA, *CPU, *CPU_OPTIONS, *PYTHON, *TRITON]
+MUTANTS = [*CUDA, *CPU, *CPU_OPTIONS, *CPU_VARLEN, *PYTHON, *TRITON]

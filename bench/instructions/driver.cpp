@@ -3,6 +3,7 @@
 // instructions [PART]: the cases whose name contains PART, in turn. Each prints a line, name and work separated by a
 // tab, and is one call of counted(). Work is what an ideal kernel would do: multiply-adds of attention, linear and
 // mlp, elements of the others. The uncounted call before it leaves scratch memory allocated and symbols resolved.
+#include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <iostream>
@@ -98,6 +99,27 @@ void attention(DType dtype, int64_t H, int64_t L, int64_t S, int64_t E, int64_t 
   count("attention_bwd" + shape, pairs * (3 * E + 2 * Ev), attention_bwd, a);
 }
 
+// Causal sequences that begin at these rows.
+void varlen_attn(DType dtype, int64_t H, const std::vector<int32_t>& starts, int64_t E) {
+  Arrays make = {dtype};
+  AttentionArgs a = {};
+  const int64_t rows = starts.back();
+  int64_t pairs = 0;
+  a.dtype = dtype, a.batch = starts.size() - 1, a.heads = a.kv_heads = H, a.head_dim = a.v_dim = E;
+  for (int64_t b = 0; b < a.batch; b++) {
+    const int64_t length = starts[b + 1] - starts[b];
+    a.sequences.q_len = a.sequences.k_len = std::max(a.sequences.q_len, length);
+    pairs += H * length * (length + 1) / 2;
+  }
+  a.sequences.cu_seq_q = a.sequences.cu_seq_k = starts.data(), a.sequences.total_q = a.sequences.total_k = rows;
+  a.reach = {-1, 0, true}, a.scores.scale = 0.125, a.lse_stride[1] = rows, a.lse = make.statistics(H * rows);
+  for (Heads* t : {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv})
+    *t = make.heads(H, rows, E), t->stride[0] = 0;
+  const auto shape = text(' ', format(dtype).name, " H", H, " N", a.batch, " rows", rows, " E", E);
+  count("varlen_attn_fwd" + shape, pairs * 2 * E, attention_fwd, a);
+  count("varlen_attn_bwd" + shape, pairs * 5 * E, attention_bwd, a);
+}
+
 void linear(DType dtype, int64_t M, int64_t K, int64_t N) {
   Arrays make = {dtype};
   LinearArgs a = {};
@@ -171,6 +193,7 @@ int main(int argc, char** argv) {
   linear(f16, 64, 400, 96);
   activation(f16, Activation::gelu, "gelu", 10000);
   attention(f32, 2, 77, 101, 41, 27, false);
+  varlen_attn(f32, 1, {0, 100, 103, 200, 260}, 64);
   linear(f32, 33, 61, 45);
   linear(f32, 37, 256, 272);  // some rows of a W worth leaving unpacked
   mlp(f32, Activation::relu, "relu", 31, 45, 83);
