@@ -87,3 +87,19 @@ def attention_options(kernels, dtype: torch.dtype, device: str, wide: bool = Fal
                 lambda E=E, mask=mask, of_heads=of_heads, seed=seed: attention(E, mask, *of_heads, seed, 30.0, 128),
             )
         yield f"attention window {E}", lambda E=E: attention(E, None, None, None, None, 0.0, 128)
+
+
+def packed_attention(kernels, dtype: torch.dtype, device: str, wide: bool = False) -> Iterator[tuple[str, Callable]]:
+    """The same for packed sequences: with a causal mask, and with a window and a gradient of lse."""
+
+    def attention(E, left, right, heads, with_dlse):
+        q, k, v = (torch.empty(4096, h, E, dtype=dtype, device=device) for h in (4, heads, heads))
+        cu_seq = torch.empty(9, dtype=torch.int32, device=device)
+        packing = cu_seq, cu_seq, None, 1024, 1024, 0.1, left, right
+        out, lse = kernels.varlen_attn_fwd(q, k, v, *packing)
+        kernels.varlen_attn_bwd(out, lse if with_dlse else None, q, k, v, out, lse, [True] * 3, *packing)
+
+    for E in (64, 128, 256):
+        yield f"varlen_attn {E}", lambda E=E: attention(E, -1, 0, 4, False)
+        if wide:
+            yield f"varlen_attn window {E}", lambda E=E: attention(E, 128, 0, 2, True)

@@ -8,11 +8,12 @@ requests: they run without a GPU, and the emulator of tests/emulator records wha
 import re
 import subprocess
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from .calls import DTYPES, calls
+from .calls import DTYPES, calls, packed_attention
 from .result import DEVICES, Result
 from .sass import Function, functions
 
@@ -26,7 +27,8 @@ def inspect(targets: list[str], dtypes: list[str], only: tuple[str, ...]) -> lis
     compiled = {(plain(name), f.arch): f for name, f in demangled(Path(find_spec("pygpt._cuda").origin))}
     rows, seen = [], set()
     for dtype in dtypes:
-        for call, run in calls(torch.ops.pygpt_emulator, DTYPES[dtype], "cpu", options=True):
+        arguments = torch.ops.pygpt_emulator, DTYPES[dtype], "cpu"
+        for call, run in chain(calls(*arguments, options=True), packed_attention(*arguments)):
             for name, block, shared, _ in emulator.launches(run) if call.startswith(only) else ():
                 name = plain(name)
                 for target in targets:

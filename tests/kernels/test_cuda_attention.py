@@ -154,3 +154,55 @@ def test_rows_without_keys_give_zeros_and_sinks(kernels):
     assert not out[:, :, :30].any() and torch.equal(lse[0, :, :30], sink[:, None].expand(2, 30))
     grads = kernels.attention_bwd(dout, None, q, k, v, out, lse, False, 0.3, [True] * 3 + [False, False, True], *o)
     assert not grads[0][:, :, :30].any() and all(g.isfinite().all() for g in grads)
+
+
+# ------------------------------------------------------------------------------- packed sequences
+LENGTHS_Q, LENGTHS_K = (5, 0, 150, 1, 33), (150, 7, 130, 64, 0)
+
+
+def starts(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def packed_inputs(E, dtype):
+    """q, k, v, dout, dlse of two query heads and one key head."""
+    L, S = sum(LENGTHS_Q), sum(LENGTHS_K)
+    tensors = [t[0].transpose(0, 1).contiguous() for t in inputs(1, 2, 1, L, S, E, dtype)]
+    return *tensors, torch.randn(2, L, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("E", WIDTHS)
+@pytest.mark.parametrize("left, right, used", [(-1, 0, None), (40, 3, (149, 0, 70, 64, 0))])
+def test_packed_sequences_have_the_bits_of_dense_calls(left, right, used, E, dtype, kernels):
+    q, k, v, dout, dlse = packed_inputs(E, dtype)
+    first_q, first_k, keys = starts(LENGTHS_Q), starts(LENGTHS_K), used or LENGTHS_K
+    rows = first_q, first_k, None if used is None else torch.tensor(used).int()
+    args = *rows, max(LENGTHS_Q), max(LENGTHS_K), 0.3, left, right
+    out, lse = kernels.varlen_attn_fwd(q, k, v, *args)
+    dq, dk, dv = kernels.varlen_attn_bwd(dout, dlse, q, k, v, out, lse, [True] * 3, *args)
+    o = options(left=left, right=right, lower_right=True)
+    for b, (L, S) in enumerate(zip(LENGTHS_Q, keys, strict=True)):
+        of_q, of_k = slice(first_q[b], first_q[b] + L), slice(first_k[b], first_k[b] + S)
+        tensors = [t.transpose(0, 1)[None] for t in (q[of_q], k[of_k], v[of_k], dout[of_q])]
+        want = kernels.attention_fwd(*tensors[:3], False, 0.3, *o)
+        assert torch.equal(out[of_q], want[0][0].transpose(0, 1)) and torch.equal(lse[:, of_q], want[1][0])
+        of_lse = dlse[None, :, of_q].contiguous()
+        grads = kernels.attention_bwd(tensors[3], of_lse, *tensors[:3], *want, False, 0.3, [True] * 3, *o)
+        for found, expected in zip((dq[of_q], dk[of_k], dv[of_k]), grads[:3], strict=True):
+            assert torch.equal(found, expected[0].transpose(0, 1))
+        for gradient in (dk, dv):
+            assert not gradient[of_k.stop : first_k[b + 1]].any()
+
+
+def test_a_longer_maximum_adds_no_work(kernels):
+    """Blocks past the end of their sequence stop at once."""
+    q, k, v, dout, _ = packed_inputs(64, torch.bfloat16)
+    rows = starts(LENGTHS_Q), starts(LENGTHS_K), None
+    exact, longer = ((*rows, max(LENGTHS_Q) + more, max(LENGTHS_K) + more, 0.3, -1, 0) for more in (0, 1000))
+    out, lse = kernels.varlen_attn_fwd(q, k, v, *exact)
+    for call in (
+        lambda args: kernels.varlen_attn_fwd(q, k, v, *args),
+        lambda args: kernels.varlen_attn_bwd(dout, None, q, k, v, out, lse, [True] * 3, *args),
+    ):
+        assert 0 < products(lambda call=call: call(exact)) == products(lambda call=call: call(longer))

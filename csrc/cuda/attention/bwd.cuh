@@ -19,7 +19,7 @@
 // even then. float always uses the second form, because its p is not rounded.
 //
 // Registers per thread (ptxas 13.0, sm_80 / sm_90a, no spills within a loop) and resident blocks per multiprocessor
-// (A100 / H100). "general" kernels do all of scores.cuh, the others only scale.
+// (A100 / H100). "general" kernels do all of scores.cuh, the others only scale; "packed" ones serve packed sequences.
 //     D                  16-bit: m x n   registers  shared  blocks      float: m x n   registers  shared  blocks
 //     64  dkdv              128 x 32      255/255    48 KB   2 / 2         64 x 32      175/198    64 KB   2 / 2
 //    128  dkdv               64 x 32      248/248    64 KB   2 / 2         64 x 16      248/244    96 KB   1 / 2
@@ -28,6 +28,13 @@
 //     64  dq                128 x 32      212/214    48 KB   2 / 2         64 x 32      168/168    64 KB   2 / 3
 //    128  dq                 64 x 32      178/178    64 KB   2 / 2         64 x 16      168/168    96 KB   1 / 2
 //    256  dq                 64 x 16      233/236    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
+//     64  dkdv, packed      128 x 32      254/255    48 KB   2 / 2         64 x 32      220/228    64 KB   2 / 2
+//    128  dkdv, packed       64 x 32      255/252    64 KB   2 / 2         64 x 16      246/255    96 KB   1 / 2
+//    256  dk, packed         64 x 16      230/244    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
+//    256  dv, packed         64 x 16      243/247    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
+//     64  dq, packed        128 x 32      224/222    48 KB   2 / 2         64 x 32      168/168    64 KB   2 / 3
+//    128  dq, packed         64 x 32      188/192    64 KB   2 / 2         64 x 16      168/168    96 KB   1 / 2
+//    256  dq, packed         64 x 16      235/238    96 KB   1 / 2         32 x 8       255/255    96 KB   1 / 2
 //     64  dkdv, general      64 x 32      174/192    32 KB   2 / 2         64 x 32      204/212    64 KB   2 / 2
 //    128  dkdv, general      64 x 16      242/249    48 KB   2 / 2         64 x 16      236/250    96 KB   1 / 2
 //    256  dk, general        64 x 16      235/244    96 KB   1 / 2         32 x 8       254/254    96 KB   1 / 2
@@ -48,10 +55,8 @@ constexpr TileShape kBwdShapes[2][3] = {{{4, 2, 32, false}, {4, 1, 32, false}, {
                                         {{4, 1, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
 constexpr TileShape kGeneralBwdShapes[2][3] = {{{4, 1, 32, false}, {4, 1, 16, false}, {4, 1, 16, false}},
                                                {{4, 1, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
-template <class T, int D, bool general>
-constexpr TileShape kBwdShape = select_shape<T, D>(general ? kGeneralBwdShapes : kBwdShapes);
-
-constexpr int kRowPadding = 32;  // padded_q_len is a multiple of it; itself a multiple of every tile_n
+template <class T, int D, Kind kind>
+constexpr TileShape kBwdShape = select_shape<T, D>(kind == Kind::general ? kGeneralBwdShapes : kBwdShapes);
 
 template <class T>
 constexpr bool kCanFuse = kExponentLimit<T> > 0.0f;
@@ -158,10 +163,11 @@ __device__ __forceinline__ void finish_ds(const HeadScores<T>& scores, const Sta
 template <class T>
 constexpr int kRowStats = kCanFuse<T> ? 4 : 2;
 
-template <class T, int D, bool general, bool with_dk, bool with_dv>
-__global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<T, D, general>.min_blocks_per_sm())
-    attention_dkdv_kernel(const Params params) {
-  constexpr TileShape shape = kBwdShape<T, D, general>;
+template <class T, int D, Kind kind, bool with_dk, bool with_dv>
+__global__ void __launch_bounds__(kBwdShape<T, D, kind>.threads(), kBwdShape<T, D, kind>.min_blocks_per_sm())
+    attention_dkdv_kernel(const Params call) {
+  constexpr bool general = kind == Kind::general;
+  constexpr TileShape shape = kBwdShape<T, D, kind>;
   constexpr int KEYS = shape.tile_m(), ROWS = shape.tile_n, THREADS = shape.threads(), M = shape.m_tiles, N = ROWS / 8;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const k_tile = reinterpret_cast<T*>(shared);
@@ -169,8 +175,10 @@ __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<
   T* const stages = v_tile + KEYS * D;
   float* const stage_stats = reinterpret_cast<float*>(stages + 4 * ROWS * D);
 
-  const TileCoord coord = tile_coord(params);
+  const TileCoord coord = tile_coord(call);
+  const Params& params = of_sequence<T, kind>(call, coord.head / call.k.heads);
   const int key0 = coord.tile * KEYS;  // the tiles with the most queries first
+  if (kind == Kind::packed && key0 >= params.visible.k_len) return;
   const int warp_key = threadIdx.x / 32 * (16 * M), key = key0 + warp_key;
   const Visible<int> queries = params.visible.transposed();  // the rows that see a key
   const int begin = queries.begin(key0) & -ROWS, end = queries.end(key0 + KEYS - 1);
@@ -220,7 +228,11 @@ __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<
     advance(next_member, next_row, ROWS);
     if (next_member < params.group) load(next_member, next_row, stage ^ 1);
     ptx::cp_async_commit();
-    if (row + ROWS <= queries.begin(key) || row >= queries.end(key + 16 * M - 1)) continue;  // fully masked
+    // No row of the tile sees a key of the warp. Both forms say so. Packed kernels spill registers with the second one.
+    const bool fully_masked =
+        kind == Kind::packed ? key + 16 * M <= params.visible.begin(row) || key >= params.visible.end(row + ROWS - 1)
+                             : row + ROWS <= queries.begin(key) || row >= queries.end(key + 16 * M - 1);
+    if (fully_masked) continue;
 
     const T* const dout_tile = q_tile(stage) + ROWS * D;
     const float *lse = row_stats(stage), *neg_delta = lse + ROWS, *lse_log2 = lse + 2 * ROWS;
@@ -308,22 +320,25 @@ struct RowStats {
   }
 };
 
-template <class T, int D, bool general>
-__global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<T, D, general>.min_blocks_per_sm())
-    attention_dq_kernel(const Params params) {
-  constexpr TileShape shape = kBwdShape<T, D, general>;
+template <class T, int D, Kind kind>
+__global__ void __launch_bounds__(kBwdShape<T, D, kind>.threads(), kBwdShape<T, D, kind>.min_blocks_per_sm())
+    attention_dq_kernel(const Params call) {
+  constexpr bool general = kind == Kind::general;
+  constexpr TileShape shape = kBwdShape<T, D, kind>;
   constexpr int ROWS = shape.tile_m(), KEYS = shape.tile_n, THREADS = shape.threads(), M = shape.m_tiles, N = KEYS / 8;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const q_tile = reinterpret_cast<T*>(shared);
   T* const dout_tile = q_tile + ROWS * D;
 
-  const TileCoord coord = tile_coord(params);
+  const TileCoord coord = tile_coord(call);
+  const Params& params = of_sequence<T, kind>(call, coord.head / call.q.heads);
   const int q_len = params.visible.q_len, key_head = coord.head / params.group;
   const int row0 = (int(ceil_div(q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
+  if (kind == Kind::packed && row0 < 0) return;
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
   const auto k = slice_head<const T>(params.k, key_head), v = slice_head<const T>(params.v, key_head);
-  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<general>>;
-  const Keys keys{dout_tile + ROWS * D, params.visible, row0, k, v, Tiles<general>(params, coord.head)};
+  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<kind>>;
+  const Keys keys{dout_tile + ROWS * D, params.visible, row0, k, v, Tiles<kind>(params, coord.head)};
   load_tile<ROWS, D, THREADS>(q_tile, slice_head<const T>(params.q, coord.head), row0, q_len);
   load_dout<ROWS, D, THREADS>(params, dout_tile, slice_head<const T>(params.dout, coord.head), row0);
   int key = keys.first();
@@ -380,25 +395,25 @@ __global__ void __launch_bounds__(kBwdShape<T, D, general>.threads(), kBwdShape<
 }
 
 // ---------------------------------------------------------------- launchers
-template <class T, int D, bool general, bool with_dk, bool with_dv>
+template <class T, int D, Kind kind, bool with_dk, bool with_dv>
 Error launch_dkdv(const Params& params, const AttentionArgs& a, const Stream& stream) {
   if (!(with_dk && params.dk.data) && !(with_dv && params.dv.data)) return nullptr;
-  constexpr TileShape shape = kBwdShape<T, D, general>;
-  return launch_tiles<T>(attention_dkdv_kernel<T, D, general, with_dk, with_dv>, params, a.batch * a.kv_heads,
+  constexpr TileShape shape = kBwdShape<T, D, kind>;
+  return launch_tiles<T>(attention_dkdv_kernel<T, D, kind, with_dk, with_dv>, params, a.batch * a.kv_heads,
                          a.sequences.k_len, a.sequences.q_len * a.group(), shape,
                          shared_bytes<T, D>(shape, 2, kRowStats<T>), stream);
 }
 
-template <class T, int D, bool general>
+template <class T, int D, Kind kind>
 Error launch_dq(const Params& params, const AttentionArgs& a, const Stream& stream) {
   if (!params.dq.data) return nullptr;
-  constexpr TileShape shape = kBwdShape<T, D, general>;
-  return launch_tiles<T>(attention_dq_kernel<T, D, general>, params, params.total_heads, a.sequences.q_len,
+  constexpr TileShape shape = kBwdShape<T, D, kind>;
+  return launch_tiles<T>(attention_dq_kernel<T, D, kind>, params, params.total_heads, a.sequences.q_len,
                          a.sequences.k_len, shape, shared_bytes<T, D>(shape, 2), stream);
 }
 
 // dq, dk and dv, after launch_delta.
-template <bool general>
+template <Kind kind>
 Error launch_bwd(const Params& params, const AttentionArgs& a, const Stream& stream) {
   return by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -406,12 +421,12 @@ Error launch_bwd(const Params& params, const AttentionArgs& a, const Stream& str
       constexpr int D = width;
       Error e;
       if constexpr (D < 256) {
-        e = launch_dkdv<T, D, general, true, true>(params, a, stream);
+        e = launch_dkdv<T, D, kind, true, true>(params, a, stream);
       } else {
-        e = launch_dkdv<T, D, general, true, false>(params, a, stream);
-        if (!e) e = launch_dkdv<T, D, general, false, true>(params, a, stream);
+        e = launch_dkdv<T, D, kind, true, false>(params, a, stream);
+        if (!e) e = launch_dkdv<T, D, kind, false, true>(params, a, stream);
       }
-      return e ? e : launch_dq<T, D, general>(params, a, stream);
+      return e ? e : launch_dq<T, D, kind>(params, a, stream);
     });
   });
 }

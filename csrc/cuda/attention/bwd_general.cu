@@ -3,6 +3,6 @@
 
 namespace pygpt::cuda {
 
-template Error attention::launch_bwd<true>(const Params&, const AttentionArgs&, const Stream&);
+template Error attention::launch_bwd<attention::Kind::general>(const Params&, const AttentionArgs&, const Stream&);
 
 }  // namespace pygpt::cuda

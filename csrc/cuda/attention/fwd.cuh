@@ -25,10 +25,14 @@
 //     64 scale         128 x 64       244/240    48 KB   2 / 2             128 x 32      226/252    64 KB   2 / 2
 //    128 scale         128 x 32       252/254    64 KB   2 / 2              64 x 16      160/154    64 KB   2 / 3
 //    256 scale          64 x 32       231/246    96 KB   1 / 2              32 x 8       254/254    64 KB   2 / 3
+//     64 packed        128 x 64       236/248    48 KB   2 / 2             128 x 32      246/246    64 KB   2 / 2
+//    128 packed        128 x 32       249/251    64 KB   2 / 2              64 x 16      167/171    64 KB   2 / 2
+//    256 packed         64 x 32       246/255    96 KB   1 / 2              32 x 8       255/255    64 KB   2 / 3
 //     64 general        64 x 64       188/188    40 KB   2 / 2             128 x 32      236/238    64 KB   2 / 2
 //    128 general        64 x 32       186/184    48 KB   2 / 2              64 x 16      167/165    64 KB   2 / 3
 //    256 general        64 x 32       246/252    96 KB   1 / 2              32 x 8       255/255    64 KB   2 / 3
-// "scale" kernels scale the scores and nothing else; "general" ones do all of scores.cuh.
+// "scale" kernels scale the scores and nothing else; "packed" ones do the same for packed sequences; "general" ones do
+// all of scores.cuh.
 #pragma once
 #include "scores.cuh"
 #include "walk.cuh"
@@ -39,8 +43,8 @@ constexpr TileShape kFwdShapes[2][3] = {{{4, 2, 64, true}, {4, 2, 32, false}, {4
                                         {{4, 2, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
 constexpr TileShape kGeneralFwdShapes[2][3] = {{{4, 1, 64, true}, {4, 1, 32, false}, {4, 1, 32, false}},
                                                {{4, 2, 32, false}, {4, 1, 16, false}, {2, 1, 8, false}}};
-template <class T, int D, bool general>
-constexpr TileShape kFwdShape = select_shape<T, D>(general ? kGeneralFwdShapes : kFwdShapes);
+template <class T, int D, Kind kind>
+constexpr TileShape kFwdShape = select_shape<T, D>(kind == Kind::general ? kGeneralFwdShapes : kFwdShapes);
 
 // The online softmax of the warp's rows: the maximum of x so far (at least -FLT_MAX), and the sum of p over this lane's
 // columns so far.
@@ -135,21 +139,24 @@ __device__ __forceinline__ void scale_tile(T* tile, float factor) {
   for (int i = threadIdx.x; i < ELEMENTS; i += THREADS) tile[i] = from_float<T>(to_float(tile[i]) * factor);
 }
 
-template <class T, int D, bool general>
-__global__ void __launch_bounds__(kFwdShape<T, D, general>.threads(), kFwdShape<T, D, general>.min_blocks_per_sm())
-    attention_fwd_kernel(const Params params) {
-  constexpr TileShape shape = kFwdShape<T, D, general>;
+template <class T, int D, Kind kind>
+__global__ void __launch_bounds__(kFwdShape<T, D, kind>.threads(), kFwdShape<T, D, kind>.min_blocks_per_sm())
+    attention_fwd_kernel(const Params call) {
+  constexpr bool general = kind == Kind::general;
+  constexpr TileShape shape = kFwdShape<T, D, kind>;
   constexpr int ROWS = shape.tile_m(), KEYS = shape.tile_n, THREADS = shape.threads(), M = shape.m_tiles;
   PYGPT_DYNAMIC_SHARED(shared);
   T* const q_tile = reinterpret_cast<T*>(shared);
 
-  const TileCoord coord = tile_coord(params);
+  const TileCoord coord = tile_coord(call);
+  const Params& params = of_sequence<T, kind>(call, coord.head / call.q.heads);
   const int q_len = params.visible.q_len, key_head = coord.head / params.group;
   const int row0 = (int(ceil_div(q_len, ROWS)) - 1 - coord.tile) * ROWS;  // the tiles with the most keys first
+  if (kind == Kind::packed && row0 < 0) return;
   const int warp_row = threadIdx.x / 32 * (16 * M), row = row0 + warp_row;
   const auto k = slice_head<const T>(params.k, key_head), v = slice_head<const T>(params.v, key_head);
-  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<general>>;
-  const Keys keys{q_tile + ROWS * D, params.visible, row0, k, v, Tiles<general>(params, coord.head)};
+  using Keys = KeyWalk<T, D, ROWS, KEYS, THREADS, Tiles<kind>>;
+  const Keys keys{q_tile + ROWS * D, params.visible, row0, k, v, Tiles<kind>(params, coord.head)};
   load_tile<ROWS, D, THREADS>(q_tile, slice_head<const T>(params.q, coord.head), row0, q_len);
   int key = keys.first();
   keys.load(key, 0);
@@ -201,17 +208,17 @@ __global__ void __launch_bounds__(kFwdShape<T, D, general>.threads(), kFwdShape<
   store_rows(slice_head<T>(params.out, coord.head), out, row, q_len, [&](int m, int r) { return factor[m][r]; });
 }
 
-template <bool general>
+template <Kind kind>
 Error launch_fwd(const AttentionArgs& a, const Stream& stream) {
   return by_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     Params params = make_params<T>(a);
-    if constexpr (general)
+    if constexpr (kind == Kind::general)
       if (const Error e = prepare_scores(params, a, stream)) return e;
     return by_head_dim(std::max(a.head_dim, a.v_dim), [&](auto width) {
       constexpr int D = width;
-      constexpr TileShape shape = kFwdShape<T, D, general>;
-      return launch_tiles<T>(attention_fwd_kernel<T, D, general>, params, params.total_heads, a.sequences.q_len,
+      constexpr TileShape shape = kFwdShape<T, D, kind>;
+      return launch_tiles<T>(attention_fwd_kernel<T, D, kind>, params, params.total_heads, a.sequences.q_len,
                              a.sequences.k_len, shape, shared_bytes<T, D>(shape, 1), stream);
     });
   });

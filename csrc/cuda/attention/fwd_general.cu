@@ -3,6 +3,6 @@
 
 namespace pygpt::cuda {
 
-template Error attention::launch_fwd<true>(const AttentionArgs&, const Stream&);
+template Error attention::launch_fwd<attention::Kind::general>(const AttentionArgs&, const Stream&);
 
 }  // namespace pygpt::cuda

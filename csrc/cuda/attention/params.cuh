@@ -21,6 +21,19 @@ constexpr float kExponentLimit = std::is_same_v<T, bf16>  ? 0x1p14f
 constexpr int64_t kMaxPositions = 1 << 28;  // so that the sums of Visible<int> do not overflow
 constexpr int64_t kMaxHeads = 1 << 30;
 constexpr int kUnlimited = 1 << 29;         // a reach past every position, also past those that pad a tile
+constexpr int kRowPadding = 32;             // of a sequence in backward's workspaces; a multiple of every tile_n
+
+// What a call asks of the kernels. Dense and packed calls scale their scores and do nothing else to them; packed calls
+// have sequences of different lengths. General calls are dense and do all of scores.cuh.
+enum class Kind { dense, packed, general };
+
+// Calls body(integral_constant<Kind, the kind of a call>).
+template <class Body>
+Error by_kind(const AttentionArgs& a, Body&& body) {
+  if (a.sequences.cu_seq_q) return body(std::integral_constant<Kind, Kind::packed>{});
+  if (a.scores.scale_only()) return body(std::integral_constant<Kind, Kind::dense>{});
+  return body(std::integral_constant<Kind, Kind::general>{});
+}
 
 // A tensor (batch, head, position, channel) of `heads` heads and `width` channels; vectorized as in Head.
 struct Tensor {
@@ -51,7 +64,7 @@ struct Params {
   int group;               // query heads that share a key head: query head h takes key head h / group
   int tiled_heads;         // the heads whose tiles a launch computes: query heads, or key heads
   int head_group;          // how many of them the tile scheduler takes together, see tile_coord()
-  int padded_q_len;
+  int padded_q_len;        // rows of a head in backward's workspaces
   Visible<int> visible;
   float scale, scale_log2;  // scale_log2 = scale * log2(e)
   Tensor q, k, v, out, dout, dq, dk, dv;
@@ -59,10 +72,42 @@ struct Params {
   const float* dlse;
   int64_t lse_stride[2];  // between batch entries and between heads, for dlse too
   const float* sink;      // (heads of a batch entry), or null
-  float *padded_lse, *padded_neg_delta, *padded_lse_log2;  // workspaces of backward, (total_heads, padded_q_len)
+  // Workspaces of backward. Dense: (total_heads, padded_q_len). Packed: (heads of a sequence, padded_q_len), in which
+  // sequence b starts at row cu_seq_q[b] + b kRowPadding, rounded down to a multiple of kRowPadding. So there is room
+  // for each sequence's rows, rounded up, and cp.async finds them aligned.
+  float *padded_lse, *padded_neg_delta, *padded_lse_log2;
   float lse_to_log2[2];  // scale_log2 / scale as the sum of two floats; infinite if scale_log2 is not a normal float
   ScoreParams scores;
+  Sequences sequences;  // of a packed call
 };
+
+// The parameters of batch entry b. Dense: those of the call. Packed: those of a dense call of sequence b alone, except
+// that heads are still counted through the batch. No other code knows where a sequence lies in the packed tensors.
+template <class T, Kind kind>
+__device__ __forceinline__ auto of_sequence(const Params& call, int b)
+    -> std::conditional_t<kind == Kind::packed, Params, const Params&> {
+  if constexpr (kind != Kind::packed) {
+    return call;
+  } else {
+    const Sequence at = call.sequences(b);
+    Params params = call;
+    params.visible.q_len = int(at.q_len), params.visible.k_len = int(at.k_len);
+    params.visible.diagonal = params.visible.k_len - params.visible.q_len;
+    const auto shift = [](Tensor& t, int64_t row) {
+      t.stride[0] = 0;  // as it is already; known to the compiler, it takes no register
+      if (t.data) t.data = static_cast<T*>(t.data) + row * t.stride[2];
+    };
+    shift(params.q, at.q_row), shift(params.out, at.q_row), shift(params.dout, at.q_row), shift(params.dq, at.q_row);
+    shift(params.k, at.k_row), shift(params.v, at.k_row), shift(params.dk, at.k_row), shift(params.dv, at.k_row);
+    params.lse_stride[0] = 0, params.lse += at.q_row;
+    if (params.dlse) params.dlse += at.q_row;
+    const int64_t first_head = int64_t(b) * call.q.heads;
+    const int64_t padded_row = ((at.q_row + int64_t(b) * kRowPadding) & -kRowPadding) - first_head * call.padded_q_len;
+    params.padded_lse += padded_row, params.padded_neg_delta += padded_row, params.padded_lse_log2 += padded_row;
+    params.sink = nullptr;
+    return params;
+  }
+}
 
 // Where the rows of a head start in lse.
 __device__ __forceinline__ int64_t lse_offset(const Params& params, int head) {
@@ -90,7 +135,9 @@ inline Error objection(const AttentionArgs& a) {
   if (std::max(a.head_dim, a.v_dim) > kMaxHeadDim) return "attention: head dimensions above 256 are not served";
   if (std::max(a.sequences.q_len, a.sequences.k_len) > kMaxPositions) return "attention: more than 2^28 positions";
   if (a.batch * a.heads > kMaxHeads) return "attention: more than 2^30 heads";
-  return a.sequences.cu_seq_q ? "attention: packed sequences are not served" : nullptr;
+  if (a.sequences.cu_seq_q && (!a.scores.scale_only() || a.scores.sink || !a.reach.lower_right))
+    return "attention: packed sequences have no options, and their diagonals end at the lower right";
+  return nullptr;
 }
 
 template <class T>
@@ -113,6 +160,7 @@ Params make_params(const AttentionArgs& a) {
   p.lse = static_cast<float*>(a.lse), p.dlse = static_cast<const float*>(a.dlse);
   p.lse_stride[0] = a.lse_stride[0], p.lse_stride[1] = a.lse_stride[1];
   p.sink = static_cast<const float*>(a.scores.sink);
+  p.sequences = a.sequences;
   return p;
 }
 

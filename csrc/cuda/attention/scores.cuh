@@ -43,8 +43,8 @@ struct NoMaskTiles {
   __device__ __forceinline__ bool any(int, int, int, int) const { return true; }
 };
 
-template <bool general>
-using Tiles = std::conditional_t<general, MaskTiles, NoMaskTiles>;
+template <Kind kind>
+using Tiles = std::conditional_t<kind == Kind::general, MaskTiles, NoMaskTiles>;
 
 // Sets params.scores and computes the tiles of a boolean mask.
 Error prepare_scores(Params& params, const AttentionArgs& a, const Stream& stream);
