@@ -342,6 +342,8 @@ def test_derivatives(backend, device):
 
 
 def test_compiled_whole(compiled, device, generator):
+    if compiled == "cuda" and device == "cpu":
+        pytest.skip("a graph holds the registered ops, which the emulator does not serve")
     c = Packed((5, 9), (6, 9), used=(6, 7), window=(-1, 0), E=8, Ev=8)
     tensors = [t.to(device, torch.float32) for t in draw(c, generator)]
     rows = packing(c, device)[:3]
