@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from pygpt import triton_kernels as kernels
 
-from .calls import DTYPES, attention_options, calls
+from .calls import DTYPES, attention_options, calls, packed_attention
 from .result import DEVICES, Result
 from .sass import Function, functions, serialized
 
@@ -87,7 +87,7 @@ def jobs(target: str, dtype: str, wide: bool) -> Iterator[tuple[str, str, str, J
     """(call, dtype, target, job) of every launch of `calls`, without repetitions. wide: with every candidate."""
     seen = set()
     arguments = kernels, DTYPES[dtype], "meta", wide
-    for call, run in chain(calls(*arguments), attention_options(*arguments)):
+    for call, run in chain(calls(*arguments), attention_options(*arguments), packed_attention(*arguments)):
         for job in launched(run, target, wide):
             if job.key not in seen:
                 seen.add(job.key)

@@ -283,7 +283,7 @@ def _kept(result, seed, threshold, head, row, col, ROWS: tl.constexpr, COLS: tl.
         None, None, None, None, None, None, None, None, seed, threshold, None, False, True
     )  # fmt: skip
     params = attention_tiles.Params(
-        attention_tiles.Visible(0, 0, 0, 0, 0, False, False), none, 0, 0, 0.0, 0, 1, False, 0, 0
+        attention_tiles.Visible(0, 0, 0, 0, 0, False, False), none, 0, 0, 0, 0.0, 1, False, 0, 0
     )
     keep = scores.kept(head, row, col, params, ROWS, COLS)
     tl.store(result + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], keep.to(tl.int8))
@@ -492,14 +492,14 @@ def _store_one_row(grad, stats, length, head, row, H, L, WIDTH: tl.constexpr):
     attention_tiles.store_gradient(
         grad,
         attention_tiles.Tile(
-            attention_tiles.Operand(grad, length, 0, 0, 0, WIDTH, 1, WIDTH),
+            attention_tiles.Operand(grad, 0, length, 0, 0, 0, WIDTH, 1, WIDTH),
             attention_tiles.TileCoord(0, head, head // H, head % H),
             row,
             ones,
         ),
         H,
     )
-    tl.store(attention_tiles.rows_of_head(stats, head, L), 1.0)
+    tl.store(attention_tiles.rows_of_head(stats, head, L, 0), 1.0)
 
 
 @pytest.mark.parametrize("head, row", [(3, 0), (0, 2**17 - 1), (3, 2**17 - 1)])

@@ -16,6 +16,10 @@ key and has no sink has p = 1 whatever its score, so its ds is dlse.
 Softcap, ALiBi, masks and dropout change scores or weights one by one (scores.py). A constant, GENERAL, tells whether a
 call has any of them: those that only scale have code of their own.
 
+Packed calls (varlen_attn) take sequences of different lengths as the rows of one tensor (`Sequence` in tiles.py). Their
+kernels are those of dense calls; the diagonal ends at a sequence's last key. A program that lies past the end of its
+sequence does nothing. Tiles begin at the first row of a sequence, so a result does not depend on the rest of the batch.
+
 Backward is deterministic without float atomics: one kernel keeps a tile of k and v and loops over the queries for dk
 and dv, another keeps a tile of q and loops over the keys for dq. This costs seven products where atomics need five. A
 third one, for the gradient of a floating mask, keeps a tile of the mask.
@@ -64,6 +68,7 @@ from .dmask import attention_dmask_kernel
 from .fwd import attention_fwd_kernel
 
 MAX_HEAD_DIM = 256
+MAX_PACKED_LENGTH = 2**30  # of a sequence; a window that is as wide has no limit
 L2_BYTES = 16 << 20  # the keys and values that concurrently running programs should share
 
 
@@ -73,6 +78,16 @@ class TiledInput(NamedTuple):
     tensor: torch.Tensor
     rows: str
     width: str
+
+
+class Packed(NamedTuple):
+    """The sequences of a packed call."""
+
+    cu_seq_q: torch.Tensor
+    cu_seq_k: torch.Tensor
+    seqused_k: torch.Tensor | None
+    max_q: int
+    max_k: int
 
 
 class Pass(NamedTuple):
@@ -97,12 +112,10 @@ def _last_contiguous(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def _interval(L: int, S: int, is_causal: bool, o: Options) -> tuple[tuple[int, int, int], dict]:
-    """diagonal, left and right of `Visible`, and its constants."""
-    left, right = o.left, 0 if is_causal else o.right
-    has_left, has_right = 0 <= left < L + S, 0 <= right < L + S
-    numbers = S - L if o.lower_right else 0, left if has_left else 0, right if has_right else 0
-    return numbers, {"LEFT": has_left, "RIGHT": has_right}
+def _interval(diagonal: int, left: int, right: int, unlimited: int) -> tuple[tuple[int, int, int], dict]:
+    """diagonal, left and right of `Visible`, and its constants. Limits from `unlimited` on are none."""
+    has_left, has_right = 0 <= left < unlimited, 0 <= right < unlimited
+    return (diagonal, left if has_left else 0, right if has_right else 0), {"LEFT": has_left, "RIGHT": has_right}
 
 
 def _scores(o: Options) -> tuple[tuple, dict]:
@@ -126,19 +139,27 @@ def _scores(o: Options) -> tuple[tuple, dict]:
 class _Call:
     """What the kernels of one call have in common."""
 
-    def __init__(self, q, k, v, is_causal, options: Options, dout=None):
+    def __init__(self, q, k, v, is_causal, options: Options, dout=None, packed: Packed | None = None):
         (B, H, L, E), (S, EV) = q.shape, v.shape[2:]
+        diagonal, unlimited = S - L if options.lower_right else 0, L + S
+        self.sizes, self.sequences = (L, S), (None,) * 4
+        if packed is not None:  # q, k and v have one batch entry
+            self.sizes, self.sequences = (None, None), (*packed[:3], L)
+            B, L, S = len(packed.cu_seq_q) - 1, packed.max_q, packed.max_k
+            diagonal, unlimited = 0, MAX_PACKED_LENGTH
         self.B, self.H, self.L, self.S, self.heads = B, H, L, S, B * H
         self.kv_heads = k.shape[1]
         self.heads_per_kv = H // k.shape[1] if k.shape[1] else 1
         self.bucket = target(q), max(64, _padded(E), _padded(EV)), q.itemsize
         tensors = [_last_contiguous(t) for t in ((q, k, v) if dout is None else (q, k, v, dout))]
-        self.tma = q.itemsize == 2 and tileable(*tensors)
+        # A tile that TMA reads could reach into the next sequence, where an infinity would become NaN through 0 * inf.
+        self.tma = q.itemsize == 2 and packed is None and tileable(*tensors)
         tiles = (("BLOCK_M", "BLOCK_E"), ("BLOCK_N", "BLOCK_E"), ("BLOCK_N", "BLOCK_EV"), ("BLOCK_M", "BLOCK_EV"))
         self.inputs = [TiledInput(t, *tile) for t, tile in zip(tensors, tiles, strict=False)]
         # No more than the heads, because a kernel computes this times the number of tiles in 32 bits.
         self.group = max(1, min(B * self.kv_heads, L2_BYTES // max(1, S * (E + EV) * q.itemsize)))
-        self.interval, interval_constants = _interval(L, S, is_causal, options)
+        right = 0 if is_causal else options.right
+        self.interval, interval_constants = _interval(diagonal, options.left, right, unlimited)
         self.scores, score_constants = _scores(options)
         self.general = score_constants["GENERAL"]
         self.sink = None if options.sink is None else options.sink.contiguous()
@@ -162,7 +183,7 @@ class _Call:
         small = self.general or (self.constants["LEFT"] and self.constants.get("DLSE", False))
         launch(
             kernel.kernel, programs or (lambda c: heads * triton.cdiv(length, c[rows])), *outputs, *inputs, *stats,
-            heads, H, self.L, self.S, scale, group, *strides, self.heads_per_kv, *self.interval, *self.scores, *more,
+            heads, H, *self.sizes, scale, group, *strides, self.heads_per_kv, *self.interval, *self.scores, *more,
             configs=(kernel.general_configs if small else kernel.configs)[self.bucket], fuse=False,
             **self.constants, **constants,
         )  # fmt: skip
@@ -176,24 +197,32 @@ def attention_fwd(q, k, v, is_causal, scale, *options):
     B, L, EV = q.shape[0], call.L, v.shape[3]
     out = empty_strided(q, (B, call.H, L, EV), strides_like_query(q, EV))
     lse = empty(q, B, call.H, L, dtype=torch.float32)
+    _forward(call, out, lse, scale)
+    return out, lse
+
+
+def _forward(call: _Call, out, lse, scale: float):
     sign = 1
     if not call.general:
         vanishes = abs(scale) < 2.0**-126  # no normal float32
         sign = 0 if vanishes else -1 if scale < 0 else 1
         scale = 1.0 if vanishes else abs(scale)
-    call.launch(FORWARD, (out, lse), scale, stats=(call.sink,), strides=out.stride()[:3], SIGN=sign)
-    return out, lse
+    call.launch(
+        FORWARD, (out, lse), scale, stats=(call.sink,), strides=out.stride()[:3], more=call.sequences, SIGN=sign
+    )  # fmt: skip
 
 
 def _delta(call: _Call, out, dout, lse, dlse, need_sink: bool):
     """-> lse2 (B, H, L), or None where there is no fused form, delta and sink_rows (B, H, L). See
     `attention_delta_kernel`."""
+    call.constants |= {"SINK": call.sink is not None, "DLSE": dlse is not None}
     delta, lse2 = empty(lse, *lse.shape), empty(lse, *lse.shape) if call.limit else None
     sink_rows = empty(lse, *lse.shape) if need_sink else None
     strides = *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride())
     launch(
         attention_delta_kernel, lambda c: call.heads * triton.cdiv(call.L, c["BLOCK_M"]),
-        delta, lse2, sink_rows, out, dout, lse, dlse, call.sink, call.H, call.L, call.S, *strides, *call.interval,
+        delta, lse2, sink_rows, out, dout, lse, dlse, call.sink, call.heads, call.H, *call.sizes, *strides,
+        *call.interval, *call.sequences,
         configs=DELTA, LEFT=call.constants["LEFT"], RIGHT=call.constants["RIGHT"], LIMIT=call.limit, EV=out.shape[3],
         BLOCK_EV=_padded(out.shape[3]),
     )  # fmt: skip
@@ -218,6 +247,16 @@ def _mask_gradient(call: _Call, scale, stats, mask):
     return dmask
 
 
+def _backward(call: _Call, scale: float, stats, dq, dk, dv, slope_rows=None):
+    """Fills those that are not None."""
+    apart = call.bucket[1] >= (GENERAL_WIDE if call.general else WIDE)
+    for outputs in ((dk, None), (None, dv)) if apart else ((dk, dv),):
+        if any(g is not None for g in outputs):
+            call.launch(BACKWARD_KEYS, outputs, scale, stats=stats, more=call.sequences)
+    if dq is not None or slope_rows is not None:
+        call.launch(BACKWARD_QUERIES, (dq, slope_rows), scale, stats=stats, more=call.sequences)
+
+
 def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *options):
     """-> dq, dk, dv, contiguous as (B, T, H, E), dmask, dslopes, dsink. dlse (B, Hq, L) may be None."""
     o = Options(*options)
@@ -225,19 +264,42 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *optio
     need_mask, need_slopes, need_sink = [*needs, False, False, False][3:6]
     lse2, delta, sink_rows = _delta(call, out, call.inputs[3].tensor, lse, dlse, need_sink)
     stats = lse, lse2, delta
-    call.constants |= {"SINK": call.sink is not None, "DLSE": dlse is not None}
     dq, dk, dv = (
         empty(q, t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) if need else None
         for need, t in zip(needs, (q, k, v), strict=False)
     )
     slope_rows = empty(lse, *lse.shape) if need_slopes else None
-    apart = call.bucket[1] >= (GENERAL_WIDE if call.general else WIDE)
-    for outputs in ((dk, None), (None, dv)) if apart else ((dk, dv),):
-        if any(g is not None for g in outputs):
-            call.launch(BACKWARD_KEYS, outputs, scale, stats=stats)
-    if dq is not None or slope_rows is not None:
-        call.launch(BACKWARD_QUERIES, (dq, slope_rows), scale, stats=stats)
+    _backward(call, scale, stats, dq, dk, dv, slope_rows)
     dmask = _mask_gradient(call, scale, stats, o.attn_mask) if need_mask else None
     dslopes = None if slope_rows is None else slope_rows.sum(-1).sum_to_size(o.alibi_slopes.shape)
     dsink = None if sink_rows is None else sink_rows.sum((0, 2))
     return tuple(q.new_empty(0) if g is None else g for g in (dq, dk, dv, dmask, dslopes, dsink))
+
+
+# ------------------------------------------------------------------------------- packed sequences
+def _one_entry(t):
+    """(rows, H, width) as (1, H, rows, width)."""
+    return t.transpose(0, 1)[None]
+
+
+def varlen_attn_fwd(q, k, v, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right):
+    """q (total_q, Hq, E), k (total_k, Hkv, E), v (total_k, Hkv, Ev) -> out (total_q, Hq, Ev), lse (Hq, total_q)."""
+    packed, options = Packed(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k), Options(left=left, right=right)
+    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, options, packed=packed)
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
+    _forward(call, _one_entry(out), lse, scale)
+    return out, lse
+
+
+def varlen_attn_bwd(
+    dout, dlse, q, k, v, out, lse, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right, needs
+):
+    """-> dq, dk, dv, contiguous. dlse (Hq, total_q) may be None."""
+    packed, options = Packed(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k), Options(left=left, right=right)
+    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, options, _one_entry(dout), packed)
+    grads = [t.new_zeros(t.shape) if need else None for need, t in zip(needs, (q, k, v), strict=True)]
+    dlse = None if dlse is None else dlse[None]
+    lse2, delta, _ = _delta(call, _one_entry(out), call.inputs[3].tensor, lse.contiguous(), dlse, False)
+    _backward(call, scale, (lse.contiguous(), lse2, delta), *grads)
+    return tuple(q.new_empty(0) if g is None else g for g in grads)

@@ -25,9 +25,12 @@ from .tiles import (
     queries_of,
     rows_of_head,
     sees_one_key,
+    sequence_of,
     store_gradient,
     tile_coord,
+    tiles_of_head,
     walk,
+    within_sequence,
 )
 
 NO_GRADIENT = tl.constexpr(3.4028234663852886e38)  # as delta: the scores of the row have none
@@ -41,21 +44,28 @@ def load_lse(lse, i, L):
     return tl.where(x == float("-inf"), float("inf"), x)
 
 
-@triton.jit(do_not_specialize=["diagonal", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "diagonal", "left", "right", "total_q"])
 def attention_delta_kernel(
-    delta, lse2, sink_rows, out, dout, lse, dlse, sink, H, L, S, out_stride_b, out_stride_h, out_stride_l,
+    delta, lse2, sink_rows, out, dout, lse, dlse, sink, heads, H, L, S, out_stride_b, out_stride_h, out_stride_l,
     dout_stride_b, dout_stride_h, dout_stride_l, dlse_stride_b, dlse_stride_h, dlse_stride_l, diagonal, left, right,
+    cu_seq_q, cu_seq_k, seqused_k, total_q,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, LIMIT: tl.constexpr, EV: tl.constexpr, BLOCK_EV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta (B H, L) = rowsum(out dout) - dlse, but for a row that sees one key and has no sink -dlse, or NO_GRADIENT
     if dlse is None. lse2 (B H, L), for the fused form, is lse log2(e), but -inf where LIMIT forbids that form and inf
     for a fully masked row. sink_rows (B H, L): a row's share of the gradient of its sink."""
-    tiles = tl.cdiv(L, BLOCK_M)
+    tiles = tiles_of_head(L, BLOCK_M, heads)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     at, row = TileCoord(tile, head, head // H, head % H), tile * BLOCK_M
-    o = load_tile(Operand(out, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
-    do = load_tile(Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
+    q_row, rows = 0, L
+    if cu_seq_q is not None:
+        q_row, _, L, S = sequence_of(at, cu_seq_q, cu_seq_k, seqused_k)
+        if row >= L:
+            return
+        at, diagonal, rows = within_sequence(at), S - L, total_q
+    o = load_tile(Operand(out, q_row, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
+    do = load_tile(Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV), at, row)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     i = row + tl.arange(0, BLOCK_M)
     if sink is None:
@@ -63,16 +73,16 @@ def attention_delta_kernel(
         row_delta = tl.where(one, NO_GRADIENT if dlse is None else 0.0, row_delta)
     if dlse is not None:
         dlse += at.b.to(tl.int64) * dlse_stride_b + at.h.to(tl.int64) * dlse_stride_h
-        row_delta -= tl.load(dlse + i.to(tl.int64) * dlse_stride_l, i < L, other=0.0)
-    tl.store(rows_of_head(delta, head, L) + i, row_delta, i < L)
+        row_delta -= tl.load(dlse + (q_row + i).to(tl.int64) * dlse_stride_l, i < L, other=0.0)
+    tl.store(rows_of_head(delta, at.head, rows, q_row) + i, row_delta, i < L)
     if LIMIT:
-        x = load_lse(rows_of_head(lse, head, L), i, L)
+        x = load_lse(rows_of_head(lse, at.head, rows, q_row), i, L)
         x = tl.where((tl.abs(x * LOG2E) < LIMIT) | (x == float("inf")), x * LOG2E, float("-inf"))
-        tl.store(rows_of_head(lse2, head, L) + i, x, i < L)
+        tl.store(rows_of_head(lse2, at.head, rows, q_row) + i, x, i < L)
     if sink_rows is not None:
-        x = load_lse(rows_of_head(lse, head, L), i, L)
+        x = load_lse(rows_of_head(lse, at.head, rows, q_row), i, L)
         weight = tl.exp2((tl.load(sink + at.h) - x) * LOG2E)
-        tl.store(rows_of_head(sink_rows, head, L) + i, -weight * row_delta, i < L)
+        tl.store(rows_of_head(sink_rows, at.head, rows, q_row) + i, -weight * row_delta, i < L)
 
 
 # ------------------------------------------------------------------------------- keys and values
@@ -154,9 +164,9 @@ def _accumulate_dkdv(sums, k, v, q, dout, stats, loop, params):
 def _accumulate_head(sums, k, v, q, dout, stats, head, first, stop, gap_at, gap, EDGES: tl.constexpr, params):
     """The same for the query head number `head` of those that share the keys and values of k.at."""
     at = TileCoord(k.at.tile, k.at.head * params.heads_per_kv + head, k.at.b, k.at.h * params.heads_per_kv + head)
-    L = params.visible.q_len
-    lse, delta = rows_of_head(stats.lse, at.head, L), rows_of_head(stats.delta, at.head, L)
-    lse2 = rows_of_head(stats.lse2, at.head, L) if params.LIMIT else lse
+    lse = rows_of_head(stats.lse, at.head, params.rows, params.q_row)
+    lse2 = rows_of_head(stats.lse2, at.head, params.rows, params.q_row) if params.LIMIT else lse
+    delta = rows_of_head(stats.delta, at.head, params.rows, params.q_row)
     return _accumulate_dkdv(
         sums, k, v, q, dout, RowStats(lse, lse2, delta),
         Loop(at, first, stop, gap_at, gap, EDGES and params.visible.RIGHT, EDGES), params,
@@ -170,8 +180,7 @@ def _empty_key_sums(q, k, v):
 
 
 @triton.jit
-def _backward_keys(dk, dv, q, dout, stats, k, v, params):
-    at = tile_coord(tl.cdiv(params.visible.k_len, k.TILE_ROWS), params.heads, params.H, params.group)
+def _backward_keys(at, dk, dv, q, dout, stats, k, v, params):
     col = at.tile * k.TILE_ROWS
     k_data, v_data = load_tile(k, at, col), load_tile(v, at, col)
     begin, unmasked, masked, end = walk(
@@ -216,13 +225,13 @@ def _backward_keys(dk, dv, q, dout, stats, k, v, params):
         store_gradient(dv, Tile(v, at, col, sums.dv), params.H)
 
 
-@triton.jit(do_not_specialize=["GROUP", "diagonal", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q"])
 def attention_dkdv_kernel(
     dk, dv, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dout_stride_b, dout_stride_h, dout_stride_l, heads_per_kv, diagonal, left, right,
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    seed, threshold, keep,
+    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
     SINK: tl.constexpr, DLSE: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -230,21 +239,29 @@ def attention_dkdv_kernel(
     """A program computes dk and dv of BLOCK_N keys of one head of keys and values; `heads` and H count these.
 
     The first keys, whose loops are longest, come first."""
+    at = tile_coord(tiles_of_head(S, BLOCK_N, heads), heads, H, GROUP)
+    q_row, k_row, rows = 0, 0, L
+    if cu_seq_q is not None:
+        q_row, k_row, L, S = sequence_of(at, cu_seq_q, cu_seq_k, seqused_k)
+        if at.tile * BLOCK_N >= S:
+            return
+        at, diagonal, rows = within_sequence(at), S - L, total_q
     _backward_keys(
+        at,
         dk,
         dv,
-        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+        Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
         RowStats(lse, lse2, delta),
-        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
         Params(
             Visible(L, S, diagonal, left, right, LEFT, RIGHT),
             Scores(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            heads, H, scale, GROUP, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, NEED_DK=dk is not None,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, NEED_DK=dk is not None,
             NEED_DV=dv is not None,
         ),
     )  # fmt: skip
@@ -283,11 +300,12 @@ def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
 def load_stats(stats, head, i, params):
     """The statistics of the queries i of a head. Where scores have no gradient, lse makes p 0, but not for dv."""
     L = params.visible.q_len
-    lse = load_lse(rows_of_head(stats.lse, head, L), i, L)
+    rows, q_row = params.rows, params.q_row
+    lse = load_lse(rows_of_head(stats.lse, head, rows, q_row), i, L)
     lse2 = lse
     if params.LIMIT:
-        lse2 = tl.load(rows_of_head(stats.lse2, head, L) + i, i < L, other=float("inf"))
-    delta = tl.load(rows_of_head(stats.delta, head, L) + i, i < L, other=0.0)
+        lse2 = tl.load(rows_of_head(stats.lse2, head, rows, q_row) + i, i < L, other=float("inf"))
+    delta = tl.load(rows_of_head(stats.delta, head, rows, q_row) + i, i < L, other=0.0)
     if not (params.DLSE or params.SINK):
         lse = tl.where(delta == NO_GRADIENT, float("inf"), lse)
         delta = tl.where(delta == NO_GRADIENT, 0.0, delta)
@@ -325,12 +343,10 @@ def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, SLOPES: tl.constex
 
 
 @triton.jit
-def _backward_queries(dq, slope_rows, q, dout, stats, k, v, params):
+def _backward_queries(at, dq, slope_rows, q, dout, stats, k, v, params):
     BLOCK_M: tl.constexpr = q.TILE_ROWS
     L = params.visible.q_len
-    tiles = tl.cdiv(L, BLOCK_M)
-    at = tile_coord(tiles, params.heads, params.H, params.group)
-    row = (tiles - 1 - at.tile) * BLOCK_M
+    row = (tl.cdiv(L, BLOCK_M) - 1 - at.tile) * BLOCK_M
     i = row + tl.arange(0, BLOCK_M)
     q_data, do_data = load_tile(q, at, row), load_tile(dout, at, row)
     of_rows = load_stats(stats, at.head, i, params)
@@ -354,36 +370,44 @@ def _backward_queries(dq, slope_rows, q, dout, stats, k, v, params):
     if dq is not None:
         store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H)
     if slope_rows is not None:
-        tl.store(rows_of_head(slope_rows, at.head, L) + i, slope_sum, i < L)
+        tl.store(rows_of_head(slope_rows, at.head, params.rows, params.q_row) + i, slope_sum, i < L)
 
 
-@triton.jit(do_not_specialize=["GROUP", "diagonal", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q"])
 def attention_dq_kernel(
     dq, slope_rows, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dout_stride_b, dout_stride_h, dout_stride_l, heads_per_kv, diagonal, left, right,
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    seed, threshold, keep,
+    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
     SINK: tl.constexpr, DLSE: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """A program computes dq of BLOCK_M queries of one head, and slope_rows (B H, L): their shares of the gradient of
     ALiBi's slope. The last queries, whose loops are longest, come first."""
+    at = tile_coord(tiles_of_head(L, BLOCK_M, heads), heads, H, GROUP)
+    q_row, k_row, rows = 0, 0, L
+    if cu_seq_q is not None:
+        q_row, k_row, L, S = sequence_of(at, cu_seq_q, cu_seq_k, seqused_k)
+        if at.tile * BLOCK_M >= L:
+            return
+        at, diagonal, rows = within_sequence(at), S - L, total_q
     _backward_queries(
+        at,
         dq,
         slope_rows,
-        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+        Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
         RowStats(lse, lse2, delta),
-        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
         Params(
             Visible(L, S, diagonal, left, right, LEFT, RIGHT),
             Scores(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            heads, H, scale, GROUP, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE,
         ),
     )  # fmt: skip

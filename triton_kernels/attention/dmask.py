@@ -89,11 +89,11 @@ def attention_dmask_kernel(
         entries,
         shared_heads,
         mask_heads,
-        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(dout, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+        Operand(q, 0, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(dout, 0, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
         RowStats(lse, lse2, delta),
-        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Operand(k, 0, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, 0, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
         ONE_ROW,
         ONE_COL,
         Params(
@@ -102,6 +102,6 @@ def attention_dmask_kernel(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            heads, H, scale, GROUP, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE,
+            0, L, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE,
         ),
     )  # fmt: skip

@@ -15,15 +15,19 @@ from .tiles import (
     Tile,
     Visible,
     any_true,
+    first_of_head,
     kv_coord,
     load_tile,
     mask_of,
     past_gap,
     product,
     rows_of_head,
+    sequence_of,
     store_rows,
     tile_coord,
+    tiles_of_head,
     walk,
+    within_sequence,
 )
 
 
@@ -90,10 +94,8 @@ def _empty_softmax(q, v):
 
 
 @triton.jit
-def _forward(out, lse, sink, q, k, v, params):
-    tiles = tl.cdiv(params.visible.q_len, q.TILE_ROWS)
-    at = tile_coord(tiles, params.heads, params.H, params.group)
-    row = (tiles - 1 - at.tile) * q.TILE_ROWS
+def _forward(at, out, lse, sink, q, k, v, params):
+    row = (tl.cdiv(params.visible.q_len, q.TILE_ROWS) - 1 - at.tile) * q.TILE_ROWS
     q_data = load_tile(q, at, row)
     begin, unmasked, masked, end = walk(params.visible, row, q.TILE_ROWS, k.TILE_ROWS)
     state = _empty_softmax(q, v)
@@ -128,40 +130,49 @@ def _forward(out, lse, sink, q, k, v, params):
         acc, row_max = acc * rescale[:, None], new_max
     natural = row_max + tl.log2(row_sum) * LN2
     natural = tl.where(row_sum == 0, float("-inf"), natural)
-    tl.store(rows_of_head(lse, at.head, params.visible.q_len) + i, natural, i < params.visible.q_len)
+    tl.store(rows_of_head(lse, at.head, params.rows, params.q_row) + i, natural, i < params.visible.q_len)
     acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     if params.scores.seed is not None:
         acc = acc * params.scores.keep
-    first_row = out.source + at.b.to(tl.int64) * out.stride_b + at.h.to(tl.int64) * out.stride_h
-    store_rows(first_row, out.stride_row, Tile(out, at, row, acc))
+    store_rows(first_of_head(out, at), out.stride_row, Tile(out, at, row, acc))
 
 
-@triton.jit(do_not_specialize=["GROUP", "diagonal", "left", "right", "softcap", "threshold", "keep"])
+@triton.jit(
+    do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "softcap", "threshold", "keep", "total_q"]
+)
 def attention_fwd_kernel(
     out, lse, q, k, v, sink, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     out_stride_b, out_stride_h, out_stride_l, heads_per_kv, diagonal, left, right,
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    seed, threshold, keep,
+    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
     SIGN: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr,
     TMA: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_EV: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_M queries of one head. The last queries, whose loops are longest, come first."""
+    at = tile_coord(tiles_of_head(L, BLOCK_M, heads), heads, H, GROUP)
+    q_row, k_row, rows = 0, 0, L
+    if cu_seq_q is not None:
+        q_row, k_row, L, S = sequence_of(at, cu_seq_q, cu_seq_k, seqused_k)
+        if at.tile * BLOCK_M >= L:
+            return
+        at, diagonal, rows = within_sequence(at), S - L, total_q
     _forward(
-        Operand(out, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV),
+        at,
+        Operand(out, q_row, L, out_stride_b, out_stride_h, out_stride_l, EV, BLOCK_M, BLOCK_EV),
         lse,
         sink,
-        Operand(q, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(k, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+        Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+        Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
         Params(
             Visible(L, S, diagonal, left, right, LEFT, RIGHT),
             Scores(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            heads, H, scale, GROUP, heads_per_kv, GROUPED, CHUNK, LIMIT, SIGN,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SIGN,
         ),
     )  # fmt: skip

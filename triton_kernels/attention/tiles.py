@@ -15,9 +15,10 @@ from ..common import dot, to_storage
 
 
 class Operand(NamedTuple):
-    """A (B, H, length, width) tensor that is read or written in tiles of TILE_ROWS rows."""
+    """A (B, H, length, width) tensor, or a sequence's rows of it, read or written in tiles of TILE_ROWS rows."""
 
     source: object  # a pointer, or with TMA a tensor descriptor
+    first_row: tl.tensor  # of the sequence; 0 in a dense call
     length: tl.tensor
     stride_b: tl.tensor
     stride_h: tl.tensor
@@ -45,6 +46,18 @@ class Tile(NamedTuple):
     row: tl.tensor
     data: tl.tensor
     CHUNK: tl.constexpr = 0  # columns that a step of a float32 product reads again, or 0: the product takes data
+
+
+class Sequence(NamedTuple):
+    """Where a sequence of a packed call lies (csrc/attention/sequence.h).
+
+    The tensors of a packed call have one batch entry, whose rows are those of all sequences. A program works on one
+    sequence: rows are counted from its first one, and no tile reaches beyond its last one."""
+
+    q_row: tl.tensor  # the first row in the tensors
+    k_row: tl.tensor
+    q_len: tl.tensor
+    k_len: tl.tensor
 
 
 class Visible(NamedTuple):
@@ -80,14 +93,14 @@ class Scores(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What all tiles of a call have in common. Scores start as SIGN scale q k^T; heads = B H."""
+    """What all tiles of a call have in common. Scores start as SIGN scale q k^T."""
 
     visible: Visible
     scores: Scores
-    heads: tl.tensor
+    q_row: tl.tensor  # see Sequence; 0 in a dense call
+    rows: tl.tensor  # queries that a head has: L, or those of all sequences
     H: tl.tensor
     scale: tl.tensor
-    group: tl.tensor  # heads whose tiles run concurrently
     heads_per_kv: tl.tensor  # query heads that share a head of keys and values
     GROUPED: tl.constexpr  # whether these are several
     CHUNK: tl.constexpr  # see Tile
@@ -116,7 +129,7 @@ class Loop(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Statistics of queries: pointers to (B H, L), or to those of one head, or the values of one tile."""
+    """Statistics of queries: pointers to (B H, rows), or to a sequence of one head, or the values of one tile."""
 
     lse: tl.tensor
     lse2: tl.tensor  # see attention_delta_kernel
@@ -124,6 +137,13 @@ class RowStats(NamedTuple):
 
 
 # ------------------------------------------------------------------------------- loads, products, stores
+@triton.jit
+def first_of_head(x, at):
+    """A pointer to the first row of a head's sequence in the operand x."""
+    first = x.source + at.b.to(tl.int64) * x.stride_b + at.h.to(tl.int64) * x.stride_h
+    return first + x.first_row * x.stride_row
+
+
 @triton.jit
 def load_tile(x, at, row):
     """TILE_ROWS rows of the operand x from row on, zero outside."""
@@ -137,7 +157,7 @@ def load_tile(x, at, row):
 def _load_columns(x, at, row, col, COLS: tl.constexpr):
     """COLS columns of such a tile from col on, through pointers."""
     r, c = row + tl.arange(0, x.TILE_ROWS).to(tl.int64), tl.arange(0, COLS)
-    address = x.source + col + at.b.to(tl.int64) * x.stride_b + at.h.to(tl.int64) * x.stride_h
+    address = first_of_head(x, at) + col
     address = address + r[:, None] * x.stride_row + c[None, :]
     if x.WIDTH > 0 and x.WIDTH % COLS == 0:
         return tl.load(address, (r < x.length)[:, None], other=0.0)
@@ -170,14 +190,15 @@ def store_rows(first, stride, x):
 @triton.jit
 def store_gradient(grad, x, H):
     """Stores the tile x into grad, which has the operand's shape and is contiguous as (B, length, H, WIDTH)."""
-    first = ((x.at.head // H).to(tl.int64) * x.operand.length * H + x.at.head % H) * x.operand.WIDTH
+    row = (x.at.head // H).to(tl.int64) * x.operand.length + x.operand.first_row
+    first = (row * H + x.at.head % H) * x.operand.WIDTH
     store_rows(grad + first, H * x.operand.WIDTH, x)
 
 
 @triton.jit
-def rows_of_head(stats, head, L):
-    """A pointer to the L numbers of a head in a (B H, L) tensor."""
-    return stats + head.to(tl.int64) * L
+def rows_of_head(stats, head, rows, first_row):
+    """A pointer to the statistics of a head's sequence in a (B H, rows) tensor."""
+    return stats + head.to(tl.int64) * rows + first_row
 
 
 # ------------------------------------------------------------------------------- which keys a query sees
@@ -267,6 +288,15 @@ def any_true(x):
 
 
 @triton.jit
+def tiles_of_head(length, TILE_ROWS: tl.constexpr, heads):
+    """How many tiles each head has. In a packed call, where length is None, these are the longest sequence's."""
+    if length is None:
+        return tl.num_programs(0) // heads
+    else:
+        return tl.cdiv(length, TILE_ROWS)
+
+
+@triton.jit
 def tile_coord(tiles, heads, H, group):
     """The tile scheduler: `group` heads at a time, whose keys and values share the L2 cache. Within a group the first
     tiles of all heads come first, then the second ones."""
@@ -276,6 +306,21 @@ def tile_coord(tiles, heads, H, group):
     size = tl.minimum(heads - first, group)
     head = first + within % size
     return TileCoord(within // size, head, head // H, head % H)
+
+
+@triton.jit
+def sequence_of(at, cu_seq_q, cu_seq_k, seqused_k):
+    """The sequence of a packed call that counts as batch entry at.b to `tile_coord`."""
+    q_row, k_row = tl.load(cu_seq_q + at.b), tl.load(cu_seq_k + at.b)
+    q_len = tl.load(cu_seq_q + at.b + 1) - q_row
+    k_len = tl.load(cu_seq_k + at.b + 1) - k_row if seqused_k is None else tl.load(seqused_k + at.b)
+    return Sequence(q_row.to(tl.int64), k_row.to(tl.int64), q_len, k_len)
+
+
+@triton.jit
+def within_sequence(at):
+    """The same tile, in the one batch entry that the tensors of a packed call have."""
+    return TileCoord(at.tile, at.h, at.b * 0, at.h)
 
 
 @triton.jit
