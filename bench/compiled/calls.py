@@ -95,9 +95,9 @@ def packed_attention(kernels, dtype: torch.dtype, device: str, wide: bool = Fals
     def attention(E, left, right, heads, with_dlse):
         q, k, v = (torch.empty(4096, h, E, dtype=dtype, device=device) for h in (4, heads, heads))
         cu_seq = torch.empty(9, dtype=torch.int32, device=device)
-        sequences = cu_seq, cu_seq, None, 1024, 1024, 0.1, left, right
-        out, lse = kernels.varlen_attn_fwd(q, k, v, *sequences)
-        kernels.varlen_attn_bwd(out, lse if with_dlse else None, q, k, v, out, lse, *sequences, [True] * 3)
+        packing = cu_seq, cu_seq, None, 1024, 1024, 0.1, left, right
+        out, lse = kernels.varlen_attn_fwd(q, k, v, *packing)
+        kernels.varlen_attn_bwd(out, lse if with_dlse else None, q, k, v, out, lse, [True] * 3, *packing)
 
     for E in (64, 128, 256):
         yield f"varlen_attn {E}", lambda E=E: attention(E, -1, 0, 4, False)

@@ -60,8 +60,9 @@ import torch
 import triton
 
 from pygpt.ops.attention import Options, strides_like_query
+from pygpt.ops.varlen_attn import Packing
 
-from ..common import Tiled, empty, empty_strided, launch, target, tileable
+from ..common import Tiled, contiguous, empty, empty_strided, launch, target, tileable
 from .bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, GENERAL_WIDE, WIDE
 from .dmask import attention_dmask_kernel
@@ -78,16 +79,6 @@ class TiledInput(NamedTuple):
     tensor: torch.Tensor
     rows: str
     width: str
-
-
-class Packed(NamedTuple):
-    """The sequences of a packed call."""
-
-    cu_seq_q: torch.Tensor
-    cu_seq_k: torch.Tensor
-    seqused_k: torch.Tensor | None
-    max_q: int
-    max_k: int
 
 
 class Pass(NamedTuple):
@@ -139,13 +130,13 @@ def _scores(o: Options) -> tuple[tuple, dict]:
 class _Call:
     """What the kernels of one call have in common."""
 
-    def __init__(self, q, k, v, is_causal, options: Options, dout=None, packed: Packed | None = None):
+    def __init__(self, q, k, v, is_causal, options: Options, dout=None, packing: Packing | None = None):
         (B, H, L, E), (S, EV) = q.shape, v.shape[2:]
         diagonal, unlimited = S - L if options.lower_right else 0, L + S
         self.sizes, self.sequences = (L, S), (None,) * 4
-        if packed is not None:  # q, k and v have one batch entry
-            self.sizes, self.sequences = (None, None), (*packed[:3], L)
-            B, L, S = len(packed.cu_seq_q) - 1, packed.max_q, packed.max_k
+        if packing is not None:  # q, k and v have one batch entry
+            self.sizes, self.sequences = (None, None), (*map(contiguous, packing[:3]), L)
+            B, L, S = len(packing.cu_seq_q) - 1, packing.max_q, packing.max_k
             diagonal, unlimited = 0, MAX_PACKED_LENGTH
         self.B, self.H, self.L, self.S, self.heads = B, H, L, S, B * H
         self.kv_heads = k.shape[1]
@@ -153,7 +144,7 @@ class _Call:
         self.bucket = target(q), max(64, _padded(E), _padded(EV)), q.itemsize
         tensors = [_last_contiguous(t) for t in ((q, k, v) if dout is None else (q, k, v, dout))]
         # A tile that TMA reads could reach into the next sequence, where an infinity would become NaN through 0 * inf.
-        self.tma = q.itemsize == 2 and packed is None and tileable(*tensors)
+        self.tma = q.itemsize == 2 and packing is None and tileable(*tensors)
         tiles = (("BLOCK_M", "BLOCK_E"), ("BLOCK_N", "BLOCK_E"), ("BLOCK_N", "BLOCK_EV"), ("BLOCK_M", "BLOCK_EV"))
         self.inputs = [TiledInput(t, *tile) for t, tile in zip(tensors, tiles, strict=False)]
         # No more than the heads, because a kernel computes this times the number of tiles in 32 bits.
@@ -282,24 +273,24 @@ def _one_entry(t):
     return t.transpose(0, 1)[None]
 
 
-def varlen_attn_fwd(q, k, v, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right):
-    """q (total_q, Hq, E), k (total_k, Hkv, E), v (total_k, Hkv, Ev) -> out (total_q, Hq, Ev), lse (Hq, total_q)."""
-    packed, options = Packed(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k), Options(left=left, right=right)
-    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, options, packed=packed)
+def varlen_attn_fwd(q, k, v, *packing):
+    """q (total_q, Hq, E), k (total_k, Hkv, E), v (total_k, Hkv, Ev) -> out (total_q, Hq, Ev), lse (Hq, total_q).
+
+    packing: that of `Packing`."""
+    p = Packing(*packing)
+    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, p.options, packing=p)
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
-    _forward(call, _one_entry(out), lse, scale)
+    _forward(call, _one_entry(out), lse, p.scale)
     return out, lse
 
 
-def varlen_attn_bwd(
-    dout, dlse, q, k, v, out, lse, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right, needs
-):
+def varlen_attn_bwd(dout, dlse, q, k, v, out, lse, needs, *packing):
     """-> dq, dk, dv, contiguous. dlse (Hq, total_q) may be None."""
-    packed, options = Packed(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k), Options(left=left, right=right)
-    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, options, _one_entry(dout), packed)
+    p = Packing(*packing)
+    call = _Call(_one_entry(q), _one_entry(k), _one_entry(v), False, p.options, _one_entry(dout), p)
     grads = [t.new_zeros(t.shape) if need else None for need, t in zip(needs, (q, k, v), strict=True)]
-    dlse = None if dlse is None else dlse[None]
-    lse2, delta, _ = _delta(call, _one_entry(out), call.inputs[3].tensor, lse.contiguous(), dlse, False)
-    _backward(call, scale, (lse.contiguous(), lse2, delta), *grads)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse[None]
+    lse2, delta, _ = _delta(call, _one_entry(out), call.inputs[3].tensor, lse, dlse, False)
+    _backward(call, p.scale, (lse, lse2, delta), *grads)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
