@@ -101,5 +101,5 @@ def packed_attention(kernels, dtype: torch.dtype, device: str, wide: bool = Fals
 
     for E in (64, 128, 256):
         yield f"varlen_attn {E}", lambda E=E: attention(E, -1, 0, 4, False)
-        if wide:
+        if wide and E < 256:
             yield f"varlen_attn window {E}", lambda E=E: attention(E, 128, 0, 2, True)

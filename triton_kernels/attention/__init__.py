@@ -64,7 +64,7 @@ from pygpt.ops.varlen_attn import Packing
 
 from ..common import Tiled, contiguous, empty, empty_strided, launch, target, tileable
 from .bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
-from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, GENERAL_WIDE, WIDE
+from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, GENERAL_WIDE, PACKED_DKDV, WIDE
 from .dmask import attention_dmask_kernel
 from .fwd import attention_fwd_kernel
 
@@ -82,17 +82,18 @@ class TiledInput(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A kernel, and its configurations for scores that are only scaled and for the others."""
+    """A kernel and its configurations: for dense calls, for packed ones, and for scores that are not only scaled."""
 
     kernel: object
     configs: dict
+    packed_configs: dict
     general_configs: dict
 
 
-FORWARD = Pass(attention_fwd_kernel, FWD, GENERAL_FWD)
-BACKWARD_KEYS = Pass(attention_dkdv_kernel, DKDV, GENERAL_DKDV)
-BACKWARD_QUERIES = Pass(attention_dq_kernel, DQ, GENERAL_DQ)
-BACKWARD_MASK = Pass(attention_dmask_kernel, DMASK, DMASK)
+FORWARD = Pass(attention_fwd_kernel, FWD, FWD, GENERAL_FWD)
+BACKWARD_KEYS = Pass(attention_dkdv_kernel, DKDV, PACKED_DKDV, GENERAL_DKDV)
+BACKWARD_QUERIES = Pass(attention_dq_kernel, DQ, DQ, GENERAL_DQ)
+BACKWARD_MASK = Pass(attention_dmask_kernel, DMASK, DMASK, DMASK)
 
 
 def _padded(width: int) -> int:
@@ -133,7 +134,7 @@ class _Call:
     def __init__(self, q, k, v, is_causal, options: Options, dout=None, packing: Packing | None = None):
         (B, H, L, E), (S, EV) = q.shape, v.shape[2:]
         diagonal, unlimited = S - L if options.lower_right else 0, L + S
-        self.sizes, self.sequences = (L, S), (None,) * 4
+        self.packing, self.sizes, self.sequences = packing, (L, S), (None,) * 4
         if packing is not None:  # q, k and v have one batch entry
             self.sizes, self.sequences = (None, None), (*map(contiguous, packing[:3]), L)
             B, L, S = len(packing.cu_seq_q) - 1, packing.max_q, packing.max_k
@@ -172,10 +173,11 @@ class _Call:
         rows, length = ("BLOCK_N", self.S) if kernel is BACKWARD_KEYS else ("BLOCK_M", self.L)
         # A window takes registers too where rows that see one key need the gradient of lse.
         small = self.general or (self.constants["LEFT"] and self.constants.get("DLSE", False))
+        configs = kernel.configs if self.packing is None else kernel.packed_configs
         launch(
             kernel.kernel, programs or (lambda c: heads * triton.cdiv(length, c[rows])), *outputs, *inputs, *stats,
             heads, H, *self.sizes, scale, group, *strides, self.heads_per_kv, *self.interval, *self.scores, *more,
-            configs=(kernel.general_configs if small else kernel.configs)[self.bucket], fuse=False,
+            configs=(kernel.general_configs if small else configs)[self.bucket], fuse=False,
             **self.constants, **constants,
         )  # fmt: skip
 

@@ -50,6 +50,9 @@ DQ_CANDIDATES = {
     (256, 4): ((16, 16, 8, 1),),
 }
 
+# The same for packed sequences, whose statistics of rows are not aligned and take more registers to load.
+PACKED_DKDV_CANDIDATES = DKDV_CANDIDATES | {(128, 2, "gfx942"): ((16, 64, 8, 1),)}
+
 # The same for scores that are not only scaled, whose terms take registers.
 GENERAL_FWD_CANDIDATES = {
     (64, 2): ((128, 64, 8, 2), (64, 32, 4, 2)),
@@ -117,6 +120,7 @@ def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
 
 
 FWD, DKDV, DQ = _configs(FWD_CANDIDATES), _configs(DKDV_CANDIDATES), _configs(DQ_CANDIDATES)
+PACKED_DKDV = _configs(PACKED_DKDV_CANDIDATES)
 GENERAL_FWD, GENERAL_DKDV = _configs(GENERAL_FWD_CANDIDATES), _configs(GENERAL_DKDV_CANDIDATES)
 GENERAL_DQ, DMASK = _configs(GENERAL_DQ_CANDIDATES), _configs(DMASK_CANDIDATES)
 DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
