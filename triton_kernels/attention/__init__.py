@@ -64,7 +64,20 @@ from pygpt.ops.varlen_attn import Packing
 
 from ..common import Tiled, contiguous, empty, empty_strided, launch, target, tileable
 from .bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
-from .configs import DELTA, DKDV, DMASK, DQ, FWD, GENERAL_DKDV, GENERAL_DQ, GENERAL_FWD, GENERAL_WIDE, PACKED_DKDV, WIDE
+from .configs import (
+    DELTA,
+    DKDV,
+    DMASK,
+    DQ,
+    FWD,
+    GENERAL_DKDV,
+    GENERAL_DQ,
+    GENERAL_FWD,
+    GENERAL_WIDE,
+    PACKED_DKDV,
+    PACKED_FWD,
+    WIDE,
+)
 from .dmask import attention_dmask_kernel
 from .fwd import attention_fwd_kernel
 
@@ -90,7 +103,7 @@ class Pass(NamedTuple):
     general_configs: dict
 
 
-FORWARD = Pass(attention_fwd_kernel, FWD, FWD, GENERAL_FWD)
+FORWARD = Pass(attention_fwd_kernel, FWD, PACKED_FWD, GENERAL_FWD)
 BACKWARD_KEYS = Pass(attention_dkdv_kernel, DKDV, PACKED_DKDV, GENERAL_DKDV)
 BACKWARD_QUERIES = Pass(attention_dq_kernel, DQ, DQ, GENERAL_DQ)
 BACKWARD_MASK = Pass(attention_dmask_kernel, DMASK, DMASK, DMASK)

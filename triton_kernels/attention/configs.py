@@ -50,7 +50,9 @@ DQ_CANDIDATES = {
     (256, 4): ((16, 16, 8, 1),),
 }
 
-# The same for packed sequences, whose statistics of rows are not aligned and take more registers to load.
+# The same for packed sequences, which are not read by TMA and whose statistics of rows are not aligned: both take
+# registers.
+PACKED_FWD_CANDIDATES = FWD_CANDIDATES | {(128, 2, "sm100"): ((128, 32, 8, 3), (64, 64, 4, 2))}
 PACKED_DKDV_CANDIDATES = DKDV_CANDIDATES | {(128, 2, "gfx942"): ((16, 64, 8, 1),)}
 
 # The same for scores that are not only scaled, whose terms take registers.
@@ -120,7 +122,7 @@ def _configs(candidates: dict) -> dict[tuple[str, int, int], Configs]:
 
 
 FWD, DKDV, DQ = _configs(FWD_CANDIDATES), _configs(DKDV_CANDIDATES), _configs(DQ_CANDIDATES)
-PACKED_DKDV = _configs(PACKED_DKDV_CANDIDATES)
+PACKED_FWD, PACKED_DKDV = _configs(PACKED_FWD_CANDIDATES), _configs(PACKED_DKDV_CANDIDATES)
 GENERAL_FWD, GENERAL_DKDV = _configs(GENERAL_FWD_CANDIDATES), _configs(GENERAL_DKDV_CANDIDATES)
 GENERAL_DQ, DMASK = _configs(GENERAL_DQ_CANDIDATES), _configs(DMASK_CANDIDATES)
 DELTA = Configs("any", (Config({"BLOCK_M": 32}, 4), Config({"BLOCK_M": 16}, 4)))
