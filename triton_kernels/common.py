@@ -33,9 +33,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 def dot(a, b, acc):
     """acc + a b; float32 in true float32 (never TF32), 16-bit types on the tensor cores.
 
-    On tensor cores a sum does not depend on which operand comes first. In NumPy it does, except in float64.
+    On a GPU a sum does not depend on which operand comes first. In NumPy it may, except in float64.
     """
-    if IN_NUMPY and a.dtype != tl.float32:
+    if IN_NUMPY:
         a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
         return acc + tl.dot(a, b, out_dtype=tl.float64).to(tl.float32)
     else:
