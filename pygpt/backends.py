@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -28,35 +28,42 @@ from torch._C import (
 from torch.autograd import forward_ad, profiler
 
 from . import dispatch
-from .dispatch import FLOATS, KERNEL_NAMES, OPS, REFERENCE, TABLE, Backend, Op
+from .dispatch import FLOATS, OPS, REFERENCE, TABLE, Backend, Op
 from .ops.common import as_tuple
 
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
 @cache  # torch drops the registrations of a Library when the Library is freed
-def define_ops(namespace: str) -> torch.library.Library:
-    """Defines torch.ops.<namespace>.<op>_fwd and _bwd of every op. pygpt/ops/ gives their schemas and fake kernels."""
+def define_ops(namespace: str, ops: tuple[str, ...]) -> torch.library.Library:
+    """Defines torch.ops.<namespace>.<op>_fwd and _bwd. pygpt/ops/ gives their schemas and fake kernels."""
     library = torch.library.Library(namespace, "DEF")
-    for name in KERNEL_NAMES:
+    for name in _kernel_names(ops):
         reference = getattr(REFERENCE, name)
         library.define(name + torch.library.infer_schema(reference, mutates_args=()))
         torch.library.register_fake(f"{namespace}::{name}", reference, lib=library)
     return library
 
 
-def register_ops(namespace: str, kernels: Mapping[str, Callable]) -> SimpleNamespace:
-    """Defines the ops with their gradients and FLOP counts, and returns their overloads.
+def _kernel_names(ops: Iterable[str]) -> list[str]:
+    return [f"{op}_{direction}" for op in ops for direction in ("fwd", "bwd")]
+
+
+def register_ops(
+    namespace: str, kernels: Mapping[str, Callable], ops: tuple[str, ...] | None = None
+) -> SimpleNamespace:
+    """Defines the ops, by default all, with their gradients and FLOP counts, and returns their overloads.
 
     ``kernels``: for every device for which no library registers other ones. An op may be missing there.
     """
-    library, packets = define_ops(namespace), getattr(torch.ops, namespace)
-    for name in KERNEL_NAMES:
+    ops = tuple(OPS) if ops is None else ops
+    library, packets = define_ops(namespace, ops), getattr(torch.ops, namespace)
+    for name in _kernel_names(ops):
         if name in kernels:
             library.impl(name, kernels[name], "CompositeExplicitAutograd")
-    registered = SimpleNamespace(**{name: getattr(packets, name).default for name in KERNEL_NAMES})
-    for op in OPS.values():
-        _register_gradients(library, op, registered)
-    when_imported("torch.utils.flop_counter", lambda: _register_flops(packets))
+    registered = SimpleNamespace(**{name: getattr(packets, name).default for name in _kernel_names(ops)})
+    for op in ops:
+        _register_gradients(library, OPS[op], registered)
+    when_imported("torch.utils.flop_counter", lambda: _register_flops(packets, ops))
     return registered
 
 
@@ -95,10 +102,10 @@ def below_autograd(overload) -> Callable:
 
 
 # ------------------------------------------------------------------------------- FLOP counts
-def _register_flops(packets):
+def _register_flops(packets, ops):
     from torch.utils.flop_counter import register_flop_formula
 
-    for op in OPS.values():
+    for op in map(OPS.__getitem__, ops):
         for direction, formula in zip(("fwd", "bwd"), op.flops, strict=True) if op.flops else ():
             register_flop_formula(getattr(packets, f"{op.name}_{direction}"), get_raw=True)(formula)
 
@@ -246,7 +253,7 @@ def _head_dim(library: str) -> int | None:
 
 
 def _fill():
-    ops = register_ops("pygpt", vars(REFERENCE))
+    ops, opaque = register_ops("pygpt", vars(REFERENCE)), tuple(op for op in OPS if OPS[op].opaque)
     cpp, no_cpp = _cpp(ops)
     cuda, no_cuda = _cuda(ops)
     triton, no_triton, triton_devices = _triton()
@@ -267,7 +274,7 @@ def _fill():
             **of_triton,
         ),
         Backend("cuda", cuda, no_cuda, ops, ("cuda",), cuda_objection, FLOATS[1:], **of_cuda),
-        Backend("torch", REFERENCE),
+        Backend("torch", REFERENCE, registered=register_ops("pygpt_torch", vars(REFERENCE), opaque)),
     ):  # fmt: skip
         TABLE[row.name] = row
     dispatch.fast_head_dim = min((row.max_head_dim for row in TABLE.values() if row.max_head_dim), default=sys.maxsize)

@@ -32,6 +32,7 @@ from torch._C import (
     _are_functorch_transforms_active,
     _is_torch_function_mode_enabled,
     _is_tracing,
+    _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -84,6 +85,7 @@ class Op:
     flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd of their arguments, and of out_val
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
+    opaque: bool = False  # whether the composite depends on values, which a graph cannot, and meta tensors do not have
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
 
@@ -372,7 +374,7 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(op: Op, row: Backend, prepared: Call, tensors: list[Tensor]) -> Any:
-    if row.kernels is not REFERENCE:
+    if row.kernels is not REFERENCE or (op.opaque and without_values(tensors) and not _transformed()):
         return prepared.finish(_run_kernels(op, row, prepared.args, tensors))
     try:
         if prepared.torch is not None:
@@ -386,13 +388,28 @@ def _run(op: Op, row: Backend, prepared: Call, tensors: list[Tensor]) -> Any:
 
 def _run_kernels(op: Op, row: Backend, args: tuple, tensors: list[Tensor]) -> Any:
     """The op's results by kernels. A traced call runs the registered ops, which have gradients of their own."""
-    if is_compiling() or _is_tracing() or any(type(t) in SHARDED for t in tensors):
+    if row.kernels is REFERENCE or _traced(tensors):
         results = getattr(row.registered, f"{op.name}_fwd")(*args)
     elif _needs_gradient(tensors):
         return op.function.apply(row.kernels, *args)
     else:
         results = getattr(row.kernels, f"{op.name}_fwd")(*args)
     return results if isinstance(results, Tensor) or len(results) == op.results else _first(results, op.results)
+
+
+def _traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether the call is to become part of a graph."""
+    return is_compiling() or _is_tracing() or any(type(t) in SHARDED for t in tensors)
+
+
+def without_values(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing may depend on the tensors' values, because a graph, a mode or a shape stands for them."""
+    return _traced(tensors) or _len_torch_dispatch_stack() > 0 or tensors[0].is_meta
+
+
+def _transformed() -> bool:
+    """Whether the call is differentiated in forward mode or under torch.func, which only composites can be."""
+    return _are_functorch_transforms_active() or (not is_compiling() and forward_ad._current_level >= 0)
 
 
 def _first(results: tuple, n: int) -> Any:

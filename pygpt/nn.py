@@ -218,6 +218,8 @@ class CausalSelfAttention(nn.Module):
     so does a negative window.
     """
 
+    window: int | None = None  # also of modules that were pickled before there was one
+
     def __init__(
         self,
         embed_dim: int,
@@ -239,8 +241,8 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}"
             )
-        if window is not None and window < 0:
-            raise ValueError(f"pygpt.nn.CausalSelfAttention: window must not be negative, got {window}")
+        if window is not None and not (isinstance(window, int) and 0 <= window < 2**31):
+            raise ValueError(f"pygpt.nn.CausalSelfAttention: window must be an integer from 0 on, got {window!r}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
         self.window = window
         self.c_attn = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias, device, dtype)

@@ -133,6 +133,7 @@ SLOW = {
 TYPICAL = {
     "attention": {"B": 2, "H": 2, "L": 70, "S": 85, "E": 24, "Ev": 40, "causal": 1},
     "attention_lse": {"B": 2, "H": 2, "L": 85, "S": 70, "E": 40, "Ev": 24, "causal": 0},
+    "varlen_attn": {"N": 3, "H": 1, "group": 2, "L": 70, "S": 85, "E": 24, "Ev": 40, "right": 0},
     "linear": {"M": (5, 13), "K": 33, "N": 47},
     "mlp": {"M": (5, 13), "C": 33, "H": 70, "O": 19},
     "layer_norm": {"M": (5, 13), "N": 70},

@@ -1,5 +1,6 @@
 """The ops and their shapes. An op has a set-up function: inputs, our call, the same in plain PyTorch, and the work."""
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -135,16 +136,17 @@ def attention_gqa(make, B, H, group, L, S, E, causal):
 
 
 def varlen_attn(make, N, H, group, L, S, E):
-    """N packed causal sequences of L / N, 2 L / N, ... L queries and likewise of keys; PyTorch takes one at a time."""
+    """N packed causal sequences of L / N, 2 L / N, ... L queries and of keys. On a CPU PyTorch takes one by one."""
     cu_q, cu_k, rows_q, rows_k = unequal_lengths(N, L, S)
     tensors = make(rows_q, H * group, E), make(rows_k, H, E), make(rows_k, H, E)
     packing = cu_q.to(tensors[0].device), cu_k.to(tensors[0].device), None, L, S, E**-0.5, -1, 0
     lengths = zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)
     flops = 4 * H * group * E * sum(max(0, s - i) for l, s in lengths for i in range(l))
-    ours = lambda q, k, v: F.varlen_attn(
-        q, k, v, packing[0], packing[1], L, S, window_size=(-1, 0), enable_gqa=group > 1
-    )
-    return Work(ours, lambda q, k, v: varlen_attn_composite(q, k, v, *packing), tensors, (flops, 2.5 * flops))
+    call = lambda f: lambda q, k, v: f(q, k, v, *packing[:2], L, S, window_size=(-1, 0), enable_gqa=group > 1)
+    eager = lambda q, k, v: varlen_attn_composite(q, k, v, *packing)
+    if tensors[0].is_cuda:  # PyTorch has the function for GPUs
+        eager = call(importlib.import_module("torch.nn.attention.varlen").varlen_attn)
+    return Work(call(F.varlen_attn), eager, tensors, (flops, 2.5 * flops))
 
 
 def linear(make, M, K, N):

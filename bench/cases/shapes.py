@@ -37,7 +37,7 @@ def custom(text: str, wanted_ops) -> list[Case]:
     served, known = [], []
     for first in first_of_each_op([c for c in ops.CPU if c.op in wanted_ops]):
         requested = dict(given)
-        if "att" in first.op and "L" in requested:
+        if {"L", "S"} <= set(first.dims) and "L" in requested:
             requested.setdefault("S", requested["L"])
         known.append(f"{first.op}: {', '.join(dimensions(first.setup))}")
         if set(requested) <= set(first.dims):

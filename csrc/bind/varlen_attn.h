@@ -116,7 +116,7 @@ Results<2> varlen_attn_fwd(Call& call, View q, View k, View v, Packing packing) 
   constexpr bool on_cpu = kOnCpu<kernel>;
   AttentionArgs a = packed_args<on_cpu>(call, q, k, v, packing);
   View out = call.empty({q.size(0), a.heads, a.v_dim});
-  View lse = call.for_backward({a.heads, q.size(0)}, call.statistics());
+  View lse = call.empty({a.heads, q.size(0)}, contiguous_strides({a.heads, q.size(0)}), call.statistics());
   zero_outside<on_cpu>(call, out, a, false);
   empty_outside<on_cpu>(call, lse, a);
   a.out = packed_heads(out), a.lse = lse.data;
@@ -150,7 +150,7 @@ Results<3> varlen_attn_bwd(Call& call, View dout, Maybe dlse, View q, View k, Vi
 }
 
 #define PYGPT_VARLEN_ATTN_OPS(X, device)       \
-  X(varlen_attn_fwd, device::attention_fwd, 1) \
+  X(varlen_attn_fwd, device::attention_fwd, 2) \
   X(varlen_attn_bwd, device::attention_bwd, 3)
 
 }  // namespace pygpt::bind

@@ -81,7 +81,7 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
     for rule in RULES.get(name, ()):
         of_args, of_results = (side.split() for side in rule.split("->"))
         words = [word for word, a in zip(of_args, args, strict=False) if hasattr(a, "shape")]
-        by_heads = "att" in name and of_args[0] == "1"
+        by_heads = name.split("_")[0] in ("attention", "varlen") and of_args[0] == "1"
         if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
         words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]

@@ -139,7 +139,10 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     else:
         with torch.enable_grad():
             views = [a.view_as(a) for a in sources]
-            results = outputs(*views)
+            pairs = [(o, g) for o, g in zip(outputs(*views), upstream, strict=True) if o.requires_grad]
+        if not pairs:
+            return (None,) * len(needs)
+        results, upstream = zip(*pairs, strict=True)
         gradients = iter(torch.autograd.grad(results, views, upstream, create_graph=True, allow_unused=True))
     return tuple(next(gradients) if need else None for need in needs)
 

@@ -10,6 +10,7 @@ here; attention.py has the mathematics. The kernels of attention serve these cal
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import index
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..dispatch import Call, Op, call, register
+from ..dispatch import Call, Op, call, register, without_values
 from .attention import (
     Options,
     attention_bwd,
@@ -86,12 +87,12 @@ def _spans(name: str, cu_seq: Tensor, total: int, most: int) -> list[tuple[int, 
 
 def varlen_attn_composite(q, k, v, *packing, return_lse=False):
     """out, or with return_lse (out, lse): PyTorch's own function for each sequence."""
-    p = Packing(*packing)
-    if torch.compiler.is_compiling() and p.cu_seq_q.shape[0] > 1:
+    p, N = Packing(*packing), packing[0].shape[0] - 1
+    if N > 0 and without_values((q, k, v)):
         return _composite_by_mask(q, k, v, p, return_lse)
     outs, lses = [], []
     empty = Rows(slice(0), slice(0))  # connects the results to the inputs if there is no sequence
-    for rows in (empty, *sequences(p, q, k)):
+    for rows in (empty, *(sequences(p, q, k) if N > 0 else ())):
         results = _sequence_composite(*rows.of(q, k, v), p, return_lse)
         outs.append(results[0][0].transpose(0, 1))
         lses.append(results[1][0] if return_lse else None)
@@ -106,12 +107,16 @@ def varlen_attn_composite(q, k, v, *packing, return_lse=False):
 def _sequence_composite(q, k, v, p: Packing, return_lse: bool) -> tuple:
     if return_lse or q.shape[2] == 0 or k.shape[2] == 0:
         return attention_composite(q, k, v, False, p.scale, *p.options, return_lse=True)
-    mask = visible(q.shape[2], k.shape[2], q.device, False, p.options)
-    return torchs(q, k, v, mask, scale=p.scale, enable_gqa=q.shape[1] != k.shape[1]), None
+    causal = q.shape[2] == k.shape[2] and (p.left, p.right) == (-1, 0)
+    mask = None if causal else visible(q.shape[2], k.shape[2], q.device, False, p.options)
+    return torchs(q, k, v, mask, is_causal=causal, scale=p.scale, enable_gqa=q.shape[1] != k.shape[1]), None
 
 
 def _composite_by_mask(q, k, v, p: Packing, return_lse: bool):
-    """The same in one call, with a mask of all queries and keys: a graph cannot depend on the sequences' lengths."""
+    """One call of attention with a mask of all queries and keys, for graphs, which cannot depend on the lengths.
+
+    A derivative of a derivative needs it, and a transform within a graph. Here a NaN reaches other sequences.
+    """
     lengths_q, lengths_k = p.cu_seq_q.diff(), p.cu_seq_k.diff() if p.seqused_k is None else p.seqused_k
     (of_q, i), (of_k, j) = (_places(cu_seq, t.shape[0]) for cu_seq, t in ((p.cu_seq_q, q), (p.cu_seq_k, k)))
     own = i + lengths_k[of_q.clamp(max=lengths_k.shape[0] - 1)] - lengths_q[of_q.clamp(max=lengths_q.shape[0] - 1)]
@@ -168,6 +173,8 @@ def varlen_attn_bwd(
 
 def _known(p: Packing, q: Tensor, k: Tensor) -> Iterator[Rows]:
     """The sequences; none of fake tensors, which have shapes but no values."""
+    if p.cu_seq_q.device != q.device:
+        raise ValueError(f"{_OP}: cu_seq_q is on {p.cu_seq_q.device}, query on {q.device}")
     return iter(()) if isinstance(p.cu_seq_q, FakeTensor) or p.cu_seq_q.is_meta else sequences(p, q, k)
 
 
@@ -279,13 +286,13 @@ def prepare(
     if Hq != Hk and not (enable_gqa and Hk and Hq % Hk == 0):
         hint = "" if enable_gqa else "; pass enable_gqa=True for grouped heads"
         raise ValueError(f"{_OP}: {Hq} query heads and {Hk} key heads do not fit{hint}")
+    if Hq == 0:
+        key, value = key[:, :0], value[:, :0]
     N = _checked_rows("cu_seq_q", cu_seq_q, query)
     _checked_rows("cu_seq_k", cu_seq_k, query, N)
     if seqused_k is not None:
         _checked_rows("seqused_k", seqused_k, query, N - 1)
-    for name, n in (("max_q", max_q), ("max_k", max_k)):
-        if not isinstance(n, (int, torch.SymInt)) or n < 0:
-            raise ValueError(f"{_OP}: {name} must be an integer from 0 on, got {n!r}")
+    max_q, max_k = _checked_length("max_q", max_q), _checked_length("max_k", max_k)
     left, right = checked_window(_OP, "window_size", window_size)
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     args = query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right
@@ -295,6 +302,18 @@ def prepare(
         return results if return_lse or isinstance(results, Tensor) else results[0]
 
     return Call(args, finish=finish, options={"return_lse": True} if return_lse else {})
+
+
+def _checked_length(name: str, n):
+    if torch.compiler.is_compiling():  # a comparison would be a guard, which a data-dependent length has none of
+        return n
+    try:
+        n = index(n)
+    except TypeError:
+        n = -1
+    if not 0 <= n < 2**63:
+        raise ValueError(f"{_OP}: {name} must be an integer from 0 on")
+    return n
 
 
 def _checked_rows(name: str, t, query: Tensor, size: int | None = None) -> int:
@@ -313,12 +332,21 @@ def _checked_rows(name: str, t, query: Tensor, size: int | None = None) -> int:
 
 # ------------------------------------------------------------------------------- FLOPs, verify
 def _flops_fwd(q, k, v, *packing, out_val=None):
-    return sum(flops_fwd(*rows.of(q, k, v)) for rows in _known(Packing(*packing), q, k))
+    return sum(flops_fwd(*sequence) for sequence in _sequences_of(Packing(*packing), q, k, v))
 
 
 def _flops_bwd(dout, dlse, q, k, v, out, lse, needs, *packing, out_val=None):
-    known = _known(Packing(*packing), q, k)
-    return sum(flops_bwd(rows.of(dout)[0], None, *rows.of(q, k, v)) for rows in known)
+    sequences = _sequences_of(Packing(*packing), q, k, v)
+    return sum(flops_bwd(of_q.new_empty(*of_q.shape[:3], v.shape[2]), None, of_q, *kv) for of_q, *kv in sequences)
+
+
+def _sequences_of(p: Packing, q, k, v):
+    """(q, k, v) of each sequence in 4 dimensions. Without values all count as the longest, as in torch."""
+    if not isinstance(p.cu_seq_q, FakeTensor) and not p.cu_seq_q.is_meta:
+        return [rows.of(q, k, v) for rows in sequences(p, q, k)]
+    lengths = p.max_q, p.max_k, p.max_k
+    longest = [t.new_empty(1, t.shape[1], n, t.shape[2]) for t, n in zip((q, k, v), lengths, strict=True)]
+    return [longest] * (p.cu_seq_q.shape[0] - 1)
 
 
 def unequal_lengths(N: int, L: int, S: int) -> tuple[Tensor, Tensor, int, int]:
@@ -377,6 +405,7 @@ register(
         results=2,
         flops=(_flops_fwd, _flops_bwd),
         lower_precision=True,
+        opaque=True,
         specs={
             "varlen_attn": Spec(
                 "varlen_attn",

@@ -139,7 +139,7 @@ def test_factory_arguments():
         (lambda: nn.CausalSelfAttention(10, 3), "embed_dim 10 does not divide by num_heads 3"),
         (lambda: nn.CausalSelfAttention(10, 0), "num_heads 0"),
         (lambda: nn.CausalSelfAttention(12, 4, 3), "num_heads 4 is no multiple of num_kv_heads 3"),
-        (lambda: nn.CausalSelfAttention(8, 2, window=-1), "window must not be negative"),
+        (lambda: nn.CausalSelfAttention(8, 2, window=-1), "window must be an integer from 0 on"),
         (lambda: nn.MLP(8, activation="swish"), "unknown activation 'swish'"),
         (lambda: nn.CausalSelfAttention(8, 2)(torch.zeros(3, 8)), r"x must be \(B, T, 8\), got \(3, 8\)"),
     ],

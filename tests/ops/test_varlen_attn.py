@@ -2,11 +2,13 @@
 
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pygpt
 from pygpt.dispatch import named
@@ -59,6 +61,7 @@ CASES = [
     Packed((6,), (6,)),
     Packed((), ()),
     Packed((4,), (4,), Hq=0, Hkv=0),
+    Packed((4,), (4,), Hq=0, Hkv=2),
     Packed((4, 2), (4, 3), E=0),
     Packed((4, 2), (4, 3), Ev=0),
 ]
@@ -157,16 +160,18 @@ def assert_equal(found, want, name=""):
     torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
 
 
-LENGTHS = {"cpp": (1, 4, 5, 100, 1200), "torch": (1, 5)}
+LENGTHS = {"cpp": (1, 4, 5, 100, 900), "torch": (1, 5)}
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (20, 3)], ids=str)
-def test_a_sequence_has_the_same_bits_alone(window, dtype, compiled, device, generator):
+@pytest.mark.parametrize("Hkv", [1, 2])  # so that on a CPU two tasks share a head of keys, or none do
+def test_a_sequence_has_the_same_bits_alone(Hkv, window, dtype, compiled, device, generator):
     """Whatever else is in the batch, and whatever max_q and max_k are."""
     long = LENGTHS.get(compiled, (1, 4, 40, 130))
-    c = Packed(long, tuple(2 * n + 1 for n in reversed(long)), window=window, Hq=2, Hkv=1, E=16, Ev=8)
+    keys = 3000, *(2 * n + 1 for n in long[1:])  # what decodes splits its keys; the last has all parts of dq
+    c = Packed(long, keys if compiled == "cpp" else keys[1:] + (9,), window=window, Hq=2, Hkv=Hkv, E=16, Ev=8)
     q, k, v = (t.to(device, dtype) for t in draw(c, generator))
     dout, dlse = torch.randn(len(q), c.Hq, c.Ev).to(v), torch.randn(c.Hq, len(q)).to(device)
     kernels = named(compiled).kernels
@@ -188,7 +193,7 @@ def test_a_sequence_has_the_same_bits_alone(window, dtype, compiled, device, gen
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_neighbour_spoils_nothing(dtype, bad, compiled, device, generator):
+def test_a_neighbour_spoils_nothing(dtype, bad, backend, device, generator):
     """Nor do the rows that belong to no sequence, or the keys from seqused_k on."""
     c = Packed((5, 20, 7), (6, 20, 9), used=(6, 20, 5), window=(-1, 0), E=16, Ev=16)
     clean = [t.to(device, dtype) for t in draw(c, generator)]
@@ -199,7 +204,7 @@ def test_a_neighbour_spoils_nothing(dtype, bad, compiled, device, generator):
         t[-2:] = bad
     for t in spoilt[1:]:
         t[others[1][1].stop :] = bad
-    with pygpt.backend(compiled):
+    with pygpt.backend(backend):
         state = generator.get_state()
         want = with_gradients(lambda *t: public(c, *t), *clean, generator)
         generator.set_state(state)
@@ -360,6 +365,58 @@ def test_compiled_whole(compiled, device, generator):
         found = with_gradients(lambda *t: graph(*t, *rows), *tensors, generator)
     for name, t in want.items():
         assert_equal(found[name], t, name)
+
+
+@pytest.mark.parametrize("chosen", ["cpp", "torch"])
+@pytest.mark.parametrize("derivative", [0, 1, 2])
+def test_a_graph_does_not_keep_the_lengths(derivative, chosen, generator):
+    q, k, v = (t.requires_grad_() for t in draw(Packed((8,), (8,), Hq=1, Hkv=1), generator))
+
+    def f(cu):
+        y = varlen_attn(q, k, v, cu, cu, 8, 8).square().sum()
+        for _ in range(derivative):
+            (g,) = torch.autograd.grad(y, q, create_graph=True)
+            y = g.square().sum()
+        return y
+
+    with pygpt.backend(chosen):
+        graph = make_fx(f)(starts((4, 4)))
+        for lengths in ((4, 4), (1, 7)):
+            torch.testing.assert_close(graph(starts(lengths)), f(starts(lengths)))
+
+
+def test_compiled_calls_are_checked_and_keep_sequences_apart(generator):
+    """With heads too wide for every kernel, so that PyTorch serves them."""
+    q = torch.randn(10, 1, 600, generator=generator)
+    q[:4] = math.nan
+    graph = torch.compile(varlen_attn, backend="aot_eager", fullgraph=True)
+    out = graph(q, q, q, starts((4, 6)), starts((4, 6)), 6, 6)
+    assert out[:4].isnan().all() and out[4:].isfinite().all()
+    with pytest.raises(ValueError, match="max_q is 2"):
+        graph(q, q, q, starts((4, 6)), starts((4, 6)), 2, 6)
+
+
+def test_lengths_that_are_data(compiled, device, generator):
+    """A whole graph takes max_q and max_k from the sequences, as training code does."""
+    if compiled == "cuda" and device == "cpu":
+        pytest.skip("a graph holds the registered ops, which the emulator does not serve")
+    q, cu = torch.randn(16, 1, 8, generator=generator).to(device), starts((5, 9)).to(device)
+
+    def f(q, cu):
+        longest = cu.diff().max().item()
+        return varlen_attn(q, q, q, cu, cu, longest, longest)
+
+    with pygpt.backend(compiled), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert_equal(torch.compile(f, backend="aot_eager", fullgraph=True)(q, cu), f(q, cu))
+
+
+def test_meta_tensors():
+    q, cu = torch.empty(6, 2, 4, device="meta", requires_grad=True), torch.empty(3, dtype=torch.int32, device="meta")
+    for chosen in ("torch", None):
+        with pygpt.backend(chosen) if chosen else nullcontext():
+            out, lse = varlen_attn(q, q, q, cu, cu, 4, 4, return_aux=Aux)
+            (dq,) = torch.autograd.grad(out.sum(), q)
+        assert out.shape == dq.shape == (6, 2, 4) and lse.shape == (2, 6)
 
 
 def test_autocast(device, generator):

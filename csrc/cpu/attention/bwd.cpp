@@ -294,85 +294,122 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
   return slope_gradient;
 }
 
-// dq is the sum of parts, added in order, whichever tasks have formed them: part n has the key blocks n, n + parts, ...
-// Their number depends on the number of keys alone, so that what else is in the batch changes no bit.
-inline int64_t parts_of(int64_t k_len) { return std::clamp<int64_t>(ceil_div(k_len, BC), 1, 8); }
+// Key block n belongs to part n % kParts. dq is the sum of the parts, added as a binary tree, so that its bits are the
+// same whichever tasks form it, and whatever else is in the batch:
+//
+//   sum(part, step) = sum(part, 2 step) + sum(part + step, 2 step)      sum(part, kParts) = the part itself
+constexpr int64_t kParts = 8;
+
+// What a task does for one query head of the group that shares its keys.
+template <bool general, class S>
+struct HeadTask {
+  using T = Acc<S>;
+  using U = Packed<S>;
+  const QueryHead<S>& x;
+  const PackedQueries<S>& of_q;
+  const PackedKeys<S>& of_k;
+  KeyGradients<S> kept;  // the sums of all blocks of the task, in its order; of one block if the group is one head
+  int64_t dk_tiles, dv_tiles;  // of a block
+  double* slope_gradients;  // of each part, or null
+  int64_t at = 0;  // the place of the next block in `kept`
+
+  // dq = sum(part, step). `spare` has the length of dq for each further level of the tree. Both are null if dq is not
+  // wanted.
+  void sum(int64_t part, int64_t step, Tile<U>* dq, Tile<U>* spare) {
+    if (step == kParts) return add_part(part, dq);
+    const int64_t tiles = dq ? ceil_div(x.sequence.q_len, Tiling<U>::MR) * of_q.e_panels : 0;
+    sum(part, 2 * step, dq, spare);
+    if ((part + step) * BC >= x.sequence.k_len) return;
+    sum(part + step, 2 * step, spare, spare + tiles);
+    for (int64_t t = 0; t < tiles; t++) add(dq[t], spare[t]);
+  }
+
+ private:
+  void add_part(int64_t part, Tile<U>* dq) {
+    const AttentionArgs& a = x.a;
+    const bool first = x.h % a.group() == 0, last = (x.h + 1) % a.group() == 0;
+    if (dq) std::fill(dq, dq + ceil_div(x.sequence.q_len, Tiling<U>::MR) * of_q.e_panels, Tile<U>{});
+    double slope_gradient = 0;
+    for (int64_t j0 = part * BC; j0 < x.sequence.k_len; j0 += kParts * BC, at += a.group() > 1) {
+      const int64_t keys = std::min(BC, x.sequence.k_len - j0);
+      const KeyGradients<S> sums = {kept.dk ? kept.dk + at * dk_tiles : nullptr,
+                                    kept.dv ? kept.dv + at * dv_tiles : nullptr};
+      if (first && sums.dk) std::fill(sums.dk, sums.dk + dk_tiles, Tile<U>{});
+      if (first && sums.dv) std::fill(sums.dv, sums.dv + dv_tiles, Tile<U>{});
+      slope_gradient += backward_tile<general>(x, of_q, of_k, j0, sums, dq);
+      if (!last) continue;
+      if constexpr (kUsesAmx<U>) {
+        if (sums.dk) transpose_tiles(sums.dk, dk_tiles);
+        if (sums.dv) transpose_tiles(sums.dv, dv_tiles);
+      }
+      if (sums.dk) store_tiles<S>(x.keys(a.dk), j0, keys, a.head_dim, sums.dk, T(a.scores.scale));
+      if (sums.dv) store_tiles<S>(x.keys(a.dv), j0, keys, a.v_dim, sums.dv, T(1));
+    }
+    if (slope_gradients) slope_gradients[part] = slope_gradient;
+  }
+};
+
+// How many tasks share a head of keys: 1, 2, 4 or 8, the more the fewer heads there are.
+inline int64_t tasks_of_head(int64_t kv_heads, int64_t blocks) {
+  int64_t tasks = 1;
+  while (tasks < kParts && tasks * kv_heads < 8 && tasks < blocks) tasks *= 2;
+  return tasks;
+}
 
 template <bool general, class S>
 void backward(const AttentionArgs& a) {
   using T = Acc<S>;
   using U = Packed<S>;
-  constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR;
-  const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), blocks = ceil_div(a.sequences.k_len, BC),
-                e_panels = ceil_div(a.head_dim, NR), v_panels = ceil_div(a.v_dim, NR);
-  const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels, most_parts = parts_of(a.sequences.k_len);
+  constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR, kLevels = 3;  // 2^kLevels = kParts
+  const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), blocks = ceil_div(a.sequences.k_len, BC);
+  const int64_t e_panels = ceil_div(a.head_dim, NR), v_panels = ceil_div(a.v_dim, NR);
+  const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels, tasks = tasks_of_head(kv_heads, blocks);
   const T scale = T(a.scores.scale);
-  // With few heads, several tasks share the parts of a head and leave all of them in memory.
-  const int64_t splits = std::clamp<int64_t>(ceil_div(8, std::max<int64_t>(kv_heads, 1)), 1, most_parts);
-  const bool partial = splits > 1 && a.dq.data;
-  Tile<U>* partials =
-      partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * most_parts * dq_tiles) : nullptr;
-  double* slope_gradients =
-      a.dslopes ? scratch<double>(Region::slope_gradients, a.batch * a.heads * most_parts) : nullptr;
+  // Task t of a head forms sum(t, tasks) of dq. If there are several, they leave their sums in memory.
+  const bool partial = tasks > 1 && a.dq.data;
+  Tile<U>* partials = partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * tasks * dq_tiles) : nullptr;
+  const int64_t slope_parts = a.dslopes ? a.batch * a.heads * kParts : 0;
+  double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, slope_parts) : nullptr;
+  std::fill_n(slope_gradients, slope_parts, 0.0);
   // A single query head stores dk and dv block by block. Several add to the sums of all blocks in turn.
-  const int64_t kept = group == 1 ? 1 : ceil_div(most_parts, splits) * ceil_div(blocks, most_parts);
+  const int64_t kept = group == 1 ? 1 : kParts / tasks * ceil_div(blocks, kParts);
   const int64_t dk_tiles = BC / MR * e_panels, dv_tiles = BC / MR * v_panels;
-  parallel_for(kv_heads * splits, [&](int64_t begin, int64_t end) {
+  parallel_for(kv_heads * tasks, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / splits / a.kv_heads, kv_head = task / splits % a.kv_heads, split = task % splits;
-      const QueryHead<S> first_head(a, b, kv_head * group);
-      const int64_t k_len = first_head.sequence.k_len, parts = parts_of(k_len);
-      if (is_decode(first_head) || split >= parts) continue;
+    for (int64_t n = begin; n < end; n++) {
+      const int64_t b = n / tasks / a.kv_heads, first = n / tasks % a.kv_heads * group, task = n % tasks;
+      const QueryHead<S> first_head(a, b, first);
+      if (is_decode(first_head) || (task > 0 && task * BC >= first_head.sequence.k_len)) continue;
       const PackedKeys<S> of_k(first_head);
-      Tile<U>* dk = a.dk.data ? scratch<Tile<U>>(Region::dk_tiles, kept * dk_tiles) : nullptr;
-      Tile<U>* dv = a.dv.data ? scratch<Tile<U>>(Region::dv_tiles, kept * dv_tiles) : nullptr;
-      Tile<U>* sum = a.dq.data && !partials ? scratch<Tile<U>>(Region::dq_tiles, 2 * dq_tiles) : nullptr;
-      for (int64_t n = 0; n < group; n++) {
-        const QueryHead<S> x(first_head, kv_head * group + n);
-        const int64_t head = b * a.heads + x.h;
+      const KeyGradients<S> sums = {a.dk.data ? scratch<Tile<U>>(Region::dk_tiles, kept * dk_tiles) : nullptr,
+                                    a.dv.data ? scratch<Tile<U>>(Region::dv_tiles, kept * dv_tiles) : nullptr};
+      Tile<U>* spare = a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, (1 + kLevels) * dq_tiles) : nullptr;
+      for (int64_t h = first; h < first + group; h++) {
+        const QueryHead<S> x(first_head, h);
+        const int64_t head = b * a.heads + h;
         const PackedQueries<S> of_q(x);
-        const int64_t own_tiles = ceil_div(x.sequence.q_len, MR) * e_panels;
-        int64_t at = 0;
-        for (int64_t part = split; part < parts; part += splits) {
-          Tile<U>* dq = partials      ? partials + (head * most_parts + part) * dq_tiles
-                        : part && sum ? sum + dq_tiles
-                                      : sum;
-          if (dq) std::fill(dq, dq + own_tiles, Tile<U>{});
-          double slope_gradient = 0;
-          for (int64_t block = part; block * BC < k_len; block += parts, at += group > 1) {
-            const int64_t keys = std::min(BC, k_len - block * BC);
-            const KeyGradients<S> sums = {dk ? dk + at * dk_tiles : nullptr, dv ? dv + at * dv_tiles : nullptr};
-            if (n == 0 && dk) std::fill(sums.dk, sums.dk + dk_tiles, Tile<U>{});
-            if (n == 0 && dv) std::fill(sums.dv, sums.dv + dv_tiles, Tile<U>{});
-            slope_gradient += backward_tile<general>(x, of_q, of_k, block * BC, sums, dq);
-            if (n < group - 1) continue;
-            if constexpr (kUsesAmx<U>) {
-              if (dk) transpose_tiles(sums.dk, dk_tiles);
-              if (dv) transpose_tiles(sums.dv, dv_tiles);
-            }
-            if (dk) store_tiles<S>(x.keys(a.dk), block * BC, keys, a.head_dim, sums.dk, scale);
-            if (dv) store_tiles<S>(x.keys(a.dv), block * BC, keys, a.v_dim, sums.dv, T(1));
-          }
-          if (slope_gradients) slope_gradients[head * most_parts + part] = slope_gradient;
-          for (int64_t t = 0; sum && part && t < own_tiles; t++) add(sum[t], dq[t]);
-        }
-        if (sum) store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, sum, scale);
+        HeadTask<general, S> head_task = {
+            x, of_q, of_k, sums, dk_tiles, dv_tiles, slope_gradients ? slope_gradients + head * kParts : nullptr};
+        Tile<U>* dq = partials ? partials + (head * tasks + task) * dq_tiles : spare;
+        head_task.sum(task, tasks, dq, spare ? spare + dq_tiles : nullptr);
+        if (dq && !partials) store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
       }
     }
-  }, group * a.sequences.q_len * ceil_div(a.sequences.k_len, splits) * (a.head_dim + a.v_dim));
+  }, group * a.sequences.q_len * ceil_div(a.sequences.k_len, tasks) * (a.head_dim + a.v_dim));
   if (partials)
     parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         const QueryHead<S> x(a, n / a.heads, n % a.heads);
         if (is_decode(x)) continue;
-        Tile<U>* dq = partials + n * most_parts * dq_tiles;
-        for (int64_t part = 1; part < parts_of(x.sequence.k_len); part++)
-          for (int64_t t = 0; t < ceil_div(x.sequence.q_len, MR) * e_panels; t++) add(dq[t], dq[part * dq_tiles + t]);
+        Tile<U>* dq = partials + n * tasks * dq_tiles;
+        const int64_t own_tiles = ceil_div(x.sequence.q_len, MR) * e_panels;
+        for (int64_t step = tasks / 2; step > 0; step /= 2)
+          for (int64_t part = 0; part < step && (part + step) * BC < x.sequence.k_len; part++)
+            for (int64_t t = 0; t < own_tiles; t++) add(dq[part * dq_tiles + t], dq[(part + step) * dq_tiles + t]);
         store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
       }
     });
-  if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, most_parts);
+  if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, kParts);
 }
 
 // ---------------------------------------------------------------- the gradients of options
