@@ -26,10 +26,9 @@ from .attention import (
     attention_fwd,
     flops_bwd,
     flops_fwd,
-    torchs,
     visible,
 )
-from .attention_arguments import checked_window
+from .attention_arguments import checked_window, torchs
 from .common import Spec, acc_dtype, backward_kernels, check_tensors, composite_gradients, only, savable
 
 _OP = "pygpt.varlen_attn"
@@ -59,9 +58,13 @@ class Rows(NamedTuple):
     q: slice
     k: slice
 
-    def of(self, q: Tensor, *keys: Tensor) -> list[Tensor]:
-        """(1, heads, length, width) of packed queries, and of packed keys and values."""
-        return [t[rows].transpose(0, 1)[None] for t, rows in ((q, self.q), *((t, self.k) for t in keys))]
+    def of_queries(self, t: Tensor) -> Tensor:
+        """(1, heads, length, width) of a packed tensor with a row for each query."""
+        return t[self.q].transpose(0, 1)[None]
+
+    def of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Likewise of packed queries, keys and values."""
+        return self.of_queries(q), *(t[self.k].transpose(0, 1)[None] for t in (k, v))  # type: ignore[return-value]
 
 
 def sequences(p: Packing, q: Tensor, k: Tensor) -> Iterator[Rows]:
@@ -90,12 +93,14 @@ def varlen_attn_composite(q, k, v, *packing, return_lse=False):
     p, N = Packing(*packing), packing[0].shape[0] - 1
     if N > 0 and without_values((q, k, v)):
         return _composite_by_mask(q, k, v, p, return_lse)
-    outs, lses = [], []
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
     empty = Rows(slice(0), slice(0))  # connects the results to the inputs if there is no sequence
     for rows in (empty, *(sequences(p, q, k) if N > 0 else ())):
-        results = _sequence_composite(*rows.of(q, k, v), p, return_lse)
+        results = _sequence_composite(rows.of(q, k, v), p, return_lse)
         outs.append(results[0][0].transpose(0, 1))
-        lses.append(results[1][0] if return_lse else None)
+        if return_lse:
+            lses.append(results[1][0])
     covered = sum(out.shape[0] for out in outs)
     out = torch.cat([*outs, q.new_zeros(q.shape[0] - covered, q.shape[1], v.shape[2])])
     if not return_lse:
@@ -104,7 +109,8 @@ def varlen_attn_composite(q, k, v, *packing, return_lse=False):
     return out, torch.cat([*lses, outside], 1)
 
 
-def _sequence_composite(q, k, v, p: Packing, return_lse: bool) -> tuple:
+def _sequence_composite(qkv: tuple[Tensor, Tensor, Tensor], p: Packing, return_lse: bool) -> tuple:
+    q, k, v = qkv
     if return_lse or q.shape[2] == 0 or k.shape[2] == 0:
         return attention_composite(q, k, v, False, p.scale, *p.options, return_lse=True)
     causal = q.shape[2] == k.shape[2] and (p.left, p.right) == (-1, 0)
@@ -148,7 +154,7 @@ def varlen_attn_fwd(
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=acc_dtype(q))
     for rows in _known(p, q, k):
-        of_out, of_lse = attention_fwd(*rows.of(q, k, v), False, scale, *p.options)
+        of_out, of_lse = attention_fwd(*rows.of(q, k, v), False, scale, left=left, right=right, lower_right=True)
         out[rows.q], lse[:, rows.q] = of_out[0].transpose(0, 1), of_lse[0]
     return out, lse
 
@@ -162,9 +168,11 @@ def varlen_attn_bwd(
     p = Packing(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right)
     grads = [q.new_zeros(t.shape if need else 0) for need, t in zip(needs, (q, k, v), strict=True)]
     for rows in _known(p, q, k):
-        (do, o), (qs, ks, vs) = (rows.of(t)[0] for t in (dout, out)), rows.of(q, k, v)
-        of_lse, of_dlse = (None if t is None else t[None, :, rows.q] for t in (lse, dlse))
-        parts = attention_bwd(do, of_dlse, qs, ks, vs, o, of_lse, False, scale, needs, *p.options)
+        do, o, of_lse = rows.of_queries(dout), rows.of_queries(out), lse[None, :, rows.q]
+        of_dlse = None if dlse is None else dlse[None, :, rows.q]
+        parts = attention_bwd(
+            do, of_dlse, *rows.of(q, k, v), o, of_lse, False, scale, needs, left=left, right=right, lower_right=True
+        )
         for need, grad, part, where in zip(needs, grads, parts, (rows.q, rows.k, rows.k), strict=False):
             if need:
                 grad[where] = part[0].transpose(0, 1)
