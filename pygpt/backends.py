@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +34,11 @@ from .ops.common import as_tuple
 
 # ------------------------------------------------------------------------------- ops of torch's dispatcher
 @cache  # torch drops the registrations of a Library when the Library is freed
-def define_ops(namespace: str, ops: tuple[str, ...]) -> torch.library.Library:
-    """Defines torch.ops.<namespace>.<op>_fwd and _bwd. pygpt/ops/ gives their schemas and fake kernels."""
+def define_ops(namespace: str, ops: tuple[str, ...] | None = None) -> torch.library.Library:
+    """Defines torch.ops.<namespace>.<op>_fwd and _bwd of the ops, by default of all.
+
+    pygpt/ops/ gives their schemas and fake kernels.
+    """
     library = torch.library.Library(namespace, "DEF")
     for name in _kernel_names(ops):
         reference = getattr(REFERENCE, name)
@@ -44,8 +47,8 @@ def define_ops(namespace: str, ops: tuple[str, ...]) -> torch.library.Library:
     return library
 
 
-def _kernel_names(ops: Iterable[str]) -> list[str]:
-    return [f"{op}_{direction}" for op in ops for direction in ("fwd", "bwd")]
+def _kernel_names(ops: tuple[str, ...] | None) -> list[str]:
+    return [f"{op}_{direction}" for op in (OPS if ops is None else ops) for direction in ("fwd", "bwd")]
 
 
 def register_ops(
@@ -55,13 +58,12 @@ def register_ops(
 
     ``kernels``: for every device for which no library registers other ones. An op may be missing there.
     """
-    ops = tuple(OPS) if ops is None else ops
     library, packets = define_ops(namespace, ops), getattr(torch.ops, namespace)
     for name in _kernel_names(ops):
         if name in kernels:
             library.impl(name, kernels[name], "CompositeExplicitAutograd")
     registered = SimpleNamespace(**{name: getattr(packets, name).default for name in _kernel_names(ops)})
-    for op in ops:
+    for op in OPS if ops is None else ops:
         _register_gradients(library, OPS[op], registered)
     when_imported("torch.utils.flop_counter", lambda: _register_flops(packets, ops))
     return registered
@@ -105,7 +107,7 @@ def below_autograd(overload) -> Callable:
 def _register_flops(packets, ops):
     from torch.utils.flop_counter import register_flop_formula
 
-    for op in map(OPS.__getitem__, ops):
+    for op in map(OPS.__getitem__, OPS if ops is None else ops):
         for direction, formula in zip(("fwd", "bwd"), op.flops, strict=True) if op.flops else ():
             register_flop_formula(getattr(packets, f"{op.name}_{direction}"), get_raw=True)(formula)
 
