@@ -165,7 +165,11 @@ class MLP(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one attention layer's past, preallocated for ``capacity`` positions at the first append."""
+    """Keys and values of one attention layer's past, preallocated for ``capacity`` positions at the first append.
+
+    For inference: an append writes to memory that an earlier call's backward pass would need. With a window, too, it
+    keeps all positions.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
@@ -174,10 +178,17 @@ class KVCache:
     def append(self, heads: Tensor) -> Tensor:
         """Appends the key heads and then the value heads of the next T positions, (B, 2 Hkv, T, D); returns all so far.
 
-        ValueError if they exceed the capacity.
+        ValueError if they exceed the capacity, or differ in batch, heads or dtype from those so far.
         """
         B, H, T, D = heads.shape
         end = self.length + T
+        if self.heads is not None and (
+            heads.dtype != self.heads.dtype or heads[:, :, :0].shape != self.heads[:, :, :0].shape
+        ):
+            kept = *self.heads.shape[:2], "T", D
+            raise ValueError(
+                f"pygpt.nn.KVCache: holds {self.heads.dtype} of shape {kept}, got {heads.dtype} {tuple(heads.shape)}"
+            )
         if end > self.capacity:
             raise ValueError(f"pygpt.nn.KVCache: {end} positions, room for {self.capacity}")
         if self.heads is None:
@@ -214,8 +225,8 @@ class CausalSelfAttention(nn.Module):
     c_attn projects to queries, keys and values side by side. The heads are views of its output, so nothing is copied.
     ``num_kv_heads`` below num_heads shares each key and value head among num_heads / num_kv_heads queries (GQA; Ainslie
     et al. 2023). ``dropout`` acts on the attention weights and on the output. With ``window``, a position attends to
-    itself and that many positions before it (Beltagy et al. 2020). Head counts that do not divide raise ValueError, and
-    so does a negative window.
+    itself and that many positions before it (Beltagy et al. 2020); Mistral's sliding_window counts itself, too. Head
+    counts that do not divide raise ValueError, and so does a negative window.
     """
 
     window: int | None = None  # also of modules that were pickled before there was one
@@ -264,7 +275,7 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")
         (B, T, _), D, kv_width = x.shape, self.head_dim, self.num_kv_heads * self.head_dim
         widths = (C, kv_width, kv_width) if cache is None else (C, 2 * kv_width)
-        q, *kv = (t.view(B, T, -1, D).transpose(1, 2) for t in self.c_attn(x).split(widths, dim=2))
+        q, *kv = (t.view(B, T, t.shape[2] // D, D).transpose(1, 2) for t in self.c_attn(x).split(widths, dim=2))
         k, v = kv if cache is None else cache.append(kv[0]).chunk(2, dim=1)
         y = functional.scaled_dot_product_attention(
             q, k, v,

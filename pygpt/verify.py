@@ -164,6 +164,11 @@ def _largest(t: Tensor) -> float:
     return t.abs().max().item() if t.numel() else 0.0
 
 
+def _size(t: Tensor) -> float:
+    """The largest finite value. lse is -inf in rows that see no key."""
+    return _largest(t[t.isfinite()])
+
+
 def _deviation(x: Tensor, x64: Tensor) -> float:
     x = x.double()
     return _largest(torch.where(x == x64, 0.0, x - x64))  # equal infinities are no error
@@ -201,7 +206,7 @@ def measure(
             their = _deviation(theirs[key], r)
             if narrow:
                 their = max(their, _deviation(narrow[0][key], narrow[1][key]) * EPS[torch.float64] / EPS[torch.float32])
-            errors = _deviation(ours[key], r), their, max(_largest(r), _largest(terms.get(key, r)))
+            errors = _deviation(ours[key], r), their, max(_size(r), _size(terms.get(key, r)))
             worst[key] = [
                 a if math.isnan(a) else max(a, b) for a, b in zip(errors, worst.get(key, (0.0,) * 3), strict=True)
             ]

@@ -209,5 +209,5 @@ def checked_window(op: str, name: str, window) -> tuple[int, int]:
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise ValueError(f"{op}: {name} must be (left, right), integers from -1 on, got {window!r}")
+        raise ValueError(f"{op}: {name} must be (left, right), integers from -1 to 2^31 - 1, got {window!r}")
     return left, right

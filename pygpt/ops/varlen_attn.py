@@ -239,14 +239,17 @@ def varlen_attn(
     """Returns attention over packed sequences, with the arguments of torch.nn.attention.varlen.varlen_attn.
 
     The algorithm is FlashAttention-2 (Dao 2023). Nothing is padded: time and memory follow the lengths of the
-    sequences, on a CPU as on a GPU. A sequence's results do not depend on the others.
+    sequences, on a CPU as on a GPU. A sequence's results do not depend on the others. From token counts::
+
+        cu_seq = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()  # 3, 5, 2 -> 0, 3, 8, 10
+        out = varlen_attn(q, k, v, cu_seq, cu_seq, max(lengths), max(lengths), window_size=(-1, 0))  # causal
 
     Shapes: ``query (total_q, Hq, E)``, ``key (total_k, Hkv, E)``, ``value (total_k, Hkv, Ev)``, result
     ``(total_q, Hq, Ev)``. All three have one dtype: float64, float32, bfloat16 or float16.
 
     - ``cu_seq_q`` and ``cu_seq_k``, int32 ``(N + 1,)``: sequence b has the queries ``cu_seq_q[b]`` to
       ``cu_seq_q[b + 1] - 1``, and likewise the keys. They start at 0 and never fall. Rows after the last sequence give
-      output 0 and gradients 0.
+      output 0 and gradients 0. ``cu_seq_k`` may be None in torch with block_table only, so not here.
     - ``max_q`` and ``max_k`` are at least the lengths of the longest sequence. On a CPU all of this is checked; a GPU
       trusts it.
     - ``return_aux``: with an object whose attribute ``lse`` is true, such as torch.nn.attention.varlen.AuxRequest, the
@@ -261,8 +264,12 @@ def varlen_attn(
     - ``block_table`` (paged keys) is not served: ValueError.
     - ``num_splits`` is accepted and changes nothing: results are always the same bits.
 
-    A query without a visible key gives output 0 and gradients 0. Shapes and values that do not fit raise ValueError,
-    wrong types and unequal dtypes TypeError.
+    A query without a visible key gives output 0 and gradients 0. Masks, dropout, ALiBi, softcap and sinks are not here.
+    Where no kernel serves a call, such as one with wider heads, PyTorch computes sequence by sequence. A graph of
+    second derivatives is the exception: it has a mask of all queries and keys.
+
+    Shapes that do not fit raise ValueError, wrong types and unequal dtypes TypeError. Sequences that do not lie in the
+    tensors raise ValueError, or RuntimeError where a kernel finds it.
     """
     return call(
         "varlen_attn", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,
@@ -304,7 +311,9 @@ def prepare(
     left, right = checked_window(_OP, "window_size", window_size)
     scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
     args = query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right
-    return_lse = bool(getattr(return_aux, "lse", False))
+    if return_aux is not None and not hasattr(return_aux, "lse"):
+        raise TypeError(f"{_OP}: return_aux needs an attribute lse, which {type(return_aux).__name__} does not have")
+    return_lse = return_aux is not None and bool(return_aux.lse)
 
     def finish(results):
         return results if return_lse or isinstance(results, Tensor) else results[0]

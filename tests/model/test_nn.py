@@ -113,6 +113,18 @@ def test_cache(pieces, kv_heads, window):
         m(x[:, :1], cache)
 
 
+@pytest.mark.parametrize("change", [lambda x: x[:1], lambda x: torch.cat([x, x]), lambda x: x.float()])
+def test_a_cache_refuses_another_batch_or_dtype(change):
+    """A batch of one is not broadcast to the others."""
+    m, x, cache = nn.CausalSelfAttention(24, 4, dtype=F64), torch.randn(2, 3, 24, dtype=F64), nn.KVCache(9)
+    with torch.no_grad():
+        m(x, cache)
+        other = change(x)
+        with pytest.raises(ValueError, match="KVCache: holds"):
+            m.to(other.dtype)(other, cache)
+    assert cache.length == 3
+
+
 def test_dropout_only_while_training():
     for m in nn.CausalSelfAttention(24, 4, dropout=0.5), nn.MLP(24, dropout=0.5):
         x = torch.randn(2, 7, 24)

@@ -295,6 +295,7 @@ def int32(*values):
         ({"window_size": (-2, 0)}, ValueError, "window_size must be"),
         ({"block_table": int32(0)}, ValueError, "block_table is not served"),
         ({"num_splits": "two"}, TypeError, "num_splits"),
+        ({"return_aux": True}, TypeError, "return_aux needs an attribute lse"),
     ],
 )
 def test_errors(changes, error, message):
