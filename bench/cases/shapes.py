@@ -18,7 +18,7 @@ def first_of_each_op(cases: list[Case]) -> list[Case]:
 def tiny(cases: list[Case]) -> list[Case]:
     """Returns the same ops on sizes that the emulator and Triton's interpreter can run."""
     attention = {"B": 1, "H": 2, "L": 40, "S": 40, "E": 16}
-    small = dict.fromkeys(("attention", "attention_mask", "attention_gqa"), attention)
+    small = {"attention": attention, "attention_mask": attention, "attention_gqa": attention | {"H": 1, "group": 2}}
     small |= {"attention_window": attention | {"left": 9}, "varlen_attn": {"N": 3, "H": 2, "L": 20, "S": 20, "E": 16}}
     small |= {"linear": {"M": 32, "K": 24, "N": 96}}
     small |= {"mlp": {"M": (1, 24), "C": 32}, "gelu": {"M": (48, 24)}, "relu": {"M": (48, 24)}}
