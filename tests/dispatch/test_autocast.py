@@ -79,7 +79,7 @@ def test_uses_of_a_weight_share_one_cast(op):
 @pytest.mark.parametrize("op, dims", [v for v in TYPICAL if v[0] in CAST], ids=cases.ids)
 def test_uses_of_every_saved_argument_share_its_cast(op, dims, generator):
     args, _ = verify.draw(op, dims, torch.float32, generator)
-    args = [torch.nn.Parameter(a) if isinstance(a, torch.Tensor) else a for a in args]
+    args = [torch.nn.Parameter(a) if verify._is_floating(a) else a for a in args]
     with AUTOCAST():
         results = [verify.SPECS[op].call(*args) for _ in range(3)]
     addresses = [[t.data_ptr() for t in saved(result)] for result in results]
@@ -90,8 +90,8 @@ def test_uses_of_every_saved_argument_share_its_cast(op, dims, generator):
 def test_gradients_are_those_of_separate_casts(op, dims, backend, generator):
     """The same gradient twice: its sum is exact in every dtype."""
     args, grads = verify.draw(op, dims, torch.float32, generator)
-    args = [torch.nn.Parameter(a) if isinstance(a, torch.Tensor) else a for a in args]
-    leaves = [a for a in args if isinstance(a, torch.Tensor)]
+    args = [torch.nn.Parameter(a) if verify._is_floating(a) else a for a in args]
+    leaves = [a for a in args if verify._is_floating(a)]
 
     def gradients(cache):
         with AUTOCAST(cache_enabled=cache), pygpt.backend(backend):

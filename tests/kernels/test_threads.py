@@ -75,7 +75,7 @@ def test_alignment_of_memory_does_not_matter(op, compiled, generator):
     args, grads = verify.draw(op, LARGE[op], torch.float32, generator)
     with pygpt.backend(compiled):
         want = verify.directions(op, verify.SPECS[op].call, args, grads)
-        moved = [[cases.embedded(a) if isinstance(a, torch.Tensor) else a for a in group] for group in (args, grads)]
+        moved = [[cases.embedded(a) if verify._is_floating(a) else a for a in group] for group in (args, grads)]
         assert_equal(verify.directions(op, verify.SPECS[op].call, *moved), want, "elsewhere in memory")
 
 
@@ -154,7 +154,7 @@ def test_backends_by_thread_while_another_thread_compiles(generator):
 def test_backward_in_another_thread_is_by_the_forwards_backend(op, dims, generator):
     args, grads = verify.draw(op, dims, torch.float32, generator)
     args = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
-    leaves = [a for a in args if isinstance(a, torch.Tensor)]
+    leaves = [a for a in args if verify._is_floating(a)]
 
     def forward(name):
         torch.set_num_threads(1)

@@ -148,7 +148,7 @@ def assert_same_kinds(op, args, grads, backend, where):
     """NaN and infinities are where PyTorch has them, in this dtype or (its float32 gelu(inf) is NaN) in float64."""
     with pygpt.backend(backend):
         ours, theirs = (verify.directions(op, f, args, grads) for f in (verify.SPECS[op].call, verify.eager(op)))
-    wide = [[a.double() if isinstance(a, torch.Tensor) else a for a in group] for group in (args, grads)]
+    wide = [[a.double() if verify._is_floating(a) else a for a in group] for group in (args, grads)]
     wide = verify.directions(op, verify.eager(op), *wide)
     for key, want in theirs.items():
         # in a gradient, where infinities meet to make NaN is a matter of the order of its sums
@@ -169,9 +169,12 @@ def assert_same_kinds(op, args, grads, backend, where):
     ids=cases.ids,
 )
 def test_nan_and_inf_go_where_pytorchs_go(op, dims, value, dtype, compiled, device, generator):
-    dims = {**dims, "causal": 0} if "causal" in dims else dims  # where causal tiles are skipped is anyone's choice
+    dims = {
+        **dims,
+        **{key: free for key, free in (("causal", 0), ("right", -1)) if key in dims},
+    }  # hidden keys are skipped
     args, grads = verify.draw(op, dims, dtype, generator, device=device)
-    for at in (i for i, a in enumerate(args) if isinstance(a, torch.Tensor)):
+    for at in (i for i, a in enumerate(args) if verify._is_floating(a)):
         spoilt = [a.clone() if i == at else a for i, a in enumerate(args)]
         one = spoilt[at].view(-1)[torch.randint(spoilt[at].numel(), (), generator=generator)]
         one.copy_(cases.fullest_nan(one.dtype) if math.isnan(value) else torch.tensor(value, dtype=one.dtype))
