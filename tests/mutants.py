@@ -566,13 +566,6 @@ CPU_VARLEN = [
         (VARLEN, "same_bits_alone", "cpp"),
     ),
     Mutant(
-        "cpu varlen: the parts of dq follow the longest sequence",
-        "csrc/cpu/attention/bwd.cpp",
-        r"k_len = first_head\.sequence\.k_len, parts = parts_of\(k_len\);",
-        r"k_len = first_head.sequence.k_len, parts = most_parts;",
-        (VARLEN, "same_bits_alone", "cpp"),
-    ),
-    Mutant(
         "cpu varlen: rows of no sequence keep what was in memory",
         "csrc/bind/varlen_attn.h",
         r"  zero\(first_row\[a\.batch\], t\.size\(0\)\);",

@@ -18,6 +18,8 @@ from pygpt import verify
 {prepare}
 generator, elements, nans = torch.Generator().manual_seed(0), 0, 0
 for op, dims in cases.TINY.items():
+    if op == "varlen_attn":  # its results are filled before, because its kernels leave rows of no sequence out
+        continue
     args, grads = verify.draw(op, dims, torch.{dtype}, generator)
     for name, call in cases.kernel_calls(op, args, grads, kernels):
         for result in verify.as_tuple(getattr(kernels, name)(*call)):
