@@ -403,8 +403,12 @@ def _traced(tensors: Sequence[Tensor]) -> bool:
 
 
 def without_values(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing may depend on the tensors' values, because a graph, a mode or a shape stands for them."""
-    return _traced(tensors) or _len_torch_dispatch_stack() > 0 or tensors[0].is_meta
+    """Whether nothing may depend on the tensors' values, because a graph, a mode or a shape stands for them.
+
+    `is_compiling` is true in every thread while one compiles. Here that would change the bits of the others.
+    """
+    traced = is_dynamo_compiling() or _is_tracing() or _len_torch_dispatch_stack() > 0
+    return traced or tensors[0].is_meta or any(type(t) in SHARDED for t in tensors)
 
 
 def _transformed() -> bool:

@@ -183,7 +183,11 @@ def _known(p: Packing, q: Tensor, k: Tensor) -> Iterator[Rows]:
     """The sequences; none of fake tensors, which have shapes but no values."""
     if p.cu_seq_q.device != q.device:
         raise ValueError(f"{_OP}: cu_seq_q is on {p.cu_seq_q.device}, query on {q.device}")
-    return iter(()) if isinstance(p.cu_seq_q, FakeTensor) or p.cu_seq_q.is_meta else sequences(p, q, k)
+    return sequences(p, q, k) if _has_values(p.cu_seq_q) else iter(())
+
+
+def _has_values(t: Tensor) -> bool:
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -359,7 +363,7 @@ def _flops_bwd(dout, dlse, q, k, v, out, lse, needs, *packing, out_val=None):
 
 def _sequences_of(p: Packing, q, k, v):
     """(q, k, v) of each sequence in 4 dimensions. Without values all count as the longest, as in torch."""
-    if not isinstance(p.cu_seq_q, FakeTensor) and not p.cu_seq_q.is_meta:
+    if _has_values(p.cu_seq_q):
         return [rows.of(q, k, v) for rows in sequences(p, q, k)]
     lengths = p.max_q, p.max_k, p.max_k
     longest = [t.new_empty(1, t.shape[1], n, t.shape[2]) for t, n in zip((q, k, v), lengths, strict=True)]
