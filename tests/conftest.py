@@ -168,6 +168,14 @@ def kernels(backend):
     return named(backend).kernels
 
 
+@pytest.fixture
+def kernels_of(compiled):
+    """The same, of a test of compiled backends alone."""
+    from pygpt.dispatch import named
+
+    return named(compiled).kernels
+
+
 @pytest.fixture(scope="session")
 def forks():
     server = processes.Forks()

@@ -1,4 +1,4 @@
-"""Plants the faults of mutants.py, one at a time, in a copy of the tree, and tells which of them the tests notice.
+"""Plants the faults of tests/mutants, one at a time, in a copy of the tree, and tells which of them the tests notice.
 
     python -m tests.mutate                   all of them
     python -m tests.mutate cuda "one warp"   those whose name contains one of these

@@ -1,4 +1,4 @@
-"""The faults of mutants.py are noticed by the tests that they name."""
+"""The faults of tests/mutants are noticed by the tests that they name."""
 
 import fcntl
 import sys

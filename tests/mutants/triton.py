@@ -1,0 +1,62 @@
+"""Faults in the Triton kernels, but for those in what attention's calls may ask for."""
+
+from .mutant import MEMORY, TRITON_TESTS, Mutant
+
+TRITON = [
+    Mutant(
+        "triton: an activation's tail is written past its end",
+        "triton_kernels/activation.py",
+        r"(tl\.store\(y \+ offset, to_storage\(out, y\.dtype\.element_ty\), offset) < n\)",
+        r"\1 < n + 1)",
+        (MEMORY, "past_the_end", "triton", "relu"),
+    ),
+    Mutant(
+        "triton: a norm's row at an offset of 32 bits",
+        "triton_kernels/norm.py",
+        r"row = tl\.program_id\(0\)\.to\(tl\.int64\) \* ROWS",
+        r"row = tl.program_id(0) * ROWS",
+        (TRITON_TESTS, "norms_of_rows_that_are_far", "True"),
+    ),
+    Mutant(
+        "triton: a unit that is 0 passes its gradient on",
+        "triton_kernels/activation.py",
+        r"tl\.where\(saved <= 0, 0\.0, d\)",
+        r"tl.where(saved < 0, 0.0, d)",
+        (MEMORY, "past_the_end", "triton", "relu-M"),
+    ),
+    Mutant(
+        "triton: the causal mask hides the diagonal",
+        "triton_kernels/attention/tiles.py",
+        r"j\[None, :\] <= last - col",
+        r"j[None, :] < last - col",
+        (TRITON_TESTS, "vanishes_in_float32"),
+    ),
+    Mutant(
+        "triton: a product's last rows of tiles are taken for a whole group",
+        "triton_kernels/mlp.py",
+        r"height = tl\.minimum\(tiles_m - first, GROUP\)",
+        r"height = GROUP",
+        (TRITON_TESTS, "scheduled_in_groups_of_rows"),
+    ),
+    Mutant(
+        "triton: attention's rows at an offset of 32 bits",
+        "triton_kernels/attention/tiles.py",
+        r"row \+ tl\.arange\(0, x\.TILE_ROWS\)\.to\(tl\.int64\), tl\.arange\(0, COLS\)",
+        r"row + tl.arange(0, x.TILE_ROWS), tl.arange(0, COLS)",
+        (TRITON_TESTS, "attention_of_what_is_far_apart", "sm80"),
+    ),
+    Mutant(
+        "triton: the last group of heads is taken for a whole one",
+        "triton_kernels/attention/tiles.py",
+        r"tl\.minimum\(heads - first, group\)",
+        r"group",
+        (TRITON_TESTS, "scheduled_in_groups_of_heads"),
+    ),
+    Mutant(
+        "triton: a group has more heads than there are",
+        "triton_kernels/attention/__init__.py",
+        r"max\(1, min\(B \* self\.kv_heads, L2_BYTES // (.*)\)\)$",
+        r"max(1, L2_BYTES // \1)",
+        (TRITON_TESTS, "groups_of_heads_are_no_larger"),
+    ),
+]
