@@ -184,6 +184,6 @@ CUDA_VARLEN = [
         "csrc/cuda/attention/params.cuh",
         r"const bool packed = a\.sequences\.cu_seq_q;",
         r"const bool packed = false;",
-        (VARLEN, "same_bits_alone", "cuda"),
+        (VARLEN, "longest_sequence", "cuda"),
     ),
 ]

@@ -16,7 +16,7 @@ from pygpt.functional import varlen_attn
 from tests.conftest import ON_GPU
 from tests.ops.attention_by_hand import by_hand
 
-GPU_SHARE = {"triton": 3, "cuda": 3}  # see conftest
+GPU_SHARE = {"triton": 6, "cuda": 3}  # see conftest
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -189,6 +189,26 @@ def test_a_sequence_has_the_same_bits_alone(Hkv, window, dtype, compiled, device
         parts = together[0][of_q], together[1][:, of_q], together[2][of_q], together[3][of_k], together[4][of_k]
         for name, part, want in zip(RESULTS, parts, run(alone, *inputs), strict=True):
             assert_equal(part, want, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_longest_sequence_changes_no_bits(dtype, compiled, device, generator):
+    """Rows that fill up a tile of CUDA see no key within this window, but all of them if it were without limit, and
+    the tile then has another form of p. The window is wider than a sequence, not wider than the longest."""
+    c = Packed((1,) * 16, (28,) * 16, window=(29, 3), Hq=4, Hkv=4, E=16, Ev=8)
+    q, k, v = (t.to(device, dtype) for t in draw(c, generator))
+    q[..., 0], k[..., 0] = -14, 1  # so that lse is near 0, where every bit of the sum shows
+    kernels = named(compiled).kernels
+
+    def run(c, q, k, v, more=0):
+        *rows, max_q, max_k = packing(c, device)
+        return kernels.varlen_attn_fwd(q, k, v, *rows, max_q + more, max_k + more, 0.25, *c.window)
+
+    out, lse = run(c, q, k, v, more=77)
+    for of_q, of_k in rows_of(c):
+        alone = run(replace(c, q=(1,), k=(28,)), q[of_q], k[of_k], v[of_k])
+        assert_equal(out[of_q], alone[0], "out")
+        assert_equal(lse[:, of_q], alone[1], "lse")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

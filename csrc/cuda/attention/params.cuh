@@ -145,9 +145,11 @@ Params make_params(const AttentionArgs& a) {
   constexpr int kChunk = 16 / sizeof(T), kPair = 2;
   Params p{};
   p.total_heads = static_cast<int>(a.batch * a.heads), p.group = static_cast<int>(a.group());
-  p.visible = a.reach.visible<int>(a.sequences.q_len, a.sequences.k_len);
-  if (p.visible.left >= a.sequences.q_len + a.sequences.k_len) p.visible.left = kUnlimited;
-  if (p.visible.right >= a.sequences.q_len + a.sequences.k_len) p.visible.right = kUnlimited;
+  const bool packed = a.sequences.cu_seq_q;  // lengths come later; a sequence's bits depend on no other's length
+  const int64_t q_len = packed ? kMaxPositions : a.sequences.q_len, k_len = packed ? kMaxPositions : a.sequences.k_len;
+  p.visible = a.reach.visible<int>(q_len, k_len);
+  if (p.visible.left >= q_len + k_len) p.visible.left = kUnlimited;
+  if (p.visible.right >= q_len + k_len) p.visible.right = kUnlimited;
   p.scale = static_cast<float>(a.scores.scale);
   p.q = make_tensor<T>(a.q, a.heads, a.head_dim, kChunk), p.k = make_tensor<T>(a.k, a.kv_heads, a.head_dim, kChunk);
   p.v = make_tensor<T>(a.v, a.kv_heads, a.v_dim, kChunk), p.dout = make_tensor<T>(a.dout, a.heads, a.v_dim, kChunk);
