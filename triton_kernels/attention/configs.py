@@ -53,7 +53,10 @@ DQ_CANDIDATES = {
 # The same for packed sequences, which are not read by TMA and whose statistics of rows are not aligned: both take
 # registers.
 PACKED_FWD_CANDIDATES = FWD_CANDIDATES | {(128, 2, "sm100"): ((128, 32, 8, 3), (64, 64, 4, 2))}
-PACKED_DKDV_CANDIDATES = DKDV_CANDIDATES | {(128, 2, "gfx942"): ((16, 64, 8, 1),)}
+PACKED_DKDV_CANDIDATES = DKDV_CANDIDATES | {
+    (128, 2, "gfx942"): ((16, 64, 8, 1),),
+    (256, 2, "sm90"): ((32, 64, 8, 2),),  # Triton 3.6 serializes the larger tile's wgmma
+}
 
 # The same for scores that are not only scaled, whose terms take registers.
 GENERAL_FWD_CANDIDATES = {
