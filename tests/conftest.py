@@ -5,7 +5,8 @@ fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output sho
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
 milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on one of
-n cases of a test that has more than FEW (on all of them in `make test-all`). With a GPU, they run on it.
+n cases of a test that has more than FEW (on all of them in `make test-all`). With a GPU, they run on it. A test
+marked share(n) is treated alike.
 """
 
 import os
@@ -67,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
     """
     from pygpt.dispatch import TABLE
 
-    kept, dropped, on_gpu = [], [], {}
+    kept, dropped, shared = [], [], {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         name = params.get("backend") or params.get("compiled")
@@ -75,10 +76,13 @@ def pytest_collection_modifyitems(config, items):
             dropped.append(item)
             continue
         kept.append(item)
+        share = 1
         if name in ON_GPU and not torch.cuda.is_available():
-            on_gpu.setdefault((item.module, item.originalname, name), []).append(item)
-    for (module, _, name), cases in on_gpu.items():
-        n = module.GPU_SHARE[name]
+            share = item.module.GPU_SHARE[name]
+        elif marker := item.get_closest_marker("share"):
+            (share,) = marker.args
+        shared.setdefault((item.module, item.originalname, name, share), []).append(item)
+    for (*_, n), cases in shared.items():
         for i, item in enumerate(cases if len(cases) > FEW else ()):
             if i % n != i // n % n:  # another place in each group of n, so that no parameter stays the same
                 item.add_marker("slow")

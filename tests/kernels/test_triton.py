@@ -79,6 +79,7 @@ def targets_and_dtypes():
 
 @pytest.mark.parametrize("target, dtype", list(targets_and_dtypes()), ids=cases.ids)
 @pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
+@pytest.mark.share(2)
 def test_every_targets_configurations(op, target, dtype, generator):
     """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
     L, S = (70, 70) if dtype == torch.float32 else (150, 140)  # two tiles or more each way
@@ -378,6 +379,7 @@ def test_tiles_without_a_visible_key_are_not_read(direction, generator):
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 4), (1, 40), (1, 70))), ids=str)
+@pytest.mark.share(3)
 def test_the_gradient_of_a_mask_that_is_broadcast(shape, generator):
     q, k, v, dout = (
         torch.randn(2, heads, n, 16, generator=generator).to(DEVICE)

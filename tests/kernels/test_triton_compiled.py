@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,18 @@ def compile_all(*options, **how):
 
 # The calls whose kernels have configurations of a target's own, but for attention's options.
 TARGET_DEPENDENT = "attention 64,attention 128,attention 256,mlp gelu"
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     "targets, dtype, only",
-    [("sm90", "bf16", ""), ("sm80,sm100,gfx942", "bf16", TARGET_DEPENDENT), ("sm80", "fp32", TARGET_DEPENDENT)],
+    [
+        ("sm90", "bf16", "attention 128,varlen_attn 64,mlp gelu,norm 768"),
+        ("sm80", "fp32", "attention 64,mlp gelu"),
+        slow("sm90", "bf16", ""),
+        slow("sm80,sm100,gfx942", "bf16", TARGET_DEPENDENT),
+        slow("sm80", "fp32", TARGET_DEPENDENT),
+    ],
 )
 def test_first_choices_compile(targets, dtype, only):
     """No error, no spill, no more shared memory than there is, and tensor cores for 16-bit products, not serialized.

@@ -12,7 +12,7 @@ from pygpt.ops.common import dropout_factors
 from tests.ops.attention_by_hand import kept, philox
 from tests.ops.attention_cases import BY_NAME
 
-GPU_SHARE = {"triton": 6, "cuda": 6}  # see conftest
+GPU_SHARE = {"triton": 9, "cuda": 6}  # see conftest
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore:Lower right causal bias"),  # will produce NaN, says torch; ours does not

@@ -15,7 +15,7 @@ import pygpt
 from pygpt import _C, verify
 from pygpt.ops.attention import scores
 
-GPU_SHARE = {"triton": 4, "cuda": 2}  # see conftest
+GPU_SHARE = {"triton": 8, "cuda": 3}  # see conftest
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
