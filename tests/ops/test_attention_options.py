@@ -165,6 +165,25 @@ def test_a_mask_of_several_tiles(shape, option, compiled, device, generator, ker
     check(lambda **kw: canonical(kernels_of, **kw), tensors, generator, torch.float32, device)
 
 
+@pytest.mark.parametrize("option", [MASK], ids=cases.ids)
+@pytest.mark.parametrize("floating", [False, True])
+@pytest.mark.parametrize("rows", ["one row", "rows"])
+@pytest.mark.parametrize("step", [16, 100, 224])
+def test_masks_that_hide_or_show_whole_tiles(step, rows, floating, option, compiled, device, generator, kernels_of):
+    """Squares of a mask hide everything, or nothing, or are drawn at random: kernels skip the first kind and do not
+    apply the second."""
+    L, S = (40, 130) if is_emulated(compiled, device) else (130, 500)
+    d = Sizes(1, 2, 2, L, S, 8, 5)
+    rows = L if rows == "rows" else 1
+    kind = torch.randint(3, (-(-rows // step), -(-S // step)), generator=generator)
+    kind = kind.repeat_interleave(step, 0).repeat_interleave(step, 1)[:rows, :S]
+    shown = (kind == 1) | (kind == 2) & bool_mask(generator, rows, S)
+    mask = torch.zeros(rows, S).masked_fill(~shown, -math.inf) if floating else shown
+    tensors = draw_tensors(d, generator, torch.float32, attn_mask=mask)
+    for causal in ({}, {"is_causal": True}):
+        check(lambda **kw: canonical(kernels_of, **kw), tensors | causal, generator, torch.float32, device)
+
+
 @pytest.mark.parametrize("option", [option("mask and window", "attn_mask window", None)], ids=cases.ids)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 def test_the_order_in_which_a_masks_gradient_is_added_up(dtype, option, compiled, device, generator, kernels_of):

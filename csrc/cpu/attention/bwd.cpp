@@ -114,6 +114,7 @@ struct TileOperands {
   const U *q, *k, *dout, *v;
   int64_t e_packs, v_packs;
   const T *lse, *delta;
+  MaskEffect effect;
 };
 
 // Calls put(r, w, p, ds_scores, ds) for d rows r .. r + d - 1 of vector w, d the values of a pack: P after dropout, dS
@@ -126,7 +127,7 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
   Tile<U> s, dp, tanhs;
   T factors[general ? MR * NR : 1];
   score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
-  if constexpr (general) x.adjust(row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
+  if constexpr (general) x.adjust(of.effect, row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
   dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
   if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
   if (x.at_edge(row0, MR, j, NR))
@@ -162,7 +163,7 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
 // gradient of the slopes is wanted.
 template <bool general, class S, class U = Packed<S>>
 double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const PackedKeys<S>& of_k,
-                      const Block& block, U* p, U* ds, U* ds_rows) {
+                      const Block& block, MaskEffect effect, U* p, U* ds, U* ds_rows) {
   using T = Acc<S>;
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
   double slope_gradient = 0;
@@ -191,7 +192,8 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
                                      of_q.e_packs,
                                      of_q.v_packs,
                                      of_q.lse + row0,
-                                     of_q.delta + row0};
+                                     of_q.delta + row0,
+                                     effect};
       Vec<T> with_distance = {};
       gradient_tile<general>(x, of, row0, j, [&](int r, int w, const auto& e, const auto& scores_g, const auto& g) {
         put(r, w, e, scores_g);
@@ -275,10 +277,11 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
   double slope_gradient = 0;
   const int64_t keys = std::min(BC, x.sequence.k_len - j0);
   const Range<int64_t> seeing = x.visible.transposed().walk(j0, j0 + keys);
-  for (int64_t i0 = seeing.begin / BR * BR; i0 < seeing.end; i0 += BR) {
+  for (int64_t i0 = seeing.begin / MR * MR; i0 < seeing.end; i0 += BR) {
     const Block block = {i0, std::min(BR, x.sequence.q_len - i0), j0, keys, x.visible};
-    if (general && x.hides(i0, block.rows, j0, keys)) continue;
-    slope_gradient += gradient_block<general>(x, of_q, of_k, block, p, ds, ds_rows);
+    const MaskEffect effect = general ? x.mask_effect(i0, block.rows, j0, keys) : MaskEffect::none;
+    if (effect == MaskEffect::hides) continue;
+    slope_gradient += gradient_block<general>(x, of_q, of_k, block, effect, p, ds, ds_rows);
     for (int64_t e = 0; dq && e < of_q.e_panels; e++)
       for (int64_t i = 0; i < block.rows; i += MR) {
         const Range<int64_t> seen = block.keys_seen_by(i, MR);
@@ -419,7 +422,9 @@ void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
   using U = Packed<S>;
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>;
   const int64_t rows = std::min<int64_t>(BR, x.sequence.q_len - i0), keys = std::min(BC, x.sequence.k_len - j0);
-  if (rows <= 0 || keys <= 0 || x.hides(i0, rows, j0, keys)) return;
+  if (rows <= 0 || keys <= 0) return;
+  const MaskEffect effect = x.mask_effect(i0, rows, j0, keys);
+  if (effect == MaskEffect::hides) return;
   const Block block = {i0, rows, j0, keys, x.visible};
   const int64_t E = x.a.head_dim, Ev = x.a.v_dim, e_packs = packs_of<U>(E), v_packs = packs_of<U>(Ev);
   U *q = scratch<U>(Region::packed_q, BR * e_packs), *dout = scratch<U>(Region::packed_dout, BR * v_packs);
@@ -434,9 +439,15 @@ void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
     for (int64_t i = 0; i < rows; i += MR) {
       const Range<int64_t> seen = block.keys_seen_by(i, MR);
       if (column >= seen.end || column + NR <= seen.begin) continue;
-      const TileOperands<U, T> of = {
-          q + i * e_packs, k + column * e_packs, dout + i * v_packs, v + column * v_packs, e_packs, v_packs, lse + i,
-          delta + i};
+      const TileOperands<U, T> of = {q + i * e_packs,
+                                     k + column * e_packs,
+                                     dout + i * v_packs,
+                                     v + column * v_packs,
+                                     e_packs,
+                                     v_packs,
+                                     lse + i,
+                                     delta + i,
+                                     effect};
       gradient_tile<true>(x, of, i0 + i, j0 + column, [&](int r, int w, const auto&, const auto&, const auto& g) {
         for (int n = 0; n < d && i + r + n < rows; n++) {
           T* at = sum + (i + r + n) * BC + column + w * W<T>;

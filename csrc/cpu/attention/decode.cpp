@@ -120,10 +120,12 @@ void forward(const AttentionArgs& a) {
           const QueryHead<S> x(first_head, h0 + g);
           for (int64_t i = 0; i < q_len; i++) {
             const int64_t j = std::max(j0, x.visible.begin(i)), n = std::min(j0 + BC, x.visible.end(i)) - j;
-            if (n <= 0 || (general && x.hides(i, 1, j, n))) continue;
+            if (n <= 0) continue;
+            const MaskEffect effect = general ? x.mask_effect(i, 1, j, n) : MaskEffect::none;
+            if (effect == MaskEffect::hides) continue;
             T* row = states + (g * L + i) * ldr;
             dots(q + (g * L + i) * ld, K.at(j, 0), n, E, p);
-            if constexpr (general) x.adjust(i, 1, j, n, p, 0, nullptr, 0);
+            if constexpr (general) x.adjust(effect, i, 1, j, n, p, 0, nullptr, 0);
             std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             T &m = row[ldv], &l = row[ldv + 1];
@@ -194,10 +196,12 @@ void backward(const AttentionArgs& a) {
             const int64_t r = g * L + i, start = std::clamp<int64_t>(x.visible.begin(i) - j0, 0, keys), j = j0 + start;
             int64_t n = std::clamp<int64_t>(x.visible.end(i) - j, 0, keys - start);
             T *pr = p + r * BC, *dsr = ds + r * BC, *pi = pr + start, *dsi = dsr + start;
-            if (i >= q_len || (general && n > 0 && x.hides(i, 1, j, n))) n = 0;
+            if (i >= q_len) n = 0;
+            const MaskEffect effect = general && n > 0 ? x.mask_effect(i, 1, j, n) : MaskEffect::none;
+            if (effect == MaskEffect::hides) n = 0;
             dots(q + r * ld, K.at(j, 0), n, E, pi);
             dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
-            if constexpr (general) x.adjust(i, 1, j, n, pi, 0, tanhs, 0);
+            if constexpr (general) x.adjust(effect, i, 1, j, n, pi, 0, tanhs, 0);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             const bool one_key = has_one_key(x, i);
             Vec<T> with_distance = {};

@@ -47,8 +47,9 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
   Row<T> state[BR];
 
   const Range<int64_t> walk = x.visible.walk(i0, i0 + rows);
-  for (int64_t j0 = walk.begin / BC * BC; j0 < walk.end; j0 += BC) {
-    if (general && x.hides(i0, rows, j0, BC)) continue;
+  for (int64_t j0 = walk.begin / NR * NR; j0 < walk.end; j0 += BC) {
+    const MaskEffect of_block = general ? x.mask_effect(i0, rows, j0, BC) : MaskEffect::none;
+    if (of_block == MaskEffect::hides) continue;
     for (int64_t first = 0; first * MR < rows; first += kTogether) {
       const int64_t end = std::min(first + kTogether, ceil_div(rows, MR));
       // The keys of the block that a strip walks over, from j0 on; they start with a panel. Neither end decreases from
@@ -72,12 +73,13 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
         const int64_t vectors = ceil_div(seen.size(), NR) * NV, r0 = (strip - first) * MR;
         if (general && factors)
           x.dropout(i0 + strip * MR, MR, j0 + seen.begin, vectors * W<T>, factors + r0 * BC + seen.begin, BC);
+        const MaskEffect effect = of_block == MaskEffect::mixed ? x.mask_effect(i0 + strip * MR, MR, j0, BC) : of_block;
         for (int64_t r = r0; r < r0 + MR; r++) {
           Row<T>& row = state[first * MR + r];
           const T* kept = factors ? factors + r * BC + seen.begin : nullptr;
           T* row_scores = s + r * kScoreStride + seen.begin;
           if (general && vectors)
-            x.adjust(i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, row_scores, 0, nullptr, 0);
+            x.adjust(effect, i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, row_scores, 0, nullptr, 0);
           rescale[r] = vectors ? softmax_row<general, U>(scale, row_scores, vectors, row.m, row.l, kept) : T(1);
         }
       }

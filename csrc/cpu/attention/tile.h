@@ -30,6 +30,9 @@ Matrix<S> head(const Heads& t, int64_t b, int64_t h, int64_t first_row) {
           t.stride[3]};
 }
 
+// What a mask does to a block of scores: it hides all of them, changes none, or neither is known.
+enum class MaskEffect { hides, none, mixed };
+
 // ---------------------------------------------------------------- one head
 // A query head of a sequence: where its tensors lie, which keys a query sees, and what happens to its scores.
 template <class S>
@@ -59,29 +62,22 @@ struct QueryHead {
     return first < all_see.begin || first + n > all_see.end;
   }
 
-  // Whether a boolean mask hides all of the keys from all of the queries. Other masks hide nothing here.
-  bool hides(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
-    const Scores& s = a.scores;
-    if (s.mask_type != MaskType::boolean) return false;
-    rows = s.mask_stride[2] ? std::min(rows, sequence.q_len - row0) : 1;
-    keys = s.mask_stride[3] ? std::min(keys, sequence.k_len - first) : 1;
-    for (int64_t i = row0; i < row0 + rows; i++) {
-      const uint8_t* row = mask_at<uint8_t>(i, first);
-      uint8_t seen = 0;
-      if (s.mask_stride[3] == 1)
-        for (int64_t j = 0; j < keys; j++) seen |= row[j];
-      else
-        for (int64_t j = 0; j < keys; j++) seen |= row[j * s.mask_stride[3]];
-      if (seen) return false;
+  // What the mask does to the scores of `rows` queries from row0 on against the keys first .. first + keys - 1.
+  MaskEffect mask_effect(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
+    switch (a.scores.mask_type) {
+      case MaskType::none: return MaskEffect::none;
+      case MaskType::boolean: return effect_of<uint8_t>(row0, rows, first, keys, T(1), T(0));
+      case MaskType::storage: return effect_of<S>(row0, rows, first, keys, T(0), -kInf<T>);
+      case MaskType::statistics: break;
     }
-    return true;
+    return effect_of<T>(row0, rows, first, keys, T(0), -kInf<T>);
   }
 
   // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
-  // apart): softcap, ALiBi, mask, and -inf for hidden keys and those behind the last one, up to whole vectors. `tanhs`
-  // (rows ldt apart) becomes tanh(s / softcap), if it is not null.
-  PYGPT_INLINE void adjust(int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp, T* tanhs,
-                           int64_t ldt) const {
+  // apart): softcap, ALiBi, the mask, of which `effect` is known, and -inf for hidden keys and those behind the last
+  // one, up to whole vectors. `tanhs` (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  PYGPT_INLINE void adjust(MaskEffect effect, int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp,
+                           T* tanhs, int64_t ldt) const {
     const Scores& o = a.scores;
     rows = std::min(rows, sequence.q_len - row0);
     const auto each_vector = [&](const auto& f) {
@@ -111,12 +107,13 @@ struct QueryHead {
     };
     const auto hide = [](Vec<T> s, IVec<T> m) { return m != 0 ? s : set1(-kInf<T>); };
     const auto add = [](Vec<T> s, Vec<T> m) { return s + m; };
-    switch (o.mask_type) {
+    switch (effect == MaskEffect::none ? MaskType::none : o.mask_type) {
       case MaskType::none: break;
       case MaskType::boolean: each_of_mask(uint8_t{}, hide); break;
       case MaskType::storage: each_of_mask(S{}, add); break;
       case MaskType::statistics: each_of_mask(T{}, add); break;
     }
+    if (n % W<T> == 0 && !at_edge(row0, rows, first, n)) return;
     for (int64_t r = 0; r < rows; r++) {
       T* row = p + r * ldp;
       const int64_t begin = std::clamp<int64_t>(visible.begin(row0 + r) - first, 0, n);
@@ -135,6 +132,36 @@ struct QueryHead {
   }
 
  private:
+  // mask_effect of a mask whose elements are `shown` where it changes nothing, and `hidden` where it hides a key.
+  template <class M>
+  MaskEffect effect_of(int64_t row0, int64_t rows, int64_t first, int64_t keys, T shown, T hidden) const {
+    const int64_t(&stride)[4] = a.scores.mask_stride;
+    rows = stride[2] ? std::min(rows, sequence.q_len - row0) : 1;
+    keys = stride[3] ? std::min(keys, sequence.k_len - first) : 1;
+    bool all_shown = true, all_hidden = true;
+    for (int64_t i = row0; i < row0 + rows; i++)
+      for (int64_t j = 0; j < keys; j += 32) {
+        const int64_t n = std::min<int64_t>(keys - j, 32);
+        const M* from = mask_at<M>(i, first + j);
+        const auto all = [&](T value, auto step) {
+          int equal = 0;
+          for (int64_t k = 0; k < n; k++) equal += mask_value(from[k * step]) == value;
+          return equal == n;
+        };
+        const auto all_are = [&](T value) {
+          return stride[3] == 1 ? all(value, std::integral_constant<int64_t, 1>{}) : all(value, stride[3]);
+        };
+        all_shown = all_shown && all_are(shown), all_hidden = all_hidden && all_are(hidden);
+        if (!all_shown && !all_hidden) return MaskEffect::mixed;
+      }
+    return all_hidden ? MaskEffect::hides : MaskEffect::none;
+  }
+  template <class M>
+  static T mask_value(M m) {
+    if constexpr (std::is_same_v<M, uint8_t>) return m != 0;
+    else return to_acc(m);
+  }
+
   template <class M>
   const M* mask_at(int64_t i, int64_t j) const {
     const int64_t(&stride)[4] = a.scores.mask_stride;
