@@ -51,7 +51,7 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: a block is skipped if its first row is masked",
         "csrc/cpu/attention/tile.h",
-        r"rows = s\.mask_stride\[2\] \? std::min\(rows, sequence\.q_len - row0\) : 1;",
+        r"rows = stride\[2\] \? std::min\(rows, sequence\.q_len - row0\) : 1;",
         r"rows = 1;",
         (OPTIONS, "see_no_key", "cpp", "40", "bool_mask"),
     ),
@@ -154,6 +154,27 @@ CPU_OPTIONS = [
         r"h0 = task / splits % a\.kv_heads \* group;",
         r"h0 = task / splits % a.kv_heads;",
         (OPTIONS, "keys_are_split", "3-2240"),
+    ),
+    Mutant(
+        "cpu options: a mask that hides some keys of a block is taken for one that hides none",
+        "csrc/cpu/attention/mask_effect.h",
+        r"any\(changes\) \? MaskEffect::mixed : MaskEffect::none;",
+        r"MaskEffect::none;",
+        (OPTIONS, "whole_tiles", "cpp"),
+    ),
+    Mutant(
+        "cpu options: keys behind the last one are not hidden where the mask shows the others",
+        "csrc/cpu/attention/tile.h",
+        r"if \(n % W<T> == 0 && !at_edge\(row0, rows, first, n\)\) return;",
+        r"if (effect == MaskEffect::none) return;",
+        (OPTIONS, "whole_tiles", "cpp"),
+    ),
+    Mutant(
+        "cpu options: the first panel that a window shows is skipped",
+        "csrc/cpu/attention/fwd.cpp",
+        r"j0 = walk\.begin / NR \* NR;",
+        r"j0 = (walk.begin + NR - 1) / NR * NR;",
+        (VARLEN, "by_hand", "cpp", "window_(33"),
     ),
     # ---- the gradient of a mask
     Mutant(

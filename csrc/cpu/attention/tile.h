@@ -10,6 +10,7 @@
 #include "../dropout.h"
 #include "../gemm/pack.h"
 #include "../vmath.h"
+#include "mask_effect.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -29,9 +30,6 @@ Matrix<S> head(const Heads& t, int64_t b, int64_t h, int64_t first_row) {
   return {static_cast<const S*>(t.data) + b * t.stride[0] + h * t.stride[1] + first_row * t.stride[2], t.stride[2],
           t.stride[3]};
 }
-
-// What a mask does to a block of scores: it hides all of them, changes none, or neither is known.
-enum class MaskEffect { hides, none, mixed };
 
 // ---------------------------------------------------------------- one head
 // A query head of a sequence: where its tensors lie, which keys a query sees, and what happens to its scores.
@@ -66,11 +64,11 @@ struct QueryHead {
   MaskEffect mask_effect(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
     switch (a.scores.mask_type) {
       case MaskType::none: return MaskEffect::none;
-      case MaskType::boolean: return effect_of<uint8_t>(row0, rows, first, keys, T(1), T(0));
-      case MaskType::storage: return effect_of<S>(row0, rows, first, keys, T(0), -kInf<T>);
+      case MaskType::boolean: return effect_of<uint8_t>(row0, rows, first, keys);
+      case MaskType::storage: return effect_of<S>(row0, rows, first, keys);
       case MaskType::statistics: break;
     }
-    return effect_of<T>(row0, rows, first, keys, T(0), -kInf<T>);
+    return effect_of<T>(row0, rows, first, keys);
   }
 
   // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
@@ -132,34 +130,12 @@ struct QueryHead {
   }
 
  private:
-  // mask_effect of a mask whose elements are `shown` where it changes nothing, and `hidden` where it hides a key.
   template <class M>
-  MaskEffect effect_of(int64_t row0, int64_t rows, int64_t first, int64_t keys, T shown, T hidden) const {
+  MaskEffect effect_of(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
     const int64_t(&stride)[4] = a.scores.mask_stride;
     rows = stride[2] ? std::min(rows, sequence.q_len - row0) : 1;
     keys = stride[3] ? std::min(keys, sequence.k_len - first) : 1;
-    bool all_shown = true, all_hidden = true;
-    for (int64_t i = row0; i < row0 + rows; i++)
-      for (int64_t j = 0; j < keys; j += 32) {
-        const int64_t n = std::min<int64_t>(keys - j, 32);
-        const M* from = mask_at<M>(i, first + j);
-        const auto all = [&](T value, auto step) {
-          int equal = 0;
-          for (int64_t k = 0; k < n; k++) equal += mask_value(from[k * step]) == value;
-          return equal == n;
-        };
-        const auto all_are = [&](T value) {
-          return stride[3] == 1 ? all(value, std::integral_constant<int64_t, 1>{}) : all(value, stride[3]);
-        };
-        all_shown = all_shown && all_are(shown), all_hidden = all_hidden && all_are(hidden);
-        if (!all_shown && !all_hidden) return MaskEffect::mixed;
-      }
-    return all_hidden ? MaskEffect::hides : MaskEffect::none;
-  }
-  template <class M>
-  static T mask_value(M m) {
-    if constexpr (std::is_same_v<M, uint8_t>) return m != 0;
-    else return to_acc(m);
+    return cpu::PYGPT_ISA::mask_effect<T>(mask_at<M>(row0, first), rows, stride[2], keys, stride[3]);
   }
 
   template <class M>
