@@ -138,7 +138,7 @@ class CpuClock:
             source[name] = max(rates, key=rates.get)
             flops[name] = rates[source[name]]
         share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
-        original = torch.ones(max(128 << 20, 4 * last_level_cache()) // 4)
+        original = torch.ones(max(128 << 20, (2 if quick else 4) * last_level_cache()) // 4)
         target = torch.empty_like(original).fill_(0.0)
         copy = 2 * original.nbytes / self.fastest(lambda: target.copy_(original), seconds) / 1e9
         read = original.nbytes / self.fastest(original.sum, seconds) / 1e9

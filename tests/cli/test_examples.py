@@ -41,6 +41,12 @@ def test_hf_model():
     assert len(differences) == 2 and max(differences) < HALF_THE_DIGITS, found
 
 
+def test_packed_sequences():
+    found = run("packed_sequences.py")
+    assert float(re.search(r"largest difference: (\S+)", found)[1]) < HALF_THE_DIGITS
+    assert re.search(r"packed: [\d.]+ ms; PyTorch, padded: [\d.]+ ms", found)
+
+
 def test_verify_my_shapes():
     passed, rows = re.search(r"(\d+) of (\d+) pass", run("verify_my_shapes.py")).groups()
     assert passed == rows and int(rows) == 2 * (4 + 6 + 4)

@@ -387,7 +387,7 @@ def test_demo(text, tmp_path, capsys):
     assert cli.main(["generate", str(out), "--max-new-tokens=3"]) == 0
 
 
-@pytest.mark.parametrize("busy", [0.7, 0.8])
+@pytest.mark.parametrize("busy", [0.7, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_demo_trains_on_alone(text, tmp_path, capsys, monkeypatch, busy):
     """By a clock that advances by 0.05 s each time it is read: 2.05 s for 10 steps of each, which leaves 0.45 s.
 
