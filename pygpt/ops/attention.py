@@ -10,6 +10,7 @@ a call may add to the plain one. attention_arguments.py checks the public argume
 
 import math
 from contextlib import nullcontext
+from types import NoneType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -352,7 +353,8 @@ def scaled_dot_product_attention(
     """
     kernel = lookup("attention", query, key, value)
     options = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
-    if kernel is None or options or softcap or sink is not None or return_lse or not is_fast(query, key, value):
+    options = options or softcap or sink is not None or return_lse or not isinstance(scale, (NoneType, float, int))
+    if kernel is None or options or not is_fast(query, key, value):
         return call(
             "attention", query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, return_lse=return_lse,

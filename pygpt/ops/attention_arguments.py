@@ -55,7 +55,7 @@ def prepare(
         return served_by_torch(error)
     _check_shapes(query, key, value)
     L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
-    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
+    scale = checked_scale(_OP, scale, E)
     Hk, Hv = (t.shape[-3] if t.dim() > 2 else 1 for t in (key, value))
     if enable_gqa and Hk != Hv:
         return served_by_torch(ValueError(f"{_OP}: key has {Hk} heads, value {Hv}; they must be equal"))
@@ -200,6 +200,16 @@ def _canonical_sink(sink: Tensor, q: Tensor) -> Tensor:
     if tuple(sink.shape) != (q.shape[1],):
         raise ValueError(f"{_OP}: sink must have shape ({q.shape[1]},), got {tuple(sink.shape)}")
     return sink.to(acc_dtype(q))
+
+
+def checked_scale(op: str, scale, E: int) -> float:
+    """The scale as a number, by default 1 / sqrt(E)."""
+    if scale is None:
+        return 1.0 / math.sqrt(E or 1)
+    try:
+        return float(scale + 0.0)  # a string of digits has no sum
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: scale must be a number, got {scale!r}") from None
 
 
 def checked_window(op: str, name: str, window) -> tuple[int, int]:

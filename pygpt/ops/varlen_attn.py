@@ -28,7 +28,7 @@ from .attention import (
     flops_fwd,
     visible,
 )
-from .attention_arguments import checked_window, torchs
+from .attention_arguments import checked_scale, checked_window, torchs
 from .common import Spec, acc_dtype, backward_kernels, check_tensors, composite_gradients, only, savable
 
 _OP = "pygpt.varlen_attn"
@@ -313,7 +313,7 @@ def prepare(
         _checked_rows("seqused_k", seqused_k, query, N - 1)
     max_q, max_k = _checked_length("max_q", max_q), _checked_length("max_k", max_k)
     left, right = checked_window(_OP, "window_size", window_size)
-    scale = 1.0 / math.sqrt(E or 1) if scale is None else float(scale)
+    scale = checked_scale(_OP, scale, E)
     args = query, key, value, cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right
     if return_aux is not None and not hasattr(return_aux, "lse"):
         raise TypeError(f"{_OP}: return_aux needs an attribute lse, which {type(return_aux).__name__} does not have")

@@ -165,6 +165,8 @@ BAD = [
     ((Q, Q, Q, tensor(5, 3)), {}, ValueError, r"attn_mask \(5, 3\) does not broadcast"),
     ((Q, Q, Q, tensor(3, 3, dtype=torch.int32)), {}, TypeError, "attn_mask must be boolean or floating point.*int32"),
     ((Q, Q, Q, "causal"), {}, TypeError, "attn_mask must be a Tensor.*str"),
+    ((Q, Q, Q), {"scale": "0.5"}, TypeError, "scale must be a number, got '0.5'"),
+    ((Q, Q, Q), {"scale": [0.5]}, TypeError, r"scale must be a number, got \[0.5\]"),
     ((Q, Q, Q, causal_lower_right(4, 3)), {}, ValueError, r"CausalBias is for \(4, 3\).*\(3, 3\)"),
     ((Q, Q, Q, causal_lower_right(3, 3)), {"is_causal": True}, ValueError, "is_causal and a CausalBias"),
     ((Q, Q, Q), {"dropout_p": 1.5}, ValueError, "dropout_p must be in.*1.5"),
