@@ -84,8 +84,8 @@ struct MlpArgs {
   void *dx, *dfc_weight, *dfc_bias, *dproj_weight, *dproj_bias;
 };
 
-// layer_norm, add_layer_norm and rms_norm over rows of cols values. residual is set for add_layer_norm only; mean is
-// null for rms_norm.
+// layer_norm and rms_norm over rows of cols values. residual is set for add_layer_norm and add_rms_norm; mean is null
+// for rms_norm and add_rms_norm.
 struct NormArgs {
   DType dtype;
   int64_t rows, cols;

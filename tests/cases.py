@@ -110,6 +110,7 @@ CASES = {
     "layer_norm": NORM,
     "add_layer_norm": NORM,
     "rms_norm": NORM,
+    "add_rms_norm": NORM[::2],  # the same kernels as those of the other norms
     "gelu": [
         {**case, "approximate": approximate}
         for case in (*ELEMENTS, {"M": 4099, "gain": 6.0})
@@ -125,7 +126,7 @@ SLOW = {
     "mlp": [{"M": 256, "C": 768, "H": 3072, "activation": activation} for activation in reference.ACTIVATIONS],
     **{
         op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)]
-        for op in ("layer_norm", "add_layer_norm", "rms_norm")
+        for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
     },
 }
 
@@ -139,6 +140,7 @@ TYPICAL = {
     "layer_norm": {"M": (5, 13), "N": 70},
     "add_layer_norm": {"M": (5, 13), "N": 70},
     "rms_norm": {"M": (5, 13), "N": 70},
+    "add_rms_norm": {"M": (5, 13), "N": 70},
     "gelu": {"M": (5, 13, 7)},
     "relu": {"M": (5, 13, 7)},
 }
@@ -157,6 +159,7 @@ EVEN = {
     "layer_norm": {"M": (5, 3), "N": 64},
     "add_layer_norm": {"M": (5, 3), "N": 64},
     "rms_norm": {"M": (5, 3), "N": 64},
+    "add_rms_norm": {"M": (5, 3), "N": 64},
     "gelu": {"M": (8, 9, 64)},  # more than a block of the CUDA kernels
     "relu": {"M": (8, 9, 64)},
 }
@@ -175,6 +178,7 @@ TINY = {
     "layer_norm": {"M": (2, 2), "N": 5},
     "add_layer_norm": {"M": (2, 2), "N": 5},
     "rms_norm": {"M": (2, 2), "N": 5},
+    "add_rms_norm": {"M": (2, 2), "N": 5},
     "gelu": {"M": (2, 3)},
     "relu": {"M": (2, 3)},
 }
@@ -274,10 +278,11 @@ def kernel_calls(op, args, grads, k):
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
         "add_layer_norm": lambda x, r, w, b, eps: (dy, grads[1], saved[1], w, *saved[2:]),
         "rms_norm": lambda x, w, eps: (dy, x, w, *saved[1:]),
+        "add_rms_norm": lambda x, r, w, eps: (dy, grads[1], saved[1], w, *saved[2:]),
         "gelu": lambda x, approximate: (dy, x, approximate),
         "relu": lambda x: (dy, *saved),
     }[op](*args)
-    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2}.get(op, 3)
+    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2, "add_rms_norm": 2}.get(op, 3)
     after_needs = args[{"attention": 5, "varlen_attn": 3}.get(op, len(args)) :]
     if op == "attention" and after_needs:
         needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]

@@ -1,12 +1,13 @@
-"""layer_norm, add_layer_norm and rms_norm over rows x of N elements (Ba et al. 2016; Zhang and Sennrich 2019).
+"""layer_norm and rms_norm over rows x of N elements, or of x + residual (Ba et al. 2016; Zhang and Sennrich 2019).
 
     y = xhat w + b,   xhat = (x - mean) rstd,   mean = sum(x) / N,   rstd = 1 / sqrt(sum((x - mean)^2) / N + eps)
     dx = rstd (g - sum(g) / N - xhat sum(g xhat) / N) + ds,   g = dy w
     dw = sum over rows of dy xhat,   db = sum over rows of dy
 
-rms_norm has no mean: x - mean becomes x, and the term sum(g) / N is absent. add_layer_norm first stores
-s = x + residual, rounded to the dtype, and normalises s; ds is the gradient from the sum's other consumer (the residual
-stream). Forward saves mean and rstd, one float32 number a row each, so that backward computes xhat without a reduction.
+rms_norm has no mean: x - mean becomes x, and the term sum(g) / N is absent. With a residual (add_layer_norm,
+add_rms_norm) the kernel first stores s = x + residual, rounded to the dtype, and normalises s; ds is the gradient from
+the sum's other consumer (the residual stream). Forward saves mean and rstd, one float32 number a row each, so that
+backward computes xhat without a reduction.
 
 The mean is computed in two steps: first from x, then, together with the variance, from the mean of the centred values
 (corrected two-pass algorithm: Chan, Golub and LeVeque 1983). This takes the rounding error of the first mean out of
@@ -377,3 +378,14 @@ def rms_norm_fwd(x, weight, eps):
 def rms_norm_bwd(dy, x, weight, rstd, needs):
     """-> dx (..., N), dweight (N,)."""
     return _norm_bwd(dy, None, x, weight, None, rstd, (*needs, False))[:2]
+
+
+def add_rms_norm_fwd(x, residual, weight, eps):
+    """x, residual (..., N) -> y, s (..., N), rstd (...)."""
+    y, s, _, rstd = _norm_fwd(x, residual, weight, None, eps, False)
+    return y, s, rstd
+
+
+def add_rms_norm_bwd(dy, ds, s, weight, rstd, needs):
+    """-> the gradient of x and of residual (..., N), dweight (N,). ds (..., N) or None."""
+    return _norm_bwd(dy, ds, s, weight, None, rstd, (*needs, False))[:2]

@@ -102,6 +102,7 @@ EXPRESSIONS = {
     "layer_norm": lambda lib, dims, x, weight, bias: lib.layer_norm(x) * weight + bias,
     "add_layer_norm": lambda lib, dims, x, r, weight, bias: (lib.layer_norm(x + r) * weight + bias, x + r),
     "rms_norm": lambda lib, dims, x, weight: lib.rms_norm(x) * weight,
+    "add_rms_norm": lambda lib, dims, x, r, weight: (lib.rms_norm(x + r) * weight, x + r),
     "gelu": lambda lib, dims, x: lib.gelu[dims["approximate"]](x),
     "relu": lambda lib, dims, x: lib.relu(x),
 }

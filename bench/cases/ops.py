@@ -198,6 +198,20 @@ def rms_norm(make, M, N):
     return Work(call(F), call(TF), tensors, (2 * size, 3 * size), "memory")
 
 
+def add_rms_norm(make, M, N):
+    """Moves what add_layer_norm does."""
+
+    def ours(x, residual, weight):
+        return F.add_rms_norm(x, residual, (N,), weight)
+
+    def eager(x, residual, weight):
+        s = x + residual
+        return TF.rms_norm(s, (N,), weight), s
+
+    tensors, size = (make(*lead(M), N), make(*lead(M), N), make(N)), _elements(M, N)
+    return Work(ours, eager, tensors, (4 * size, 4 * size), "memory")
+
+
 def gelu(make, M, approximate):
     """Forward moves x and y; backward moves dy, x and dx."""
     call = lambda f: lambda x: f.gelu(x, approximate=approximate)
@@ -235,7 +249,7 @@ CPU = [
     case(mlp, (1, 8), 384, "gelu_tanh"),
     *(
         case(norm, rows, columns, standard=standard)
-        for norm in (layer_norm, add_layer_norm, rms_norm)
+        for norm in (layer_norm, add_layer_norm, rms_norm, add_rms_norm)
         for rows, columns, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
     ),
     case(gelu, (4096, 3072), "none", standard=ALL),
@@ -274,6 +288,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(attention, 1, 32, 16384, 16384, 128, True),
     case(rms_norm, TOKENS, 1600, standard=BFLOAT16),
     case(rms_norm, TOKENS, 4096, standard=BFLOAT16),
+    case(add_rms_norm, TOKENS, 4096),
     case(gelu, (TOKENS, 3072), "none"),
     case(relu, (TOKENS, 3072)),
 ]

@@ -179,6 +179,9 @@ PEERS = {
             "layer_norm": _function(LIGER, "liger_layer_norm", lambda f, x, w, b: f(x, w, b, 1e-5)),
             # in place, dy could not be used again
             "rms_norm": _function(LIGER, "liger_rms_norm", lambda f, x, w: f(x, w, _eps(x), in_place=False)),
+            "add_rms_norm": _function(
+                LIGER, "liger_fused_add_rms_norm", lambda f, x, r, w: f(x, r, w, _eps(x), in_place=False)
+            ),
         },
         "liger_kernel", "liger-kernel", GPU,
     ),
@@ -190,6 +193,9 @@ PEERS = {
                 FLASH_NORM, "layer_norm_fn", lambda f, x, r, w, b: f(x, w, b, residual=r, prenorm=True, eps=1e-5)
             ),
             "rms_norm": _function(FLASH_NORM, "rms_norm_fn", lambda f, x, w: f(x, w, None, eps=_eps(x))),
+            "add_rms_norm": _function(
+                FLASH_NORM, "rms_norm_fn", lambda f, x, r, w: f(x, w, None, residual=r, prenorm=True, eps=_eps(x))
+            ),
         },
         "flash_attn", "flash-attn", GPU,
     ),
@@ -198,6 +204,9 @@ PEERS = {
         {
             "layer_norm": _quack_layer_norm,
             "rms_norm": _function("quack.rmsnorm", "rmsnorm", lambda f, x, w: f(x, w, eps=_eps(x))),
+            "add_rms_norm": _function(
+                "quack.rmsnorm", "rmsnorm", lambda f, x, r, w: f(x, w, residual=r, prenorm=True, eps=_eps(x))
+            ),
         },
         "quack", "quack-kernels", GPU,
     ),

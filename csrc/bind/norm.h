@@ -1,4 +1,4 @@
-// The op bodies of layer_norm_fwd, layer_norm_bwd, add_layer_norm_fwd, add_layer_norm_bwd, rms_norm_fwd, rms_norm_bwd.
+// The op bodies of the forward and backward of layer_norm, add_layer_norm, rms_norm and add_rms_norm.
 #pragma once
 #include "check.h"
 
@@ -19,7 +19,7 @@ struct Normed {
   View y, rstd, sum, mean;  // sum is set only with a residual, mean only if it is requested
 };
 
-// The forward of all three norms. `a` comes from norm_args.
+// The forward of all four norms. `a` comes from norm_args.
 template <auto kernel>
 Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Maybe bias, bool with_mean = true) {
   call.check("residual", residual, x.sizes);
@@ -34,7 +34,7 @@ Normed norm_fwd(Call& call, NormArgs a, View x, Maybe residual, Maybe weight, Ma
   return out;
 }
 
-// The inputs of the backward of all three norms. rms_norm has no mean.
+// The inputs of the backward of all four norms. Those without a mean are rms_norm and add_rms_norm.
 struct NormBwdInputs {
   View dy;
   Maybe dsum;
@@ -98,6 +98,19 @@ Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Ne
   return {dx, dw};
 }
 
+template <auto kernel>
+Results<3> add_rms_norm_fwd(Call& call, View x, View residual, Maybe weight, double eps) {
+  const Normed out = norm_fwd<kernel>(call, norm_args(call, x, weight, {}, eps), x, residual, weight, {}, false);
+  return {out.y, out.sum, out.rstd};
+}
+
+template <auto kernel>
+Results<2> add_rms_norm_bwd(Call& call, View dy, Maybe ds, View s, Maybe weight, View rstd, Needs needs) {
+  call.check_count(needs, 2);
+  const auto [dx, dw, db] = norm_bwd<kernel>(call, {dy, ds, s, weight, {}, rstd}, needs);
+  return {dx, dw};
+}
+
 // X(op, its kernel, the number of results without those that only backward reads)
 #define PYGPT_NORM_OPS(X, device)            \
   X(layer_norm_fwd, device::norm_fwd, 1)     \
@@ -105,6 +118,8 @@ Results<2> rms_norm_bwd(Call& call, View dy, View x, Maybe weight, View rstd, Ne
   X(add_layer_norm_fwd, device::norm_fwd, 2) \
   X(add_layer_norm_bwd, device::norm_bwd, 3) \
   X(rms_norm_fwd, device::norm_fwd, 1)       \
-  X(rms_norm_bwd, device::norm_bwd, 2)
+  X(rms_norm_bwd, device::norm_bwd, 2)       \
+  X(add_rms_norm_fwd, device::norm_fwd, 2)   \
+  X(add_rms_norm_bwd, device::norm_bwd, 2)
 
 }  // namespace pygpt::bind

@@ -1,12 +1,13 @@
-// layer_norm, add_layer_norm and rms_norm over rows x of width n.
+// layer_norm, rms_norm, add_layer_norm and add_rms_norm over rows x of width n.
 //
 //     y = (x - mean) rstd w + b,   mean = sum(x) / n,   rstd = 1 / sqrt(sum((x - mean)^2) / n + eps)
 //     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
 //     dw = sum over rows of dy xhat,   db = sum over rows of dy
 //
-// rms_norm is the same with x instead of x - mean, and without sum(g). add_layer_norm first stores sum = x + residual,
-// rounded to the dtype, and normalises the stored sum; dsum is the gradient from the sum's other consumer (the residual
-// stream). mean and rstd are saved, one value each per row, so that backward forms xhat from x without a reduction.
+// rms_norm is the same with x instead of x - mean, and without sum(g). With a residual (add_layer_norm, add_rms_norm)
+// the kernel first stores sum = x + residual, rounded to the dtype, and normalises the stored sum; dsum is the gradient
+// from the sum's other consumer (the residual stream). mean and rstd are saved, one value each per row, so that
+// backward forms xhat from x without a reduction.
 //
 // The corrected two-pass scheme (Chan, Golub and LeVeque 1983) sums x - mean along with its squares. The mean of these
 // differences is the rounding error of the mean, and is taken out of the variance and of y, so both are exact even

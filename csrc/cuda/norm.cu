@@ -1,10 +1,10 @@
-// layer_norm, add_layer_norm and rms_norm over rows x of n elements (Ba et al. 2016; Zhang and Sennrich 2019).
+// layer_norm and rms_norm over rows x of n elements, or of x + residual (Ba et al. 2016; Zhang and Sennrich 2019).
 //
 //     y = xhat w + b,   xhat = (x - mean) rstd,   mean = sum(x) / n,   rstd = 1 / sqrt(sum((x - mean)^2) / n + eps)
 //
-// rms_norm has no mean: x - mean becomes x. add_layer_norm first stores sum = x + residual, rounded to the dtype,
-// and normalises that. mean and rstd, float, one each per row, are saved so that backward (norm_bwd.cu) forms
-// xhat without a reduction.
+// rms_norm has no mean: x - mean becomes x. With a residual (add_layer_norm, add_rms_norm) the kernel first stores
+// sum = x + residual, rounded to the dtype, and normalises that. mean and rstd, float, one each per row, are saved so
+// that backward (norm_bwd.cu) forms xhat without a reduction.
 //
 // The mean is computed in two passes (corrected two-pass algorithm: Chan, Golub and LeVeque 1983). The second pass sums
 // the variance and the mean of x - mean, which is the first mean's rounding error; it corrects mean, variance and y.

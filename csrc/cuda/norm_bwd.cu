@@ -1,10 +1,10 @@
-// The backward of layer_norm, add_layer_norm and rms_norm (norm.cu) over rows of n elements.
+// The backward of layer_norm, rms_norm, add_layer_norm and add_rms_norm (norm.cu) over rows of n elements.
 //
 //     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
 //     dw = sum over rows of dy xhat,   db = sum over rows of dy
 //
-// For rms_norm, x - mean becomes x and the sum(g) term is absent. For add_layer_norm, x is its sum, and dsum is the
-// gradient from the sum's other consumer (the residual stream).
+// Without a mean (rms_norm, add_rms_norm), x - mean becomes x and the sum(g) term is absent. For the norms of a sum, x
+// is that sum, and dsum is the gradient from the sum's other consumer (the residual stream).
 //
 // The kernel is memory-bound: it moves three times the bytes of x, four times with dsum. Blocks are persistent: each
 // processes many rows and accumulates dw and db in registers. It copies the next row to shared memory while it works on

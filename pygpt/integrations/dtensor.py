@@ -32,6 +32,8 @@ RULES = {
     "add_layer_norm_bwd": ["rows rows rows R rows rows -> rows P P"],  # dy, ds, s, weight, mean, rstd -> dx, dw, db
     "rms_norm_fwd": ["rows R -> rows rows"],  # x, weight -> y, rstd
     "rms_norm_bwd": ["rows rows R rows -> rows P"],  # dy, x, weight, rstd -> dx, dw
+    "add_rms_norm_fwd": ["rows rows R -> rows rows rows"],  # x, residual, weight -> y, s, rstd
+    "add_rms_norm_bwd": ["rows rows rows R rows -> rows P"],  # dy, ds, s, weight, rstd -> dx, dw
     "linear_fwd": [  # x, weight, bias -> y
         "rows R R -> rows",
         "R 0 0 -> last",

@@ -1,8 +1,8 @@
-"""layer_norm, add_layer_norm and rms_norm over the last dimension of x (..., N).
+"""layer_norm, add_layer_norm, rms_norm and add_rms_norm over the last dimension of x (..., N).
 
     layer_norm: xhat = (x - mean) rstd, rstd = 1 / sqrt(var + eps), y = xhat weight + bias    (Ba et al. 2016)
     rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat weight              (Zhang and Sennrich 2019)
-    add_layer_norm: s = x + residual and layer_norm(s), in one pass over memory
+    add_layer_norm, add_rms_norm: s = x + residual and the norm of s, in one pass over memory
 
 weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), and recomputes xhat.
 """
@@ -55,20 +55,20 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     return _affine(centred * rstd[..., None], weight, bias).to(x.dtype).contiguous(), mean, rstd
 
 
-def _norm_bwd(dy, xhat, weight, rstd, centre):
-    """dx of a norm from xhat: rstd (g - mean(g) - xhat mean(g xhat)), g = dy weight."""
-    g = acc(dy) if weight is None else acc(dy) * acc(weight)
+def _norm_bwd(dy, ds, x, weight, mean, rstd):
+    """dx = rstd (g - mean(g) - xhat mean(g xhat)) + ds with g = dy weight, dweight and dbias. rms_norm has no mean."""
+    dya, xa = acc(dy), acc(x)
+    xhat = (xa if mean is None else xa - mean[..., None]) * rstd[..., None]
+    g = dya if weight is None else dya * acc(weight)
     dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
-    return (dx - g.mean(-1, keepdim=True) if centre else dx) * rstd[..., None]
+    dx = (dx if mean is None else dx - g.mean(-1, keepdim=True)) * rstd[..., None]
+    return dx if ds is None else dx + acc(ds), rows(dya * xhat).sum(0), rows(dya).sum(0)
 
 
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    xhat = (acc(x) - mean[..., None]) * rstd[..., None]
-    dya = acc(dy)
-    grads = _norm_bwd(dy, xhat, weight, rstd, True), rows(dya * xhat).sum(0), rows(dya).sum(0)
-    return wanted(needs, grads, x)
+    return wanted(needs, _norm_bwd(dy, None, x, weight, mean, rstd), x)
 
 
 def add_layer_norm_composite(x, residual, weight, bias, eps):
@@ -90,11 +90,7 @@ def add_layer_norm_bwd(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> the gradient of x and of residual, dweight, dbias. ds: the gradient from the sum's other consumer, or None."""
-    xhat = (acc(s) - mean[..., None]) * rstd[..., None]
-    dya = acc(dy)
-    dx = _norm_bwd(dy, xhat, weight, rstd, True)
-    grads = dx if ds is None else dx + acc(ds), rows(dya * xhat).sum(0), rows(dya).sum(0)
-    return wanted(needs, grads, s)
+    return wanted(needs, _norm_bwd(dy, ds, s, weight, mean, rstd), s)
 
 
 def rms_norm_composite(x, weight, eps):
@@ -111,8 +107,29 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, 
 def rms_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    xhat = acc(x) * rstd[..., None]
-    return wanted(needs, (_norm_bwd(dy, xhat, weight, rstd, False), rows(acc(dy) * xhat).sum(0)), x)
+    return wanted(needs, _norm_bwd(dy, None, x, weight, None, rstd)[:2], x)
+
+
+def add_rms_norm_composite(x, residual, weight, eps):
+    """-> rms_norm(x + residual), x + residual."""
+    s = x + residual
+    return rms_norm_composite(s, weight, eps), s
+
+
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> y, s = x + residual rounded to the input's dtype, rstd of s."""
+    s = (x + residual).contiguous()
+    y, rstd = rms_norm_fwd(s, weight, eps)
+    return y, s, rstd
+
+
+def add_rms_norm_bwd(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> the gradient of x and of residual, dweight. ds: the gradient from the sum's other consumer, or None."""
+    return wanted(needs, _norm_bwd(dy, ds, s, weight, None, rstd)[:2], s)
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -140,38 +157,6 @@ class LayerNorm(torch.autograd.Function):
         return None, *only(needs, kernels.layer_norm_bwd(dy, x, weight, mean, rstd, needs)), None
 
 
-def _norm_and_sum(s, weight, bias, eps):
-    return layer_norm_composite(s, weight, bias, eps), s
-
-
-class AddLayerNorm(torch.autograd.Function):
-    """(kernels, x, residual, weight, bias, eps) -> layer_norm(x + residual), x + residual."""
-
-    @staticmethod
-    def forward(ctx, kernels, x, residual, weight, bias, eps):
-        ctx.kernels, ctx.eps = kernels, eps
-        y, s, mean, rstd = kernels.add_layer_norm_fwd(x, residual, weight, bias, eps)
-        ctx.save_for_backward(s, weight, mean, rstd)
-        ctx.set_materialize_grads(False)
-        return y, s
-
-    @staticmethod
-    def backward(ctx, dy, ds):
-        need_x, need_residual, *need_parameters = ctx.needs_input_grad[1:5]
-        of_sum = need_x or need_residual, *need_parameters
-        if dy is None:  # only the sum was used, or neither result
-            dx, dw, db = ds, None, None
-        else:
-            s, weight, mean, rstd = ctx.saved_tensors
-            kernels = backward_kernels(ctx)
-            if kernels is None:
-                bias = unread(s, s.shape[-1]) if of_sum[2] else None
-                dx, dw, db = composite_gradients(_norm_and_sum, (s, weight, bias, ctx.eps), of_sum, (dy, ds))
-            else:
-                dx, dw, db = only(of_sum, kernels.add_layer_norm_bwd(dy, ds, s, weight, mean, rstd, of_sum))
-        return None, *only((need_x, need_residual), (dx, dx)), dw, db, None
-
-
 class RMSNorm(torch.autograd.Function):
     """(kernels, x, weight, eps) -> y."""
 
@@ -192,6 +177,57 @@ class RMSNorm(torch.autograd.Function):
         if kernels is None:
             return None, *composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,)), None
         return None, *only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs)), None
+
+
+def _saved_sum(ctx, kernels, weight, eps, y, s, *statistics):
+    """The results of a norm of a sum, after saving what `_sum_backward` reads."""
+    ctx.kernels, ctx.eps = kernels, eps
+    ctx.save_for_backward(s, weight, *statistics)
+    ctx.set_materialize_grads(False)
+    return y, s
+
+
+def _sum_backward(ctx, name, norm, dy, ds):
+    """name: of the backward kernel. norm: the composite on the sum."""
+    need_x, need_residual, *need_parameters = ctx.needs_input_grad[1:-1]
+    needs = need_x or need_residual, *need_parameters
+    if dy is None:  # only the sum was used, or neither result
+        dx, *of_parameters = ds, *(None for _ in need_parameters)
+    else:
+        s, weight, *statistics = ctx.saved_tensors
+        kernels = backward_kernels(ctx)
+        if kernels is None:
+            bias = (unread(s, s.shape[-1]) if need else None for need in need_parameters[1:])
+            args = s, weight, *bias, ctx.eps
+            dx, *of_parameters = composite_gradients(lambda s, *rest: (norm(s, *rest), s), args, needs, (dy, ds))
+        else:
+            backward = getattr(kernels, name)
+            dx, *of_parameters = only(needs, backward(dy, ds, s, weight, *statistics, needs))
+    return None, *only((need_x, need_residual), (dx, dx)), *of_parameters, None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """(kernels, x, residual, weight, bias, eps) -> layer_norm(x + residual), x + residual."""
+
+    @staticmethod
+    def forward(ctx, kernels, x, residual, weight, bias, eps):
+        return _saved_sum(ctx, kernels, weight, eps, *kernels.add_layer_norm_fwd(x, residual, weight, bias, eps))
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        return _sum_backward(ctx, "add_layer_norm_bwd", layer_norm_composite, dy, ds)
+
+
+class AddRMSNorm(torch.autograd.Function):
+    """(kernels, x, residual, weight, eps) -> rms_norm(x + residual), x + residual."""
+
+    @staticmethod
+    def forward(ctx, kernels, x, residual, weight, eps):
+        return _saved_sum(ctx, kernels, weight, eps, *kernels.add_rms_norm_fwd(x, residual, weight, eps))
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        return _sum_backward(ctx, "add_rms_norm_bwd", rms_norm_composite, dy, ds)
 
 
 # ------------------------------------------------------------------------------- the public functions
@@ -263,6 +299,32 @@ def rms_norm(
     return kernel(*_flat(n, input, weight), epsilon).view(input.shape)
 
 
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns rms_norm(input + residual) and input + residual, in one pass over memory (Zhang and Sennrich 2019).
+
+    ``input`` and ``residual`` have one shape, ``(..., *normalized_shape)``, and so have both results. Their dtypes are
+    promoted as by addition. ``weight`` and ``eps`` are those of `rms_norm`; ``eps`` is by default the machine epsilon
+    of the promoted dtype. Shapes that do not fit raise ValueError, wrong types, such as integer tensors, TypeError.
+    """
+    kernel = lookup("add_rms_norm", input, residual, weight)
+    if kernel is None or input.shape != residual.shape:
+        return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
+    epsilon = _eps(input) if eps is None else eps
+    n = _dims(input, normalized_shape, epsilon, weight)
+    if n == 1:
+        return kernel(input, residual, weight, epsilon)
+    if n == 0:
+        return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
+    y, s = kernel(*_flat(n, input, residual, weight), epsilon)
+    return y.view(input.shape), s.view(input.shape)
+
+
 _EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
 
@@ -324,23 +386,31 @@ def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-
     return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, fast=(input, weight, bias))
 
 
-def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
-    if error := check_tensors("add_layer_norm", (input, residual, weight, bias)):
-        return Call((input, residual, weight, bias, eps), error=error)
+def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Call:
+    if error := check_tensors(op, (input, residual, *parameters)):
+        return Call((input, residual, *parameters, eps), error=error)
     if input.shape != residual.shape:
         want, got = tuple(input.shape), tuple(residual.shape)
-        raise ValueError(f"pygpt.add_layer_norm: residual must have shape {want}, got {got}")
-    shape = _check("add_layer_norm", input, normalized_shape, eps, weight, bias)
-    fast = (input, residual, weight, bias) if input.dtype == residual.dtype else None
-    common = torch.promote_types(
-        input.dtype, residual.dtype
-    )  # as in x + residual; autocast mixes dtypes in every block
-    x, r, w, b = _flat(len(shape), input.to(common), residual.to(common), weight, bias)
+        raise ValueError(f"pygpt.{op}: residual must have shape {want}, got {got}")
+    common = torch.promote_types(input.dtype, residual.dtype)  # as in x + residual; autocast mixes them in every block
+    x, r = input.to(common), residual.to(common)
+    if eps is None and op == "add_rms_norm":
+        eps = _eps(x)
+    shape = _check(op, input, normalized_shape, eps, *parameters)
 
     def finish(results):
         return tuple(t.view(input.shape) for t in results)
 
-    return Call((x, r, w, b, float(eps)), finish=finish, fast=fast)
+    fast = (input, residual, *parameters) if input.dtype == residual.dtype else None
+    return Call((*_flat(len(shape), x, r, *parameters), float(eps)), finish=finish, fast=fast)
+
+
+def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    return _prepare_sum("add_layer_norm", input, residual, normalized_shape, eps, weight, bias)
+
+
+def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None) -> Call:
+    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, eps, weight)
 
 
 def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
@@ -449,6 +519,30 @@ register(
                 draw=_draw(1),
                 call=lambda x, weight, eps: rms_norm(x, x.shape[-1:], weight, eps),
                 cancelled=_cancelled(("dx",), False),
+                **_HOW,
+            )
+        },
+    )
+)
+register(
+    Op(
+        "add_rms_norm",
+        public=add_rms_norm,
+        prepare=_prepare_add_rms_norm,
+        composite=add_rms_norm_composite,
+        fwd=add_rms_norm_fwd,
+        bwd=add_rms_norm_bwd,
+        function=AddRMSNorm,
+        results=2,
+        float32_on_cuda=True,
+        specs={
+            "add_rms_norm": Spec(
+                "add_rms_norm",
+                inputs=("x", "residual", "weight"),
+                draw=_draw(1, inputs=2),
+                call=lambda x, r, weight, eps: add_rms_norm(x, r, x.shape[-1:], weight, eps),
+                outputs=("fwd", "sum"),
+                cancelled=_cancelled(("dx", "dresidual"), False),
                 **_HOW,
             )
         },

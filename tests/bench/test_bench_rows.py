@@ -182,6 +182,11 @@ def rms(x, weight, eps):
     return TF.rms_norm(x, weight.shape, weight, eps)
 
 
+def rms_of_sum(x, residual, weight, eps):
+    """rms_norm, or with a residual also the sum."""
+    return rms(x, weight, eps) if residual is None else (rms(x + residual, weight, eps), x + residual)
+
+
 def sdpa_inside(q, k, v, causal):
     """(B, T, H, D), as the libraries want it."""
     return TF.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal).transpose(1, 2)
@@ -210,7 +215,7 @@ FAKES = {
     },
     "quack": {
         "quack.rmsnorm": {
-            "rmsnorm": lambda x, w, eps: rms(x, w, eps),
+            "rmsnorm": lambda x, w, eps, residual=None, prenorm=False: rms_of_sum(x, residual, w, eps),
             "layernorm_fwd": lambda x, w, b, eps: TF.layer_norm(x, w.shape, w, b, eps),
         }
     },
@@ -225,6 +230,7 @@ FAKES = {
         "liger_kernel.transformers.functional": {
             "liger_layer_norm": lambda x, w, b, eps: TF.layer_norm(x, w.shape, w, b, eps),
             "liger_rms_norm": lambda x, w, eps, in_place: rms(x, w, eps),
+            "liger_fused_add_rms_norm": lambda x, r, w, eps, in_place: rms_of_sum(x, r, w, eps),
         }
     },
     "apex": {
@@ -238,7 +244,8 @@ FAKES = {
 }
 SHAPES = [
     *TINY[:4], ops.case(ops.mlp, (2, 3), 8, "gelu_tanh"), ops.case(ops.add_layer_norm, 4, 8),
-    ops.case(ops.rms_norm, 4, 8), ops.case(ops.gelu, (4, 8), "none"), ops.case(ops.gelu, (4, 8), "tanh"), TINY[4],
+    ops.case(ops.rms_norm, 4, 8), ops.case(ops.add_rms_norm, 4, 8),
+    ops.case(ops.gelu, (4, 8), "none"), ops.case(ops.gelu, (4, 8), "tanh"), TINY[4],
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ DIMS = {
     "layer_norm": {"M": (3, 5), "N": 7, "affine": 1, "mean": 0.0},
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
 }
-DIMS |= {"rms_norm": DIMS["layer_norm"], "add_layer_norm": DIMS["layer_norm"], "relu": DIMS["gelu"]}
+DIMS |= dict.fromkeys(("rms_norm", "add_layer_norm", "add_rms_norm"), DIMS["layer_norm"]) | {"relu": DIMS["gelu"]}
 NAMES = [f"{op}_{direction}" for op in DIMS for direction in ("fwd", "bwd")]  # an op without rules is replicated
 
 
@@ -63,6 +63,7 @@ SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "layer_norm": ("y", "mean", "rstd"),
     "add_layer_norm": ("y", "s", "mean", "rstd"),
     "rms_norm": ("y", "rstd"),
+    "add_rms_norm": ("y", "s", "rstd"),
 }
 
 
@@ -209,6 +210,9 @@ def groups():
     def add_layer_norm(x, residual, *parameters):
         return F.add_layer_norm(x, residual, (8,), *parameters)
 
+    def add_rms_norm(x, residual, *parameters):
+        return F.add_rms_norm(x, residual, (8,), *parameters)
+
     for function, shapes, n in (
         (layer_norm, (x, of_x, of_x), 1),
         (layer_norm, (x,), 1),
@@ -217,6 +221,8 @@ def groups():
         (rms_norm, (x,), 1),
         (add_layer_norm, (x, x, of_x, of_x), 2),
         (add_layer_norm, (x, x), 2),
+        (add_rms_norm, (x, x, of_x), 2),
+        (add_rms_norm, (x, x), 2),
     ):
         p = len(shapes) - n  # parameters
         yield group(function, shapes, *(((d,) * n + ("R",) * p, (d,) * n, (d,) * n + ("P",) * p) for d in (0, 1)))

@@ -23,6 +23,7 @@ SAMPLES = TYPICAL + [
         ("layer_norm", {"affine": 0}),
         ("add_layer_norm", {"affine": 0, "M": 0}),
         ("rms_norm", {"affine": 0}),
+        ("add_rms_norm", {"affine": 0}),
     )
 ]
 

@@ -172,6 +172,7 @@ SHARED = {  # one tensor in two places
     "linear(x, x)": (lambda x: functional.linear(x, x), [(8, 8)]),
     "layer_norm(x, w, w)": (lambda x, w: functional.layer_norm(x, (8,), w, w), [(4, 8), (8,)]),
     "layer_norm(w, w, w)": (lambda w: functional.layer_norm(w, (8,), w, w), [(8,)]),
+    "add_rms_norm(x, x, x)": (lambda x: functional.add_rms_norm(x, x, (8,), x), [(8,)]),
     "rms_norm(w, w)": (lambda w: functional.rms_norm(w, (8,), w), [(8,)]),
     "mlp, tied": (lambda x, w, b: functional.mlp(x, w, b, w, b), [(4, 8), (8, 8), (8,)]),
     "linear, twice": (lambda x, w: functional.linear(functional.linear(x, w), w), [(4, 8), (8, 8)]),
@@ -313,6 +314,7 @@ for name, args in calls.items():
 with pygpt.backend("torch"):
     functional.mlp(x, w, None, w, None, "relu2").sum()
     functional.add_layer_norm(x, x, (4,))
+    functional.add_rms_norm(x, x, (4,))
 print("right")
 """
 
@@ -328,7 +330,7 @@ def public_calls():
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     return {
         "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b),
-        "add_layer_norm": (x, x, (8,), b, b),
+        "add_layer_norm": (x, x, (8,), b, b), "add_rms_norm": (x, x, (8,), b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
         "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
     }  # fmt: skip

@@ -51,7 +51,7 @@ def test_every_subset_of_gradients(op, dims, kernels, device, generator):
     assert all(map(torch.equal, tensors, before))
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "rms_norm"])
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("N", [8192, 10_000, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 def test_wide_rows(op, N, dtype, compiled, device, generator):

@@ -22,7 +22,8 @@ MASKED = [
     ("attention_mask", {"B": 1, "H": 2, "L": 30, "S": 41, "E": 13, "Ev": 21}),
     *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
 ]
-WIDE = [*((op, {"M": 2, "N": 4099}) for op in ("layer_norm", "add_layer_norm", "rms_norm"))]
+NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
+WIDE = [(op, {"M": 2, "N": 4099}) for op in NORMS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
@@ -74,8 +75,8 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("linear", {"M": 5, "K": 264, "N": 256}, -2),
     ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40}, -2),
     *((op, {"M": (17, 64)}, -2) for op in ("gelu", "relu")),
-    *((op, {"M": 17, "N": 64}, -2) for op in ("layer_norm", "add_layer_norm", "rms_norm")),
-    *((op, {"M": 5, "N": 8200}, -2) for op in ("layer_norm", "add_layer_norm", "rms_norm")),
+    *((op, {"M": 17, "N": 64}, -2) for op in NORMS),
+    *((op, {"M": 5, "N": 8200}, -2) for op in NORMS),
 ]
 
 

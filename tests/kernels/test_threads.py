@@ -27,6 +27,7 @@ LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of
     "layer_norm": {"M": 1001, "N": 257},
     "add_layer_norm": {"M": 1001, "N": 257},
     "rms_norm": {"M": 1001, "N": 257},
+    "add_rms_norm": {"M": 1001, "N": 257},
     "gelu": {"M": 300_007},
     "relu": {"M": 300_007},
 }

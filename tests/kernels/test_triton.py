@@ -452,6 +452,8 @@ def test_norms_of_rows_that_are_far_apart(stride, dtype, in_registers, generator
     w, mean, rstd = (torch.rand(n, generator=generator).to(DEVICE) for n in (64, 5, 5))
     assert_same_when_near("add_layer_norm_fwd", x, residual, w.to(dtype), w.to(dtype), 1e-5)
     assert_same_when_near("add_layer_norm_bwd", dy, ds, x, w.to(dtype), mean, rstd, [True] * 3)
+    assert_same_when_near("add_rms_norm_fwd", x, residual, w.to(dtype), 1e-5)
+    assert_same_when_near("add_rms_norm_bwd", dy, ds, x, w.to(dtype), rstd, [True] * 2)
 
 
 @pytest.mark.parametrize("stride, dtype, target", POINTERS + DESCRIPTORS, ids=cases.ids)

@@ -88,6 +88,13 @@ CPU = [
         (MEMORY, "past_the_end", "cpp", "add_layer_norm", "exact"),
     ),
     Mutant(
+        "bind: add_rms_norm's ds is forgotten",
+        "csrc/bind/*.h",
+        r"\{dy, ds, s, weight, \{\}, rstd\}",
+        r"{dy, {}, s, weight, {}, rstd}",
+        (MEMORY, "past_the_end", "cpp", "add_rms_norm", "exact"),
+    ),
+    Mutant(
         "cpu: a norm's g is fused with its mean",
         "csrc/cpu/norm.cpp",
         r"Vec<T> g = no_fma\(at\(dy, c\) \* at\(w, c\)\);",

@@ -11,9 +11,11 @@ CALLS = {  # from rows of x, dy and z and from a row w to results made row by ro
     "layer_norm": lambda x, dy, z, w: cpp.layer_norm_fwd(x, w, w, 1e-5),
     "add_layer_norm": lambda x, dy, z, w: cpp.add_layer_norm_fwd(x, z, w, None, 1e-5),
     "rms_norm": lambda x, dy, z, w: cpp.rms_norm_fwd(x, w, 1e-5),
+    "add_rms_norm": lambda x, dy, z, w: cpp.add_rms_norm_fwd(x, z, w, 1e-5),
     "layer_norm_bwd": lambda x, dy, z, w: cpp.layer_norm_bwd(dy, x, w, *statistics(x), [True] * 3)[:1],
     "add_layer_norm_bwd": lambda x, dy, z, w: cpp.add_layer_norm_bwd(dy, z, x, w, *statistics(x), [True] * 3)[:1],
     "rms_norm_bwd": lambda x, dy, z, w: cpp.rms_norm_bwd(dy, x, w, statistics(x)[1], [True] * 2)[:1],
+    "add_rms_norm_bwd": lambda x, dy, z, w: cpp.add_rms_norm_bwd(dy, z, x, w, statistics(x)[1], [True] * 2)[:1],
     "gelu": lambda x, dy, z, w: (cpp.gelu_fwd(x, "none"), cpp.gelu_bwd(dy, x, "tanh")),
     "relu": lambda x, dy, z, w: (cpp.relu_fwd(x), cpp.relu_bwd(dy, x)),
 }

@@ -1,4 +1,4 @@
-"""layer_norm, add_layer_norm and rms_norm: the meaning and the errors of their arguments."""
+"""layer_norm, add_layer_norm, rms_norm and add_rms_norm: the meaning and the errors of their arguments."""
 
 import cases
 import pytest
@@ -7,17 +7,18 @@ import torch.nn.functional as F
 
 import pygpt
 from pygpt import verify
-from pygpt.functional import add_layer_norm, layer_norm, rms_norm
+from pygpt.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
-def add_then_norm(x, residual, *rest):
-    return F.layer_norm(x + residual, *rest), x + residual
+def of_sum(norm):
+    return lambda x, residual, *rest: (norm(x + residual, *rest), x + residual)
 
 
 NORMS = {  # ours, PyTorch's, number of inputs, number of parameters
     "layer_norm": (layer_norm, F.layer_norm, 1, 2),
-    "add_layer_norm": (add_layer_norm, add_then_norm, 2, 2),
+    "add_layer_norm": (add_layer_norm, of_sum(F.layer_norm), 2, 2),
     "rms_norm": (rms_norm, F.rms_norm, 1, 1),
+    "add_rms_norm": (add_rms_norm, of_sum(F.rms_norm), 2, 1),
 }
 every_norm = pytest.mark.parametrize("ours, theirs, inputs, params", NORMS.values(), ids=NORMS)
 
@@ -86,6 +87,9 @@ def test_default_eps_of_rms_norm_is_torchs(dtype, backend):
     tolerance = 4 * torch.finfo(dtype).eps
     with pygpt.backend(backend):
         torch.testing.assert_close(rms_norm(x, 8), F.rms_norm(x, (8,)), rtol=tolerance, atol=tolerance)
+        for other in cases.DTYPES:  # the machine epsilon is that of the sum
+            found, want = add_rms_norm(x, x.to(other), 8), of_sum(F.rms_norm)(x, x.to(other), (8,))
+            torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
@@ -168,9 +172,15 @@ BAD = [
     (add_layer_norm, (X, zeros(4), 4), ValueError, r"residual must have shape \(2, 4\).*\(4,\)"),
     (add_layer_norm, (X, X, 5), ValueError, r"normalized_shape \(5,\)"),
     (add_layer_norm, (X, X, 4, zeros(2)), ValueError, r"weight must have shape \(4,\).*\(2,\)"),
+    (add_layer_norm, (X, X, 4, None, None, None), TypeError, "eps must be a number, got NoneType"),
     (rms_norm, (X, 5), ValueError, r"normalized_shape \(5,\)"),
     (rms_norm, (X, 4, zeros(2)), ValueError, r"weight must have shape \(4,\).*\(2,\)"),
     (rms_norm, (X.bool(), 4), TypeError, "input must be floating point.*bool"),
+    (add_rms_norm, (X, None, 4), TypeError, "residual must be a Tensor.*NoneType"),
+    (add_rms_norm, (X, zeros(4), 4), ValueError, r"residual must have shape \(2, 4\).*\(4,\)"),
+    (add_rms_norm, (X, X, 5), ValueError, r"normalized_shape \(5,\)"),
+    (add_rms_norm, (X, X, 4, zeros(2)), ValueError, r"weight must have shape \(4,\).*\(2,\)"),
+    (add_rms_norm, (X, X, 4, None, "1e-5"), TypeError, "eps must be a number, got str"),
 ]
 
 
