@@ -23,7 +23,7 @@ CUDA_OPTIONS = [
         "csrc/cuda/attention/scores.cuh",
         r"for \(int j = key / kMaskTile; j",
         r"for (int j = key / kMaskTile + 1; j",
-        (OPTIONS, "mask_of_several_tiles", "cuda"),
+        (OPTIONS, "whole_tiles", "cuda", "False"),
     ),
     # ---- scores
     Mutant(
@@ -38,14 +38,14 @@ CUDA_OPTIONS = [
         "csrc/cuda/attention/scores.cuh",
         r"transposed \? -right : right\) - params\.visible\.diagonal",
         r"right) - params.visible.diagonal",
-        (OPTIONS, "combinations", "cuda"),
+        (OPTIONS, "each_option", "cuda", "alibi"),
     ),
     Mutant(
         "cuda options: the derivative of softcap is left out",
         "csrc/cuda/attention/scores.cuh",
         r"derivative\(m, n, i, fmaf\(-t, t, 1\.0f\)\);",
         r"derivative(m, n, i, 1.0f);",
-        (OPTIONS, "combinations", "cuda"),
+        (OPTIONS, "each_option", "cuda", "everything_else"),
     ),
     Mutant(
         "cuda options: rows of a mask are read as its columns in backward",
@@ -110,7 +110,7 @@ CUDA_OPTIONS = [
         "csrc/cuda/attention/bias.cu",
         r"for \(int head = blockIdx\.x; head < params\.total_heads; head \+= params\.q\.heads\) \{",
         r"for (int head = blockIdx.x; head < params.q.heads; head += params.q.heads) {",
-        (OPTIONS, "combinations", "cuda"),
+        (OPTIONS, "see_no_key", "cuda", "True"),
     ),
     # ---- gradients of masks and slopes
     Mutant(

@@ -31,14 +31,14 @@ TRITON_OPTIONS = [
         "triton_kernels/attention/scores.py",
         r"tl\.abs\(j - i - params\.visible\.diagonal\)",
         r"tl.abs(j - i)",
-        (OPTIONS, "combinations", "triton"),
+        (OPTIONS, "each_option", "triton", "everything_else"),
     ),
     Mutant(
         "triton options: the derivative of softcap is left out",
         "triton_kernels/attention/scores.py",
         r"return ds \* \(1 - capped \* capped\)",
         r"return ds",
-        (OPTIONS, "combinations", "triton"),
+        (OPTIONS, "each_option", "triton", "everything_else"),
     ),
     Mutant(
         "triton options: a mask that heads share is read as if they did not",
@@ -52,7 +52,7 @@ TRITON_OPTIONS = [
         "triton_kernels/attention/scores.py",
         r"small = small \* z \+ 0\.13332924246788025",
         r"small = small * z + 0.13032924246788025",
-        (OPTIONS, "combinations", "triton"),
+        (OPTIONS, "each_option", "triton", "everything_else"),
     ),
     # ---- dropout
     Mutant(
