@@ -7,23 +7,17 @@
 weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), and recomputes xhat.
 """
 
-import math
 from collections.abc import Sequence
-from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-from ..dispatch import Call, Op, call, lookup, register
+from ..dispatch import Op, call, lookup, register
 from .common import (
     Spec,
     acc,
     backward_kernels,
-    check_tensors,
     composite_gradients,
     lead,
     only,
@@ -32,13 +26,22 @@ from .common import (
     unread,
     wanted,
 )
-
-_torchs_layer_norm, _torchs_rms_norm = F.layer_norm, F.rms_norm  # bound now: a user may replace them by ours later
+from .norm_arguments import (
+    fitting_dims,
+    flat,
+    machine_eps,
+    prepare_add_layer_norm,
+    prepare_add_rms_norm,
+    prepare_layer_norm,
+    prepare_rms_norm,
+    torchs_layer_norm,
+    torchs_rms_norm,
+)
 
 
 # ------------------------------------------------------------------------------- the mathematics
 def layer_norm_composite(x, weight, bias, eps):
-    return _torchs_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torchs_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _affine(xhat, weight, bias):
@@ -94,7 +97,7 @@ def add_layer_norm_bwd(
 
 
 def rms_norm_composite(x, weight, eps):
-    return _torchs_rms_norm(x, x.shape[-1:], weight, eps)
+    return torchs_rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -245,12 +248,12 @@ def layer_norm(
     fit raise ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("layer_norm", input, weight, bias)
-    n = 0 if kernel is None else _dims(input, normalized_shape, eps, weight, bias)
+    n = 0 if kernel is None else fitting_dims(input, normalized_shape, eps, weight, bias)
     if n == 1:
         return kernel(input, weight, bias, eps)
     if n == 0:
         return call("layer_norm", input, normalized_shape, weight, bias, eps)
-    return kernel(*_flat(n, input, weight, bias), eps).view(input.shape)
+    return kernel(*flat(n, input, weight, bias), eps).view(input.shape)
 
 
 def add_layer_norm(
@@ -268,12 +271,16 @@ def add_layer_norm(
     ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("add_layer_norm", input, residual, weight, bias)
-    n = 0 if kernel is None or input.shape != residual.shape else _dims(input, normalized_shape, eps, weight, bias)
+    n = (
+        0
+        if kernel is None or input.shape != residual.shape
+        else fitting_dims(input, normalized_shape, eps, weight, bias)
+    )
     if n == 1:
         return kernel(input, residual, weight, bias, eps)
     if n == 0:
         return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
-    y, s = kernel(*_flat(n, input, residual, weight, bias), eps)
+    y, s = kernel(*flat(n, input, residual, weight, bias), eps)
     return y.view(input.shape), s.view(input.shape)
 
 
@@ -290,13 +297,13 @@ def rms_norm(
     kernel = lookup("rms_norm", input, weight)
     if kernel is None or (input.dim() > 3 and not input.is_contiguous()):  # the input may be channels_last
         return call("rms_norm", input, normalized_shape, weight, eps)
-    epsilon = _eps(input) if eps is None else eps
-    n = _dims(input, normalized_shape, epsilon, weight)
+    epsilon = machine_eps(input) if eps is None else eps
+    n = fitting_dims(input, normalized_shape, epsilon, weight)
     if n == 1:
         return kernel(input, weight, epsilon)
     if n == 0:
         return call("rms_norm", input, normalized_shape, weight, eps)
-    return kernel(*_flat(n, input, weight), epsilon).view(input.shape)
+    return kernel(*flat(n, input, weight), epsilon).view(input.shape)
 
 
 def add_rms_norm(
@@ -315,118 +322,14 @@ def add_rms_norm(
     kernel = lookup("add_rms_norm", input, residual, weight)
     if kernel is None or input.shape != residual.shape:
         return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
-    epsilon = _eps(input) if eps is None else eps
-    n = _dims(input, normalized_shape, epsilon, weight)
+    epsilon = machine_eps(input) if eps is None else eps
+    n = fitting_dims(input, normalized_shape, epsilon, weight)
     if n == 1:
         return kernel(input, residual, weight, epsilon)
     if n == 0:
         return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
-    y, s = kernel(*_flat(n, input, residual, weight), epsilon)
+    y, s = kernel(*flat(n, input, residual, weight), epsilon)
     return y.view(input.shape), s.view(input.shape)
-
-
-_EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
-
-
-def _eps(input) -> float:
-    return _EPS64 if input.dtype == torch.float64 else _EPS32
-
-
-def _dims(input, normalized_shape, eps, weight, bias=None) -> int:
-    """The length of normalized_shape if it fits input and the parameters and eps is a float, else 0."""
-    shape = _as_tuple(normalized_shape)
-    n = len(shape)
-    fits = (
-        n > 0
-        and input.shape[-n:] == shape
-        and (weight is None or weight.shape == shape)
-        and (bias is None or bias.shape == shape)
-        and isinstance(eps, float)
-    )
-    return n if fits else 0
-
-
-def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def _check(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
-    """normalized_shape as a tuple, after checking input and parameters against it."""
-    if not isinstance(eps, Real):
-        raise TypeError(f"pygpt.{op}: eps must be a number, got {type(eps).__name__}")
-    shape = _as_tuple(normalized_shape)
-    n = len(shape)
-    if n < 1:
-        raise ValueError(f"pygpt.{op}: normalized_shape must have at least one dimension")
-    if input.shape[-n:] != shape:
-        got = tuple(input.shape)
-        raise ValueError(f"pygpt.{op}: normalized_shape {shape} is not the end of the input's shape {got}")
-    if weight is not None and weight.shape != shape:
-        raise ValueError(f"pygpt.{op}: weight must have shape {shape}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != shape:
-        raise ValueError(f"pygpt.{op}: bias must have shape {shape}, got {tuple(bias.shape)}")
-    return shape
-
-
-def _flat(n, *tensors) -> tuple:
-    """The tensors with their last n dimensions as one."""
-    if n == 1:
-        return tensors
-    return tuple(
-        t if t is None else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :])) for t in tensors
-    )
-
-
-def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
-    torchs = partial(_torchs_layer_norm, input, _as_tuple(normalized_shape), weight, bias, eps)
-    if error := check_tensors("layer_norm", (input, weight, bias)):
-        return Call((input, weight, bias, eps), torch=torchs, error=error)
-    shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
-    x, w, b = _flat(len(shape), input, weight, bias)
-    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, fast=(input, weight, bias))
-
-
-def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Call:
-    if error := check_tensors(op, (input, residual, *parameters)):
-        return Call((input, residual, *parameters, eps), error=error)
-    if input.shape != residual.shape:
-        want, got = tuple(input.shape), tuple(residual.shape)
-        raise ValueError(f"pygpt.{op}: residual must have shape {want}, got {got}")
-    common = torch.promote_types(input.dtype, residual.dtype)  # as in x + residual; autocast mixes them in every block
-    x, r = input.to(common), residual.to(common)
-    if eps is None and op == "add_rms_norm":
-        eps = _eps(x)
-    shape = _check(op, input, normalized_shape, eps, *parameters)
-
-    def finish(results):
-        return tuple(t.view(input.shape) for t in results)
-
-    fast = (input, residual, *parameters) if input.dtype == residual.dtype else None
-    return Call((*_flat(len(shape), x, r, *parameters), float(eps)), finish=finish, fast=fast)
-
-
-def _prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
-    return _prepare_sum("add_layer_norm", input, residual, normalized_shape, eps, weight, bias)
-
-
-def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None) -> Call:
-    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, eps, weight)
-
-
-def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
-    torchs = partial(_torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
-    if error := check_tensors("rms_norm", (input, weight)):
-        return Call((input, weight, eps), torch=torchs, error=error)
-    if eps is None:
-        eps = _eps(input)
-    shape = _check("rms_norm", input, normalized_shape, eps, weight)
-    x, w = _flat(len(shape), input, weight)
-
-    def finish(y):
-        y = y.view(input.shape)
-        return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
-
-    return Call((x, w, float(eps)), finish=finish, torch=torchs, fast=(input, weight))
 
 
 # ------------------------------------------------------------------------------- verify
@@ -460,7 +363,7 @@ register(
     Op(
         "layer_norm",
         public=layer_norm,
-        prepare=_prepare_layer_norm,
+        prepare=prepare_layer_norm,
         composite=layer_norm_composite,
         fwd=layer_norm_fwd,
         bwd=layer_norm_bwd,
@@ -482,7 +385,7 @@ register(
     Op(
         "add_layer_norm",
         public=add_layer_norm,
-        prepare=_prepare_add_layer_norm,
+        prepare=prepare_add_layer_norm,
         composite=add_layer_norm_composite,
         fwd=add_layer_norm_fwd,
         bwd=add_layer_norm_bwd,
@@ -506,7 +409,7 @@ register(
     Op(
         "rms_norm",
         public=rms_norm,
-        prepare=_prepare_rms_norm,
+        prepare=prepare_rms_norm,
         composite=rms_norm_composite,
         fwd=rms_norm_fwd,
         bwd=rms_norm_bwd,
@@ -528,7 +431,7 @@ register(
     Op(
         "add_rms_norm",
         public=add_rms_norm,
-        prepare=_prepare_add_rms_norm,
+        prepare=prepare_add_rms_norm,
         composite=add_rms_norm_composite,
         fwd=add_rms_norm_fwd,
         bwd=add_rms_norm_bwd,

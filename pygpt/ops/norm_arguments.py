@@ -1,0 +1,119 @@
+"""The public arguments of the norms, checked and made canonical."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
+
+from ..dispatch import Call
+from .common import check_tensors
+
+torchs_layer_norm, torchs_rms_norm = F.layer_norm, F.rms_norm  # bound now: a user may replace them by ours later
+
+
+_EPS32, _EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+
+
+def machine_eps(input) -> float:
+    return _EPS64 if input.dtype == torch.float64 else _EPS32
+
+
+def fitting_dims(input, normalized_shape, eps, weight, bias=None) -> int:
+    """The length of normalized_shape if it fits input and the parameters and eps is a float, else 0."""
+    shape = _as_tuple(normalized_shape)
+    n = len(shape)
+    fits = (
+        n > 0
+        and input.shape[-n:] == shape
+        and (weight is None or weight.shape == shape)
+        and (bias is None or bias.shape == shape)
+        and isinstance(eps, float)
+    )
+    return n if fits else 0
+
+
+def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def _check(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
+    """normalized_shape as a tuple, after checking input and parameters against it."""
+    if not isinstance(eps, Real):
+        raise TypeError(f"pygpt.{op}: eps must be a number, got {type(eps).__name__}")
+    shape = _as_tuple(normalized_shape)
+    n = len(shape)
+    if n < 1:
+        raise ValueError(f"pygpt.{op}: normalized_shape must have at least one dimension")
+    if input.shape[-n:] != shape:
+        got = tuple(input.shape)
+        raise ValueError(f"pygpt.{op}: normalized_shape {shape} is not the end of the input's shape {got}")
+    if weight is not None and weight.shape != shape:
+        raise ValueError(f"pygpt.{op}: weight must have shape {shape}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"pygpt.{op}: bias must have shape {shape}, got {tuple(bias.shape)}")
+    return shape
+
+
+def flat(n, *tensors) -> tuple:
+    """The tensors with their last n dimensions as one."""
+    if n == 1:
+        return tensors
+    return tuple(
+        t if t is None else t.reshape(*t.shape[: t.dim() - n], math.prod(t.shape[t.dim() - n :])) for t in tensors
+    )
+
+
+def prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    torchs = partial(torchs_layer_norm, input, _as_tuple(normalized_shape), weight, bias, eps)
+    if error := check_tensors("layer_norm", (input, weight, bias)):
+        return Call((input, weight, bias, eps), torch=torchs, error=error)
+    shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
+    x, w, b = flat(len(shape), input, weight, bias)
+    return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, fast=(input, weight, bias))
+
+
+def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Call:
+    if error := check_tensors(op, (input, residual, *parameters)):
+        return Call((input, residual, *parameters, eps), error=error)
+    if input.shape != residual.shape:
+        want, got = tuple(input.shape), tuple(residual.shape)
+        raise ValueError(f"pygpt.{op}: residual must have shape {want}, got {got}")
+    common = torch.promote_types(input.dtype, residual.dtype)  # as in x + residual; autocast mixes them in every block
+    x, r = input.to(common), residual.to(common)
+    if eps is None and op == "add_rms_norm":
+        eps = machine_eps(x)
+    shape = _check(op, input, normalized_shape, eps, *parameters)
+
+    def finish(results):
+        return tuple(t.view(input.shape) for t in results)
+
+    fast = (input, residual, *parameters) if input.dtype == residual.dtype else None
+    return Call((*flat(len(shape), x, r, *parameters), float(eps)), finish=finish, fast=fast)
+
+
+def prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
+    return _prepare_sum("add_layer_norm", input, residual, normalized_shape, eps, weight, bias)
+
+
+def prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None) -> Call:
+    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, eps, weight)
+
+
+def prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
+    torchs = partial(torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
+    if error := check_tensors("rms_norm", (input, weight)):
+        return Call((input, weight, eps), torch=torchs, error=error)
+    if eps is None:
+        eps = machine_eps(input)
+    shape = _check("rms_norm", input, normalized_shape, eps, weight)
+    x, w = flat(len(shape), input, weight)
+
+    def finish(y):
+        y = y.view(input.shape)
+        return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
+
+    return Call((x, w, float(eps)), finish=finish, torch=torchs, fast=(input, weight))
