@@ -177,7 +177,7 @@ CUDA_VARLEN = [
         "csrc/cuda/attention/fwd.cuh",
         r"if \(kind == Kind::packed && row0 < 0\) return;",
         r"",
-        (VARLEN, "by_hand", "cuda"),
+        (VARLEN, "same_bits_alone", "cuda"),
     ),
     Mutant(
         "cuda varlen: how far a row sees depends on the longest sequence",
