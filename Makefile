@@ -26,13 +26,13 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 demo: $(VENV)/built-for-demo
 	$(BIN)/pygpt demo
 
-test: build
+test: $(VENV)/built-for-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
-test-all: $(VENV)/built-for-all $(OLDEST_TRITON)
+test-all: build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
-oldest-triton: build $(OLDEST_TRITON)
+oldest-triton: $(VENV)/built-for-test $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/kernels/test_triton_compiled.py
 	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 -m "not slow" -k "not opcheck" \
 	  tests/kernels/test_triton.py tests/kernels/test_triton_interpreter.py
@@ -58,15 +58,16 @@ dist: build
 
 build: $(VENV)/built
 
-# Without a GPU, the CUDA kernels are only checked: for one architecture, by make test-all for all that are released.
 $(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@ $(VENV)/built-for-test $(VENV)/built-for-demo
+
+# Without a GPU, compiling the CUDA kernels is only a check. `make test` compiles them for sm_90, `make test-all` for
+# every architecture of a release.
+$(VENV)/built-for-test: $(VENV)/installed $(SOURCES)
 	command -v nvidia-smi >/dev/null || export PYGPT_CUDA_ARCHS=$${PYGPT_CUDA_ARCHS:-90}; \
 	  $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@ $(VENV)/built-for-demo
-
-$(VENV)/built-for-all: $(VENV)/installed $(SOURCES)
-	$(INSTALL) --no-build-isolation --no-deps --editable .
-	@touch $@ $(VENV)/built $(VENV)/built-for-demo
 
 $(VENV)/built-for-demo: $(VENV)/ready $(SOURCES)
 	command -v nvidia-smi >/dev/null || export PYGPT_BUILD_CUDA=$${PYGPT_BUILD_CUDA:-0}; \

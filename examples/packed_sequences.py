@@ -1,4 +1,4 @@
-"""Sequences of unequal lengths, packed into one tensor and padded to one length: the same results, in less time.
+"""Compares attention over packed sequences with PyTorch's over the same sequences in a padded batch.
 
 python examples/packed_sequences.py
 """

@@ -6,7 +6,7 @@ fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output sho
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
 milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on one of
 n cases of a test that has more than FEW (on all of them in `make test-all`). With a GPU, they run on it. A test
-marked share(n) is treated alike.
+marked share(n) is treated alike, on every machine.
 """
 
 import os
@@ -174,7 +174,7 @@ def kernels(backend):
 
 @pytest.fixture
 def kernels_of(compiled):
-    """The same, of a test of compiled backends alone."""
+    """The kernels of the compiled backend under test."""
     from pygpt.dispatch import named
 
     return named(compiled).kernels

@@ -41,6 +41,8 @@ def calls(
         x, w = empty(M, N), empty(N)
         y, s, mean, rstd = kernels.add_layer_norm_fwd(x, x, w, w, 1e-5)
         kernels.add_layer_norm_bwd(y, s, x, w, mean, rstd, [True] * 3)
+        y, s, rstd = kernels.add_rms_norm_fwd(x, x, w, 1e-5)
+        kernels.add_rms_norm_bwd(y, s, x, w, rstd, [True] * 2)
 
     def elements(n):
         x = empty(n)

@@ -61,7 +61,7 @@ class Peaks:
 
     flops: dict[str, float]  # dtype -> GFLOP/s
     source: dict[str, str]  # dtype -> what reached it
-    copy: float  # Tensor.copy_ of memory far larger than the caches, read plus write, GB/s
+    copy: float  # Tensor.copy_ of memory larger than the caches, read plus write, GB/s
     read: float  # Tensor.sum of it, GB/s
     cpu_share: float | None = None  # the part of the cores' time that this process got meanwhile
 
@@ -131,8 +131,9 @@ class CpuClock:
             operands = [torch.randn(2048, 2048).to(getattr(torch, name)) for _ in range(2)]
             rates = {"multiply-adds": fma}
             for what, product in (("PyTorch's matmul", torch.mm), ("our linear", linear)):
+                # PyTorch emulates 16-bit products on some CPUs, where the whole would take minutes.
                 few = 2 * 128 * 2048**2 / self.estimate(partial(product, operands[0][:128], operands[1])) / 1e9
-                if few < fma / 8:  # PyTorch emulates 16-bit products on some CPUs, where the whole would take minutes
+                if operands[0].itemsize == 2 and few < fma / 8:
                     continue
                 rates[what] = 2 * 2048**3 / self.fastest(partial(product, *operands), seconds) / 1e9
             source[name] = max(rates, key=rates.get)

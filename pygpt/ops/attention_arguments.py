@@ -207,9 +207,11 @@ def checked_scale(op: str, scale, E: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(E or 1)
     try:
-        return float(scale + 0.0)  # a string of digits has no sum
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}: scale must be a number, got {scale!r}") from None
+        if not isinstance(scale, (str, bytes, bytearray)):  # which float() would parse
+            return float(scale)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise TypeError(f"{op}: scale must be a number that a float holds, got {scale!r}")
 
 
 def checked_window(op: str, name: str, window) -> tuple[int, int]:

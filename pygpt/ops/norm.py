@@ -191,7 +191,7 @@ def _saved_sum(ctx, kernels, weight, eps, y, s, *statistics):
 
 
 def _sum_backward(ctx, name, norm, dy, ds):
-    """name: of the backward kernel. norm: the composite on the sum."""
+    """The gradients of the Function's arguments. ``name``: the backward kernel. ``norm``: the composite on the sum."""
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[1:-1]
     needs = need_x or need_residual, *need_parameters
     if dy is None:  # only the sum was used, or neither result

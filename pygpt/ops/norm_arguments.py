@@ -77,6 +77,7 @@ def prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5
 
 
 def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Call:
+    """eps is a number, or the function that gives it for the promoted tensors."""
     if error := check_tensors(op, (input, residual, *parameters)):
         return Call((input, residual, *parameters, eps), error=error)
     if input.shape != residual.shape:
@@ -84,8 +85,7 @@ def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Cal
         raise ValueError(f"pygpt.{op}: residual must have shape {want}, got {got}")
     common = torch.promote_types(input.dtype, residual.dtype)  # as in x + residual; autocast mixes them in every block
     x, r = input.to(common), residual.to(common)
-    if eps is None and op == "add_rms_norm":
-        eps = machine_eps(x)
+    eps = eps(x) if callable(eps) else eps
     shape = _check(op, input, normalized_shape, eps, *parameters)
 
     def finish(results):
@@ -100,7 +100,7 @@ def prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=
 
 
 def prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None) -> Call:
-    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, eps, weight)
+    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, machine_eps if eps is None else eps, weight)
 
 
 def prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:

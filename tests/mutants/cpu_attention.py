@@ -158,15 +158,15 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: a mask that hides some keys of a block is taken for one that hides none",
         "csrc/cpu/attention/mask_effect.h",
-        r"any\(changes\) \? MaskEffect::mixed : MaskEffect::none;",
-        r"MaskEffect::none;",
+        r"any\(changes\) \? MaskEffect::mixed : MaskEffect::changes_none;",
+        r"MaskEffect::changes_none;",
         (OPTIONS, "whole_tiles", "cpp"),
     ),
     Mutant(
         "cpu options: keys behind the last one are not hidden where the mask shows the others",
         "csrc/cpu/attention/tile.h",
         r"if \(n % W<T> == 0 && !at_edge\(row0, rows, first, n\)\) return;",
-        r"if (effect == MaskEffect::none) return;",
+        r"if (effect == MaskEffect::changes_none) return;",
         (OPTIONS, "whole_tiles", "cpp"),
     ),
     Mutant(
@@ -174,6 +174,20 @@ CPU_OPTIONS = [
         "csrc/cpu/attention/fwd.cpp",
         r"j0 = walk\.begin / NR \* NR;",
         r"j0 = (walk.begin + NR - 1) / NR * NR;",
+        (VARLEN, "by_hand", "cpp", "window_(33"),
+    ),
+    Mutant(
+        "cpu options: a block behind a floating mask of -inf is skipped",
+        "csrc/cpu/attention/mask_effect.h",
+        r"static Flags shows\(const M\*\) \{ return ~Flags\{\}; \}",
+        r"static Flags shows(const M* m) { return load(m) != -std::numeric_limits<T>::infinity(); }",
+        (OPTIONS, "nan_behind", "cpp"),
+    ),
+    Mutant(
+        "cpu options: backward begins behind the first queries that see a key in a window",
+        "csrc/cpu/attention/bwd.cpp",
+        r"i0 = seeing\.begin / MR \* MR;",
+        r"i0 = (seeing.begin + MR - 1) / MR * MR;",
         (VARLEN, "by_hand", "cpp", "window_(33"),
     ),
     # ---- the gradient of a mask

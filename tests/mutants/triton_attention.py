@@ -1,6 +1,6 @@
 """Faults in the options and packed sequences of attention in Triton."""
 
-from .mutant import DROPOUT, OPTIONS, VARLEN, Mutant
+from .mutant import DROPOUT, OPTIONS, PARITY, VARLEN, Mutant
 
 TRITON_OPTIONS = [
     # ---- which keys a query sees
@@ -52,7 +52,7 @@ TRITON_OPTIONS = [
         "triton_kernels/attention/scores.py",
         r"small = small \* z \+ 0\.13332924246788025",
         r"small = small * z + 0.13032924246788025",
-        (OPTIONS, "each_option", "triton", "everything_else"),
+        (PARITY, "attention_softcap", "triton"),
     ),
     # ---- dropout
     Mutant(
@@ -120,7 +120,7 @@ TRITON_VARLEN = [
         "triton_kernels/attention/bwd.py",
         r"at, diagonal, rows = within_sequence\(at\), S - L, total_q(\s+o = )",
         r"at, rows = within_sequence(at), total_q\1",
-        (VARLEN, "one_key_has_exact", "triton"),
+        (VARLEN, "by_hand", "triton"),
     ),
     Mutant(
         "triton varlen: the gradient of lse is that of the first sequence",

@@ -253,6 +253,19 @@ def test_masks_in_float32_or_the_querys_dtype(L, dtype, option, compiled, device
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("option", [MASK], ids=cases.ids)
+@pytest.mark.parametrize("of", ["k", "v"])
+def test_a_nan_behind_a_floating_mask_shows_as_in_torch(of, option, compiled, device, generator, kernels_of):
+    """NaN - inf and 0 NaN are NaN: a block that such a mask hides is no more skipped than one key."""
+    L, S, past = (20, 130, 70) if is_emulated(compiled, device) else (40, 700, 300)
+    q, k, v = cast(draw_tensors(Sizes(1, 2, 2, L, S, 8, 5), generator), device, torch.float32).values()
+    mask = torch.zeros(1, 1, L, S, device=device).masked_fill(torch.arange(S, device=device) >= past, -math.inf)
+    (k if of == "k" else v)[:, :, S - 20] = math.nan
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    out, _ = canonical(kernels_of, q, k, v, mask)
+    assert want.isnan().all() and torch.equal(out.isnan(), want.isnan())
+
+
 # ------------------------------------------------------------------------------- rows with no key, rows with one
 EMPTY = {
     "bool mask": ("attn_mask", lambda L, S: {"attn_mask": torch.arange(L)[:, None].expand(L, S) % 3 != 0}),

@@ -16,7 +16,7 @@ from pygpt.functional import varlen_attn
 from tests.conftest import ON_GPU
 from tests.ops.attention_by_hand import by_hand
 
-GPU_SHARE = {"triton": 6, "cuda": 3}  # see conftest
+GPU_SHARE = {"triton": 3, "cuda": 3}  # see conftest
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -46,24 +46,25 @@ class Packed:
         return self.k if self.used is None else self.used
 
 
-CASES = [
+CASES = [  # in an order in which every third, as GPU_SHARE takes them, has all that is hard
     Packed((3, 5, 1), (4, 5, 6)),
     Packed((3, 5, 1), (4, 5, 6), window=(-1, 0)),
     Packed((9, 6, 2), (4, 6, 7), window=(-1, 0)),  # rows that see no key
-    Packed((9, 6, 2), (4, 6, 7), window=(1, 2), Hq=4),
+    Packed((), ()),
     Packed((8, 8), (8, 8), window=(0, 0)),  # rows that see one key
     Packed((7, 4), (9, 5), window=(2, -1), Hq=6, Hkv=2, E=5, Ev=7),
-    Packed((7, 4, 5), (9, 5, 8), used=(3, 0, 8), window=(-1, 0)),
+    Packed((4, 2), (4, 3), Ev=0),
     Packed((0, 3, 0, 0, 6), (2, 0, 0, 4, 6)),
     Packed((1, 1, 1), (5, 300, 37), used=(2, 257, 37), Hq=4, window=(-1, 0)),  # decoding
+    Packed((2, 3), (40, 90), window=(20, 0)),  # a window longer than any sequence of queries
     Packed((1, 70, 4, 5), (290, 70, 9, 130), window=(-1, 0)),
     Packed((130, 20), (140, 250), window=(33, 5), E=24, Ev=40),
     Packed((6,), (6,)),
-    Packed((), ()),
+    Packed((9, 6, 2), (4, 6, 7), window=(1, 2), Hq=4),
     Packed((4,), (4,), Hq=0, Hkv=0),
     Packed((4,), (4,), Hq=0, Hkv=2),
     Packed((4, 2), (4, 3), E=0),
-    Packed((4, 2), (4, 3), Ev=0),
+    Packed((7, 4, 5), (9, 5, 8), used=(3, 0, 8), window=(-1, 0)),
 ]
 
 

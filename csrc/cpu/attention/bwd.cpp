@@ -279,8 +279,8 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
   const Range<int64_t> seeing = x.visible.transposed().walk(j0, j0 + keys);
   for (int64_t i0 = seeing.begin / MR * MR; i0 < seeing.end; i0 += BR) {
     const Block block = {i0, std::min(BR, x.sequence.q_len - i0), j0, keys, x.visible};
-    const MaskEffect effect = general ? x.mask_effect(i0, block.rows, j0, keys) : MaskEffect::none;
-    if (effect == MaskEffect::hides) continue;
+    const MaskEffect effect = general ? x.mask_effect(i0, block.rows, j0, keys) : MaskEffect::changes_none;
+    if (effect == MaskEffect::hides_all) continue;
     slope_gradient += gradient_block<general>(x, of_q, of_k, block, effect, p, ds, ds_rows);
     for (int64_t e = 0; dq && e < of_q.e_panels; e++)
       for (int64_t i = 0; i < block.rows; i += MR) {
@@ -424,7 +424,7 @@ void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
   const int64_t rows = std::min<int64_t>(BR, x.sequence.q_len - i0), keys = std::min(BC, x.sequence.k_len - j0);
   if (rows <= 0 || keys <= 0) return;
   const MaskEffect effect = x.mask_effect(i0, rows, j0, keys);
-  if (effect == MaskEffect::hides) return;
+  if (effect == MaskEffect::hides_all) return;
   const Block block = {i0, rows, j0, keys, x.visible};
   const int64_t E = x.a.head_dim, Ev = x.a.v_dim, e_packs = packs_of<U>(E), v_packs = packs_of<U>(Ev);
   U *q = scratch<U>(Region::packed_q, BR * e_packs), *dout = scratch<U>(Region::packed_dout, BR * v_packs);

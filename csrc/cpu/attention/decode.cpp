@@ -121,8 +121,8 @@ void forward(const AttentionArgs& a) {
           for (int64_t i = 0; i < q_len; i++) {
             const int64_t j = std::max(j0, x.visible.begin(i)), n = std::min(j0 + BC, x.visible.end(i)) - j;
             if (n <= 0) continue;
-            const MaskEffect effect = general ? x.mask_effect(i, 1, j, n) : MaskEffect::none;
-            if (effect == MaskEffect::hides) continue;
+            const MaskEffect effect = general ? x.mask_effect(i, 1, j, n) : MaskEffect::changes_none;
+            if (effect == MaskEffect::hides_all) continue;
             T* row = states + (g * L + i) * ldr;
             dots(q + (g * L + i) * ld, K.at(j, 0), n, E, p);
             if constexpr (general) x.adjust(effect, i, 1, j, n, p, 0, nullptr, 0);
@@ -197,8 +197,8 @@ void backward(const AttentionArgs& a) {
             int64_t n = std::clamp<int64_t>(x.visible.end(i) - j, 0, keys - start);
             T *pr = p + r * BC, *dsr = ds + r * BC, *pi = pr + start, *dsi = dsr + start;
             if (i >= q_len) n = 0;
-            const MaskEffect effect = general && n > 0 ? x.mask_effect(i, 1, j, n) : MaskEffect::none;
-            if (effect == MaskEffect::hides) n = 0;
+            const MaskEffect effect = general && n > 0 ? x.mask_effect(i, 1, j, n) : MaskEffect::changes_none;
+            if (effect == MaskEffect::hides_all) n = 0;
             dots(q + r * ld, K.at(j, 0), n, E, pi);
             dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
             if constexpr (general) x.adjust(effect, i, 1, j, n, pi, 0, tanhs, 0);

@@ -48,8 +48,8 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
 
   const Range<int64_t> walk = x.visible.walk(i0, i0 + rows);
   for (int64_t j0 = walk.begin / NR * NR; j0 < walk.end; j0 += BC) {
-    const MaskEffect of_block = general ? x.mask_effect(i0, rows, j0, BC) : MaskEffect::none;
-    if (of_block == MaskEffect::hides) continue;
+    const MaskEffect of_block = general ? x.mask_effect(i0, rows, j0, BC) : MaskEffect::changes_none;
+    if (of_block == MaskEffect::hides_all) continue;
     for (int64_t first = 0; first * MR < rows; first += kTogether) {
       const int64_t end = std::min(first + kTogether, ceil_div(rows, MR));
       // The keys of the block that a strip walks over, from j0 on; they start with a panel. Neither end decreases from

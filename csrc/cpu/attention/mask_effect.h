@@ -1,5 +1,5 @@
-// What a mask does to a block of scores. Masks of padding hide or show whole blocks: the kernels skip those, or leave
-// them as they are, and only the other blocks pay for the mask.
+// What a mask does to a block of scores. A mask of padding hides or shows whole blocks. Kernels skip a hidden block and
+// leave a shown one as it is. So only the other blocks pay for the mask.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -9,27 +9,32 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
-enum class MaskEffect { hides, none, mixed };  // on all of the scores, on none of them, or neither
+// hides_all: of boolean masks alone. Behind a floating mask of -inf, a NaN in a key or value stays NaN, as in
+// PyTorch.
+enum class MaskEffect { hides_all, changes_none, mixed };  // mixed: anything else
 
-// A vector of a mask's elements, and which of them show a key, or change a score. M: of the mask, T: of the scores.
+// A vector of a mask's elements: which of them change a score, and which show a key. M is the mask's type, T the
+// scores'.
 template <class M, class T>
 struct MaskLanes {
   static constexpr int N = W<T>;
   using Flags = IVec<T>;
-  static Flags shows(const M* m) { return load(m) != -std::numeric_limits<T>::infinity(); }
+  static Flags shows(const M*) { return ~Flags{}; }
   static Flags changes(const M* m) { return load(m) != 0; }
 };
 template <class T>
 struct MaskLanes<uint8_t, T> {
   static constexpr int N = kVectorBytes;
   using Flags = typename VectorOf<int8_t, N>::type;
+  static Flags shows(const uint8_t* m) { return values(m) != 0; }
+  static Flags changes(const uint8_t* m) { return values(m) == 0; }
+
+ private:
   static Flags values(const uint8_t* m) {
     Flags v;
     std::memcpy(&v, m, N);
     return v;
   }
-  static Flags shows(const uint8_t* m) { return values(m) != 0; }
-  static Flags changes(const uint8_t* m) { return values(m) == 0; }
 };
 
 template <class Flags>
@@ -44,21 +49,21 @@ PYGPT_INLINE bool any(Flags flags) {
 template <class T, class M>
 MaskEffect mask_effect(const M* mask, int64_t rows, int64_t row_stride, int64_t n, int64_t stride) {
   using Lanes = MaskLanes<M, T>;
-  constexpr int64_t kTogether = 8;  // rows after which the answer may be known
+  constexpr int64_t N = Lanes::N, kRowsPerCheck = 8;
   typename Lanes::Flags shows = {}, changes = {};
   for (int64_t i = 0; i < rows; i++, mask += row_stride) {
-    for (int64_t j = 0; j < n; j += Lanes::N) {
-      const M* at = mask + j;
-      M gathered[Lanes::N];
-      if (stride != 1 || j + Lanes::N > n) {  // the last element fills the vector up
-        for (int64_t lane = 0; lane < Lanes::N; lane++) gathered[lane] = mask[std::min(j + lane, n - 1) * stride];
-        at = gathered;
-      }
+    for (int64_t j = 0; j < n; j += N) {
+      M gathered[N];
+      const M* at = gathered;
+      if (stride == 1 && n >= N) at = mask + std::min(j, n - N);  // the last vector may overlap the one before it
+      else
+        for (int64_t lane = 0; lane < N; lane++)  // the last element fills the vector up
+          gathered[lane] = mask[std::min(j + lane, n - 1) * stride];
       shows |= Lanes::shows(at), changes |= Lanes::changes(at);
     }
-    if (i % kTogether == 0 && any(shows) && any(changes)) return MaskEffect::mixed;
+    if (i % kRowsPerCheck == 0 && any(shows) && any(changes)) return MaskEffect::mixed;
   }
-  return !any(shows) ? MaskEffect::hides : any(changes) ? MaskEffect::mixed : MaskEffect::none;
+  return !any(shows) ? MaskEffect::hides_all : any(changes) ? MaskEffect::mixed : MaskEffect::changes_none;
 }
 
 }  // namespace PYGPT_ISA

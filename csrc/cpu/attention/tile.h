@@ -63,7 +63,7 @@ struct QueryHead {
   // What the mask does to the scores of `rows` queries from row0 on against the keys first .. first + keys - 1.
   MaskEffect mask_effect(int64_t row0, int64_t rows, int64_t first, int64_t keys) const {
     switch (a.scores.mask_type) {
-      case MaskType::none: return MaskEffect::none;
+      case MaskType::none: return MaskEffect::changes_none;
       case MaskType::boolean: return effect_of<uint8_t>(row0, rows, first, keys);
       case MaskType::storage: return effect_of<S>(row0, rows, first, keys);
       case MaskType::statistics: break;
@@ -72,8 +72,8 @@ struct QueryHead {
   }
 
   // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
-  // apart): softcap, ALiBi, the mask, of which `effect` is known, and -inf for hidden keys and those behind the last
-  // one, up to whole vectors. `tanhs` (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  // apart): softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to whole vectors.
+  // `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs` (rows ldt apart) becomes tanh(s / softcap), if it is not null.
   PYGPT_INLINE void adjust(MaskEffect effect, int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp,
                            T* tanhs, int64_t ldt) const {
     const Scores& o = a.scores;
@@ -105,7 +105,7 @@ struct QueryHead {
     };
     const auto hide = [](Vec<T> s, IVec<T> m) { return m != 0 ? s : set1(-kInf<T>); };
     const auto add = [](Vec<T> s, Vec<T> m) { return s + m; };
-    switch (effect == MaskEffect::none ? MaskType::none : o.mask_type) {
+    switch (effect == MaskEffect::changes_none ? MaskType::none : o.mask_type) {
       case MaskType::none: break;
       case MaskType::boolean: each_of_mask(uint8_t{}, hide); break;
       case MaskType::storage: each_of_mask(S{}, add); break;

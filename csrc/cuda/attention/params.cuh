@@ -82,7 +82,8 @@ struct Params {
 };
 
 // The parameters of batch entry b. Dense: those of the call. Packed: those of a dense call of sequence b alone, except
-// that heads are still counted through the batch. No other code knows where a sequence lies in the packed tensors.
+// that heads are still counted through the batch, and that a window wider than the sequence stays one: what is without
+// limit must not depend on the longest sequence. No other code knows where a sequence lies in the packed tensors.
 template <class T, Kind kind>
 __device__ __forceinline__ auto of_sequence(const Params& call, int b)
     -> std::conditional_t<kind == Kind::packed, Params, const Params&> {
@@ -145,7 +146,7 @@ Params make_params(const AttentionArgs& a) {
   constexpr int kChunk = 16 / sizeof(T), kPair = 2;
   Params p{};
   p.total_heads = static_cast<int>(a.batch * a.heads), p.group = static_cast<int>(a.group());
-  const bool packed = a.sequences.cu_seq_q;  // lengths come later; a sequence's bits depend on no other's length
+  const bool packed = a.sequences.cu_seq_q;  // of_sequence sets the lengths
   const int64_t q_len = packed ? kMaxPositions : a.sequences.q_len, k_len = packed ? kMaxPositions : a.sequences.k_len;
   p.visible = a.reach.visible<int>(q_len, k_len);
   if (p.visible.left >= q_len + k_len) p.visible.left = kUnlimited;
