@@ -303,7 +303,7 @@ def int32(*values):
         ({"query": torch.randn(6, 2, 4).double()}, TypeError, "must be equal"),
         ({"query": torch.ones(6, 2, 4).int()}, TypeError, "floating"),
         ({"query": 3}, TypeError, "query must be a Tensor"),
-        ({"scale": "1"}, TypeError, "scale must be a number, got '1'"),
+        ({"scale": "1"}, TypeError, "scale must be a number.*, got '1'"),
         ({"cu_seq_q": starts((2, 4)).long()}, TypeError, "cu_seq_q must be int32, got torch.int64"),
         ({"cu_seq_q": [0, 2, 6]}, TypeError, "cu_seq_q must be a Tensor, got list"),
         ({"cu_seq_k": None}, TypeError, "cu_seq_k must be a Tensor, got NoneType"),
