@@ -73,7 +73,8 @@ struct QueryHead {
 
   // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
   // apart): softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to whole vectors.
-  // `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs` (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  // `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs` (rows ldt
+  // apart) becomes tanh(s / softcap), if it is not null.
   PYGPT_INLINE void adjust(MaskEffect effect, int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp,
                            T* tanhs, int64_t ldt) const {
     const Scores& o = a.scores;
