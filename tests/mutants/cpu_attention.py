@@ -188,7 +188,7 @@ CPU_OPTIONS = [
         "csrc/cpu/attention/bwd.cpp",
         r"i0 = seeing\.begin / MR \* MR;",
         r"i0 = (seeing.begin + MR - 1) / MR * MR;",
-        (VARLEN, "by_hand", "cpp", "window_(33"),
+        (VARLEN, "by_hand", "cpp", "(300,)"),
     ),
     # ---- the gradient of a mask
     Mutant(

@@ -63,6 +63,7 @@ CASES = [  # in an order in which every third, as GPU_SHARE takes them, has all 
     Packed((9, 6, 2), (4, 6, 7), window=(1, 2), Hq=4),
     Packed((4,), (4,), Hq=0, Hkv=0),
     Packed((4,), (4,), Hq=0, Hkv=2),
+    Packed((300,), (300,), window=(33, 5), E=8, Ev=8),  # blocks that begin within a window
     Packed((4, 2), (4, 3), E=0),
     Packed((7, 4, 5), (9, 5, 8), used=(3, 0, 8), window=(-1, 0)),
 ]
