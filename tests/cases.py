@@ -110,7 +110,7 @@ CASES = {
     "layer_norm": NORM,
     "add_layer_norm": NORM,
     "rms_norm": NORM,
-    "add_rms_norm": NORM[::2],  # the same kernels as those of the other norms
+    "add_rms_norm": NORM[::2],  # its kernels are those of the other norms, here with a residual and without a mean
     "gelu": [
         {**case, "approximate": approximate}
         for case in (*ELEMENTS, {"M": 4099, "gain": 6.0})

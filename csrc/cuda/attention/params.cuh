@@ -82,8 +82,8 @@ struct Params {
 };
 
 // The parameters of batch entry b. Dense: those of the call. Packed: those of a dense call of sequence b alone, except
-// that heads are still counted through the batch, and that a window wider than the sequence stays one: what is without
-// limit must not depend on the longest sequence. No other code knows where a sequence lies in the packed tensors.
+// that heads are still counted through the batch, and that a window wider than the sequence keeps its width: a
+// sequence's bits must not depend on the longest one. No other code knows where a sequence lies in the packed tensors.
 template <class T, Kind kind>
 __device__ __forceinline__ auto of_sequence(const Params& call, int b)
     -> std::conditional_t<kind == Kind::packed, Params, const Params&> {
