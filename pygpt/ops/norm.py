@@ -271,11 +271,9 @@ def add_layer_norm(
     ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("add_layer_norm", input, residual, weight, bias)
-    n = (
-        0
-        if kernel is None or input.shape != residual.shape
-        else fitting_dims(input, normalized_shape, eps, weight, bias)
-    )
+    if kernel is None or input.shape != residual.shape:
+        return call("add_layer_norm", input, residual, normalized_shape, weight, bias, eps)
+    n = fitting_dims(input, normalized_shape, eps, weight, bias)
     if n == 1:
         return kernel(input, residual, weight, bias, eps)
     if n == 0:
