@@ -10,13 +10,10 @@ import pygpt
 from pygpt.functional import scaled_dot_product_attention as sdpa
 from pygpt.ops.common import dropout_factors
 from tests.ops.attention_by_hand import kept, philox
-from tests.ops.attention_cases import BY_NAME
+from tests.ops.attention_cases import BY_NAME, MARKS
 
 GPU_SHARE = {"triton": 9, "cuda": 6}  # see conftest
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:Lower right causal bias"),  # will produce NaN, says torch; ours does not
-]
+pytestmark = MARKS
 
 
 # ------------------------------------------------------------------------------- dropout's random bits

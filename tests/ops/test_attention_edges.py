@@ -14,6 +14,7 @@ from tests.ops.attention_by_hand import by_hand
 from tests.ops.attention_cases import (
     BY_NAME,
     FEATURES,
+    MARKS,
     OPTIONS,
     TYPICAL,
     Sizes,
@@ -27,10 +28,7 @@ from tests.ops.attention_cases import (
 )
 
 GPU_SHARE = {"triton": 9, "cuda": 6}  # see conftest
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:Lower right causal bias"),  # will produce NaN, says torch; ours does not
-]
+pytestmark = MARKS
 
 
 # ------------------------------------------------------------------------------- derivatives, transforms, graphs

@@ -18,6 +18,7 @@ from tests.ops.attention_by_hand import by_hand
 from tests.ops.attention_cases import (
     BY_NAME,
     DTYPES,
+    MARKS,
     OPTIONS,
     TYPICAL,
     Sizes,
@@ -37,10 +38,7 @@ from tests.ops.attention_cases import (
 )
 
 GPU_SHARE = {"triton": 6, "cuda": 6}  # see conftest
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:Lower right causal bias"),  # will produce NaN, says torch; ours does not
-]
+pytestmark = MARKS
 
 
 # ------------------------------------------------------------------------------- each option alone
