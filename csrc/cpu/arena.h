@@ -22,8 +22,9 @@ enum class Region {
   packed_a, packed_b, partial_tiles, b_panel, sums, bias_gradient,
   // attention; packed_*_t holds an operand of a product that sums over its rows
   packed_q, packed_q_t, packed_k, packed_k_t, packed_v, packed_dout, packed_dout_t,
-  scores, output_tiles, row_statistics, p_block, ds_block, ds_rows, dq_tiles, dk_tiles, dv_tiles, dq_partials,
-  dropout_factors, mask_gradient, slope_gradients, decode_rows, decode_scores, decode_partials,
+  scores, output_tiles, row_statistics, p_block, ds_block, ds_rows, dq_tiles, dq_begun, dk_tiles, dv_tiles,
+  dq_partials, dq_partials_begun, dropout_factors, mask_gradient, slope_gradients, decode_rows, decode_scores,
+  decode_partials,
   // norm
   weight, bias, summed_row, parameter_gradients, parameter_gradient_partials,
   count,

@@ -264,11 +264,65 @@ struct KeyGradients {
   Tile<Packed<S>>*dk, *dv;
 };
 
-// Adds what one query head makes of the BC keys from j0 on: to dk and dv, and its share of dq, which is tiles of the
-// whole head and not yet scaled. Returns what gradient_block does.
+// A sum of dq over some key blocks, as rows of tiles of a whole head, not yet scaled. A row that no block has added to
+// is 0 without being in memory: with a window, a block adds to few of them. Without `tiles`, dq is not wanted.
+template <class U>
+struct QueryGradient {
+  Tile<U>* tiles = nullptr;
+  uint8_t* begun = nullptr;  // whether a row of tiles is in memory
+  int64_t rows = 0, panels = 0;
+
+  void clear() { std::fill_n(begun, rows, 0); }
+  // Row i, in memory.
+  Tile<U>* row(int64_t i) {
+    Tile<U>* const at = tiles + i * panels;
+    if (!begun[i]) std::fill_n(at, panels, Tile<U>{});
+    begun[i] = 1;
+    return at;
+  }
+  void add(const QueryGradient& other) {
+    for (int64_t i = 0; i < rows; i++) {
+      if (!other.begun[i]) continue;
+      const Tile<U>* from = other.tiles + i * panels;
+      if (!begun[i]) std::copy_n(from, panels, tiles + i * panels);
+      else
+        for (int64_t p = 0; p < panels; p++) PYGPT_ISA::add(tiles[i * panels + p], from[p]);
+      begun[i] = 1;
+    }
+  }
+};
+
+// Memory for n of them, side by side; none if dq is not wanted.
+template <class U>
+struct QueryGradients {
+  int64_t most_rows, panels;
+  Tile<U>* tiles = nullptr;
+  uint8_t* begun = nullptr;
+
+  void allocate(Region of_tiles, Region of_begun, int64_t n) {
+    tiles = scratch<Tile<U>>(of_tiles, n * most_rows * panels);
+    begun = scratch<uint8_t>(of_begun, n * most_rows);
+  }
+  // Number n, with as many rows of tiles as the head's queries fill.
+  template <class S>
+  QueryGradient<U> at(int64_t n, const QueryHead<S>& x) const {
+    if (!tiles) return {};
+    const int64_t row = n * most_rows;
+    return {tiles + row * panels, begun + row, ceil_div(x.sequence.q_len, Tiling<U>::MR), panels};
+  }
+};
+
+template <class S>
+void store_dq(const QueryHead<S>& x, QueryGradient<Packed<S>> dq) {
+  for (int64_t i = 0; i < dq.rows; i++) dq.row(i);
+  store_tiles<S>(x.queries(x.a.dq), 0, x.sequence.q_len, x.a.head_dim, dq.tiles, Acc<S>(x.a.scores.scale));
+}
+
+// Adds what one query head makes of the BC keys from j0 on: to dk and dv, and its share of dq. Returns what
+// gradient_block does.
 template <bool general, class S>
 double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const PackedKeys<S>& of_k, int64_t j0,
-                     KeyGradients<S> sums, Tile<Packed<S>>* dq) {
+                     KeyGradients<S> sums, QueryGradient<Packed<S>> dq) {
   using U = Packed<S>;
   constexpr int64_t d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>;
   constexpr int64_t kStep = PackElement<U>::kTileK * d;
@@ -282,14 +336,14 @@ double backward_tile(const QueryHead<S>& x, const PackedQueries<S>& of_q, const 
     const MaskEffect effect = general ? x.mask_effect(i0, block.rows, j0, keys) : MaskEffect::changes_none;
     if (effect == MaskEffect::hides_all) continue;
     slope_gradient += gradient_block<general>(x, of_q, of_k, block, effect, p, ds, ds_rows);
-    for (int64_t e = 0; dq && e < of_q.e_panels; e++)
+    for (int64_t e = 0; dq.tiles && e < of_q.e_panels; e++)
       for (int64_t i = 0; i < block.rows; i += MR) {
         const Range<int64_t> seen = block.keys_seen_by(i, MR);
         const int64_t start = seen.begin / kStep * kStep;
         if (seen.size() == 0) continue;
         add_product<kScoreGradStride<U>, PackElement<U>::kTileK>(
-            dq[(i0 + i) / MR * of_q.e_panels + e], packs_of<U>(seen.end - start),
-            ds_rows + i * kScoreGradStride<U> + start / d, of_k.kt + (e * of_k.k_packs + (j0 + start) / d) * NR, NR);
+            dq.row((i0 + i) / MR)[e], packs_of<U>(seen.end - start), ds_rows + i * kScoreGradStride<U> + start / d,
+            of_k.kt + (e * of_k.k_packs + (j0 + start) / d) * NR, NR);
       }
     if (sums.dv) add_transposed_product(sums.dv, p, of_q.dout_t, of_q.l_packs, of_q.v_panels, block);
     if (sums.dk) add_transposed_product(sums.dk, ds, of_q.qt, of_q.l_packs, of_q.e_panels, block);
@@ -316,22 +370,20 @@ struct HeadTask {
   double* slope_gradients;  // of each part, or null
   int64_t at = 0;  // the place of the next block in `kept`
 
-  // dq = sum(part, step). `spare` has the length of dq for each further level of the tree. Both are null if dq is not
-  // wanted.
-  void sum(int64_t part, int64_t step, Tile<U>* dq, Tile<U>* spare) {
-    if (step == kParts) return add_part(part, dq);
-    const int64_t tiles = dq ? ceil_div(x.sequence.q_len, Tiling<U>::MR) * of_q.e_panels : 0;
-    sum(part, 2 * step, dq, spare);
+  // levels[0] = sum(part, step). The others are memory, one for each further level of the tree.
+  void sum(int64_t part, int64_t step, QueryGradient<U>* levels) {
+    if (step == kParts) return add_part(part, levels[0]);
+    sum(part, 2 * step, levels);
     if ((part + step) * BC >= x.sequence.k_len) return;
-    sum(part + step, 2 * step, spare, spare + tiles);
-    for (int64_t t = 0; t < tiles; t++) add(dq[t], spare[t]);
+    sum(part + step, 2 * step, levels + 1);
+    levels[0].add(levels[1]);
   }
 
  private:
-  void add_part(int64_t part, Tile<U>* dq) {
+  void add_part(int64_t part, QueryGradient<U> dq) {
     const AttentionArgs& a = x.a;
     const bool first = x.h % a.group() == 0, last = (x.h + 1) % a.group() == 0;
-    if (dq) std::fill(dq, dq + ceil_div(x.sequence.q_len, Tiling<U>::MR) * of_q.e_panels, Tile<U>{});
+    dq.clear();
     double slope_gradient = 0;
     for (int64_t j0 = part * BC; j0 < x.sequence.k_len; j0 += kParts * BC, at += a.group() > 1) {
       const int64_t keys = std::min(BC, x.sequence.k_len - j0);
@@ -366,11 +418,11 @@ void backward(const AttentionArgs& a) {
   constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR, kLevels = 3;  // 2^kLevels = kParts
   const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), blocks = ceil_div(a.sequences.k_len, BC);
   const int64_t e_panels = ceil_div(a.head_dim, NR), v_panels = ceil_div(a.v_dim, NR);
-  const int64_t dq_tiles = ceil_div(a.sequences.q_len, MR) * e_panels, tasks = tasks_of_head(kv_heads, blocks);
-  const T scale = T(a.scores.scale);
+  const int64_t tasks = tasks_of_head(kv_heads, blocks);
   // Task t of a head forms sum(t, tasks) of dq. If there are several, they leave their sums in memory.
   const bool partial = tasks > 1 && a.dq.data;
-  Tile<U>* partials = partial ? scratch<Tile<U>>(Region::dq_partials, a.batch * a.heads * tasks * dq_tiles) : nullptr;
+  QueryGradients<U> partials = {ceil_div(a.sequences.q_len, MR), e_panels};
+  if (partial) partials.allocate(Region::dq_partials, Region::dq_partials_begun, a.batch * a.heads * tasks);
   const int64_t slope_parts = a.dslopes ? a.batch * a.heads * kParts : 0;
   double* slope_gradients = a.dslopes ? scratch<double>(Region::slope_gradients, slope_parts) : nullptr;
   std::fill_n(slope_gradients, slope_parts, 0.0);
@@ -386,30 +438,32 @@ void backward(const AttentionArgs& a) {
       const PackedKeys<S> of_k(first_head);
       const KeyGradients<S> sums = {a.dk.data ? scratch<Tile<U>>(Region::dk_tiles, kept * dk_tiles) : nullptr,
                                     a.dv.data ? scratch<Tile<U>>(Region::dv_tiles, kept * dv_tiles) : nullptr};
-      Tile<U>* spare = a.dq.data ? scratch<Tile<U>>(Region::dq_tiles, (1 + kLevels) * dq_tiles) : nullptr;
+      QueryGradients<U> sums_of_dq = {partials.most_rows, e_panels};
+      if (a.dq.data) sums_of_dq.allocate(Region::dq_tiles, Region::dq_begun, 1 + kLevels);
       for (int64_t h = first; h < first + group; h++) {
         const QueryHead<S> x(first_head, h);
         const int64_t head = b * a.heads + h;
         const PackedQueries<S> of_q(x);
         HeadTask<general, S> head_task = {
             x, of_q, of_k, sums, dk_tiles, dv_tiles, slope_gradients ? slope_gradients + head * kParts : nullptr};
-        Tile<U>* dq = partials ? partials + (head * tasks + task) * dq_tiles : spare;
-        head_task.sum(task, tasks, dq, spare ? spare + dq_tiles : nullptr);
-        if (dq && !partials) store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
+        QueryGradient<U> levels[1 + kLevels];
+        for (int64_t level = 0; level <= kLevels; level++) levels[level] = sums_of_dq.at(level, x);
+        if (partial) levels[0] = partials.at(head * tasks + task, x);
+        head_task.sum(task, tasks, levels);
+        if (a.dq.data && !partial) store_dq(x, levels[0]);
       }
     }
   }, group * a.sequences.q_len * ceil_div(a.sequences.k_len, tasks) * (a.head_dim + a.v_dim));
-  if (partials)
+  if (partial)
     parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; n++) {
         const QueryHead<S> x(a, n / a.heads, n % a.heads);
         if (is_decode(x)) continue;
-        Tile<U>* dq = partials + n * tasks * dq_tiles;
-        const int64_t own_tiles = ceil_div(x.sequence.q_len, MR) * e_panels;
+        const auto part_of = [&](int64_t part) { return partials.at(n * tasks + part, x); };
         for (int64_t step = tasks / 2; step > 0; step /= 2)
           for (int64_t part = 0; part < step && (part + step) * BC < x.sequence.k_len; part++)
-            for (int64_t t = 0; t < own_tiles; t++) add(dq[part * dq_tiles + t], dq[(part + step) * dq_tiles + t]);
-        store_tiles<S>(x.queries(a.dq), 0, x.sequence.q_len, a.head_dim, dq, scale);
+            part_of(part).add(part_of(part + step));
+        store_dq(x, part_of(0));
       }
     });
   if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, kParts);
