@@ -276,7 +276,11 @@ template <class S, class T = Acc<S>>
 T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
   Vec<T> total[2] = {};
   if (a.cs == 1 && b.cs == 1) {
-    for (int64_t j = 0; j < n; j += W<T>) total[j / W<T> % 2] += load(a.data + j, n - j) * load(b.data + j, n - j);
+    const auto product = [&](int64_t j) { return load(a.data + j, n - j) * load(b.data + j, n - j); };
+    for (int64_t j = 0; j < n; j += 2 * W<T>) {
+      total[0] += product(j);
+      if (j + W<T> < n) total[1] += product(j + W<T>);
+    }
     return hsum<T>(total[0] + total[1]);
   }
   double slow = 0;
