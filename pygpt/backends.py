@@ -264,7 +264,8 @@ def _fill():
     def limits(serves: Any, max_head_dim: int | None) -> dict:
         """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
-        return {"ops": names, "features": {"attention": ATTENTION_FEATURES}, "max_head_dim": max_head_dim}
+        features = dict.fromkeys(("attention", "qkv_attention"), ATTENTION_FEATURES)
+        return {"ops": names, "features": features, "max_head_dim": max_head_dim}
 
     of_cpp = limits(cpp and (lambda name: has_kernel(f"pygpt::{name}", "CPU")), _head_dim("pygpt._C"))
     of_cuda = limits(cuda and (lambda name: has_kernel(f"pygpt::{name}", "CUDA")), _head_dim("pygpt._cuda"))

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional, reference
+from . import dispatch, functional, reference
 from .dispatch import dispatches_for_itself
+from .ops.qkv_attention import as_heads
 
 
 @fx.wrap  # symbolic_trace records the call itself: while tracing, an omitted residual is a Proxy and not None
@@ -222,7 +223,8 @@ def _masking(T: int, S: int, window: int | None, device: torch.device) -> dict:
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
 
-    c_attn projects to queries, keys and values side by side. The heads are views of its output, so nothing is copied.
+    c_attn projects to queries, keys and values side by side. Attention reads the heads there and writes their gradient
+    there, so nothing is copied.
     ``num_kv_heads`` below num_heads shares each key and value head among num_heads / num_kv_heads queries (GQA; Ainslie
     et al. 2023). ``dropout`` acts on the attention weights and on the output. With ``window``, a position attends to
     itself and that many positions before it (Beltagy et al. 2020); Mistral's sliding_window counts itself, too. Head
@@ -273,17 +275,22 @@ class CausalSelfAttention(nn.Module):
         C = self.num_heads * self.head_dim
         if x.dim() != 3 or x.shape[2] != C:
             raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")
-        (B, T, _), D, kv_width = x.shape, self.head_dim, self.num_kv_heads * self.head_dim
-        widths = (C, kv_width, kv_width) if cache is None else (C, 2 * kv_width)
-        q, *kv = (t.view(B, T, t.shape[2] // D, D).transpose(1, 2) for t in self.c_attn(x).split(widths, dim=2))
-        k, v = kv if cache is None else cache.append(kv[0]).chunk(2, dim=1)
-        y = functional.scaled_dot_product_attention(
-            q, k, v,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-            **_masking(T, k.shape[2], self.window, x.device),
-        )  # fmt: skip
-        return _dropout(self.dropout, self.c_proj(y.transpose(1, 2).flatten(2)))
+        T, dropout_p = x.shape[1], self.dropout.p if self.training else 0.0
+        qkv = self.c_attn(x)
+        if cache is None and self.head_dim <= dispatch.fast_head_dim and type(qkv) not in dispatch.SHARDED:
+            masking = _masking(T, T, self.window, x.device)
+            y = functional.qkv_attention(qkv, self.num_heads, self.num_kv_heads, dropout_p, **masking)
+        else:
+            q, kv = (as_heads(t, t.shape[2] // self.head_dim) for t in qkv.split((C, qkv.shape[2] - C), dim=2))
+            k, v = (kv if cache is None else cache.append(kv)).chunk(2, dim=1)
+            heads = functional.scaled_dot_product_attention(
+                q, k, v,
+                dropout_p=dropout_p,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+                **_masking(T, k.shape[2], self.window, x.device),
+            )  # fmt: skip
+            y = heads.transpose(1, 2).flatten(2)
+        return _dropout(self.dropout, self.c_proj(y))
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"

@@ -100,6 +100,13 @@ CASES = {
     "attention_mask": [{"B": 1, "L": 33, "S": 35, "E": 16, "mask": mask} for mask in ("bool", "float")],
     "attention": ATTENTION[::7],  # the same kernels as attention_lse's, which have one gradient less to read
     "attention_lse": ATTENTION,
+    "qkv_attention": [
+        {"B": 1, "H": 1, "L": 1, "E": 24, "causal": 0},
+        {"B": 2, "H": 3, "L": 65, "E": 8, "causal": 0},
+        {"B": 1, "H": 2, "group": 3, "L": 70, "E": 40, "left": 20},
+        {"B": 2, "H": 1, "group": 2, "L": 33, "E": 64, "dropout": 0.2},
+        *({"B": 2, "H": 2, "group": 2, "L": 5, "E": 8, key: 0} for key in ("B", "L", "E")),
+    ],
     "varlen_attn": [
         {"N": 3, "L": 33, "E": 16, "Ev": 24, "right": 0},
         {"N": 3, "L": 20, "S": 65, "E": 24, "left": 30, "used": 1},
@@ -134,6 +141,7 @@ SLOW = {
 TYPICAL = {
     "attention": {"B": 2, "H": 2, "L": 70, "S": 85, "E": 24, "Ev": 40, "causal": 1},
     "attention_lse": {"B": 2, "H": 2, "L": 85, "S": 70, "E": 40, "Ev": 24, "causal": 0},
+    "qkv_attention": {"B": 2, "H": 1, "group": 2, "L": 85, "E": 40, "causal": 1},
     "varlen_attn": {"N": 3, "H": 1, "group": 2, "L": 70, "S": 85, "E": 24, "Ev": 40, "right": 0},
     "linear": {"M": (5, 13), "K": 33, "N": 47},
     "mlp": {"M": (5, 13), "C": 33, "H": 70, "O": 19},
@@ -154,6 +162,7 @@ FEW = {
 EVEN = {
     "attention": {"B": 2, "H": 2, "L": 24, "S": 40, "E": 16, "Ev": 24, "causal": 1},
     "attention_lse": {"B": 1, "H": 3, "L": 40, "S": 24, "E": 24, "Ev": 16, "causal": 0},
+    "qkv_attention": {"B": 2, "H": 1, "group": 2, "L": 40, "E": 24},
     "linear": {"M": (2, 20), "K": 32, "N": 24},
     "mlp": {"M": (2, 20), "C": 24, "H": 48, "O": 16},
     "layer_norm": {"M": (5, 3), "N": 64},
@@ -172,6 +181,7 @@ EVEN_FEW = {
 TINY = {
     "attention": {"B": 1, "H": 2, "L": 3, "S": 4, "E": 3, "Ev": 2, "causal": 1},
     "attention_lse": {"B": 1, "H": 2, "L": 4, "S": 3, "E": 2, "Ev": 3, "causal": 0},
+    "qkv_attention": {"B": 1, "H": 1, "group": 2, "L": 4, "E": 3},
     "varlen_attn": {"N": 2, "H": 1, "group": 2, "L": 3, "S": 4, "E": 3, "Ev": 2, "right": 0},
     "linear": {"M": (2, 2), "K": 3, "N": 2},
     "mlp": {"M": (2, 2), "C": 3, "H": 4, "O": 2},
@@ -273,6 +283,7 @@ def kernel_calls(op, args, grads, k):
     backward = {
         "attention": lambda q, kk, v, *rest: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, *rest),
         "varlen_attn": lambda q, kk, v, *packing: (*grads, q, kk, v, *saved, *packing),
+        "qkv_attention": lambda qkv, *rest: (dy, qkv, *saved, *rest),
         "linear": lambda x, w, b: (dy, x, w),
         "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
@@ -282,7 +293,7 @@ def kernel_calls(op, args, grads, k):
         "gelu": lambda x, approximate: (dy, x, approximate),
         "relu": lambda x: (dy, *saved),
     }[op](*args)
-    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "rms_norm": 2, "add_rms_norm": 2}.get(op, 3)
+    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2}.get(op, 3)
     after_needs = args[{"attention": 5, "varlen_attn": 3}.get(op, len(args)) :]
     if op == "attention" and after_needs:
         needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]

@@ -11,6 +11,7 @@ import torch.nn.functional as TF
 
 from pygpt import functional as F
 from pygpt.ops.common import lead
+from pygpt.ops.qkv_attention import split_heads
 from pygpt.ops.varlen_attn import unequal_lengths, varlen_attn_composite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +76,9 @@ def case(setup: Callable, *args, standard: tuple = ()) -> Case:
         case "attention_gqa":
             kind = "causal" if d["causal"] else "full"
             shape = f"B{d['B']} H{d['H'] * d['group']}/{d['H']} L{d['L']} S{d['S']} D{d['E']} {kind}"
+        case "qkv_attention":
+            kind = "causal" if d["causal"] else "full"
+            shape = f"B{d['B']} H{d['H'] * d['group']}/{d['H']} T{d['L']} D{d['E']} {kind}"
         case "varlen_attn":
             heads = f"H{d['H'] * d['group']}/{d['H']}"
             shape = f"N{d['N']} {heads} T{d['L']} D{d['E']} causal"
@@ -133,6 +137,20 @@ def attention_gqa(make, B, H, group, L, S, E, causal):
     flops = attention(make, B, H * group, L, S, E, causal).amount
     call = lambda f: lambda q, k, v: f.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return Work(call(F), call(TF), tensors, flops)
+
+
+def qkv_attention(make, B, H, group, L, E, causal):
+    """Attention of one tensor of queries, keys and values. PyTorch splits it, and its gradient is copied together."""
+    heads = H * group
+    flops = attention(make, B, heads, L, L, E, causal).amount
+
+    def eager(qkv):
+        q, k, v = split_heads(qkv, heads, H)
+        out = TF.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=group > 1)
+        return out.transpose(1, 2).reshape(B, L, heads * E)
+
+    ours = lambda qkv: F.qkv_attention(qkv, heads, H, is_causal=causal)
+    return Work(ours, eager, (make(B, L, (heads + 2 * H) * E),), flops)
 
 
 def varlen_attn(make, N, H, group, L, S, E):
@@ -237,6 +255,7 @@ CPU = [
     *(case(attention_mask, 4, 12, 512, 512, 64, padding) for padding in (0, 50)),
     case(attention_gqa, 1, 4, 4, 1024, 1024, 64, True),
     case(attention_gqa, 1, 4, 4, 1, 4096, 64, False),
+    case(qkv_attention, 1, 12, 1, 1024, 64, True),
     case(varlen_attn, 8, 12, 1, 512, 512, 64),
     case(linear, 4096, 768, 3072, standard=ALL),
     case(linear, 4096, 3072, 768, standard=ALL),

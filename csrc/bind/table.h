@@ -4,9 +4,11 @@
 #include "attention.h"
 #include "mlp.h"
 #include "norm.h"
+#include "qkv_attention.h"
 #include "varlen_attn.h"
 
-#define PYGPT_OPS(X, device)       \
-  PYGPT_ATTENTION_OPS(X, device)   \
-  PYGPT_VARLEN_ATTN_OPS(X, device) \
+#define PYGPT_OPS(X, device)         \
+  PYGPT_ATTENTION_OPS(X, device)     \
+  PYGPT_QKV_ATTENTION_OPS(X, device) \
+  PYGPT_VARLEN_ATTN_OPS(X, device)   \
   PYGPT_MLP_OPS(X, device) PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device)

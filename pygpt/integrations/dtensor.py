@@ -60,6 +60,8 @@ RULES = {
         "0 0 0 0 0 0 0 -> 0 0 0 R R R",
         "1 1 1 1 1 1 1 -> 1 1 1 R R R",
     ],
+    "qkv_attention_fwd": ["0 -> 0 0"],  # qkv -> out, lse; by batch
+    "qkv_attention_bwd": ["0 0 0 0 -> 0"],  # dout, qkv, out, lse -> dqkv
     "varlen_attn_fwd": ["1 1 1 R R R -> 1 0"],  # q, k, v, cu_seq_q, cu_seq_k, seqused_k -> out, lse; by heads
     # dout, dlse, q, k, v, out, lse, needs, cu_seq_q, cu_seq_k, seqused_k -> dq, dk, dv
     "varlen_attn_bwd": ["1 0 1 1 1 1 0 - R R R -> 1 1 1"],

@@ -66,8 +66,7 @@ def prepare(
     left, right = (-1, -1) if window is None else checked_window(_OP, "window", window)
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap must be finite and not negative, got {softcap}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{_OP}: dropout_p must be in [0, 1], got {dropout_p}")
+    dropout_p = checked_dropout(_OP, dropout_p)
     if dropout_p and type(query) not in dispatch.SHARDED:
         torch_call = None  # whose random bits are others
     mask = None if attn_mask is None else _canonical_mask(attn_mask, q, leading, (B, Hq, L, S))
@@ -82,7 +81,7 @@ def prepare(
     features = {name for name, used in in_use.items() if used}
     args: tuple = (q, k, v, bool(is_causal), scale)
     if features:
-        args += (mask, slopes, sink, None, float(dropout_p), float(softcap), left, right, lower_right)
+        args += (mask, slopes, sink, None, dropout_p, float(softcap), left, right, lower_right)
     features |= {"enable_gqa"} if Hq != k.shape[1] else set()
     features |= {"return_lse"} if return_lse else set()
     heads = leading if query.dim() == key.dim() == value.dim() == 2 else (*leading, Hq)
@@ -212,6 +211,12 @@ def checked_scale(op: str, scale, E: int) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise TypeError(f"{op}: scale must be a number that a float holds, got {scale!r}")
+
+
+def checked_dropout(op: str, p) -> float:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {p}")
+    return float(p)
 
 
 def checked_window(op: str, name: str, window) -> tuple[int, int]:

@@ -230,6 +230,8 @@ def test_what_is_no_tensor_is_named(op, backend):
     if op == "varlen_attn":
         cu = torch.tensor([0, 1], dtype=torch.int32)
         x, others, kinds["cu_seq_k"] = x[None], {"max_q": 1, "max_k": 1}, torch.Tensor  # no None without block_table
+    if op == "qkv_attention":
+        x, others = torch.randn(1, 1, 1, 8, 9), {"num_heads": 1}
     good = {**others, **{n: None if kind != torch.Tensor else x[0, 0] for n, kind in kinds.items()}}
     good |= {n: cu for n in good if n.startswith("cu_seq")}
     with pygpt.backend(backend):

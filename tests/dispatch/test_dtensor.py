@@ -35,6 +35,7 @@ DIMS = {
     "linear": {"M": (3, 5), "K": 7, "N": 9, "bias": 1},
     "mlp": {"M": (3, 5), "C": 7, "H": 11, "O": 4, "bias": 1, "activation": "gelu"},
     "attention": {"B": 3, "H": 5, "L": 6, "S": 7, "E": 8, "Ev": 4, "causal": 1},
+    "qkv_attention": {"B": 3, "H": 5, "group": 1, "L": 6, "E": 8, "causal": 1, "left": 3, "dropout": 0.0},
     "varlen_attn": {"N": 3, "H": 5, "group": 1, "L": 6, "S": 7, "E": 8, "Ev": 4, "left": -1, "right": 0, "used": 1},
     "layer_norm": {"M": (3, 5), "N": 7, "affine": 1, "mean": 0.0},
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
@@ -58,6 +59,7 @@ def call(name, args):
 
 SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "attention": ("out", "lse"),
+    "qkv_attention": ("out", "lse"),
     "varlen_attn": ("out", "lse"),
     "mlp": ("y", "hidden", "pre"),
     "layer_norm": ("y", "mean", "rstd"),
@@ -126,7 +128,7 @@ def placements(name, args):
 def test_each_rule_gives_the_whole(name):
     args = arguments(name)
     found = placements(name, args)
-    sharded = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}, "varlen_attn": {1}}
+    sharded = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}, "varlen_attn": {1}, "qkv_attention": {0}}
     dims = sharded.get(name[:-4], {0, 1})  # at least these can be sharded in the first
     assert dims <= {of_args[0].dim for _, of_args in found if of_args[0].is_shard()}
     for (of_results, of_args), ranks in product(found, (2, 3)):

@@ -129,7 +129,7 @@ class Count(TorchDispatchMode):
 
 
 def keep_attention(ctx, op, *args, **kwargs):
-    kept = op is torch.ops.pygpt.attention_fwd.default
+    kept = op is torch.ops.pygpt.qkv_attention_fwd.default
     return ckpt.CheckpointPolicy.MUST_SAVE if kept else ckpt.CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -159,7 +159,7 @@ def test_checkpoint(form):
         forward = block.forward
         block.forward = lambda *args, forward=forward: ckpt.checkpoint(forward, *args, **options)
     recomputed = model(idx, targets)[1]
-    with Count(torch.ops.pygpt.attention_fwd.default) as count:
+    with Count(torch.ops.pygpt.qkv_attention_fwd.default) as count:
         recomputed.backward()
     assert torch.equal(recomputed, loss) and count.calls == again
     torch.testing.assert_close(gradients(model), want, rtol=0, atol=0)

@@ -45,6 +45,7 @@ def test_same_bits_and_layout_as_dispatched(layout, op, dims, dtype, generator):
         some = as_list(getattr(PLAIN, f"{name}_results")(*arguments))
         for_backward = {
             "attention_fwd": 1,
+            "qkv_attention_fwd": 1,
             "rms_norm_fwd": 1,
             "add_rms_norm_fwd": 1,
             "mlp_fwd": 2,

@@ -116,7 +116,7 @@ def spoil(t):
 
 
 FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # right where a tensor stands alone
-ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE}
+ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE, ("qkv_attention_fwd", 0): {"another dtype"}}
 ALLOWED |= {(f"{op}_fwd", 0): {"one more dimension"} for op in ("linear", "mlp", "layer_norm", "rms_norm")}
 
 

@@ -27,7 +27,9 @@ def test_the_recipe_is_short():
 def test_every_op_is_in_the_recipes_files(op):
     """By its own name, or where a kernel serves a whole family by the family's."""
     family = Path(inspect.getsourcefile(OPS[op].fwd)).stem
-    family = {"varlen_attn": "attention"}.get(family, family)  # attention's kernels serve it
+    family = {"qkv_attention": "attention", "varlen_attn": "attention"}.get(
+        family, family
+    )  # attention's kernels serve it
     for name in recipe():
         path = ROOT / name.replace("<family>", family)
         files = [path] if path.is_file() else path.with_suffix("").iterdir()  # a large family has a folder

@@ -332,7 +332,7 @@ def public_calls():
         "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b),
         "add_layer_norm": (x, x, (8,), b, b), "add_rms_norm": (x, x, (8,), b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
-        "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
+        "qkv_attention": (x[None], 2, 1), "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pygpt import functional, verify
 LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of anything
     "attention": {"B": 2, "H": 3, "L": 333, "S": 270, "E": 40, "Ev": 72, "causal": 1},
     "attention_lse": {"B": 1, "H": 1, "L": 600, "S": 700, "E": 64, "causal": 0},
+    "qkv_attention": {"B": 2, "H": 1, "group": 3, "L": 333, "E": 40},
     "varlen_attn": {"N": 5, "H": 1, "group": 3, "L": 300, "S": 410, "E": 40, "right": 0},
     "linear": {"M": 301, "K": 333, "N": 259},
     "mlp": {"M": 301, "C": 100, "H": 413, "O": 99},

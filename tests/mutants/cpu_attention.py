@@ -1,6 +1,6 @@
 """Faults in the options and packed sequences of attention on a CPU."""
 
-from .mutant import DROPOUT, OPTIONS, VARLEN, Mutant
+from .mutant import DROPOUT, OPTIONS, QKV, VARLEN, Mutant
 
 # Attention's options. "1x4x1x21x35" has tiles, "2x4x2x6x4" two heads of keys, "2x4x4x4x6" is decoding.
 TILES, GROUPS, DECODING = "1x4x1x21x35", "2x4x2x6x4", "2x4x4x4x6"
@@ -285,5 +285,20 @@ CPU_VARLEN = [
         r"valid = valid && first_row\[b\] <= first_row\[b \+ 1\];",
         r"",
         (VARLEN, "rows_are_checked", "cpp"),
+    ),
+    # ---- one tensor of queries, keys and values
+    Mutant(
+        "cpu qkv: the values are the keys",
+        "csrc/bind/qkv_attention.h",
+        r"v\(t, heads \+ kv_heads, kv_heads, E\)",
+        r"v(t, heads, kv_heads, E)",
+        (QKV, "attention_of_the_heads", "cpp"),
+    ),
+    Mutant(
+        "cpu qkv: a head begins where the first one does, in bytes",
+        "csrc/bind/qkv_attention.h",
+        r"\* t\.strides\[2\] \* int64_t\(bytes_of\(t\.type\)\)",
+        r"* t.strides[2]",
+        (QKV, "attention_of_the_heads", "cpp"),
     ),
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 MEMORY, KERNELS, TRITON_TESTS = (f"tests/kernels/test_{name}.py" for name in ("memory", "kernels", "triton"))
 PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
 OPTIONS, DROPOUT, EDGES = (f"tests/ops/test_attention_{name}.py" for name in ("options", "dropout", "edges"))
-VARLEN = "tests/ops/test_varlen_attn.py"
+QKV, VARLEN = "tests/ops/test_qkv_attention.py", "tests/ops/test_varlen_attn.py"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Faults in the options and packed sequences of attention in Triton."""
 
-from .mutant import DROPOUT, OPTIONS, PARITY, VARLEN, Mutant
+from .mutant import DROPOUT, OPTIONS, PARITY, QKV, VARLEN, Mutant
 
 TRITON_OPTIONS = [
     # ---- which keys a query sees
@@ -142,5 +142,12 @@ TRITON_VARLEN = [
         r"diagonal, unlimited = 0, MAX_PACKED_LENGTH",
         r"diagonal, unlimited = 0, L",
         (VARLEN, "by_hand", "triton"),
+    ),
+    Mutant(
+        "triton qkv: a gradient's rows are as dense as if it stood alone",
+        "triton_kernels/attention/__init__.py",
+        r", row_heads=heads \+ 2 \* kv_heads\)",
+        r")",
+        (QKV, "attention_of_the_heads", "triton"),
     ),
 ]

@@ -60,6 +60,7 @@ import torch
 import triton
 
 from pygpt.ops.attention import Options, strides_like_query
+from pygpt.ops.qkv_attention import as_heads, split_heads
 from pygpt.ops.varlen_attn import Packing
 
 from ..common import Tiled, contiguous, empty, empty_strided, launch, target, tileable
@@ -253,14 +254,16 @@ def _mask_gradient(call: _Call, scale, stats, mask):
     return dmask
 
 
-def _backward(call: _Call, scale: float, stats, dq, dk, dv, slope_rows=None):
-    """Fills those that are not None."""
+def _backward(call: _Call, scale: float, stats, dq, dk, dv, slope_rows=None, row_heads: int = 0):
+    """Fills those that are not None. A row of memory of dq, dk and dv has row_heads heads, by default their own."""
     apart = call.bucket[1] >= (GENERAL_WIDE if call.general else WIDE)
     for outputs in ((dk, None), (None, dv)) if apart else ((dk, dv),):
         if any(g is not None for g in outputs):
-            call.launch(BACKWARD_KEYS, outputs, scale, stats=stats, more=call.sequences)
+            more = *call.sequences, row_heads or call.kv_heads
+            call.launch(BACKWARD_KEYS, outputs, scale, stats=stats, more=more)
     if dq is not None or slope_rows is not None:
-        call.launch(BACKWARD_QUERIES, (dq, slope_rows), scale, stats=stats, more=call.sequences)
+        more = *call.sequences, row_heads or call.H
+        call.launch(BACKWARD_QUERIES, (dq, slope_rows), scale, stats=stats, more=more)
 
 
 def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *options):
@@ -280,6 +283,29 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, is_causal, scale, needs, *optio
     dslopes = None if slope_rows is None else slope_rows.sum(-1).sum_to_size(o.alibi_slopes.shape)
     dsink = None if sink_rows is None else sink_rows.sum((0, 2))
     return tuple(q.new_empty(0) if g is None else g for g in (dq, dk, dv, dmask, dslopes, dsink))
+
+
+# ------------------------------------------------------------------------------- one tensor of queries, keys and values
+def qkv_attention_fwd(qkv, heads, kv_heads, is_causal, scale, seed, dropout_p, left, right):
+    """qkv (B, T, (Hq + 2 Hkv) E) -> out (B, T, Hq E), lse (B, Hq, T)."""
+    o = Options(seed=seed, dropout_p=dropout_p, left=left, right=right)
+    call = _Call(*split_heads(qkv, heads, kv_heads), is_causal, o)
+    out = empty(qkv, *qkv.shape[:2], heads * call.constants["E"])
+    lse = empty(qkv, call.B, heads, call.L, dtype=torch.float32)
+    _forward(call, as_heads(out, heads), lse, scale)
+    return out, lse
+
+
+def qkv_attention_bwd(dout, qkv, out, lse, heads, kv_heads, is_causal, scale, seed, dropout_p, left, right):
+    """-> dqkv, contiguous."""
+    o = Options(seed=seed, dropout_p=dropout_p, left=left, right=right)
+    call = _Call(*split_heads(qkv, heads, kv_heads), is_causal, o, as_heads(dout, heads))
+    lse = lse.contiguous()
+    lse2, delta, _ = _delta(call, as_heads(out, heads), call.inputs[3].tensor, lse, None, False)
+    dqkv = empty(qkv, *qkv.shape)
+    of_heads = split_heads(dqkv, heads, kv_heads)
+    _backward(call, scale, (lse, lse2, delta), *of_heads, row_heads=heads + 2 * kv_heads)
+    return dqkv
 
 
 # ------------------------------------------------------------------------------- packed sequences

@@ -220,18 +220,18 @@ def _backward_keys(at, dk, dv, q, dout, stats, k, v, params):
                 first, stop, unmasked, gap, edges, params,
             )  # fmt: skip
     if dk is not None:
-        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params.H)
+        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params)
     if dv is not None:
-        store_gradient(dv, Tile(v, at, col, sums.dv), params.H)
+        store_gradient(dv, Tile(v, at, col, sums.dv), params)
 
 
-@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q"])
+@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q", "row_heads"])
 def attention_dkdv_kernel(
     dk, dv, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dout_stride_b, dout_stride_h, dout_stride_l, heads_per_kv, diagonal, left, right,
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q,
+    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q, row_heads,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
     SINK: tl.constexpr, DLSE: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -261,8 +261,8 @@ def attention_dkdv_kernel(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, NEED_DK=dk is not None,
-            NEED_DV=dv is not None,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, row_heads=row_heads,
+            NEED_DK=dk is not None, NEED_DV=dv is not None,
         ),
     )  # fmt: skip
 
@@ -368,18 +368,18 @@ def _backward_queries(at, dq, slope_rows, q, dout, stats, k, v, params):
             slope_rows is not None, params,
         )  # fmt: skip
     if dq is not None:
-        store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H)
+        store_gradient(dq, Tile(q, at, row, acc * params.scale), params)
     if slope_rows is not None:
         tl.store(rows_of_head(slope_rows, at.head, params.rows, params.q_row) + i, slope_sum, i < L)
 
 
-@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q"])
+@triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q", "row_heads"])
 def attention_dq_kernel(
     dq, slope_rows, q, k, v, dout, lse, lse2, delta, heads, H, L, S, scale, GROUP,
     q_stride_b, q_stride_h, q_stride_l, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dout_stride_b, dout_stride_h, dout_stride_l, heads_per_kv, diagonal, left, right,
     softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q,
+    seed, threshold, keep, cu_seq_q, cu_seq_k, seqused_k, total_q, row_heads,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, GROUPED: tl.constexpr, BOOLEAN: tl.constexpr, GENERAL: tl.constexpr,
     SINK: tl.constexpr, DLSE: tl.constexpr, LIMIT: tl.constexpr, E: tl.constexpr, EV: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_EV: tl.constexpr,
@@ -408,6 +408,6 @@ def attention_dq_kernel(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, row_heads=row_heads,
         ),
     )  # fmt: skip

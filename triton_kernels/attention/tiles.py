@@ -108,6 +108,7 @@ class Params(NamedTuple):
     SIGN: tl.constexpr = 1
     SINK: tl.constexpr = False
     DLSE: tl.constexpr = False  # whether lse has a gradient
+    row_heads: tl.tensor = 0  # see store_gradient
     NEED_DK: tl.constexpr = False
     NEED_DV: tl.constexpr = False
 
@@ -188,11 +189,11 @@ def store_rows(first, stride, x):
 
 
 @triton.jit
-def store_gradient(grad, x, H):
-    """Stores the tile x into grad, which has the operand's shape and is contiguous as (B, length, H, WIDTH)."""
-    row = (x.at.head // H).to(tl.int64) * x.operand.length + x.operand.first_row
-    first = (row * H + x.at.head % H) * x.operand.WIDTH
-    store_rows(grad + first, H * x.operand.WIDTH, x)
+def store_gradient(grad, x, params):
+    """Stores the tile x into grad, which has H of the row_heads heads of a contiguous (B, length, row_heads, WIDTH)."""
+    row = (x.at.head // params.H).to(tl.int64) * x.operand.length + x.operand.first_row
+    first = (row * params.row_heads + x.at.head % params.H) * x.operand.WIDTH
+    store_rows(grad + first, params.row_heads * x.operand.WIDTH, x)
 
 
 @triton.jit
