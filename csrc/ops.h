@@ -110,6 +110,34 @@ struct ActivationArgs {
   void* dx;
 };
 
+// The queries or the keys of a call of rope. heads is 0 where there are none.
+struct RopeSide {
+  int64_t heads;
+  Heads x;  // channels are contiguous
+  const void* weight;  // (head_dim) in the dtype of statistics, or null: then there is no norm, and no rstd
+  void* rstd;  // (batch, heads, length)
+  Heads y;
+  // backward; x is set only with a weight
+  Heads dy, dx;  // dx's data may be null
+  void* dweight;
+};
+
+// Each head (head_dim) of q and k at each position, normalised if there is a weight, then rotated: pair i < half of its
+// channels, which is (i, i + half) or (2i, 2i + 1), by the angle whose cosine and sine are in the position's row of cos
+// and sin. The other channels keep their values.
+struct RopeArgs {
+  DType dtype;
+  int64_t batch, length, head_dim, half;
+  bool interleaved;
+  double eps;
+  const void *cos, *sin;  // (table_rows, half) in the dtype of statistics, for each batch entry or for all
+  int64_t table_rows, table_stride;  // table_stride is between batch entries, or 0
+  const void* positions;  // the row of each position: int64, or int32 if short_positions; null: row t at position t
+  bool short_positions;
+  int64_t positions_stride;  // between batch entries, or 0
+  RopeSide sides[2];  // q and k
+};
+
 // Calls X(name, Args) for every kernel. Each device declares all of them in its own namespace.
 // clang-format off
 #define PYGPT_KERNELS(X)                                        \
@@ -117,6 +145,7 @@ struct ActivationArgs {
   X(linear_fwd, LinearArgs) X(linear_bwd, LinearArgs)           \
   X(mlp_fwd, MlpArgs) X(mlp_bwd, MlpArgs)                       \
   X(norm_fwd, NormArgs) X(norm_bwd, NormArgs)                   \
+  X(rope_fwd, RopeArgs) X(rope_bwd, RopeArgs)                   \
   X(activation_fwd, ActivationArgs) X(activation_bwd, ActivationArgs)
 // clang-format on
 

@@ -85,6 +85,7 @@ class Op:
     flops: tuple | None = None  # formulas for <op>_fwd and <op>_bwd of their arguments, and of out_val
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
+    statistics: tuple[str, ...] = ()  # leading tensor arguments in the dtype of statistics; prepare checks all dtypes
     opaque: bool = False  # whether the composite depends on values, which a graph cannot, and meta tensors do not have
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
@@ -104,7 +105,7 @@ OPS: dict[str, Op] = {}
 SPECS: dict = {}  # name -> `pygpt.verify.Spec`, of all ops
 REFERENCE = SimpleNamespace()  # the kernels of backend "torch": <op>, <op>_fwd and <op>_bwd in ordinary PyTorch
 KERNEL_NAMES: list[str] = []  # <op>_fwd and <op>_bwd of every op
-_OPTIONAL: dict[str, int] = {}  # op -> bit i is set if its i-th tensor may be None, for `call_key`
+_ALLOWED: dict[str, int] = {}  # op -> what `call_key` allows each tensor to be
 
 
 def register(op: Op) -> Op:
@@ -112,7 +113,9 @@ def register(op: Op) -> Op:
     SPECS.update(op.specs)
     KERNEL_NAMES.extend((f"{op.name}_fwd", f"{op.name}_bwd"))
     vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
-    _OPTIONAL[op.name] = sum(optional << i for i, (_, optional) in enumerate(op.tensors))
+    _ALLOWED[op.name] = sum(
+        optional << i | (name in op.statistics) << 32 + i for i, (name, optional) in enumerate(op.tensors)
+    )
     return op
 
 
@@ -144,7 +147,7 @@ class Backend:
             reasons.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
         if lead.dtype not in self.dtypes:
             reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
-        leading = tensors[: len(OPS[op].tensors)]  # prepare has checked the dtypes of optional ones
+        leading = () if OPS[op].statistics else tensors[: len(OPS[op].tensors)]  # prepare has checked the other dtypes
         if any(t.dtype != lead.dtype for t in leading if t.is_floating_point()):
             reasons.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
@@ -354,7 +357,7 @@ def lookup(op: str, *tensors: Tensor | None) -> Any:
     """
     if is_dynamo_compiling():
         return None
-    return state.cache.get((op, call_key(_OPTIONAL[op], *tensors)))
+    return state.cache.get((op, call_key(_ALLOWED[op], *tensors)))
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -368,7 +371,7 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     tensors = _tensors(prepared.args)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
         _log_fallback(choose(name, tensors, prepared.features, prepared.error))
-    if prepared.fast and not is_compiling() and (key := call_key(_OPTIONAL[name], *prepared.fast)) is not None:
+    if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.fast)) is not None:
         state.cache[name, key] = bind(op, row, _needs_gradient(tensors))
     return _run(op, row, prepared, tensors)
 

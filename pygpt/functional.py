@@ -13,9 +13,10 @@ from .ops.attention import scaled_dot_product_attention
 from .ops.mlp import linear, mlp
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .ops.qkv_attention import qkv_attention
+from .ops.rope import rope
 from .ops.varlen_attn import varlen_attn
 
 __all__ = [
     "add_layer_norm", "add_rms_norm", "gelu", "layer_norm", "linear", "mlp", "qkv_attention", "relu",
-    "rms_norm", "scaled_dot_product_attention", "varlen_attn",
+    "rms_norm", "rope", "scaled_dot_product_attention", "varlen_attn",
 ]  # fmt: skip

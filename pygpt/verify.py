@@ -156,8 +156,10 @@ def in_float64(op: str, args: Sequence, grads: Sequence[Tensor]) -> tuple[dict[s
     """The reference's results from the rounded inputs, and the terms that cancel in them."""
     args = [a.double() if _is_floating(a) else a for a in args]
     grads = [g.double() for g in grads]
-    function = OPS[SPECS[op].op].function
-    return directions(op, lambda *a: function.apply(REFERENCE, *a), args, grads), SPECS[op].cancelled(args, grads)
+    spec = SPECS[op]
+    function = OPS[spec.op].function
+    results = directions(op, lambda *a: function.apply(REFERENCE, *spec.canonical(*a)), args, grads)
+    return results, spec.cancelled(args, grads)
 
 
 def _largest(t: Tensor) -> float:

@@ -94,6 +94,22 @@ NORM = [
 # Every tail of a vector, many blocks; values are swept by test_activation.
 ELEMENTS = [{"M": n} for n in (0, 1, 7, 33, 65, 4099, (3, 5, 7), 100_003)]
 
+# Channels of one vector or less, of whole vectors and not; all rotated, some, or none; one head of queries or of keys.
+ROPE = [
+    {"B": 1, "H": H, "group": group, "T": T, "D": D, "R": R, "norm": norm, "interleaved": interleaved}
+    for (H, group, T, D, R), norm, interleaved in product(
+        ((1, 1, 1, 2, 2), (2, 1, 7, 8, 8), (1, 3, 33, 24, 16), (2, 2, 65, 64, 64), (1, 2, 5, 80, 40), (1, 1, 9, 7, 6)),
+        (0, 1),
+        (0, 1),
+    )
+] + [
+    *({"B": 3, "T": 40, "D": D, "norm": norm, "positions": 1} for D in (16, 128) for norm in (0, 1)),
+    *({"H": 1, "group": 1, "T": 3, "D": 256, "R": R, "norm": norm} for R in (0, 256) for norm in (0, 1)),
+    {"H": 40, "group": 1, "T": 70, "D": 24, "norm": 1},  # many rows in a sum of weights
+    *({"B": 2, "H": 2, "group": 1, "T": 4, "D": 8, "norm": 1, key: 0} for key in ("B", "H", "T")),
+    {"B": 2, "H": 2, "T": 4, "D": 0, "norm": 0},
+]
+
 OPTIONS = [op for op, spec in verify.SPECS.items() if spec.features]  # of attention
 CASES = {
     **{op: [{"B": 1, "L": 33, "S": 35, "E": 16, "Ev": 24}] for op in OPTIONS},  # few keys in the last tile
@@ -124,6 +140,7 @@ CASES = {
         for approximate in ("none", "tanh")
     ],
     "relu": ELEMENTS,
+    "rope": ROPE,
 }
 
 SLOW = {
@@ -151,6 +168,7 @@ TYPICAL = {
     "add_rms_norm": {"M": (5, 13), "N": 70},
     "gelu": {"M": (5, 13, 7)},
     "relu": {"M": (5, 13, 7)},
+    "rope": {"B": 2, "H": 2, "group": 2, "T": 70, "D": 40, "R": 24, "norm": 1, "positions": 1},
 }
 # The same with few rows, as in decoding, which have kernels of their own.
 FEW = {
@@ -171,6 +189,7 @@ EVEN = {
     "add_rms_norm": {"M": (5, 3), "N": 64},
     "gelu": {"M": (8, 9, 64)},  # more than a block of the CUDA kernels
     "relu": {"M": (8, 9, 64)},
+    "rope": {"B": 2, "H": 2, "group": 2, "T": 24, "D": 64, "R": 64, "norm": 1},
 }
 EVEN_FEW = {
     "attention": {"B": 2, "H": 2, "L": 3, "S": 144, "E": 16, "Ev": 24, "causal": 0},
@@ -191,13 +210,16 @@ TINY = {
     "add_rms_norm": {"M": (2, 2), "N": 5},
     "gelu": {"M": (2, 3)},
     "relu": {"M": (2, 3)},
+    "rope": {"B": 1, "H": 1, "group": 2, "T": 3, "D": 5, "R": 4, "norm": 1},
 }
 
 
 def variants(dims_of):
-    """(op, dims) for each op of ``dims_of``, and for each of its activations and approximations."""
+    """(op, dims) for each op of ``dims_of``, and for each of its activations, approximations and kinds of pairs."""
     for op, dims in dims_of.items():
-        for key, values in (("activation", reference.ACTIVATIONS), ("approximate", ("none", "tanh"))):
+        for key, values in (
+            ("activation", reference.ACTIVATIONS), ("approximate", ("none", "tanh")), ("interleaved", (0, 1)),
+        ):  # fmt: skip
             if key in verify.SPECS[op].dims:
                 yield from ((op, {**dims, key: value}) for value in values)
                 break
@@ -275,7 +297,7 @@ LAYOUTS = [contiguous, transposed, heads_last, embedded, strided, expanded, cons
 # ------------------------------------------------------------------------------- the kernels' own signatures
 def kernel_calls(op, args, grads, k):
     """[(name, arguments)] of ``<op>_fwd`` and ``<op>_bwd`` as the autograd Function would call them on ``k``."""
-    op = verify.SPECS[op].op
+    args, op = verify.SPECS[op].canonical(*args), verify.SPECS[op].op
     if op == "attention" and len(args) > 5:
         args = (*args[:5], *in_kernels_dtypes(args[0], args[5:]))
     saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
@@ -292,8 +314,15 @@ def kernel_calls(op, args, grads, k):
         "add_rms_norm": lambda x, r, w, eps: (dy, grads[1], saved[1], w, *saved[2:]),
         "gelu": lambda x, approximate: (dy, x, approximate),
         "relu": lambda x: (dy, *saved),
-    }[op](*args)
-    needs = [True] * {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2}.get(op, 3)
+        "rope": lambda q, kk, cos, sin, qw, kw, ids, eps, interleaved: (
+            *grads, *(t if qw is not None else None for t in (q, kk)), cos, sin, qw, kw,
+            *(t if qw is not None else None for t in saved[2:]), ids, interleaved,
+        ),
+    }[op](*args)  # fmt: skip
+    of_op = {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2, "rope": 4}
+    needs = [True] * of_op.get(op, 3)
+    if op == "rope" and args[4] is None:
+        needs = [True, True, False, False]
     after_needs = args[{"attention": 5, "varlen_attn": 3}.get(op, len(args)) :]
     if op == "attention" and after_needs:
         needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]

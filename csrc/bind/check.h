@@ -118,12 +118,13 @@ class Call {
   View scratch(Shape size) { return temporary(size, type_); }
 
   // A result that may not be needed; then it has no elements and its data is null.
-  View empty_if(bool need, Shape size, Shape stride) {
-    if (need) return empty(size, stride);
-    View none = empty(Shape{0});
+  View empty_if(bool need, Shape size, Shape stride, ScalarType type) {
+    if (need) return empty(size, stride, type);
+    View none = empty(Shape{0}, Shape{1}, type);
     none.data = nullptr;
     return none;
   }
+  View empty_if(bool need, Shape size, Shape stride) { return empty_if(need, size, stride, type_); }
   View empty_if(bool need, Shape size) { return empty_if(need, size, contiguous_strides(size)); }
 
   // A result at the end of the list that the caller has not asked for. The dispatcher returns it without elements.

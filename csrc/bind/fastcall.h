@@ -305,9 +305,10 @@ struct Builtin<f, first> {
 // call_key(allowed, *tensors) returns, as one number, what decides which kernel a fast call gets: dtype, device, and
 // whether it needs gradients. It returns None if the call needs the slow path, because a tensor is not exactly a Tensor
 // or Parameter, the tensors differ in dtype or device, or a mode is on. Bit i of `allowed`, i < 16, means that tensor i
-// may be None. Bit 16 + i means that tensor i may also be int32 or int64, whatever the dtype of the others.
+// may be None. Bit 16 + i means that tensor i may also be int32 or int64, whatever the dtype of the others. Bit 32 + i
+// means that tensor i must be of the dtype of the statistics of the others.
 inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  const unsigned long allowed = count > 0 ? PyLong_AsUnsignedLong(args[0]) : 0;
+  const unsigned long long allowed = count > 0 ? PyLong_AsUnsignedLongLong(args[0]) : 0;
   if (PyErr_Occurred()) return nullptr;
   if (!exchange || count < 2 || count > 17 || any_on(*key_modes)) Py_RETURN_NONE;
   ScalarType dtype = ScalarType::Undefined;
@@ -326,7 +327,8 @@ inline PyObject* call_key(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     if (type == ScalarType::Bool) Py_RETURN_NONE;
     if (dtype == ScalarType::Undefined) dtype = type;
-    if (type != dtype) Py_RETURN_NONE;
+    const bool statistics = allowed >> (32 + i) & 1 && dtype != ScalarType::Double;
+    if (type != (statistics ? ScalarType::Float : dtype)) Py_RETURN_NONE;
     gradient = gradient || is_true(requires_grad(object, nullptr));
   }
   if (dtype == ScalarType::Undefined) Py_RETURN_NONE;

@@ -5,10 +5,12 @@
 #include "mlp.h"
 #include "norm.h"
 #include "qkv_attention.h"
+#include "rope.h"
 #include "varlen_attn.h"
 
 #define PYGPT_OPS(X, device)         \
   PYGPT_ATTENTION_OPS(X, device)     \
   PYGPT_QKV_ATTENTION_OPS(X, device) \
   PYGPT_VARLEN_ATTN_OPS(X, device)   \
+  PYGPT_ROPE_OPS(X, device)          \
   PYGPT_MLP_OPS(X, device) PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device)

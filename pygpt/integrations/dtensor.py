@@ -20,6 +20,7 @@ from ..ops.activation import SAVES_INPUT
 
 # R: replicated. P: a partial sum. A digit: sharded in this dimension. last: sharded in the last dimension of the first
 # argument. rows: sharded in one of its other dimensions. any: in any of its dimensions. Each dimension is its own rule.
+# batch3, batch2: sharded in the first of so many dimensions, or replicated if it has fewer, or one entry for all.
 # -: an argument that is no tensor.
 RULES = {
     "gelu_fwd": ["any -> any"],  # x -> y
@@ -65,6 +66,15 @@ RULES = {
     "varlen_attn_fwd": ["1 1 1 R R R -> 1 0"],  # q, k, v, cu_seq_q, cu_seq_k, seqused_k -> out, lse; by heads
     # dout, dlse, q, k, v, out, lse, needs, cu_seq_q, cu_seq_k, seqused_k -> dq, dk, dv
     "varlen_attn_bwd": ["1 0 1 1 1 1 0 - R R R -> 1 1 1"],
+    "rope_fwd": [  # q, k, cos, sin, q_weight, k_weight, position_ids -> q, k, q_rstd, k_rstd
+        "0 0 batch3 batch3 R R batch2 -> 0 0 0 0",
+        "1 1 R R R R R -> 1 1 1 1",
+    ],
+    # dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, q_rstd, k_rstd, position_ids -> dq, dk, dq_weight, dk_weight
+    "rope_bwd": [
+        "0 0 0 0 batch3 batch3 R R 0 0 batch2 -> 0 0 P P",
+        "1 1 1 1 R R R R 1 1 R -> 1 1 P P",
+    ],
 }
 
 
@@ -74,9 +84,9 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
     args: the call's arguments. Anything with a shape stands for a tensor. ranks: the sizes of the mesh.
     """
     tensors = [a for a in args if hasattr(a, "shape")]
-    ndim = len(args[0].shape)
+    ndim = len(tensors[0].shape)
     strided = [
-        p for p in getattr(args[0], "placements", ()) if hasattr(p, "split_factor")
+        p for p in getattr(tensors[0], "placements", ()) if hasattr(p, "split_factor")
     ]  # which views of sharded tensors have
     every = [*map(Shard, range(ndim)), *strided]
     choices = {"any": every, "rows": [p for p in every if p.dim < ndim - 1]}
@@ -88,12 +98,19 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
         by_heads = name.split("_")[0] in ("attention", "varlen") and of_args[0] == "1"
         if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
-        words = ["R" if t.shape == (0,) else word for word, t in zip(words, tensors, strict=True)]
+        words = ["R" if t.shape == (0,) else _by_batch(word, t) for word, t in zip(words, tensors, strict=True)]
         of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
         for choice in choices.get(of_args[0], [None]):
             meaning = {**fixed, of_args[0]: choice} if choice else fixed
             rules.append(([meaning[word] for word in of_results], [meaning[word] for word in words]))
     return rules
+
+
+def _by_batch(word: str, t) -> str:
+    """What a word batch3 or batch2 means for this tensor; other words as they are."""
+    if not word.startswith("batch"):
+        return word
+    return "0" if len(t.shape) == int(word[-1]) and t.shape[0] != 1 else "R"
 
 
 def _splits_groups(tensors, ranks) -> bool:
@@ -106,6 +123,8 @@ def _made(name: str, args, results: int) -> list[bool]:
     """Which results are computed. The others have shape (0,)."""
     if (needs := next((a for a in args if isinstance(a, list)), None)) is not None:  # <op>_bwd's
         return [*needs, *[False] * (results - len(needs))]
+    if name == "rope_fwd":
+        return [True, *(args[i] is not None for i in (1, 4, 5))]
     return [True, True, args[-1] in SAVES_INPUT] if name == "mlp_fwd" else [True] * results
 
 

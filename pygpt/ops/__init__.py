@@ -7,6 +7,7 @@ tensors, the fake kernels of torch.ops.pygpt. Sums and statistics are float32 (f
 without elements.
 """
 
-from . import attention, qkv_attention, varlen_attn, mlp, norm, activation  # noqa: I001 (the order in which they are shown)
+# In the order in which they are shown:
+from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, activation  # noqa: I001
 
-__all__ = ["activation", "attention", "mlp", "norm", "qkv_attention", "varlen_attn"]
+__all__ = ["activation", "attention", "mlp", "norm", "qkv_attention", "rope", "varlen_attn"]

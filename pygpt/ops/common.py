@@ -184,6 +184,7 @@ class Spec:
     yardstick: Callable | None = None  # PyTorch's own expression, where it is not the op's composite
     settled: Callable = lambda args: True  # whether no result is decided by rounding, as at the kink of relu
     choices: dict | None = None  # key of dims -> its allowed values, where those are names
+    canonical: Callable = lambda *args: args  # drawn arguments -> canonical ones, where they differ
     features: tuple[str, ...] = ()  # the optional features that every call uses, which not every backend serves
 
 

@@ -25,13 +25,14 @@ TINY += [(op, {**cases.TINY[op], **less}) for op, less in WITHOUT_PARAMETERS.ite
 
 def apply(op, kernels, args):
     """The op's Function on tensors; the other canonical arguments are put in where they belong."""
-    function = OPS[verify.SPECS[op].op].function
+    spec = verify.SPECS[op]
+    function = OPS[spec.op].function
     rest = [None if verify._is_floating(a) else (a,) for a in args]
 
     def run(*tensors):
         given = iter(tensors)
-        out = function.apply(kernels, *(next(given) if r is None else r[0] for r in rest))
-        return out[0] if isinstance(out, tuple) and len(verify.SPECS[op].outputs) == 1 else out
+        out = function.apply(kernels, *spec.canonical(*(next(given) if r is None else r[0] for r in rest)))
+        return out[0] if isinstance(out, tuple) and len(spec.outputs) == 1 else out
 
     return run, [a.detach().requires_grad_() for a in args if verify._is_floating(a)]
 

@@ -41,11 +41,11 @@ def test_compiled_equals_eager(op, dims, dtype, backend, generator):
 def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(verify.SPECS[op].call, fullgraph=True, dynamic=True, backend=counter)
-    lead = "L" if "L" in dims else "M"
+    lead = next(key for key in "LTM" if key in dims)
     with pygpt.backend(compiled):
         frames = []
         for n in (6, 9, 31):
-            size = n if lead == "L" else (n, *dims["M"][1:])
+            size = (n, *dims["M"][1:]) if lead == "M" else n
             args, grads = verify.draw(op, {**dims, lead: size}, torch.float32, generator)
             got = verify.directions(op, call, args, grads)
             for key, want in verify.directions(op, verify.SPECS[op].call, args, grads).items():

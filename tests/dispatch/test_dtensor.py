@@ -39,6 +39,7 @@ DIMS = {
     "varlen_attn": {"N": 3, "H": 5, "group": 1, "L": 6, "S": 7, "E": 8, "Ev": 4, "left": -1, "right": 0, "used": 1},
     "layer_norm": {"M": (3, 5), "N": 7, "affine": 1, "mean": 0.0},
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
+    "rope": {"B": 3, "H": 5, "group": 1, "T": 4, "D": 8, "R": 6, "norm": 1, "interleaved": 0, "positions": 1},
 }
 DIMS |= dict.fromkeys(("rms_norm", "add_layer_norm", "add_rms_norm"), DIMS["layer_norm"]) | {"relu": DIMS["gelu"]}
 NAMES = [f"{op}_{direction}" for op in DIMS for direction in ("fwd", "bwd")]  # an op without rules is replicated
@@ -66,6 +67,7 @@ SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "add_layer_norm": ("y", "s", "mean", "rstd"),
     "rms_norm": ("y", "rstd"),
     "add_rms_norm": ("y", "s", "rstd"),
+    "rope": ("q_out", "k_out", "q_rstd", "k_rstd"),
 }
 
 
@@ -76,7 +78,8 @@ def results_of(name):
 def arguments(name):
     """Arguments of torch.ops.pygpt.<name>; those of a backward op come from a forward one, by their names."""
     op, direction = OPS[name[:-4]], name[-3:]
-    args = op.specs[op.name].draw(draw, DIMS[op.name])
+    spec = op.specs[op.name]
+    args = spec.canonical(*spec.draw(draw, DIMS[op.name]))
     if direction == "fwd":
         return args
     values = {n: p.default for n, p in inspect.signature(op.fwd).parameters.items()}
@@ -162,6 +165,15 @@ def placed(word):
     return {"R": Replicate(), "P": Partial()}[word] if word in ("R", "P") else Shard(word)
 
 
+def replicated(t, like):
+    """t on the mesh of ``like``, if that has one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(like, DTensor):
+        return t
+    return DTensor.from_local(t, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 @dataclass(frozen=True)
 class Case:
     """A public function's call, and how its tensors, its results and its gradients are placed."""
@@ -234,6 +246,15 @@ def groups():
         attention = partial(F.scaled_dot_product_attention, is_causal=causal, return_lse=lse)
         shapes = (4, 3, 5, 8), (4, 3, 6, 8), (4, 3, 6, 4)
         yield group(attention, shapes, *(((d,) * 3, (d,) * (1 + lse), (d,) * 3) for d in (0, 1)))
+
+    def rope(q, k, *weights):
+        angles = torch.arange(15, dtype=F64).view(5, 3)
+        cos, sin = (replicated(t, q) for t in (angles.cos(), angles.sin()))
+        return F.rope(q, k, cos, sin, **dict(zip(("q_weight", "k_weight"), weights, strict=False)))
+
+    for p in (0, 1, 2):  # weights
+        shapes = (4, 4, 5, 8), (4, 6, 5, 8), *[of_x] * p
+        yield group(rope, shapes, *(((d, d, *["R"] * p), (d, d), (d, d, *["P"] * p)) for d in (0, 1)))
 
 
 CASES = [(group[0], case) for group in groups() for case in group]

@@ -51,6 +51,7 @@ def test_same_bits_and_layout_as_dispatched(layout, op, dims, dtype, generator):
             "mlp_fwd": 2,
             "layer_norm_fwd": 2,
             "add_layer_norm_fwd": 2,
+            "rope_fwd": 2,
         }
         omitted = 3 if name == "attention_bwd" else 0  # the gradients of options, which are not asked for
         assert len(ours) == len(theirs) - omitted == len(some) + for_backward.get(name, 0)

@@ -25,9 +25,10 @@ def fresh_compiler():
 
 
 def registered_op(op, kernels):
-    """The registered <op>_fwd, without the results that only backward reads."""
-    fwd, n = getattr(kernels, f"{op}_fwd"), OPS[op].results
-    return lambda *args: verify.as_tuple(fwd(*args))[:n]
+    """The registered <op>_fwd of what `verify.draw` gives, without the results that only backward reads."""
+    spec = verify.SPECS[op]
+    fwd, n = getattr(kernels, f"{spec.op}_fwd"), OPS[spec.op].results
+    return lambda *args: verify.as_tuple(fwd(*spec.canonical(*args)))[:n]
 
 
 # ------------------------------------------------------------------------------- gradients of the ops themselves
@@ -37,7 +38,7 @@ def test_an_op_called_directly_has_the_functions_gradients(op, dims, compiled, g
     args, grads = verify.draw(op, dims, torch.float32, generator)
     with pygpt.backend(compiled):
         want = verify.directions(op, verify.SPECS[op].call, args, grads)
-    got = verify.directions(op, registered_op(verify.SPECS[op].op, TABLE[compiled].registered), args, grads)
+    got = verify.directions(op, registered_op(op, TABLE[compiled].registered), args, grads)
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
@@ -53,7 +54,7 @@ def test_second_derivative_through_an_op(op, dims, generator):
         return torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        ours = second(registered_op(verify.SPECS[op].op, torch.ops.pygpt))
+        ours = second(registered_op(op, torch.ops.pygpt))
         for a, b in zip(ours, second(verify.eager(op)), strict=True):
             torch.testing.assert_close(*(torch.zeros(()) if g is None else g for g in (a, b)))
 
@@ -84,7 +85,7 @@ def test_an_unknown_name_is_refused_by_kernels_and_fake_kernels_alike(op, device
 def test_what_only_backward_reads_is_not_differentiable(op, generator):
     args, _ = verify.draw(op, cases.TINY[op], torch.float32, generator)
     leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
-    results = verify.as_tuple(getattr(torch.ops.pygpt, f"{op}_fwd")(*leaves))
+    results = verify.as_tuple(getattr(torch.ops.pygpt, f"{op}_fwd")(*verify.SPECS[op].canonical(*leaves)))
     assert [t.requires_grad for t in results] == [i < OPS[op].results for i in range(len(results))]
 
 
@@ -92,7 +93,8 @@ def test_what_only_backward_reads_is_not_differentiable(op, generator):
 def test_opcheck_of_ops_with_gradients(op, dims, generator):
     args, _ = verify.draw(op, dims, torch.float32, generator)
     leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]
-    torch.library.opcheck(getattr(torch.ops.pygpt, f"{verify.SPECS[op].op}_fwd").default, leaves)
+    spec = verify.SPECS[op]
+    torch.library.opcheck(getattr(torch.ops.pygpt, f"{spec.op}_fwd").default, spec.canonical(*leaves))
 
 
 # ------------------------------------------------------------------------------- graphs
@@ -333,6 +335,7 @@ def public_calls():
         "add_layer_norm": (x, x, (8,), b, b), "add_rms_norm": (x, x, (8,), b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
         "qkv_attention": (x[None], 2, 1), "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
+        "rope": (q, q, w[:5, :4], w[3:, 4:]),
     }  # fmt: skip
 
 

@@ -75,6 +75,9 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("linear", {"M": 5, "K": 264, "N": 256}, -2),
     ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40}, -2),
     *((op, {"M": (17, 64)}, -2) for op in ("gelu", "relu")),
+    ("rope", {"B": 1, "H": 2, "group": 1, "T": 5, "D": 64, "norm": 1}, -2),
+    ("rope", {"B": 1, "H": 5, "group": 1, "T": 3, "D": 64, "norm": 0}, -3),
+    ("rope", {"B": 5, "H": 1, "group": 1, "T": 3, "D": 64, "norm": 1}, -4),
     *((op, {"M": 17, "N": 64}, -2) for op in NORMS),
     *((op, {"M": 5, "N": 8200}, -2) for op in NORMS),
 ]

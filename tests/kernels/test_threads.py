@@ -31,6 +31,7 @@ LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of
     "add_rms_norm": {"M": 1001, "N": 257},
     "gelu": {"M": 300_007},
     "relu": {"M": 300_007},
+    "rope": {"B": 2, "H": 3, "group": 2, "T": 333, "D": 80, "R": 40, "norm": 1},
 }
 EVERY = [*cases.variants(LARGE), ("linear", {"M": 100, "K": 301, "N": 233})]  # some rows of a W that stays unpacked
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

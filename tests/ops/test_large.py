@@ -16,6 +16,8 @@ CALLS = {  # from rows of x, dy and z and from a row w to results made row by ro
     "add_layer_norm_bwd": lambda x, dy, z, w: cpp.add_layer_norm_bwd(dy, z, x, w, *statistics(x), [True] * 3)[:1],
     "rms_norm_bwd": lambda x, dy, z, w: cpp.rms_norm_bwd(dy, x, w, statistics(x)[1], [True] * 2)[:1],
     "add_rms_norm_bwd": lambda x, dy, z, w: cpp.add_rms_norm_bwd(dy, z, x, w, statistics(x)[1], [True] * 2)[:1],
+    "rope": lambda x, dy, z, w: (rope(x, z), rope(x, z, interleaved=True), rope(x, z, w)),
+    "rope_bwd": lambda x, dy, z, w: (rope_bwd(dy, x, z), rope_bwd(dy, x, z, w)),
     "gelu": lambda x, dy, z, w: (cpp.gelu_fwd(x, "none"), cpp.gelu_bwd(dy, x, "tanh")),
     "relu": lambda x, dy, z, w: (cpp.relu_fwd(x), cpp.relu_bwd(dy, x)),
 }
@@ -23,6 +25,22 @@ CALLS = {  # from rows of x, dy and z and from a row w to results made row by ro
 
 def statistics(x):
     return x[:, 0].float(), x[:, 1].float().abs()
+
+
+def tables(z):
+    """cos and sin of as many positions as z has rows."""
+    return z[:, :96].float(), z[:, -96:].float()
+
+
+def rope(x, z, w=None, interleaved=False):
+    w = None if w is None else w.float()
+    return cpp.rope_fwd(x[None, None], None, *tables(z), w, None, None, 1e-6, interleaved)[0][0, 0]
+
+
+def rope_bwd(dy, x, z, w=None):
+    of_norm = (None,) * 3 if w is None else (x[None, None], w.float(), statistics(x)[1][None, None])
+    saved = of_norm[0], None, *tables(z), of_norm[1], None, of_norm[2], None, None, False
+    return cpp.rope_bwd(dy[None, None], None, *saved, [True, False, False, False])[0][0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -38,6 +38,10 @@ normed, summed = P.add_layer_norm(x, x, [8])
 tensor(P.add_layer_norm(x, x, [8]))  # wrong
 normed, summed = P.add_rms_norm(x, x, 8, w, 1e-6)
 P.add_rms_norm(x, x, 8, w, w)  # wrong
+q, k = P.rope(x, None, w, w, q_weight=w, position_ids=None)
+tensor(q)
+tensor(k)  # wrong
+P.rope(x, x, w, w, w)  # wrong
 tensor(P.scaled_dot_product_attention(x, x, x, is_causal=True, window=(3, -1)))
 tensor(P.scaled_dot_product_attention(x, x, x, window=3))  # wrong
 out, lse = P.scaled_dot_product_attention(x, x, x, return_lse=True)
