@@ -87,6 +87,9 @@ def case(setup: Callable, *args, standard: tuple = ()) -> Case:
         case "mlp":
             batch = f"B{d['M'][0]} T{d['M'][1]}" if len(lead(d["M"])) == 2 else f"M{_sizes(d['M'])}"
             shape = f"{batch} C{d['C']} {d['activation']}"
+        case "rope":
+            heads, kind = f"H{d['H'] * d['group']}/{d['H']}", " norm" if d["norm"] else ""
+            shape = f"B{d['B']} {heads} T{d['T']} D{d['D']}{kind}"
         case "gelu":
             shape = f"{_sizes(d['M'])} {'erf' if d['approximate'] == 'none' else 'tanh'}"
         case _:
@@ -230,6 +233,30 @@ def add_rms_norm(make, M, N):
     return Work(ours, eager, tensors, (4 * size, 4 * size), "memory")
 
 
+def rope(make, B, H, group, T, D, norm):
+    """Moves every head in and out, and backward of a norm also reads the heads. Heads of a position lie together."""
+    q, k = (make(B, T, heads, D).transpose(1, 2) for heads in (H * group, H))
+    weights = (make(D), make(D)) if norm else ()
+    angles = torch.arange(T, device=q.device)[:, None] * 10000.0 ** -torch.linspace(0, 1, D // 2, device=q.device)
+    cos, sin = angles.cos(), angles.sin()
+    wide_cos, wide_sin = (torch.cat((t, t), -1).to(q.dtype) for t in (cos, sin))
+
+    def rotate_half(x):
+        return torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1)
+
+    def ours(q, k, q_weight=None, k_weight=None):
+        return F.rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight)
+
+    def eager(*tensors):
+        heads, weights = tensors[:2], tensors[2:]
+        if weights:
+            heads = [TF.rms_norm(x, (D,), w, 1e-6) for x, w in zip(heads, weights, strict=True)]
+        return tuple(x * wide_cos + rotate_half(x) * wide_sin for x in heads)
+
+    size = _elements(B, H * (group + 1), T, D)
+    return Work(ours, eager, (q, k, *weights), (2 * size, (2 + norm) * size), "memory")
+
+
 def gelu(make, M, approximate):
     """Forward moves x and y; backward moves dy, x and dx."""
     call = lambda f: lambda x: f.gelu(x, approximate=approximate)
@@ -271,6 +298,9 @@ CPU = [
         for norm in (layer_norm, add_layer_norm, rms_norm, add_rms_norm)
         for rows, columns, standard in ((8192, 768, ALL), (8, 64, ()), (1023, 771, ()))
     ),
+    *(case(rope, 8, 12, 1, 1024, 64, norm, standard=ALL) for norm in (0, 1)),
+    case(rope, 1, 8, 4, 1, 128, 1),
+    case(rope, 2, 2, 2, 77, 40, 0),
     case(gelu, (4096, 3072), "none", standard=ALL),
     case(gelu, (4096, 3072), "tanh", standard=ALL),
     case(gelu, (8, 64), "none"),
@@ -308,6 +338,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(rms_norm, TOKENS, 1600, standard=BFLOAT16),
     case(rms_norm, TOKENS, 4096, standard=BFLOAT16),
     case(add_rms_norm, TOKENS, 4096),
+    *(case(rope, 4, 8, 4, 4096, 128, norm) for norm in (0, 1)),
     case(gelu, (TOKENS, 3072), "none"),
     case(relu, (TOKENS, 3072)),
 ]

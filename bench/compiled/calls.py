@@ -44,6 +44,15 @@ def calls(
         y, s, rstd = kernels.add_rms_norm_fwd(x, x, w, 1e-5)
         kernels.add_rms_norm_bwd(y, s, x, w, rstd, [True] * 2)
 
+    def rope(D, interleaved):
+        q, k, w = empty(4, 32, 1024, D), empty(4, 8, 1024, D), torch.empty(D, device=device)
+        cos = torch.empty(1024, D // 2, device=device)
+        for weight, rstds in ((None, None), (w, torch.empty(4, 32, 1024, device=device))):
+            norm = weight is not None
+            kernels.rope_fwd(q, k, cos, cos, weight, weight, None, 1e-6, interleaved)
+            saved = (q, k, cos, cos, w, w, rstds, rstds[:, :8]) if norm else (None, None, cos, cos, *[None] * 4)
+            kernels.rope_bwd(q, k, *saved, None, interleaved, [True, True, norm, norm])
+
     def elements(n):
         x = empty(n)
         for approximate in ("none", "tanh"):
@@ -62,6 +71,10 @@ def calls(
         yield "mlp odd", lambda: mlp(1000, 771, 517, "gelu")
     for N in (*((16, 32, 128, 256, 512, 2048) if wide else ()), 64, 768, 1024, 4096, 8192, 16384, 40000):
         yield f"norm {N}", lambda N=N: norm(8192, N)
+    for D in (64, 128, *((80, 256) if wide else ())):
+        for interleaved in (False, True):
+            name = f"rope {D}{' interleaved' * interleaved}"
+            yield name, lambda D=D, interleaved=interleaved: rope(D, interleaved)
     yield "activation", lambda: elements(1 << 24)
 
 

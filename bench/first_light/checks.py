@@ -46,6 +46,7 @@ TINY = {"attention": {"B": 1, "H": 2, "L": 24, "E": 16, "Ev": 16}, "mlp": {"M": 
 TINY |= {op: TINY["attention"] for op, spec in verify.SPECS.items() if spec.op == "attention"}
 TINY |= {"varlen_attn": {"N": 2, "H": 1, "L": 16, "E": 16, "Ev": 16}}
 TINY |= {"linear": {"M": 16, "K": 16}, "gelu": {"M": 64}, "relu": {"M": 64}}
+TINY |= {"rope": {"B": 1, "H": 1, "T": 8, "D": 16}}
 TINY |= {name: {"M": 4, "N": 32} for name in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")}
 
 
@@ -328,9 +329,9 @@ def our_kernels(backend: str) -> list[str]:
     """Parts of the names of a backend's kernels, and of no others."""
     if backend == "cuda":
         return ["pygpt"]  # the namespace, in every mangled name
-    from pygpt.triton_kernels import activation, attention, mlp, norm
+    from pygpt.triton_kernels import activation, attention, mlp, norm, rope
 
-    modules = (activation, attention, mlp, norm)
+    modules = (activation, attention, mlp, norm, rope)
     return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
 
 

@@ -160,6 +160,24 @@ void norm(DType dtype, Norm kind, const char* called, int64_t M, int64_t N) {
   count(text(called, "_bwd", shape), M * N, norm_bwd, a);
 }
 
+void rope(DType dtype, const char* kind, int64_t H, int64_t L, int64_t D) {
+  Arrays make = {dtype};
+  RopeArgs a = {};
+  a.dtype = dtype, a.batch = 1, a.length = a.table_rows = L, a.head_dim = D, a.half = D / 2, a.eps = 1e-6;
+  a.cos = make.statistics(L * D / 2), a.sin = make.statistics(L * D / 2);
+  const std::string_view name = kind;
+  a.interleaved = name.find("interleaved") != name.npos;
+  for (RopeSide& side : a.sides) {
+    side.heads = H, side.x = make.heads(H, L, D), side.y = make.heads(H, L, D);
+    side.dy = make.heads(H, L, D), side.dx = make.heads(H, L, D);
+    if (name.find("norm") != name.npos)
+      side.weight = make.statistics(D), side.rstd = make.statistics(H * L), side.dweight = make.statistics(D);
+  }
+  const auto shape = text(' ', format(dtype).name, kind, " H", H, " L", L, " D", D);
+  count("rope_fwd" + shape, 2 * H * L * D, rope_fwd, a);
+  count("rope_bwd" + shape, 2 * H * L * D, rope_bwd, a);
+}
+
 void activation(DType dtype, Activation which, const char* called, int64_t n) {
   Arrays make = {dtype};
   ActivationArgs a = {};
@@ -184,6 +202,7 @@ int main(int argc, char** argv) {
     norm(d, Norm::layer_norm, "layer_norm", 128, 256);
     norm(d, Norm::add_layer_norm, "add_layer_norm", 128, 256);
     norm(d, Norm::rms_norm, "rms_norm", 128, 256);
+    for (const char* kind : {"", " norm", " interleaved"}) rope(d, kind, 4, 16, 64);
     activation(d, Activation::gelu, "gelu", 10000);
     activation(d, Activation::gelu_tanh, "gelu_tanh", 10000);
     activation(d, Activation::relu, "relu", 10000);
