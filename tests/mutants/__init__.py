@@ -9,6 +9,7 @@ from .cuda import CUDA, EQUIVALENT
 from .cuda_attention import CUDA_OPTIONS, CUDA_VARLEN
 from .mutant import Mutant
 from .python import PYTHON
+from .rope import ROPE
 from .triton import TRITON
 from .triton_attention import TRITON_OPTIONS, TRITON_VARLEN
 
@@ -16,5 +17,5 @@ __all__ = ["EQUIVALENT", "MUTANTS", "Mutant"]
 
 MUTANTS = [
     *CUDA, *CUDA_OPTIONS, *CUDA_VARLEN, *CPU, *CPU_OPTIONS, *CPU_VARLEN, *PYTHON, *TRITON, *TRITON_OPTIONS,
-    *TRITON_VARLEN,
+    *TRITON_VARLEN, *ROPE,
 ]  # fmt: skip
