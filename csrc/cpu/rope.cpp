@@ -6,8 +6,8 @@
 //     dx = rstd (g w - xhat sum(g w xhat) / D), or dx = g
 //
 // A task computes all heads of a chunk of positions, whose rows of cos and sin it finds in cache, in the order in which
-// these rows lie in memory. dw is summed over groups of rows, then group by group in a task, then task by task in order.
-// The chunks and the groups depend on the shape alone.
+// these rows lie in memory. dw is summed over groups of rows, group by group in a task, and task by task in order. The
+// chunks and the groups depend on the shape alone.
 #include <algorithm>
 #include <cmath>
 
@@ -113,8 +113,8 @@ struct Rotation {
   Pairs<S, Interleaved> pairs;
   Pairs<T, Interleaved> parameters;  // in a row of weights
 
-  // Calls pair(i, n, slot) for n <= w pairs from pair i on, until all are walked, and rest(j, n, slot) for n <= w of the
-  // remaining channels from channel j on. slot counts the vectors.
+  // Calls pair(i, n, slot) for n <= w pairs from pair i on, until all are walked, then rest(j, n, slot) for n <= w of
+  // the remaining channels from channel j on. slot counts the vectors.
   template <class Pair, class Rest>
   PYGPT_INLINE void walk(const Pair& pair, const Rest& rest) const {
     int64_t slot = 0, i = 0, j = 2 * pairs.half;

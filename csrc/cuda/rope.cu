@@ -7,7 +7,7 @@
 //
 // The kernels are memory-bound. A team of up to 32 lanes processes a row; both members of a pair are in one lane, which
 // reads and writes 16 bytes at a time if addresses and widths allow it. A launch processes the rows of q and then those
-// of k, each in the order in which they lie in memory. With a norm, the second pass over a row finds it in the L1 cache.
+// of k, each in the order in which they lie in memory. The second pass over a row of a norm finds it in the L1 cache.
 //
 // For dw, blocks are persistent. Each lane has sums of its own in shared memory, each block stores one line of partial
 // sums, and column_sums adds the lines. The number of blocks depends on the shape alone.
