@@ -20,7 +20,9 @@ namespace pygpt::cpu {
 namespace PYGPT_ISA {
 namespace {
 
-constexpr int64_t kTaskElements = 32768;  // of q and k
+constexpr int64_t kTaskElements = 32768;  // the least number of elements of q and k in a task
+constexpr int64_t kTasks = 64;  // tasks become larger, up to four times, rather than more than these
+constexpr int64_t kHeads = 4;  // heads whose positions are computed side by side, with one row of cos and sin
 constexpr int64_t kGroup = 16;  // rows, or tasks, summed before they are added to a total
 constexpr int64_t kWork = 4;  // the cost of an element in multiply-adds
 
@@ -202,21 +204,20 @@ struct Tasks {
   int64_t length, chunk, chunks, count, work;
   explicit Tasks(const RopeArgs& a) : length(a.length) {
     const int64_t elements = std::max<int64_t>((a.sides[0].heads + a.sides[1].heads) * a.head_dim, 1);
-    chunk = std::max<int64_t>(kTaskElements / elements, 1);
+    const int64_t least = std::max<int64_t>(kTaskElements / elements, 1);
+    chunk = std::clamp(ceil_div(a.batch * length, kTasks), least, 4 * least);
     chunks = ceil_div(length, chunk), count = a.batch * chunks, work = std::min(chunk, length) * elements * kWork;
   }
 };
 
-// Calls body(head, position) for all heads at the positions begin .. end - 1, in the order in which x lies in memory.
+// Calls body(head, position) for all heads at the positions begin .. end - 1. Where the heads of a position do not lie
+// together in x, a few heads take turns: memory is read in long runs, and a row of cos and sin is used several times.
 template <class F>
 PYGPT_INLINE void each_row(const RopeSide& side, const Heads& x, int64_t begin, int64_t end, const F& body) {
-  if (x.stride[1] <= x.stride[2]) {
+  const int64_t step = x.stride[1] <= x.stride[2] ? side.heads : kHeads;
+  for (int64_t first = 0; first < side.heads; first += step)
     for (int64_t t = begin; t < end; t++)
-      for (int64_t h = 0; h < side.heads; h++) body(h, t);
-  } else {
-    for (int64_t h = 0; h < side.heads; h++)
-      for (int64_t t = begin; t < end; t++) body(h, t);
-  }
+      for (int64_t h = first; h < std::min(side.heads, first + step); h++) body(h, t);
 }
 
 template <class S>
