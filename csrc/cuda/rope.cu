@@ -325,7 +325,7 @@ __device__ __forceinline__ void differentiate_side(const RopeParams<T>& a, const
 }
 
 template <class T, int V, bool interleaved>
-__global__ __launch_bounds__(kThreads) void rope_bwd_kernel(RopeParams<T> a, int elements) {
+__global__ __launch_bounds__(kThreads, 6) void rope_bwd_kernel(RopeParams<T> a, int elements) {
   PYGPT_DYNAMIC_SHARED(bytes);
   float* const shared = reinterpret_cast<float*>(bytes);
   differentiate_side<T, V, interleaved>(a, a.q, elements, shared);
