@@ -13,6 +13,7 @@ import pygpt
 from pygpt import nn
 from pygpt.dispatch import TABLE
 from pygpt.functional import rope, scaled_dot_product_attention
+from tests import guarded
 
 GPU_SHARE = {"triton": 1, "cuda": 1}  # see conftest
 B, HQ, HKV, T, D, R = 2, 4, 2, 5, 12, 8
@@ -298,6 +299,16 @@ def test_tables_of_any_strides(layout, backend):
                 cos_, sin_ = cos_[:, :T], sin_[:, :T]
             want = rope(q, None, cos_.contiguous(), sin_.contiguous(), position_ids=ids if some is not None else None)
             assert torch.equal(rope(q, None, cos_, sin_, position_ids=some)[0], want[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors")
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("norm", [0, 1])
+def test_nothing_past_the_end_of_a_tensor(norm, interleaved, compiled, generator):
+    """Every tensor ends at a protected page, after fewer positions than a program has. A failure may be a crash."""
+    dims = {"B": 2, "H": 1, "group": 2, "T": T, "D": D, "R": R, "norm": norm, "interleaved": interleaved}
+    with guarded.tensors(aligned=False):
+        cases.assert_exact("rope", dims, torch.float32, generator, compiled)
 
 
 def test_attention_reads_the_result_where_it_is():
