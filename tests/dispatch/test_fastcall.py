@@ -218,6 +218,16 @@ def test_integers_have_no_part_in_the_key():
     assert call_key(0, x, i) is None and call_key(1 << 16, i) is None and call_key(0b1, None) is None
 
 
+def test_statistics_have_a_dtype_of_their_own():
+    x, t, second = torch.randn(3, 4), torch.randn(3), 1 << 33
+    for dtype in cases.DTYPES:
+        key, wide = call_key(0, x.to(dtype)), torch.promote_types(dtype, torch.float32)
+        assert call_key(second, x.to(dtype), t.to(wide)) == key
+        assert call_key(second | 0b10, x.to(dtype), None) == key
+        for other in {*cases.DTYPES, torch.int64} - {wide}:
+            assert call_key(second, x.to(dtype), t.to(other)) is None
+
+
 class Seen(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.functions = [*getattr(self, "functions", []), func]

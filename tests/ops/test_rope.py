@@ -311,6 +311,20 @@ def test_nothing_past_the_end_of_a_tensor(norm, interleaved, compiled, generator
         cases.assert_exact("rope", dims, torch.float32, generator, compiled)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("norm", [False, True])
+def test_calls_leave_out_the_dispatcher(norm, dtype):
+    """Though tables and weights have another dtype than 16-bit heads (tests/dispatch/test_fastcall.py)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, (cos, sin) = heads(dtype=dtype), heads(HKV, dtype), tables(T, dtype=wide)
+    w = torch.rand(D, dtype=wide) if norm else None
+    for gradient in (False, True):
+        results = [rope(q.requires_grad_(gradient), k, cos, sin, q_weight=w, k_weight=w) for _ in range(2)][-1]
+        assert not any(y.untyped_storage().resizable() for y in results)
+    with pytest.raises(TypeError, match="cos must be"):  # not served by the kernel that such calls have
+        rope(q, k, cos.to(torch.float16), sin)
+
+
 def test_attention_reads_the_result_where_it_is():
     """From a packed projection to attention's output: one allocation each for q, k and out."""
     (q, k), (cos, sin) = packed(), tables(T)
