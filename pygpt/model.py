@@ -1,6 +1,7 @@
 """The reference GPT: GPT-2 (Radford et al. 2019) with the parameter names of github.com/karpathy/nanoGPT.
 
-Every layer runs on `pygpt.functional`. B sequences of T tokens pass as (B, T, C), C = n_embd.
+Other configurations make it a Llama (Touvron et al. 2023): RMSNorm, rotary positions, grouped heads, a gated MLP. Every
+layer runs on `pygpt.functional`. B sequences of T tokens pass as (B, T, C), C = n_embd.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear
+from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from .reference import ACTIVATIONS
 
 
@@ -24,8 +25,8 @@ from .reference import ACTIVATIONS
 class GPTConfig:
     """The shape of a `GPT`. The defaults are GPT-2 124M, its vocabulary padded to a multiple of 64.
 
-    ``bias`` is for every Linear and LayerNorm, and ``activation`` is one of `pygpt.nn.MLP`'s. A value that is not
-    allowed raises ValueError.
+    ``bias`` is for every Linear and LayerNorm, and ``activation`` is one of `pygpt.nn.MLP`'s. ``position`` "rotary"
+    rotates queries and keys instead of adding wpe. A value that is not allowed raises ValueError.
     """
 
     vocab_size: int = 50304
@@ -36,19 +37,45 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in every Linear and LayerNorm
     activation: str = "gelu_tanh"
+    norm: str = "layer_norm"  # or "rms_norm"
+    norm_eps: float = 1e-5
+    position: str = "learned"  # or "rotary"
+    rope_theta: float = 10000.0  # the base of rotary positions
+    n_kv_head: int | None = None  # heads of keys and values; None: n_head
+    qk_norm: bool = False  # an RMSNorm over each head of queries and keys
+    hidden_dim: int | None = None  # of the MLP; None: 4 n_embd
 
     def __post_init__(self) -> None:
-        sizes = "vocab_size", "block_size", "n_layer", "n_head", "n_embd"
-        fields = dict.fromkeys(sizes, (lambda n: isinstance(n, Integral) and int(n) >= 1, "a positive integer")) | {
+        def one_of(*names):
+            return lambda name: name in names, f"one of {', '.join(names)}"
+
+        size = lambda n: isinstance(n, Integral) and int(n) >= 1, "a positive integer"
+        size_or_none = lambda n: n is None or size[0](n), "a positive integer or None"
+        flag = lambda value: value in (True, False), "True or False"
+        positive = lambda x: isinstance(x, Real) and 0 < float(x) < math.inf, "a positive number"
+        fields: dict[str, tuple[Callable[[Any], bool], str]] = {
+            **dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd"), size),
+            **dict.fromkeys(("n_kv_head", "hidden_dim"), size_or_none),
+            **dict.fromkeys(("bias", "qk_norm"), flag),
+            **dict.fromkeys(("norm_eps", "rope_theta"), positive),
             "dropout": (lambda p: isinstance(p, Real) and 0 <= float(p) <= 1, "a probability"),
-            "bias": (lambda flag: flag in (True, False), "True or False"),
-            "activation": (lambda name: name in tuple(ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}"),
+            "activation": one_of(*ACTIVATIONS),
+            "norm": one_of("layer_norm", "rms_norm"),
+            "position": one_of("learned", "rotary"),
         }
         for name, (is_allowed, allowed) in fields.items():
             if not is_allowed(value := getattr(self, name)):
                 raise ValueError(f"pygpt.GPTConfig: {name} must be {allowed}, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"pygpt.GPTConfig: n_embd {self.n_embd} does not divide by n_head {self.n_head}")
+        if self.n_head % (self.n_kv_head or 1):
+            raise ValueError(f"pygpt.GPTConfig: n_head {self.n_head} does not divide by n_kv_head {self.n_kv_head}")
+
+    def new_norm(self, **factory: Any) -> nn.Module:
+        """A norm over n_embd."""
+        if self.norm == "rms_norm":
+            return RMSNorm(self.n_embd, self.norm_eps, **factory)
+        return LayerNorm(self.n_embd, self.norm_eps, bias=self.bias, **factory)
 
 
 class Block(nn.Module):
@@ -58,13 +85,16 @@ class Block(nn.Module):
     norm that follows it.
     """
 
-    def __init__(self, config: GPTConfig, **factory: Any) -> None:
+    def __init__(self, config: GPTConfig, rotary: RotaryEmbedding | None, **factory: Any) -> None:
         super().__init__()
-        C, bias, dropout = config.n_embd, config.bias, config.dropout
-        self.ln_1 = LayerNorm(C, bias=bias, **factory)
-        self.attn = CausalSelfAttention(C, config.n_head, bias=bias, dropout=dropout, **factory)
-        self.ln_2 = LayerNorm(C, bias=bias, **factory)
-        self.mlp = MLP(C, activation=config.activation, bias=bias, dropout=dropout, **factory)
+        C, both = config.n_embd, {"bias": config.bias, "dropout": config.dropout, **factory}
+        qk_norm_eps = config.norm_eps if config.qk_norm else None
+        self.ln_1 = config.new_norm(**factory)
+        self.attn = CausalSelfAttention(
+            C, config.n_head, config.n_kv_head, rotary=rotary, qk_norm_eps=qk_norm_eps, **both
+        )
+        self.ln_2 = config.new_norm(**factory)
+        self.mlp = MLP(C, config.hidden_dim, config.activation, **both)
 
     def forward(self, x: Tensor, delta: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """x, delta (B, T, C) -> the pair after the block. delta is None before the first block."""
@@ -87,13 +117,20 @@ class GPT(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
+        rotary, wpe = None, {}
+        if config.position == "rotary":
+            rotary = RotaryEmbedding(
+                config.n_embd // config.n_head, base=config.rope_theta, max_positions=config.block_size, device=device
+            )
+        else:
+            wpe = {"wpe": nn.Embedding(config.block_size, config.n_embd, **factory)}
         self.transformer: Any = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd, **factory),
-                "wpe": nn.Embedding(config.block_size, config.n_embd, **factory),
+                **wpe,
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config, **factory) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, bias=config.bias, **factory),
+                "h": nn.ModuleList(Block(config, rotary, **factory) for _ in range(config.n_layer)),
+                "ln_f": config.new_norm(**factory),
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, **factory)
@@ -151,13 +188,14 @@ class GPT(nn.Module):
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"pygpt.GPT: targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         t = self.transformer
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         try:
             embedded = t.wte(idx)
         except IndexError:  # on a GPU, PyTorch asserts on the device
             ids, size = f"from {idx.min()} to {idx.max()}", self.config.vocab_size
             raise IndexError(f"pygpt.GPT: idx has ids {ids}, vocab_size is {size}") from None
-        x, delta = t.drop(embedded + t.wpe(positions)), None
+        if self.config.position == "learned":
+            embedded = embedded + t.wpe(torch.arange(start, start + idx.shape[1], device=idx.device))
+        x, delta = t.drop(embedded), None
         for i, block in enumerate(t.h):
             x, delta = block(x, delta, caches[i] if caches else None)
         if targets is None:

@@ -25,6 +25,13 @@ def _layer_norm(input: Tensor, residual: Tensor | None, *affine: Any) -> Tensor 
     return functional.add_layer_norm(input, residual, *affine)
 
 
+@fx.wrap
+def _rms_norm(input: Tensor, residual: Tensor | None, *affine: Any) -> Tensor | tuple[Tensor, Tensor]:
+    if residual is None:
+        return functional.rms_norm(input, *affine)
+    return functional.add_rms_norm(input, residual, *affine)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm on `pygpt.functional.layer_norm`.
 
@@ -47,13 +54,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm on `pygpt.functional.rms_norm`; ``input (..., *normalized_shape)``."""
+    """torch.nn.RMSNorm on `pygpt.functional.rms_norm`. A residual is added as by `LayerNorm`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the norm of ``input (..., *normalized_shape)``, of the same shape."""
+    @overload
+    def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, input: Tensor, residual: Tensor | None = None):  # type: ignore[no-untyped-def]
+        """Returns the norm of ``input (..., *normalized_shape)``; with a residual of that shape, the sum's norm and the
+        sum."""
         if torch.jit.is_scripting():
+            assert residual is None, "a scripted pygpt.nn.RMSNorm takes no residual"
             return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)
-        return functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+        return _rms_norm(input, residual, self.normalized_shape, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -71,7 +86,7 @@ class Linear(nn.Linear):
 
 
 _FORWARDS: dict[type, Callable] = {
-    module_class: module_class.forward for module_class in (Linear, nn.Linear, nn.Dropout)
+    module_class: module_class.forward for module_class in (Linear, nn.Linear, nn.Dropout, RMSNorm, nn.RMSNorm)
 }
 
 
@@ -174,29 +189,31 @@ class KVCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
-        self.heads: Tensor | None = None
+        self.keys: Any = None
+        self.values: Any = None
 
-    def append(self, heads: Tensor) -> Tensor:
-        """Appends the key heads and then the value heads of the next T positions, (B, 2 Hkv, T, D); returns all so far.
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends the next T positions, ``(B, Hkv, T, D)`` each; returns all keys and values so far.
 
         ValueError if they exceed the capacity, or differ in batch, heads or dtype from those so far.
         """
-        B, H, T, D = heads.shape
+        B, H, T, D = keys.shape
         end = self.length + T
-        if self.heads is not None and (
-            heads.dtype != self.heads.dtype or heads[:, :, :0].shape != self.heads[:, :, :0].shape
+        if self.keys is not None and (
+            keys.dtype != self.keys.dtype or keys[:, :, :0].shape != self.keys[:, :, :0].shape
         ):
-            kept = *self.heads.shape[:2], "T", D
+            kept = *self.keys.shape[:2], "T", self.keys.shape[3]
             raise ValueError(
-                f"pygpt.nn.KVCache: holds {self.heads.dtype} of shape {kept}, got {heads.dtype} {tuple(heads.shape)}"
+                f"pygpt.nn.KVCache: holds {self.keys.dtype} of shape {kept}, got {keys.dtype} {tuple(keys.shape)}"
             )
         if end > self.capacity:
             raise ValueError(f"pygpt.nn.KVCache: {end} positions, room for {self.capacity}")
-        if self.heads is None:
-            self.heads = heads.new_empty(B, H, self.capacity, D)
-        self.heads.narrow(2, self.length, T).copy_(heads)
+        if self.keys is None:
+            self.keys, self.values = (keys.new_empty(B, H, self.capacity, D) for _ in range(2))
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer.narrow(2, self.length, T).copy_(new)
         self.length = end
-        return self.heads.narrow(2, 0, end)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 def _lower_right(T: int, S: int, device: torch.device) -> Tensor:
@@ -223,12 +240,15 @@ def _masking(T: int, S: int, window: int | None, device: torch.device) -> dict:
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention; x (B, T, embed_dim) -> (B, T, embed_dim).
 
-    c_attn projects to queries, keys and values side by side. Attention reads the heads there and writes their gradient
-    there, so nothing is copied.
+    c_attn projects to queries, keys and values side by side. Attention reads the heads there, and writes their gradient
+    there unless they are rotated, so nothing is copied.
+
     ``num_kv_heads`` below num_heads shares each key and value head among num_heads / num_kv_heads queries (GQA; Ainslie
     et al. 2023). ``dropout`` acts on the attention weights and on the output. With ``window``, a position attends to
-    itself and that many positions before it (Beltagy et al. 2020); Mistral's sliding_window counts itself, too. Head
-    counts that do not divide raise ValueError, and so does a negative window.
+    itself and that many positions before it (Beltagy et al. 2020); Mistral's sliding_window counts itself, too.
+    ``rotary`` rotates queries and keys; layers may share it. With ``qk_norm_eps``, RMSNorms of this eps over each head
+    of queries and of keys, q_norm and k_norm, come before that (Henry et al. 2020). Head counts that do not divide
+    raise ValueError, and so does a negative window.
     """
 
     window: int | None = None  # also of modules that were pickled before there was one
@@ -243,6 +263,8 @@ class CausalSelfAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         window: int | None = None,
+        rotary: "RotaryEmbedding | None" = None,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -261,11 +283,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias, device, dtype)
         self.c_proj = Linear(embed_dim, embed_dim, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
+        self.rotary = rotary
+        if qk_norm_eps is not None:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, qk_norm_eps, True, device, dtype) for _ in "qk")
 
     def reset_parameters(self) -> None:
-        """Draws c_attn and c_proj anew, as torch.nn.Linear does."""
-        self.c_attn.reset_parameters()
-        self.c_proj.reset_parameters()
+        """Draws c_attn and c_proj anew, as torch.nn.Linear does, and sets the norms' weights to 1."""
+        for layer in self.children():
+            if layer._parameters:
+                layer.reset_parameters()  # type: ignore[operator]
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """``x (B, T, embed_dim)`` -> ``(B, T, embed_dim)``; with a cache, x holds the positions that follow its own.
@@ -277,12 +303,18 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"pygpt.nn.CausalSelfAttention: x must be (B, T, {C}), got {tuple(x.shape)}")
         T, dropout_p = x.shape[1], self.dropout.p if self.training else 0.0
         qkv = self.c_attn(x)
-        if cache is None and self.head_dim <= dispatch.fast_head_dim and type(qkv) not in dispatch.SHARDED:
+        if cache is None and not self._changes_heads() and self._is_packed(qkv):
             masking = _masking(T, T, self.window, x.device)
             y = functional.qkv_attention(qkv, self.num_heads, self.num_kv_heads, dropout_p, **masking)
         else:
-            q, kv = (as_heads(t, t.shape[2] // self.head_dim) for t in qkv.split((C, qkv.shape[2] - C), dim=2))
-            k, v = (kv if cache is None else cache.append(kv)).chunk(2, dim=1)
+            q, k, v = (
+                as_heads(t, t.shape[2] // self.head_dim)
+                for t in qkv.split((C, *[self.num_kv_heads * self.head_dim] * 2), dim=2)
+            )
+            if self._changes_heads():
+                q, k = self._normed_and_rotated(q, k, 0 if cache is None else cache.length)
+            if cache is not None:
+                k, v = cache.append(k, v)
             heads = functional.scaled_dot_product_attention(
                 q, k, v,
                 dropout_p=dropout_p,
@@ -291,6 +323,23 @@ class CausalSelfAttention(nn.Module):
             )  # fmt: skip
             y = heads.transpose(1, 2).flatten(2)
         return _dropout(self.dropout, self.c_proj(y))
+
+    def _is_packed(self, qkv: Tensor) -> bool:
+        """Whether qkv_attention's kernels serve these heads. DTensors are split first, so that heads can be sharded."""
+        return self.head_dim <= dispatch.fast_head_dim and type(qkv) not in dispatch.SHARDED
+
+    def _changes_heads(self) -> bool:
+        return self._modules.keys() >= {"q_norm"} or self._modules.get("rotary") is not None
+
+    def _normed_and_rotated(self, q: Tensor, k: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """q and k (B, H, T, D), whose first position is ``position``, after q_norm, k_norm and rotary."""
+        rotary, fused = self._modules.get("rotary"), {}
+        if "q_norm" in self._modules:
+            if rotary is not None and all(_is_unmodified(n, RMSNorm, nn.RMSNorm) for n in (self.q_norm, self.k_norm)):
+                fused = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k) if rotary is None else rotary(q, k, position, **fused)
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"

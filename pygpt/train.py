@@ -67,6 +67,11 @@ class Settings:
     dropout: float = option(0.0, "dropout probability", low=0.0)
     bias: bool = option(False, "biases in Linear and LayerNorm")
     activation: str = option("gelu_tanh", "of the MLP", choices=tuple(reference.ACTIVATIONS))
+    norm: str = option("layer_norm", "of every block", choices=("layer_norm", "rms_norm"))
+    position: str = option("learned", "how positions are encoded", choices=("learned", "rotary"))
+    n_kv_head: int | None = option(None, "heads of keys and values; default: --n-head", int, low=1)
+    qk_norm: bool = option(False, "an RMSNorm over each head of queries and keys")
+    hidden_dim: int | None = option(None, "width of the MLP; default: 4 times --n-embd", int, low=1)
     steps: int = option(2000, "optimiser steps", low=1, adjustable=True)
     batch_size: int = option(8, "sequences per micro-batch", low=1)
     grad_accum: int = option(1, "micro-batches per step", low=1)
@@ -121,6 +126,9 @@ class Settings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
+    "llama-demo": {  # Llama's architecture in the demo's size
+        "n_kv_head": 2, "norm": "rms_norm", "position": "rotary", "activation": "swiglu", "hidden_dim": 344,
+    },
     "shakespeare-char-cpu": {  # from nanoGPT's README, "I only have a macbook"
         "tokens": "char", "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "activation": "gelu",
         "steps": 2000, "batch_size": 12, "learning_rate": 1e-3, "min_lr": 1e-4, "warmup": 100,
@@ -155,7 +163,8 @@ class Trainer:
             raise UsageError(f"--vocab-size {size} is less than the text's {corpus.tokenizer.size} different tokens")
         torch.manual_seed(seed_of("initialisation", s.seed))
         try:
-            config = GPTConfig(size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias, s.activation)
+            of_model = {f.name: getattr(s, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(s, f.name)}
+            config = GPTConfig(**{**of_model, "vocab_size": size})
         except ValueError as e:
             raise UsageError(e) from None
         dtype = torch.float64 if s.dtype == "float64" else torch.float32
