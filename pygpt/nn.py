@@ -390,7 +390,7 @@ class RotaryEmbedding(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         before = self.cos
         super()._apply(fn, recurse)
-        if (self.cos.dtype, self.cos.device) != (before.dtype, before.device):  # converted, moved, or not yet computed
+        if self.cos is not before:  # converted, moved, or empty: to_empty does this to a shared module twice
             for name, table in self._tables(self.cos.device).items():
                 setattr(self, name, table)
         return self
