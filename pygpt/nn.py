@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, functional, reference
 from .dispatch import dispatches_for_itself
+from .ops.common import checked_integer
 from .ops.qkv_attention import as_heads
 
 
@@ -183,12 +184,15 @@ class MLP(nn.Module):
 class KVCache:
     """Keys and values of one attention layer's past, preallocated for ``capacity`` positions at the first append.
 
-    For inference: an append writes to memory that an earlier call's backward pass would need. With a window, too, it
-    keeps all positions.
+    ``cache = KVCache(capacity)``, then ``attention(x, cache)`` for the positions as they come. Each layer needs a cache
+    of its own. For inference: an append writes to memory that an earlier call's backward pass would need. With a
+    window, too, it keeps all positions. A capacity that is no integer raises TypeError, a negative one ValueError.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length = checked_integer("pygpt.nn.KVCache", "capacity", capacity), 0
+        if self.capacity < 0:
+            raise ValueError(f"pygpt.nn.KVCache: capacity must not be negative, got {capacity}")
         self.keys: Any = None
         self.values: Any = None
 
@@ -197,19 +201,25 @@ class KVCache:
 
         ValueError if they exceed the capacity, or differ in batch, heads or dtype from those so far.
         """
-        B, H, T, D = keys.shape
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or values.dim() != 4:
+            raise ValueError(
+                "pygpt.nn.KVCache: keys and values must be (B, Hkv, T, D), "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        B, H, T, _ = keys.shape
         end = self.length + T
         if self.keys is not None and (
             keys.dtype != self.keys.dtype or keys[:, :, :0].shape != self.keys[:, :, :0].shape
         ):
-            kept = *self.keys.shape[:2], "T", self.keys.shape[3]
+            kept_B, kept_H, _, kept_D = self.keys.shape
             raise ValueError(
-                f"pygpt.nn.KVCache: holds {self.keys.dtype} of shape {kept}, got {keys.dtype} {tuple(keys.shape)}"
+                f"pygpt.nn.KVCache: holds {self.keys.dtype} of shape ({kept_B}, {kept_H}, T, {kept_D}), "
+                f"got {keys.dtype} {tuple(keys.shape)}"
             )
         if end > self.capacity:
             raise ValueError(f"pygpt.nn.KVCache: {end} positions, room for {self.capacity}")
         if self.keys is None:
-            self.keys, self.values = (keys.new_empty(B, H, self.capacity, D) for _ in range(2))
+            self.keys, self.values = (t.new_empty(B, H, self.capacity, t.shape[3]) for t in (keys, values))
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.narrow(2, self.length, T).copy_(new)
         self.length = end
@@ -267,7 +277,12 @@ class CausalSelfAttention(nn.Module):
         qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        owner = "pygpt.nn.CausalSelfAttention"
+        embed_dim, num_heads = (
+            checked_integer(owner, "embed_dim", embed_dim),
+            checked_integer(owner, "num_heads", num_heads),
+        )
+        num_kv_heads = num_heads if num_kv_heads is None else checked_integer(owner, "num_kv_heads", num_kv_heads)
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: embed_dim {embed_dim} does not divide by num_heads {num_heads}"
@@ -276,8 +291,8 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(
                 f"pygpt.nn.CausalSelfAttention: num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}"
             )
-        if window is not None and not (isinstance(window, int) and 0 <= window < 2**31):
-            raise ValueError(f"pygpt.nn.CausalSelfAttention: window must be an integer from 0 on, got {window!r}")
+        if window is not None and not 0 <= (window := checked_integer(owner, "window", window)) < 2**31:
+            raise ValueError(f"{owner}: window must be an integer from 0 on, got {window!r}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
         self.window = window
         self.c_attn = Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias, device, dtype)

@@ -27,6 +27,7 @@ from .common import (
     composite_gradients,
     dense_strides,
     dropout_factors,
+    in_forward_mode,
     laid_out,
     only,
     savable,
@@ -50,7 +51,7 @@ class Options(NamedTuple):
 
 def attention_composite(q, k, v, is_causal, scale, *options, return_lse=False):
     """out, or with return_lse (out, lse): PyTorch's own function where it has the options, else the formulas."""
-    if not options and not return_lse:
+    if not options and not return_lse and not in_forward_mode():
         return torchs(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     with torch.autocast(q.device.type, enabled=False) if autocasting(q.device.type) else nullcontext():
         o = Options(*options)
@@ -354,13 +355,14 @@ def scaled_dot_product_attention(
     kernel = lookup("attention", query, key, value)
     options = attn_mask is not None or dropout_p or enable_gqa or window is not None or alibi_slopes is not None
     options = options or softcap or sink is not None or return_lse or not isinstance(scale, (NoneType, float, int))
+    options = options or not isinstance(is_causal, bool)
     if kernel is None or options or not is_fast(query, key, value):
         return call(
             "attention", query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
             window=window, alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, return_lse=return_lse,
         )  # fmt: skip
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
-    results = kernel(query, key, value, bool(is_causal), scale)
+    results = kernel(query, key, value, is_causal, scale)
     return results[0] if isinstance(results, tuple) else results
 
 

@@ -4,6 +4,8 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,7 @@ def prepare(
 
     if error := check_tensors("attention", (query, key, value), one_dtype=True):
         return served_by_torch(error)
+    check_flags(_OP, is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     _check_shapes(query, key, value)
     L, E, S, Ev = query.shape[-2], query.shape[-1], key.shape[-2], value.shape[-1]
     scale = checked_scale(_OP, scale, E)
@@ -64,6 +67,8 @@ def prepare(
     B, Hq = q.shape[:2]
     attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
     left, right = (-1, -1) if window is None else checked_window(_OP, "window", window)
+    if not isinstance(softcap, (Real, torch.SymFloat)):
+        raise TypeError(f"{_OP}: softcap must be a number, got {softcap!r}")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap must be finite and not negative, got {softcap}")
     dropout_p = checked_dropout(_OP, dropout_p)
@@ -214,15 +219,23 @@ def checked_scale(op: str, scale, E: int) -> float:
 
 
 def checked_dropout(op: str, p) -> float:
+    if not isinstance(p, (Real, torch.SymFloat)):
+        raise TypeError(f"{op}: dropout_p must be a number, got {p!r}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {p}")
     return float(p)
 
 
+def check_flags(op: str, **flags) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
+
+
 def checked_window(op: str, name: str, window) -> tuple[int, int]:
     try:
-        left, right = window
-        valid = all(isinstance(n, (int, torch.SymInt)) and -1 <= n < 2**31 for n in (left, right))
+        left, right = (n if isinstance(n, torch.SymInt) else index(n) for n in window)
+        valid = all(-1 <= n < 2**31 for n in (left, right))
     except (TypeError, ValueError):
         valid = False
     if not valid:

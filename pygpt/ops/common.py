@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +80,18 @@ def _philox(seed: Tensor, counter) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------- checks
+def checked_integer(owner: str, name: str, n: Any) -> int:
+    """``n`` as an int, also where it is NumPy's. TypeError for a bool, and for what is no integer."""
+    if isinstance(n, torch.SymInt):
+        return n  # type: ignore[return-value]
+    try:
+        if not isinstance(n, bool):
+            return index(n)
+    except TypeError:
+        pass
+    raise TypeError(f"{owner}: {name} must be an integer, got {n!r}")
+
+
 def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None:
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
@@ -116,6 +130,11 @@ def backward_kernels(ctx):
     if torch.compiler.is_compiling():
         return getattr(ctx.kernels, "registered", ctx.kernels)
     return None if torch.is_grad_enabled() or forward_ad._current_level >= 0 else ctx.kernels
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken, which PyTorch's fused attention does not have."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def composite_gradients(composite: Callable, args, needs, grads) -> tuple:

@@ -14,8 +14,8 @@ from .. import dispatch
 from ..dispatch import Call, Op, call, lookup, register
 from . import attention
 from .attention import Options, attention_bwd, attention_composite, attention_fwd
-from .attention_arguments import checked_dropout, checked_scale, checked_window
-from .common import Spec, backward_kernels, check_tensors, composite_gradients, savable
+from .attention_arguments import check_flags, checked_dropout, checked_scale, checked_window
+from .common import Spec, backward_kernels, check_tensors, checked_integer, composite_gradients, savable
 
 _OP = "pygpt.qkv_attention"
 SEED = 5  # the place of dropout's seed among the canonical arguments
@@ -124,25 +124,25 @@ def qkv_attention(
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     kernel = lookup("qkv_attention", qkv)
-    if kernel is not None and not dropout_p and window is None and scale is None and _fits(qkv, num_heads, kv_heads):
+    options = dropout_p or window is not None or scale is not None or not isinstance(is_causal, bool)
+    if kernel is not None and not options and _fits(qkv, num_heads, kv_heads):
         scale = 1.0 / math.sqrt(qkv.shape[2] // (num_heads + 2 * kv_heads) or 1)
-        return kernel(qkv, num_heads, kv_heads, bool(is_causal), scale, None, 0.0, -1, -1)
+        return kernel(qkv, num_heads, kv_heads, is_causal, scale, None, 0.0, -1, -1)
     return call("qkv_attention", qkv, num_heads, num_kv_heads, dropout_p, is_causal, scale=scale, window=window)
 
 
 def _fits(qkv: Tensor, heads: int, kv_heads: int) -> bool:
     """Whether the shape and the numbers of heads fit, and every kernel has these head dimensions."""
-    if qkv.dim() != 3 or not (isinstance(heads, int) and isinstance(kv_heads, int)) or not 1 <= kv_heads <= heads:
+    if qkv.dim() != 3 or not (type(heads) is type(kv_heads) is int) or not 1 <= kv_heads <= heads:
         return False
     E, rest = divmod(qkv.shape[2], heads + 2 * kv_heads)
     return rest == 0 and heads % kv_heads == 0 and dispatch.fast_head_dim >= E
 
 
 def prepare(qkv, num_heads, num_kv_heads=None, dropout_p=0.0, is_causal=False, *, scale=None, window=None) -> Call:
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    for name, n in (("num_heads", num_heads), ("num_kv_heads", kv_heads)):
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"{_OP}: {name} must be an integer, got {n!r}")
+    num_heads = checked_integer(_OP, "num_heads", num_heads)
+    kv_heads = num_heads if num_kv_heads is None else checked_integer(_OP, "num_kv_heads", num_kv_heads)
+    check_flags(_OP, is_causal=is_causal)
     if kv_heads < 1 or num_heads < 1 or num_heads % kv_heads:
         raise ValueError(f"{_OP}: num_heads {num_heads} is no multiple of num_kv_heads {kv_heads}")
     error = check_tensors("qkv_attention", (qkv,))
@@ -155,7 +155,7 @@ def prepare(qkv, num_heads, num_kv_heads=None, dropout_p=0.0, is_causal=False, *
     left, right = (-1, -1) if window is None else checked_window(_OP, "window", window)
     dropout_p = checked_dropout(_OP, dropout_p)
     in_use = {"dropout_p": dropout_p > 0.0, "window": (left, right) != (-1, -1), "enable_gqa": kv_heads != num_heads}
-    args = qkv, num_heads, kv_heads, bool(is_causal), checked_scale(_OP, scale, E), None, dropout_p, left, right
+    args = qkv, num_heads, kv_heads, is_causal, checked_scale(_OP, scale, E), None, dropout_p, left, right
     features = frozenset(name for name, used in in_use.items() if used)
     if E > dispatch.fast_head_dim:
         error = ValueError(f"{_OP}: head dimension above {dispatch.fast_head_dim}")

@@ -29,7 +29,16 @@ from .attention import (
     visible,
 )
 from .attention_arguments import checked_scale, checked_window, torchs
-from .common import Spec, acc_dtype, backward_kernels, check_tensors, composite_gradients, only, savable
+from .common import (
+    Spec,
+    acc_dtype,
+    backward_kernels,
+    check_tensors,
+    composite_gradients,
+    in_forward_mode,
+    only,
+    savable,
+)
 
 _OP = "pygpt.varlen_attn"
 
@@ -111,7 +120,7 @@ def varlen_attn_composite(q, k, v, *packing, return_lse=False):
 
 def _sequence_composite(qkv: tuple[Tensor, Tensor, Tensor], p: Packing, return_lse: bool) -> tuple:
     q, k, v = qkv
-    if return_lse or q.shape[2] == 0 or k.shape[2] == 0:
+    if return_lse or q.shape[2] == 0 or k.shape[2] == 0 or in_forward_mode():
         return attention_composite(q, k, v, False, p.scale, *p.options, return_lse=True)
     causal = q.shape[2] == k.shape[2] and (p.left, p.right) == (-1, 0)
     mask = None if causal else visible(q.shape[2], k.shape[2], q.device, False, p.options)

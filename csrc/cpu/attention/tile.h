@@ -272,20 +272,27 @@ PYGPT_INLINE void finish_row(const QueryHead<S>& x, int64_t i, Acc<S> m, Acc<S> 
   for (int64_t j = 0; j < x.a.v_dim; j += W<T>) store(o + j, accumulated(j) * inverse, x.a.v_dim - j);
 }
 
+// Sums in the same order whatever the strides are, so that they do not change the bits.
 template <class S, class T = Acc<S>>
 T row_dot(Matrix<S> a, Matrix<S> b, int64_t n) {
   Vec<T> total[2] = {};
-  if (a.cs == 1 && b.cs == 1) {
-    const auto product = [&](int64_t j) { return load(a.data + j, n - j) * load(b.data + j, n - j); };
+  const auto sum = [&](auto load_from) {
+    const auto product = [&](int64_t j) { return load_from(a, j) * load_from(b, j); };
     for (int64_t j = 0; j < n; j += 2 * W<T>) {
       total[0] += product(j);
       if (j + W<T> < n) total[1] += product(j + W<T>);
     }
-    return hsum<T>(total[0] + total[1]);
+  };
+  if (a.cs == 1 && b.cs == 1) {
+    sum([&](Matrix<S> m, int64_t j) { return load(m.data + j, n - j); });
+  } else {
+    sum([&](Matrix<S> m, int64_t j) {
+      Vec<T> v = {};
+      for (int64_t lane = 0; lane < std::min<int64_t>(W<T>, n - j); lane++) v[lane] = to_acc(m.data[(j + lane) * m.cs]);
+      return v;
+    });
   }
-  double slow = 0;
-  for (int64_t j = 0; j < n; j++) slow += double(to_acc(a.data[j * a.cs])) * double(to_acc(b.data[j * b.cs]));
-  return T(slow);
+  return hsum<T>(total[0] + total[1]);
 }
 
 // For backward: query i's lse, or +inf if the row is fully masked, so that P = 0; and delta = rowsum(dO O) - dlse.
