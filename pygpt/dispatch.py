@@ -337,7 +337,7 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
     except TypeError as e:
         raise TypeError(f"pygpt.{known_op.public.__name__}: {e}") from None
     prepared = autocast(known_op, known_op.prepare(*args, **kwargs))
-    return choose(known_op.name, _tensors(prepared.args), prepared.features, prepared.error)
+    return choose(known_op.name, tensors_of(known_op, prepared.args), prepared.features, prepared.error)
 
 
 # ------------------------------------------------------------------------------- serving a call
@@ -366,9 +366,9 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
     prepared = autocast(op, op.prepare(*args, **kwargs))
-    row = pick(name, _tensors(prepared.args), prepared.features, prepared.error)
+    row = pick(name, tensors_of(op, prepared.args), prepared.features, prepared.error)
     prepared = prepared.seeded()
-    tensors = _tensors(prepared.args)
+    tensors = tensors_of(op, prepared.args)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
         _log_fallback(choose(name, tensors, prepared.features, prepared.error))
     if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.fast)) is not None:
@@ -440,8 +440,14 @@ def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
     return lambda *args: results if isinstance(results := fwd(*args), Tensor) else _first(results, op.results)
 
 
-def _tensors(args: tuple) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
+def tensors_of(op: Op, args: Sequence) -> list[Tensor]:
+    """The tensors among canonical arguments. The first one stands in for a leading one that is None, so that all of
+    the leading ones keep their places."""
+    leading = len(op.tensors)
+    return [
+        *(args[0] if a is None else a for a in args[:leading]),
+        *(a for a in args[leading:] if isinstance(a, Tensor)),
+    ]
 
 
 def _needs_gradient(tensors: list[Tensor]) -> bool:
