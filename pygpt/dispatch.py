@@ -86,6 +86,7 @@ class Op:
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
     statistics: tuple[str, ...] = ()  # leading tensor arguments in the dtype of statistics; prepare checks all dtypes
+    integers: tuple[str, ...] = ()  # leading tensor arguments that are integers; prepare checks their dtypes
     opaque: bool = False  # whether the composite depends on values, which a graph cannot, and meta tensors do not have
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
@@ -114,7 +115,8 @@ def register(op: Op) -> Op:
     KERNEL_NAMES.extend((f"{op.name}_fwd", f"{op.name}_bwd"))
     vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
     _ALLOWED[op.name] = sum(
-        optional << i | (name in op.statistics) << 32 + i for i, (name, optional) in enumerate(op.tensors)
+        optional << i | (name in op.integers) << 16 + i | (name in op.statistics) << 32 + i
+        for i, (name, optional) in enumerate(op.tensors)
     )
     return op
 

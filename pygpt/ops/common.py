@@ -78,12 +78,13 @@ def _philox(seed: Tensor, counter) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------- checks
-def check_tensors(op: str, tensors, one_dtype: bool = False, integers: tuple = ()) -> Exception | None:
+def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None:
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
     tensors: the leading ones of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
-    integers: the names of those whose dtype the op checks.
+    Those that the op wants to be integers are left to it.
     """
+    integers = dispatch.OPS[op].integers
     public = f"pygpt.{dispatch.OPS[op].public.__name__}"
     pairs = zip(dispatch.OPS[op].tensors, tensors, strict=False)
     named = [(name, t) for (name, optional), t in pairs if t is not None or not optional]

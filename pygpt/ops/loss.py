@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Op, call, register
+from ..dispatch import Op, call, lookup, register
 from .common import Spec, acc, backward_kernels, composite_gradients, only, savable, wanted
 from .loss_arguments import (
     REDUCTIONS,
     Options,
     expression,
+    fits,
     known_reduction,
     linear_expression,
     prepare_cross_entropy,
@@ -235,10 +236,13 @@ def cross_entropy(
     probabilities (of input's shape) go to PyTorch. Shapes that do not fit raise ValueError, wrong types TypeError. A
     class that is out of range raises IndexError on a CPU. On a GPU its row has loss and gradients NaN.
     """
-    return call(
-        "cross_entropy", input, target, weight,
-        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
-    )  # fmt: skip
+    kernel = lookup("cross_entropy", input, target)
+    if kernel is None or not fits(input, target, ignore_index, weight, reduction, label_smoothing, z_loss):
+        return call(
+            "cross_entropy", input, target, weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+        )  # fmt: skip
+    return kernel(input, target, ignore_index, None, reduction, label_smoothing, z_loss)
 
 
 def linear_cross_entropy(
@@ -363,6 +367,7 @@ register(
         fwd=cross_entropy_fwd,
         bwd=cross_entropy_bwd,
         function=CrossEntropy,
+        integers=("target",),
         specs={
             "cross_entropy": Spec(
                 "cross_entropy",
@@ -388,6 +393,7 @@ register(
         fwd=linear_cross_entropy_fwd,
         bwd=linear_cross_entropy_bwd,
         function=LinearCrossEntropy,
+        integers=("target",),
         flops=(_linear_flops, _linear_bwd_flops),
         lower_precision=True,
         specs={

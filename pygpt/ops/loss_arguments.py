@@ -121,7 +121,7 @@ def prepare_cross_entropy(
     input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0
 ) -> Call:
     op = "cross_entropy"
-    error = check_tensors(op, (input, target), integers=("target",))
+    error = check_tensors(op, (input, target))
     _check_options(op, weight, reduction, ignore_index, label_smoothing, z_loss)
     options = Options(ignore_index, weight, reduction, float(label_smoothing), float(z_loss))
     torchs = partial(expression, input, target, options)
@@ -134,9 +134,29 @@ def prepare_cross_entropy(
         return Call((input, target, *options), torch=torchs, error=error)
     x = input.movedim(at, -1)
     x = x.reshape(-1, x.shape[-1]) if target.numel() else x.reshape(0, x.shape[-1])
+    plain = fits(input, target, *options)
     weight = None if weight is None else weight.to(acc_dtype(input))
     args = x, target.reshape(-1), *options._replace(weight=weight)
-    return Call(args, finish=_finish(input, target, reduction), torch=torchs)
+    fast = (input, target) if plain else None
+    return Call(args, finish=_finish(input, target, reduction), torch=torchs, fast=fast)
+
+
+def fits(input, target, ignore_index, weight, reduction, label_smoothing, z_loss) -> bool:
+    """Whether `prepare_cross_entropy` would change nothing and raise nothing."""
+    return (
+        weight is None
+        and type(ignore_index) is int
+        and input.dim() == 2
+        and input.shape[1] > 0
+        and input.dtype == acc_dtype(input)
+        and target.dtype == torch.int64
+        and target.shape == input.shape[:1]
+        and reduction in REDUCTIONS
+        and isinstance(label_smoothing, float)
+        and isinstance(z_loss, float)
+        and 0.0 <= label_smoothing <= 1.0
+        and -math.inf < z_loss < math.inf
+    )
 
 
 def prepare_linear_cross_entropy(
@@ -146,7 +166,7 @@ def prepare_linear_cross_entropy(
     op = "linear_cross_entropy"
     index = -100 if ignore_index is None else ignore_index
     tensors = input, linear_weight, target, linear_bias
-    error = check_tensors(op, tensors, one_dtype=True, integers=("target",))
+    error = check_tensors(op, tensors, one_dtype=True)
     _check_options(op, weight, reduction, index, label_smoothing, z_loss)
     o = Options(index, weight, reduction, float(label_smoothing), float(z_loss))
     torchs = partial(linear_expression, *tensors, o)

@@ -66,6 +66,8 @@ def test_same_bits_and_layout_as_dispatched(layout, op, dims, dtype, generator):
 def test_public_functions_take_it():
     x, w = torch.randn(8, 64), torch.randn(64)
     assert direct(functional.layer_norm(x, (64,), w, w)) and direct(functional.relu(x))
+    loss, target = functional.cross_entropy, torch.arange(8)
+    assert torch.equal(loss(x, target), loss(x, target)) and direct(loss(x, target))  # also when it is remembered
     y = functional.layer_norm(x.requires_grad_(), (64,), torch.nn.Parameter(w), w)
     assert direct(y) and direct(torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
