@@ -14,6 +14,7 @@
 namespace pygpt {
 
 enum class DType { f64, f32, bf16, f16 };
+enum class Reduction { none, mean, sum };
 enum class Activation { gelu, gelu_tanh, relu, relu2 };
 // Whether the derivative is computed from the activation's input. relu's is computed from its output. relu2 keeps its
 // input: its output underflows in float16.
@@ -138,6 +139,41 @@ struct RopeArgs {
   RopeSide sides[2];  // q and k
 };
 
+// The loss of logits x (rows, classes), and with dloss its gradient dx. pygpt/ops/loss.py has the mathematics. A row
+// whose target is ignore_index is kept out: its loss, stats and dx are 0, and x is not read there. weight and what is
+// float or double in statistics have that type here.
+struct CrossEntropyArgs {
+  DType dtype;
+  int64_t rows, classes;
+  Rows x;
+  const int64_t* target;
+  int64_t ignore_index;
+  const void* weight;  // (classes), or null
+  Reduction reduction;
+  double label_smoothing, z_loss;
+  void* loss;  // (rows) for Reduction::none, else one
+  void* stats;  // (2, rows): the row's maximum, and its sum of exp(x - maximum)
+  void* totals;  // two: the sum of the kept targets' weights, and their number
+  // backward
+  const void* dloss;  // like loss
+  Rows dx;
+};
+
+// cross_entropy of x (rows, in) linear_weight^T + linear_bias, whose logits exist for chunk rows at a time. In forward,
+// dx, dw and db are those of the loss times totals[0] (mean) or of the loss (sum), and have the type of statistics. In
+// backward they have the dtype. dw_sums may be dw.
+struct LinearCrossEntropyArgs {
+  CrossEntropyArgs loss;  // its x and dx are not set
+  int64_t in;
+  Rows x, linear_weight;
+  const void* linear_bias;  // (classes), or null
+  void *dx, *dw, *db;  // contiguous, each null where not wanted
+  // a CPU's workspace, of the type of statistics: a chunk's logits and, in backward, the wanted ones of dw's and db's
+  // sums
+  int64_t chunk;
+  void *logits, *dw_sums, *db_sums;
+};
+
 // Calls X(name, Args) for every kernel. Each device declares all of them in its own namespace.
 // clang-format off
 #define PYGPT_KERNELS(X)                                        \
@@ -146,7 +182,10 @@ struct RopeArgs {
   X(mlp_fwd, MlpArgs) X(mlp_bwd, MlpArgs)                       \
   X(norm_fwd, NormArgs) X(norm_bwd, NormArgs)                   \
   X(rope_fwd, RopeArgs) X(rope_bwd, RopeArgs)                   \
-  X(activation_fwd, ActivationArgs) X(activation_bwd, ActivationArgs)
+  X(activation_fwd, ActivationArgs) X(activation_bwd, ActivationArgs) \
+  X(cross_entropy_fwd, CrossEntropyArgs) X(cross_entropy_bwd, CrossEntropyArgs) \
+  X(linear_cross_entropy_fwd, LinearCrossEntropyArgs)           \
+  X(linear_cross_entropy_bwd, LinearCrossEntropyArgs)
 // clang-format on
 
 namespace cpu {

@@ -86,6 +86,7 @@ class Op:
     lower_precision: bool = False  # whether autocast runs it in its lower dtype
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
     statistics: tuple[str, ...] = ()  # leading tensor arguments in the dtype of statistics; prepare checks all dtypes
+    integers: tuple[str, ...] = ()  # leading tensor arguments that are integers; prepare checks their dtypes
     opaque: bool = False  # whether the composite depends on values, which a graph cannot, and meta tensors do not have
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
@@ -114,7 +115,8 @@ def register(op: Op) -> Op:
     KERNEL_NAMES.extend((f"{op.name}_fwd", f"{op.name}_bwd"))
     vars(REFERENCE).update({op.name: op.composite, f"{op.name}_fwd": op.fwd, f"{op.name}_bwd": op.bwd})
     _ALLOWED[op.name] = sum(
-        optional << i | (name in op.statistics) << 32 + i for i, (name, optional) in enumerate(op.tensors)
+        optional << i | (name in op.integers) << 16 + i | (name in op.statistics) << 32 + i
+        for i, (name, optional) in enumerate(op.tensors)
     )
     return op
 
@@ -337,7 +339,7 @@ def explain(op: Callable | str, *args: Any, **kwargs: Any) -> Choice:
     except TypeError as e:
         raise TypeError(f"pygpt.{known_op.public.__name__}: {e}") from None
     prepared = autocast(known_op, known_op.prepare(*args, **kwargs))
-    return choose(known_op.name, _tensors(prepared.args), prepared.features, prepared.error)
+    return choose(known_op.name, tensors_of(known_op, prepared.args), prepared.features, prepared.error)
 
 
 # ------------------------------------------------------------------------------- serving a call
@@ -366,9 +368,9 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     if not is_compiling() and (_is_torch_function_mode_enabled() or any(map(_is_proxy, args))):
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
     prepared = autocast(op, op.prepare(*args, **kwargs))
-    row = pick(name, _tensors(prepared.args), prepared.features, prepared.error)
+    row = pick(name, tensors_of(op, prepared.args), prepared.features, prepared.error)
     prepared = prepared.seeded()
-    tensors = _tensors(prepared.args)
+    tensors = tensors_of(op, prepared.args)
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
         _log_fallback(choose(name, tensors, prepared.features, prepared.error))
     if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.fast)) is not None:
@@ -440,8 +442,14 @@ def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
     return lambda *args: results if isinstance(results := fwd(*args), Tensor) else _first(results, op.results)
 
 
-def _tensors(args: tuple) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
+def tensors_of(op: Op, args: Sequence) -> list[Tensor]:
+    """The tensors among canonical arguments. The first one stands in for a leading one that is None, so that all of
+    the leading ones keep their places."""
+    leading = len(op.tensors)
+    return [
+        *(args[0] if a is None else a for a in args[:leading]),
+        *(a for a in args[leading:] if isinstance(a, Tensor)),
+    ]
 
 
 def _needs_gradient(tensors: list[Tensor]) -> bool:

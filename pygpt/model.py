@@ -7,6 +7,7 @@ layer runs on `pygpt.functional`. B sequences of T tokens pass as (B, T, C), C =
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding
+from .functional import cross_entropy, linear_cross_entropy
+from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding, _is_unmodified_linear
 from .reference import ACTIVATIONS
 
 
@@ -172,13 +173,19 @@ class GPT(nn.Module):
         return self
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        *,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Returns logits and loss for token ids idx (B, T), T <= block_size.
 
         With targets (B, T) these are logits (B, T, V) and their mean cross-entropy; negative targets are ignored.
-        Without targets they are the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds
-        the positions that follow the cached ones. Shapes that do not fit the configuration raise ValueError, and ids
+        ``return_logits=False`` gives (None, loss), and the logits of a few rows exist at a time. Without targets they
+        are the last position's logits (B, 1, V) and None. With caches (`new_caches`), idx holds the positions that
+        follow the cached ones. Shapes that do not fit the configuration raise ValueError, and ids
         that do not fit the vocabulary raise IndexError on a CPU.
         """
         start = caches[0].length if caches else 0
@@ -201,12 +208,18 @@ class GPT(nn.Module):
         if targets is None:
             x, delta = x[:, -1:], delta[:, -1:]  # type: ignore[index]
         x, _ = t.ln_f(x, delta)
-        logits = self.lm_head(x)
         if targets is None:
-            return logits, None
-        rows = logits.flatten(0, 1)
-        rows = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-        return logits, F.cross_entropy(rows, targets.flatten().clamp(min=-1), ignore_index=-1)
+            return self.lm_head(x), None
+        head, classes = self.lm_head, targets.flatten().clamp(min=-1)
+        if not return_logits and _is_unmodified_linear(head):
+            with _float32_losses(x):
+                return None, linear_cross_entropy(
+                    x.flatten(0, 1), head.weight, classes, linear_bias=head.bias, ignore_index=-1
+                )
+        logits = head(x)
+        with _float32_losses(logits):
+            loss = cross_entropy(logits.flatten(0, 1), classes, ignore_index=-1)
+        return logits if return_logits else None, loss
 
     def new_caches(self) -> list[KVCache]:
         """Empty caches of all layers, for `forward`."""
@@ -277,6 +290,12 @@ class GPT(nn.Module):
         except RuntimeError as e:
             raise ValueError(f"pygpt.GPT.from_hf: the weights do not fit the configuration: {e}") from None
         return model
+
+
+def _float32_losses(x: Tensor) -> AbstractContextManager:
+    """A context in which the loss of x is float32: autocast, if x is of a 16-bit dtype."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(x.device.type, x.dtype) if half else nullcontext()
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

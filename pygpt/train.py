@@ -207,7 +207,7 @@ class Trainer:
         for micro in range(s.grad_accum):
             batch = self.corpus.batch("train", s.batch_size, s.block_size, s.seed, self.done, micro)
             with self._context():
-                _, loss = self.forward(*batch)
+                _, loss = self.forward(*batch, return_logits=False)
             self.scaler.scale(loss / s.grad_accum).backward()
             total += loss.item()
         self.scaler.unscale_(self.optimizer)
@@ -227,7 +227,10 @@ class Trainer:
         with self._context():
             return {
                 f"{split}_loss": sum(
-                    self.forward(*self.corpus.batch(split, s.batch_size, s.block_size, s.seed, "evaluate", i))[1].item()
+                    self.forward(
+                        *self.corpus.batch(split, s.batch_size, s.block_size, s.seed, "evaluate", i),
+                        return_logits=False,
+                    )[1].item()
                     for i in range(s.eval_iters)
                 )
                 / s.eval_iters

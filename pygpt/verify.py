@@ -39,7 +39,7 @@ from . import (
     threads,
 )
 from .data import UsageError, check_memory, check_number
-from .dispatch import OPS, REFERENCE, SPECS, TABLE, chosen, ops_by_name, pick
+from .dispatch import OPS, REFERENCE, SPECS, TABLE, chosen, ops_by_name, pick, tensors_of
 from .dispatch import backend as use_backend
 from .ops.common import as_tuple, lead
 from .progress import table
@@ -145,7 +145,8 @@ def eager(op: str) -> Callable:
 def directions(op: str, function: Callable, args: Sequence, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     """Every output of ``function(*args)`` that has a gradient in ``grads``, and every gradient, by name."""
     spec = SPECS[op]
-    args = [a.detach().requires_grad_() if _is_floating(a) else a for a in args]
+    trained = len(spec.inputs)
+    args = [a.detach().requires_grad_(i < trained) if _is_floating(a) else a for i, a in enumerate(args)]
     differentiated = {f"d{name}": a for name, a in zip(spec.inputs, args, strict=False) if _is_floating(a)}
     outs = as_tuple(function(*args))[: len(grads)]
     gradients = torch.autograd.grad(outs, list(differentiated.values()), grads)
@@ -200,7 +201,8 @@ def measure(
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with use_backend(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            used = pick(SPECS[op].op, [a for a in args if isinstance(a, Tensor)], SPECS[op].features).name
+            tensors = tensors_of(OPS[SPECS[op].op], args)
+            used = pick(SPECS[op].op, tensors, SPECS[op].features).name
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))
             if got != want:

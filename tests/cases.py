@@ -8,6 +8,7 @@ import torch
 
 from pygpt import reference, verify
 from pygpt.ops.attention import in_kernels_dtypes
+from pygpt.ops.common import acc
 
 DTYPES = list(verify.DTYPES.values())
 OPS = list(verify.SPECS)
@@ -91,6 +92,37 @@ NORM = [
     )
 ] + [{"M": 33, "N": N, "mean": mean} for N in (64, 1000) for mean in (10.0, 300.0)]  # variance must be centred
 
+# Row lengths around vectors and blocks; every reduction, with and without each option.
+_LOSS_OPTIONS = (
+    {},
+    {"ignored": 2, "weight": 1, "smoothing": 0.1, "z": 0.01},
+    {"reduction": "sum", "ignored": 3, "z": 0.01},
+    {"reduction": "none", "smoothing": 0.2},
+    {"reduction": "none", "weight": 1, "z": 0.01},
+    {"reduction": "sum", "weight": 1, "smoothing": 1.0},
+)
+_EMPTY_LOSS = [{"N": 0, **options} for options in _LOSS_OPTIONS if "reduction" in options]  # a mean of none is NaN
+CROSS_ENTROPY = [
+    *(
+        {"N": N, "V": V, **options}
+        for (N, V), options in product(
+            (*((5, V) for V in (1, 2, 7, 33, 65, 1000, 4099)), (130, 97), (1, 50257)), _LOSS_OPTIONS
+        )
+    ),
+    *({"N": 17, "V": V, "mean": 300.0, "gain": 4.0} for V in (5, 257)),
+    *({"V": 9, **empty} for empty in _EMPTY_LOSS),
+]
+LINEAR_CROSS_ENTROPY = [
+    *(
+        {"N": N, "K": K, "V": V, "bias": i % 2, **options}
+        for (N, K, V), (i, options) in product(
+            ((5, 3, 7), (33, 17, 65), (130, 48, 257), (1, 1, 1), (4, 0, 5)), enumerate(_LOSS_OPTIONS)
+        )
+    ),
+    *({"N": N, "K": 24, "V": 40, **_LOSS_OPTIONS[i]} for N, i in ((1100, 1), (513, 4))),  # more than a chunk in C++
+    *({"K": 8, "V": 9, **empty} for empty in _EMPTY_LOSS),
+]
+
 # Every tail of a vector, many blocks; values are swept by test_activation.
 ELEMENTS = [{"M": n} for n in (0, 1, 7, 33, 65, 4099, (3, 5, 7), 100_003)]
 
@@ -141,6 +173,8 @@ CASES = {
     ],
     "relu": ELEMENTS,
     "rope": ROPE,
+    "cross_entropy": CROSS_ENTROPY,
+    "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
 }
 
 SLOW = {
@@ -152,6 +186,11 @@ SLOW = {
         op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)]
         for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
     },
+    "cross_entropy": [{"N": N, "V": V, **options} for N, V, options in product(LENGTHS, WIDTHS, _LOSS_OPTIONS[:3])],
+    "linear_cross_entropy": [
+        {"N": 1500, "K": 130, "V": 1000, **_LOSS_OPTIONS[1]},
+        {"N": 600, "K": 768, "V": 5000},
+    ],
 }
 
 # One shape per op for the tests that vary something else: odd sizes, more than one tile each way. (CASES has B != H.)
@@ -169,6 +208,8 @@ TYPICAL = {
     "gelu": {"M": (5, 13, 7)},
     "relu": {"M": (5, 13, 7)},
     "rope": {"B": 2, "H": 2, "group": 2, "T": 70, "D": 40, "R": 24, "norm": 1, "positions": 1},
+    "cross_entropy": {"N": 65, "V": 70},
+    "linear_cross_entropy": {"N": 65, "K": 33, "V": 47, "bias": 1},
 }
 # The same with few rows, as in decoding, which have kernels of their own.
 FEW = {
@@ -190,6 +231,8 @@ EVEN = {
     "gelu": {"M": (8, 9, 64)},  # more than a block of the CUDA kernels
     "relu": {"M": (8, 9, 64)},
     "rope": {"B": 2, "H": 2, "group": 2, "T": 24, "D": 64, "R": 64, "norm": 1},
+    "cross_entropy": {"N": 15, "V": 64},
+    "linear_cross_entropy": {"N": 40, "K": 32, "V": 24, "bias": 1},
 }
 EVEN_FEW = {
     "attention": {"B": 2, "H": 2, "L": 3, "S": 144, "E": 16, "Ev": 24, "causal": 0},
@@ -211,15 +254,20 @@ TINY = {
     "gelu": {"M": (2, 3)},
     "relu": {"M": (2, 3)},
     "rope": {"B": 1, "H": 1, "group": 2, "T": 3, "D": 5, "R": 4, "norm": 1},
+    "cross_entropy": {"N": 3, "V": 4},
+    "linear_cross_entropy": {"N": 3, "K": 2, "V": 4, "bias": 1},
 }
 
 
 def variants(dims_of):
-    """(op, dims) for each op of ``dims_of``, and for each of its activations, approximations and kinds of pairs."""
+    """(op, dims) for each op of ``dims_of``, and for each of its activations, approximations, kinds of pairs and
+    reductions."""
+    names = {
+        "activation": reference.ACTIVATIONS, "approximate": ("none", "tanh"), "interleaved": (0, 1),
+        "reduction": ("none", "mean", "sum"),
+    }  # fmt: skip
     for op, dims in dims_of.items():
-        for key, values in (
-            ("activation", reference.ACTIVATIONS), ("approximate", ("none", "tanh")), ("interleaved", (0, 1)),
-        ):  # fmt: skip
+        for key, values in names.items():
             if key in verify.SPECS[op].dims:
                 yield from ((op, {**dims, key: value}) for value in values)
                 break
@@ -318,12 +366,15 @@ def kernel_calls(op, args, grads, k):
             *grads, *(t if qw is not None else None for t in (q, kk)), cos, sin, qw, kw,
             *(t if qw is not None else None for t in saved[2:]), ids, interleaved,
         ),
+        "cross_entropy": lambda x, target, *options: (acc(dy), x, target, *saved[1:], *options),
+        "linear_cross_entropy": lambda x, w, target, b, _, *options: (acc(dy), x, w, target, b, *saved[4:], *options),
     }[op](*args)  # fmt: skip
-    of_op = {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2, "rope": 4}
+    of_op = {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2, "rope": 4,
+             "cross_entropy": 0}  # fmt: skip
     needs = [True] * of_op.get(op, 3)
     if op == "rope" and args[4] is None:
         needs = [True, True, False, False]
-    after_needs = args[{"attention": 5, "varlen_attn": 3}.get(op, len(args)) :]
+    after_needs = args[{"attention": 5, "varlen_attn": 3, "linear_cross_entropy": 5}.get(op, len(args)) :]
     if op == "attention" and after_needs:
         needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]
     backward = (*backward[: -len(after_needs) or None], *([needs] if needs else []), *after_needs)

@@ -10,12 +10,12 @@ from torch._C import _len_torch_dispatch_stack
 from pygpt.backends import below_autograd, register_ops
 from pygpt.dispatch import KERNEL_NAMES
 
-from . import activation, attention, mlp, norm, rope
+from . import activation, attention, loss, mlp, norm, rope
 from .common import INTERPRETED
 
 _LAUNCHERS = {
     name: getattr(module, name)
-    for module in (attention, rope, mlp, norm, activation)
+    for module in (attention, rope, mlp, norm, activation, loss)
     for name in KERNEL_NAMES
     if hasattr(module, name)
 }

@@ -92,14 +92,15 @@ def _tile_coord(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def gemm_kernel(
-    out, a, b, bias, saved, pre, row_sums, M, N, K, a_row_stride, a_col_stride, b_row_stride, b_col_stride,
+    out, a, b, bias, saved, pre, row_sums, addend, M, N, K, a_row_stride, a_col_stride, b_row_stride, b_col_stride,
     A_LOAD: tl.constexpr, B_LOAD: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
     SUM_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (SPLITS, M, N) = epilogue(a (M, K) b (K, N)); split s covers the s-th of SPLITS equal parts of K.
 
-    Epilogue: + bias; pre receives the activation's input; with saved, the product is multiplied by the activation's
-    derivative instead; row_sums (M / SUM_ROWS, N) receives the sums of SUM_ROWS rows each.
+    Epilogue: + bias; + addend (M, N), which may be out; pre receives the activation's input; with saved, the product is
+    multiplied by the activation's derivative instead; row_sums (M / SUM_ROWS, N) receives the sums of SUM_ROWS rows
+    each.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (tiles_m * tiles_n), tl.program_id(0) // (tiles_m * tiles_n)
@@ -119,6 +120,8 @@ def gemm_kernel(
     offset = row[:, None] * N + col[None, :]
     if bias is not None:
         acc += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
+    if addend is not None:
+        acc += tl.load(addend + offset, mask, other=0.0)
     if pre is not None:
         tl.store(pre + offset, to_storage(acc, pre.dtype.element_ty), mask)
     if saved is not None:
@@ -200,6 +203,7 @@ class Epilogue(NamedTuple):
     pre: torch.Tensor | None = None
     row_sums: torch.Tensor | None = None
     activation: str | None = None
+    addend: torch.Tensor | None = None  # float32, contiguous
 
 
 PLAIN = Epilogue()
@@ -227,11 +231,11 @@ def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
     """out (splits, M, N), or (M, N) = epilogue(a (M, K) b (K, N)). See `gemm_kernel`."""
     (M, K), N = a.shape, b.shape[1]
     left, right = _operand(a, ("BLOCK_M", "BLOCK_K")), _operand(b, ("BLOCK_K", "BLOCK_N"))
-    bias, saved, pre, row_sums, activation = epilogue
+    bias, saved, pre, row_sums, activation, addend = epilogue
     launch(
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
-        out, left.source, right.source, bias, saved, pre, row_sums, M, N, K, *left.strides, *right.strides,
+        out, left.source, right.source, bias, saved, pre, row_sums, addend, M, N, K, *left.strides, *right.strides,
         configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)],
         A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, SPLITS=splits, SUM_ROWS=SUM_ROWS,
     )  # fmt: skip

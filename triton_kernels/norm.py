@@ -286,8 +286,8 @@ def column_sums(*partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tenso
     return outs
 
 
-def sums_over_rows(dy: torch.Tensor) -> torch.Tensor:
-    """dy (rows, N) with adjacent elements -> (N,) in its dtype: the gradient of a bias."""
+def sums_over_rows(dy: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """dy (rows, N) with adjacent elements -> (N,) in its dtype, or in another one: the gradient of a bias."""
     rows, N = dy.shape
     programs = min(32, triton.cdiv(rows, 16))
     db = empty(dy, programs, N, dtype=torch.float32)
@@ -295,7 +295,7 @@ def sums_over_rows(dy: torch.Tensor) -> torch.Tensor:
         norm_bwd_kernel, lambda c: programs * triton.cdiv(N, c["WIDTH"]),
         dy, None, None, None, None, None, None, None, db, rows, N, dy.stride(0), 0, 0, configs=WIDE_SUMS,
     )  # fmt: skip
-    return column_sums(db, dtype=dy.dtype)[0]
+    return column_sums(db, dtype=dtype or dy.dtype)[0]
 
 
 def _stride(t) -> int:

@@ -93,7 +93,7 @@ def _load_angles(at, cos, sin, positions, table_rows, table_stride, positions_st
     pair = tl.arange(0, at.PAIRS)
     offset = (at.batch * table_stride + row * at.half)[:, None] + pair[None, :]
     mask = (in_range & exists)[:, None] & (pair < at.half)[None, :]
-    missing = (in_range & (exists == 0))[:, None]
+    missing = (in_range & ((row < 0) | (row >= table_rows)))[:, None]
     c = tl.where(missing, float("nan"), tl.load(cos + offset, mask, other=0.0))
     s = tl.where(missing, float("nan"), tl.load(sin + offset, mask, other=0.0))
     return Angles(c, s * SIGN)

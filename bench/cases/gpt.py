@@ -49,7 +49,7 @@ def gpt(candidate: Candidate, layers, heads, width, batch, block, vocabulary):
     def step():
         tokens, targets = next(batches)
         with candidate.backend(), torch.autocast(candidate.device, torch.bfloat16, enabled=bfloat16):
-            _, loss = forward(tokens, targets)
+            _, loss = forward(tokens, targets, return_logits=False)
         loss.backward()
         optimizer.step()
         farthest = model.transformer.h[0].attn.c_attn.weight.grad  # from the loss

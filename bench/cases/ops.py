@@ -268,6 +268,28 @@ def relu(make, M):
     return Work(F.relu, TF.relu, (make(*lead(M)),), (2 * _elements(M), 3 * _elements(M)), "memory")
 
 
+def _classes(N, V, device):
+    """Targets that are spread over the classes."""
+    return torch.arange(N, device=device) * 7919 % V
+
+
+def cross_entropy(make, N, V):
+    """Forward reads the logits; backward reads them and writes their gradient."""
+    x = make(N, V)
+    call = lambda f: lambda x: f.cross_entropy(x, _classes(N, V, x.device))
+    return Work(call(F), call(TF), (x,), (N * V, 2 * N * V), "memory")
+
+
+def linear_cross_entropy(make, N, K, V):
+    """2 N K V FLOPs (one GEMM), backward twice that, of losses that are not reduced.
+
+    Of a mean, forward would form the gradients, and backward would only scale them.
+    """
+    ours = lambda x, w: F.linear_cross_entropy(x, w, _classes(N, V, x.device), reduction="none")
+    eager = lambda x, w: TF.cross_entropy(TF.linear(x, w), _classes(N, V, x.device), reduction="none")
+    return Work(ours, eager, (make(N, K), make(V, K)), (2 * N * K * V, 4 * N * K * V))
+
+
 # ------------------------------------------------------------------------------- the shapes to time
 ALL, FLOAT32 = tuple(DTYPES), ("float32",)
 CPU = [
@@ -306,6 +328,9 @@ CPU = [
     case(gelu, (8, 64), "none"),
     case(relu, (4096, 3072), standard=ALL),
     case(relu, (1001, 333)),
+    case(cross_entropy, 2048, 50304, standard=FLOAT32),
+    case(cross_entropy, 1023, 771),
+    case(linear_cross_entropy, 1024, 768, 50304),
 ]
 OPS = tuple(dict.fromkeys(case.op for case in CPU))
 
@@ -341,5 +366,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     *(case(rope, 4, 8, 4, 4096, 128, norm) for norm in (0, 1)),
     case(gelu, (TOKENS, 3072), "none"),
     case(relu, (TOKENS, 3072)),
+    case(cross_entropy, TOKENS, 50304),
+    case(linear_cross_entropy, TOKENS, 768, 50304),
 ]
 PREDICTED = tuple(GPU[i] for i in (0, 1, 2, 3, 8, 9))  # the shapes that goals.py has expectations of

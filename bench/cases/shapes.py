@@ -23,6 +23,7 @@ def tiny(cases: list[Case]) -> list[Case]:
     small |= {"qkv_attention": {"B": 1, "H": 1, "group": 2, "L": 40, "E": 16}}
     small |= {"linear": {"M": 32, "K": 24, "N": 96}}
     small |= {"mlp": {"M": (1, 24), "C": 32}, "gelu": {"M": (48, 24)}, "relu": {"M": (48, 24)}}
+    small |= {"cross_entropy": {"N": 48, "V": 24}, "linear_cross_entropy": {"N": 48, "K": 24, "V": 40}}
     return list(dict.fromkeys(case(c.setup, *(c.dims | small.get(c.op, {"M": 48, "N": 24})).values()) for c in cases))
 
 

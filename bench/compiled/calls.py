@@ -53,6 +53,17 @@ def calls(
             saved = (q, k, cos, cos, w, w, rstds, rstds[:, :8]) if norm else (None, None, cos, cos, *[None] * 4)
             kernels.rope_bwd(q, k, *saved, None, interleaved, [True, True, norm, norm])
 
+    def losses(N, K, V):
+        x, w, target = empty(N, K), empty(V, K), torch.zeros(N, dtype=torch.int64, device=device)
+        weight = torch.empty(V, device=device)
+        for options in ((-100, None, "mean", 0.0, 0.0), (-100, weight, "none", 0.1, 0.1)):
+            logits = empty(N, V)
+            loss, *saved = kernels.cross_entropy_fwd(logits, target, *options)
+            kernels.cross_entropy_bwd(loss, logits, target, *saved, *options)
+            loss, *_, stats, totals = kernels.linear_cross_entropy_fwd(x, w, target, None, [True] * 3, *options)
+            rest = None, stats, totals, [True] * 3
+            kernels.linear_cross_entropy_bwd(loss, x, w, target, *rest, *options)
+
     def elements(n):
         x = empty(n)
         for approximate in ("none", "tanh"):
@@ -75,6 +86,8 @@ def calls(
         for interleaved in (False, True):
             name = f"rope {D}{' interleaved' * interleaved}"
             yield name, lambda D=D, interleaved=interleaved: rope(D, interleaved)
+    for V in (300, 50304):  # few classes have a tile of their own
+        yield f"losses {V}", lambda V=V: losses(4096, 768, V)
     yield "activation", lambda: elements(1 << 24)
 
 

@@ -187,6 +187,37 @@ void activation(DType dtype, Activation which, const char* called, int64_t n) {
   count(text(called, "_bwd", shape), n, activation_bwd, a);
 }
 
+// The mean loss of N rows of V classes, whose targets are the classes in turn.
+CrossEntropyArgs loss(Arrays& make, std::vector<int64_t>& target, int64_t N, int64_t V, double smoothing) {
+  CrossEntropyArgs a = {};
+  for (int64_t i = 0; i < N; i++) target.push_back(i % V);
+  a.dtype = make.dtype, a.rows = N, a.classes = V, a.target = target.data(), a.ignore_index = -100;
+  a.reduction = Reduction::mean, a.label_smoothing = smoothing, a.loss = make.statistics(1);
+  a.stats = make.statistics(2 * N), a.totals = make.statistics(2), a.dloss = make.statistics(1);
+  return a;
+}
+
+void cross_entropy(DType dtype, int64_t N, int64_t V, double smoothing) {
+  Arrays make = {dtype};
+  std::vector<int64_t> target;
+  CrossEntropyArgs a = loss(make, target, N, V, smoothing);
+  a.x = make.rows(N, V), a.dx = make.rows(N, V);
+  const auto shape = text(' ', format(dtype).name, smoothing > 0 ? " smoothed" : "", " N", N, " V", V);
+  count("cross_entropy_fwd" + shape, N * V, cross_entropy_fwd, a);
+  count("cross_entropy_bwd" + shape, N * V, cross_entropy_bwd, a);
+}
+
+void linear_cross_entropy(DType dtype, int64_t N, int64_t K, int64_t V) {
+  Arrays make = {dtype};
+  std::vector<int64_t> target;
+  LinearCrossEntropyArgs a = {};
+  a.loss = loss(make, target, N, V, 0), a.in = K, a.chunk = N / 2, a.x = make.rows(N, K);
+  a.linear_weight = make.rows(V, K), a.logits = make.statistics(N / 2 * V);
+  a.dx = make.statistics(N * K), a.dw = make.statistics(V * K);
+  const auto shape = text(' ', format(dtype).name, " N", N, " K", K, " V", V);
+  count("linear_cross_entropy_fwd" + shape, 3 * N * K * V, linear_cross_entropy_fwd, a);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -207,6 +238,9 @@ int main(int argc, char** argv) {
     activation(d, Activation::gelu_tanh, "gelu_tanh", 10000);
     activation(d, Activation::relu, "relu", 10000);
     activation(d, Activation::relu2, "relu2", 10000);
+    cross_entropy(d, 4, 5000, 0);
+    cross_entropy(d, 4, 5000, 0.1);
+    linear_cross_entropy(d, 64, 64, 300);
   }
   // What float16 converts, and sizes that are a multiple of nothing.
   linear(f16, 64, 400, 96);
@@ -217,4 +251,5 @@ int main(int argc, char** argv) {
   linear(f32, 37, 256, 272);  // some rows of a W worth leaving unpacked
   mlp(f32, Activation::relu, "relu", 31, 45, 83);
   norm(f32, Norm::layer_norm, "layer_norm", 50, 101);
+  cross_entropy(f32, 50, 101, 0);
 }

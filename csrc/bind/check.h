@@ -76,6 +76,9 @@ class Call {
   [[noreturn]] void fail(const std::string& message) const {
     throw std::runtime_error(std::string("pygpt.") + op_ + ": " + message);
   }
+  [[noreturn]] void fail_index(const std::string& message) const {
+    throw std::out_of_range(std::string("pygpt.") + op_ + ": " + message);
+  }
   void check(const char* name, const View& t, Shape want, ScalarType type) const {
     if (t.type == type && !(t.device != device_) && t.sizes == want && (t.data || product(want) == 0)) return;
     const std::string start = name;
@@ -116,6 +119,7 @@ class Call {
 
   // Contiguous memory that only the kernel uses.
   View scratch(Shape size) { return temporary(size, type_); }
+  View scratch(Shape size, ScalarType type) { return temporary(size, type); }
 
   // A result that may not be needed; then it has no elements and its data is null.
   View empty_if(bool need, Shape size, Shape stride, ScalarType type) {
@@ -126,6 +130,7 @@ class Call {
   }
   View empty_if(bool need, Shape size, Shape stride) { return empty_if(need, size, stride, type_); }
   View empty_if(bool need, Shape size) { return empty_if(need, size, contiguous_strides(size)); }
+  View empty_if(bool need, Shape size, ScalarType type) { return empty_if(need, size, contiguous_strides(size), type); }
 
   // A result at the end of the list that the caller has not asked for. The dispatcher returns it without elements.
   virtual View omitted() { return empty(Shape{0}); }

@@ -2,6 +2,7 @@
 #pragma once
 #include "activation.h"
 #include "attention.h"
+#include "loss.h"
 #include "mlp.h"
 #include "norm.h"
 #include "qkv_attention.h"
@@ -13,4 +14,4 @@
   PYGPT_QKV_ATTENTION_OPS(X, device) \
   PYGPT_VARLEN_ATTN_OPS(X, device)   \
   PYGPT_ROPE_OPS(X, device)          \
-  PYGPT_MLP_OPS(X, device) PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device)
+  PYGPT_MLP_OPS(X, device) PYGPT_NORM_OPS(X, device) PYGPT_ACTIVATION_OPS(X, device) PYGPT_LOSS_OPS(X, device)

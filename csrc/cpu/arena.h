@@ -27,6 +27,8 @@ enum class Region {
   decode_partials,
   // norm
   weight, bias, summed_row, parameter_gradients, parameter_gradient_partials,
+  // loss
+  row_losses, class_sums,
   count,
 };
 // clang-format on

@@ -70,6 +70,13 @@ struct Writer {
     nontemporal ? store_even_odd_nontemporal(p, a, b) : store_even_odd(p, a, b);
   }
 
+  // Orders the stores so far before those that follow, which may be to the same line.
+  PYGPT_INLINE void fence() const {
+#if defined(__x86_64__)
+    if (nontemporal) _mm_sfence();
+#endif
+  }
+
   // Prefetches the next input; p may be any address. The hardware prefetcher does not help while a core writes past the
   // caches.
   template <class S>

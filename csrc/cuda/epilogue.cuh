@@ -20,7 +20,8 @@ struct Operand {
   bool vectorized;
 };
 
-// The epilogue of C (M, N), in this order: add bias; store the result in pre; apply the activation, or multiply by its
+// The epilogue of C (M, N), in this order: add bias; add the floats in addend; store the result as floats in wide, and
+// nothing else; store it in pre; apply the activation, or multiply by its
 // gradient at `saved`; store in out; store the column sums of every tile in tile_sums. Null pointers skip their step.
 template <class T>
 struct Epilogue {
@@ -32,6 +33,8 @@ struct Epilogue {
   bool activate = false;
   Activation activation = Activation::relu;
   float* tile_sums = nullptr;  // (ceil(M / tile), N)
+  const float* addend = nullptr;  // rows as far apart as those of out, and so in wide
+  float* wide = nullptr;
   bool vectorized = false;  // out, bias, pre and saved can be accessed 4 elements at a time
 };
 
@@ -93,6 +96,11 @@ __device__ __forceinline__ float4 load_bias(const Epilogue<T>& e, int64_t j, int
 template <class T>
 __device__ __forceinline__ float4 apply_epilogue(const Epilogue<T>& e, int64_t i, int64_t j, int n, float4 c) {
   const int64_t offset = i * e.stride + j;
+  if (e.addend) c = c + load4(e.addend + offset, n, e.vectorized);
+  if (e.wide) {
+    store4(e.wide + offset, c, n, e.vectorized);
+    return c;
+  }
   if (e.pre) store4(e.pre + offset, c, n, e.vectorized);
   if (e.saved) {
     const float4 s = load4(e.saved + offset, n, e.vectorized);

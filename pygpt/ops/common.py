@@ -96,7 +96,9 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
     """The error for tensors that no kernel takes, or None. Raises for a non-tensor and for unequal devices.
 
     tensors: the leading ones of the public function's arguments. one_dtype: all dtypes must be equal outside autocast.
+    Those that the op wants to be integers are left to it.
     """
+    integers = dispatch.OPS[op].integers
     public = f"pygpt.{dispatch.OPS[op].public.__name__}"
     pairs = zip(dispatch.OPS[op].tensors, tensors, strict=False)
     named = [(name, t) for (name, optional), t in pairs if t is not None or not optional]
@@ -109,11 +111,11 @@ def check_tensors(op: str, tensors, one_dtype: bool = False) -> Exception | None
             raise ValueError(f"{public}: {name} is on {t.device}, the first argument on {lead.device}")
         if error is None and t.is_nested:
             error = TypeError(f"{public}: {name} is a nested tensor")
-        if error is None and not t.is_floating_point():
+        if error is None and name not in integers and not t.is_floating_point():
             error = TypeError(f"{public}: {name} must be floating point, got {t.dtype}")
     if error is None and one_dtype and not autocasting(lead.device.type):
         for name, t in named:
-            if t.dtype != lead.dtype:
+            if t.dtype != lead.dtype and name not in integers:
                 return TypeError(f"{public}: {name} is {t.dtype}, {first} is {lead.dtype}; they must be equal")
     return error
 

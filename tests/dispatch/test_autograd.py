@@ -18,6 +18,7 @@ TYPICAL = list(cases.variants(cases.TYPICAL))
 WITHOUT_PARAMETERS = {
     "linear": {"bias": 0},
     "mlp": {"bias": 0},
+    "linear_cross_entropy": {"bias": 0},
     **{f"{n}norm": {"affine": 0} for n in ("layer_", "add_layer_", "rms_")},
 }
 TINY += [(op, {**cases.TINY[op], **less}) for op, less in WITHOUT_PARAMETERS.items()]

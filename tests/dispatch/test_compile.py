@@ -41,7 +41,7 @@ def test_compiled_equals_eager(op, dims, dtype, backend, generator):
 def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(verify.SPECS[op].call, fullgraph=True, dynamic=True, backend=counter)
-    lead = next(key for key in "LTM" if key in dims)
+    lead = next(key for key in "LTMN" if key in dims)
     with pygpt.backend(compiled):
         frames = []
         for n in (6, 9, 31):

@@ -118,6 +118,12 @@ def spoil(t):
 FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # right where a tensor stands alone
 ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE, ("qkv_attention_fwd", 0): {"another dtype"}}
 ALLOWED |= {(f"{op}_fwd", 0): {"one more dimension"} for op in ("linear", "mlp", "layer_norm", "rms_norm")}
+ALLOWED |= {  # a mean is a scalar, as is its gradient
+    ("cross_entropy_fwd", 0): {"another dtype"}, ("cross_entropy_fwd", 1): {"integers"},
+    ("cross_entropy_bwd", 0): {"larger", "no dimension"}, ("cross_entropy_bwd", 1): {"another dtype"},
+    ("cross_entropy_bwd", 2): {"integers"}, ("linear_cross_entropy_fwd", 2): {"integers"},
+    ("linear_cross_entropy_bwd", 0): {"larger", "no dimension"}, ("linear_cross_entropy_bwd", 3): {"integers"},
+}  # fmt: skip
 
 
 def bad_calls():

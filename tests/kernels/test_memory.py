@@ -1,4 +1,4 @@
-"""Which memory kernels touch: nothing past a tensor's end, and no vector where a tensor has no room for one."""
+"""Which memory kernels touch, and how much: nothing past a tensor's end, no vector where there is no room for one."""
 
 import ctypes
 import signal
@@ -23,7 +23,7 @@ MASKED = [
     *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
 ]
 NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
-WIDE = [(op, {"M": 2, "N": 4099}) for op in NORMS]
+WIDE = [*((op, {"M": 2, "N": 4099}) for op in NORMS), ("cross_entropy", {"N": 2, "V": 4099, "smoothing": 0.1})]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
@@ -74,6 +74,9 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("linear", {"M": 3, "K": 32, "N": 24}, -2),
     ("linear", {"M": 5, "K": 264, "N": 256}, -2),
     ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40}, -2),
+    ("cross_entropy", {"N": 17, "V": 64}, -2),
+    ("cross_entropy", {"N": 5, "V": 8200, "smoothing": 0.1, "reduction": "none"}, -2),
+    ("linear_cross_entropy", {"N": 17, "K": 32, "V": 24}, -2),
     *((op, {"M": (17, 64)}, -2) for op in ("gelu", "relu")),
     ("rope", {"B": 1, "H": 2, "group": 1, "T": 5, "D": 64, "norm": 1}, -2),
     ("rope", {"B": 1, "H": 5, "group": 1, "T": 3, "D": 64, "norm": 0}, -3),
@@ -92,6 +95,30 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
 def test_offsets_beyond_32_bits(op, dims, dim, stride, dtype, compiled, generator):
     """In elements and in bytes, where rows may be read as vectors."""
     cases.assert_exact(op, dims, dtype, generator, compiled, view=partial(apart, stride, dim))
+
+
+# ------------------------------------------------------------------------------- how much memory
+LOSS = """
+import resource, sys, torch
+import torch.nn.functional as F
+from pygpt.functional import linear_cross_entropy
+N, K, V = 4096, 768, 50257
+ours = sys.argv[1] == "ours"
+torch.set_num_threads(1)
+x, w = torch.randn(N, K, requires_grad=True), (torch.randn(V, K) / K**0.5).requires_grad_()
+target = torch.randint(V, (N,))
+F.linear(x[:2], w).sum().backward()  # what the first products allocate, and gradients
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = linear_cross_entropy(x, w, target) if ours else F.cross_entropy(F.linear(x, w), target)
+loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_linear_cross_entropy_needs_a_quarter_of_pytorchs_memory(run_new_python):
+    extra = [int(run_new_python(LOSS, which).stdout) for which in ("ours", "theirs")]
+    assert extra[0] <= extra[1] / 4, extra
 
 
 # ------------------------------------------------------------------------------- the guard itself

@@ -31,7 +31,8 @@ print(nans == elements)
 PREPARE = {
     "cuda": "from tests.emulator import build; build.load().record(True); kernels = torch.ops.pygpt_emulator",
     "triton": "from pygpt import triton_kernels as kernels; from pygpt.triton_kernels import common\n"
-    "for m in (kernels.attention, kernels.mlp, kernels.norm, kernels.activation): m.launch = lambda *a, **k: None",
+    "modules = kernels.attention, kernels.mlp, kernels.norm, kernels.activation, kernels.loss\n"
+    "for m in modules: m.launch = lambda *a, **k: None",
 }
 
 

@@ -32,6 +32,17 @@ LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of
     "gelu": {"M": 300_007},
     "relu": {"M": 300_007},
     "rope": {"B": 2, "H": 3, "group": 2, "T": 333, "D": 80, "R": 40, "norm": 1},
+    "cross_entropy": {"N": 301, "V": 4099, "ignored": 7},
+    "linear_cross_entropy": {
+        "N": 1301,
+        "K": 70,
+        "V": 259,
+        "bias": 1,
+        "ignored": 7,
+        "weight": 1,
+        "smoothing": 0.1,
+        "z": 0.1,
+    },
 }
 EVERY = [*cases.variants(LARGE), ("linear", {"M": 100, "K": 301, "N": 233})]  # some rows of a W that stays unpacked
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

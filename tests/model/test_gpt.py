@@ -264,6 +264,32 @@ def test_negative_targets_are_ignored():
     torch.testing.assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_alone(dtype, backend):
+    """The same as with logits, and so are its gradients; it is float32."""
+    model, (idx, targets) = pair(dtype=dtype)[0], tokens(2, 3, 16)
+    targets[0, :5] = -1
+    with pygpt.backend(backend):
+        results = [model(idx, targets, return_logits=flag) for flag in (True, False)]
+    losses = [loss for _, loss in results]
+    assert results[0][0].shape == (3, 16, TINY.vocab_size) and results[1][0] is None
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    with_logits, alone = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    for a, b in zip(alone, with_logits, strict=True):
+        assert (a - b).norm() <= 4 * tolerance * b.norm()
+
+
+def test_the_loss_of_a_head_that_is_no_plain_linear_layer():
+    """A hook of the head is called, whether logits are returned or not."""
+    model, _ = pair()
+    idx, targets = tokens(2, 3, 16)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 0)
+    for flag in (True, False):
+        torch.testing.assert_close(model(idx, targets, return_logits=flag)[1].exp().item(), float(TINY.vocab_size))
+
+
 def test_nanogpt_variants_load():
     """Older attention kept its mask as a buffer; torch.compile prefixes the names."""
     model, plain = pair()

@@ -19,14 +19,14 @@ CPU = [
     ),
     Mutant(
         "cpu: a norm's last columns are written as a whole vector",
-        "csrc/cpu/norm.cpp",
+        "csrc/cpu/rows.h",
         r"write\(out \+ j, f\(Columns\{j, n\}\), n\);",
         r"write(out + j, f(Columns{j, n}), w);",
         (MEMORY, "past_the_end", "cpp", "rms_norm"),
     ),
     Mutant(
         "cpu: a norm's row at an offset of 32 bits",
-        "csrc/cpu/norm.cpp",
+        "csrc/cpu/rows.h",
         r"data \? data \+ i \* stride : nullptr",
         r"data ? data + int(i * stride) : nullptr",
         (MEMORY, "32_bits", "cpp", "rms_norm"),

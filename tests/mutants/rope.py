@@ -147,14 +147,14 @@ ROPE = [
         TRITON,
         r"return Angles\(c, s \* SIGN\)",
         r"return Angles(c, s)",
-        (OWN, "one_result_used", "triton"),
+        (MEMORY, "past_the_end", "triton", "rope", "exact"),
     ),
     Mutant(
         "triton: rope's position is off by one",
         TRITON,
         r"\(at\.batch \* table_stride \+ row \* at\.half\)",
         r"(at.batch * table_stride + (row - (row > 0)) * at.half)",
-        (OWN, "complex_numbers", "triton"),
+        (MEMORY, "past_the_end", "triton", "rope", "exact"),
     ),
     Mutant(
         "triton: rope reads rows that do not exist",
@@ -168,14 +168,14 @@ ROPE = [
         TRITON,
         r"in_range, paired, remaining = (.*)(\n    wa, wb = )",
         r"in_range, paired, remaining = \1\n    in_range = at.position < at.T - 1\2",
-        (OWN, "one_result_used", "triton"),
+        (MEMORY, "past_the_end", "triton", "rope", "exact"),
     ),
     Mutant(
         "triton: rope writes past the last position",
         TRITON,
         r"(tl\.store\(out \+ column\[None, :\], to_storage\(value, out\.dtype\.element_ty\), )in_range\[:, None\] & ",
         r"\1",
-        (OWN, "past_the_end", "triton"),
+        (MEMORY, "past_the_end", "triton", "rope"),
     ),
     # ---- Python
     Mutant(

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 import pygpt
 from pygpt import functional
 
-NAMES = ("scaled_dot_product_attention", "linear", "layer_norm", "rms_norm", "gelu", "relu")
+NAMES = ("scaled_dot_product_attention", "linear", "layer_norm", "rms_norm", "gelu", "relu", "cross_entropy")
+NAMES += ("linear_cross_entropy",) if hasattr(torch.nn.functional, "linear_cross_entropy") else ()
 OPS = {name: next(op for op in op_db if op.name == f"nn.functional.{name}") for name in NAMES}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -25,8 +26,9 @@ def results(function, args, kwargs, dtype=None):
     """The result and every gradient, in float64. dtype: what to compute in."""
 
     def leaf(t):
-        t = t.detach().to(dtype or t.dtype) if t.is_floating_point() else t
-        return t.requires_grad_(t.is_floating_point())
+        needed, t = t.requires_grad, t.detach()
+        t = t.to(dtype or t.dtype) if t.is_floating_point() else t
+        return t.requires_grad_(needed)
 
     args, kwargs = tree_map_only(Tensor, leaf, (args, kwargs))
     leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]

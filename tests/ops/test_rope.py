@@ -13,7 +13,6 @@ import pygpt
 from pygpt import nn
 from pygpt.dispatch import TABLE
 from pygpt.functional import rope, scaled_dot_product_attention
-from tests import guarded
 
 GPU_SHARE = {"triton": 1, "cuda": 1}  # see conftest
 B, HQ, HKV, T, D, R = 2, 4, 2, 5, 12, 8
@@ -299,30 +298,6 @@ def test_tables_of_any_strides(layout, backend):
                 cos_, sin_ = cos_[:, :T], sin_[:, :T]
             want = rope(q, None, cos_.contiguous(), sin_.contiguous(), position_ids=ids if some is not None else None)
             assert torch.equal(rope(q, None, cos_, sin_, position_ids=some)[0], want[0])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors")
-@pytest.mark.parametrize("interleaved", [0, 1])
-@pytest.mark.parametrize("norm", [0, 1])
-def test_nothing_past_the_end_of_a_tensor(norm, interleaved, compiled, generator):
-    """Every tensor ends at a protected page, after fewer positions than a program has. A failure may be a crash."""
-    dims = {"B": 2, "H": 1, "group": 2, "T": T, "D": D, "R": R, "norm": norm, "interleaved": interleaved}
-    with guarded.tensors(aligned=False):
-        cases.assert_exact("rope", dims, torch.float32, generator, compiled)
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("norm", [False, True])
-def test_calls_leave_out_the_dispatcher(norm, dtype):
-    """Though tables and weights have another dtype than 16-bit heads (tests/dispatch/test_fastcall.py)."""
-    wide = torch.promote_types(dtype, torch.float32)
-    q, k, (cos, sin) = heads(dtype=dtype), heads(HKV, dtype), tables(T, dtype=wide)
-    w = torch.rand(D, dtype=wide) if norm else None
-    for gradient in (False, True):
-        results = [rope(q.requires_grad_(gradient), k, cos, sin, q_weight=w, k_weight=w) for _ in range(2)][-1]
-        assert not any(y.untyped_storage().resizable() for y in results)
-    with pytest.raises(TypeError, match="cos must be"):  # not served by the kernel that such calls have
-        rope(q, k, cos.to(torch.float16), sin)
 
 
 def test_attention_reads_the_result_where_it_is():

@@ -42,6 +42,10 @@ q, k = P.rope(x, None, w, w, q_weight=w, position_ids=None)
 tensor(q)
 tensor(k)  # wrong
 P.rope(x, x, w, w, w)  # wrong
+tensor(P.cross_entropy(w, torch.tensor(3), reduction="sum", z_loss=1e-4))
+P.cross_entropy(w, 3)  # wrong
+tensor(P.linear_cross_entropy(x[0, 0], w[None], torch.zeros(4, dtype=torch.long), ignore_index=-1))
+P.linear_cross_entropy(x, w, x, w)  # wrong
 tensor(P.scaled_dot_product_attention(x, x, x, is_causal=True, window=(3, -1)))
 tensor(P.scaled_dot_product_attention(x, x, x, window=3))  # wrong
 out, lse = P.scaled_dot_product_attention(x, x, x, return_lse=True)
@@ -64,6 +68,9 @@ pygpt.explain("relu", x).reasons  # wrong
 gpt = pygpt.GPT(pygpt.GPTConfig(vocab_size=65, n_layer=1), device="cpu")
 tensor(gpt.generate(torch.zeros(1, 1, dtype=torch.long), 3, top_k=5))
 gpt.generate("ROMEO:", 3)  # wrong
+gpt(torch.zeros(1, 1, dtype=torch.long), return_logits=False)
+nn.CrossEntropyLoss(z_loss=1e-4)(w, w)
+nn.LinearCrossEntropyLoss(8, num_classes="65")  # wrong
 pygpt.GPTConfig(n_heads=3)  # wrong
 pygpt.autograd.LayerNorm.apply(x)
 """
