@@ -22,13 +22,15 @@ MASKED = [
     ("attention_mask", {"B": 1, "H": 2, "L": 30, "S": 41, "E": 13, "Ev": 21}),
     *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
 ]
+GATED = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.TYPICAL, cases.FEW)]
+GATED_EVEN = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.EVEN, cases.EVEN_FEW)]
 NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
 WIDE = [(op, {"M": 2, "N": 4099}) for op in NORMS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("layout", [cases.shifted, cases.pitched], ids=cases.ids)
-@pytest.mark.parametrize("op, dims", EVEN, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*EVEN, *GATED_EVEN], ids=cases.ids)
 def test_one_tensor_without_vectors(op, dims, layout, dtype, compiled, device, generator):
     """Rows of whole vectors, but for one tensor, whose start or rows are not aligned: each of them in turn."""
     args, grads = verify.draw(op, dims, dtype, generator)
@@ -40,7 +42,7 @@ def test_one_tensor_without_vectors(op, dims, layout, dtype, compiled, device, g
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors")
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=cases.ids)
 @pytest.mark.parametrize("aligned", [False, True], ids=["exact end", "aligned start"])
-@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *LINES, *HEADS, *MASKED, *WIDE], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *GATED, *GATED_EVEN, *LINES, *HEADS, *MASKED, *WIDE], ids=cases.ids)
 def test_nothing_past_the_end_of_a_tensor(op, dims, aligned, dtype, compiled, generator):
     """Every tensor, results and temporary ones too, ends at a protected page. A failure may be a crash."""
     with guarded.tensors(aligned):
@@ -74,6 +76,7 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("linear", {"M": 3, "K": 32, "N": 24}, -2),
     ("linear", {"M": 5, "K": 264, "N": 256}, -2),
     ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40}, -2),
+    ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40, "activation": "swiglu"}, -2),
     *((op, {"M": (17, 64)}, -2) for op in ("gelu", "relu")),
     *((op, {"M": 17, "N": 64}, -2) for op in NORMS),
     *((op, {"M": 5, "N": 8200}, -2) for op in NORMS),
