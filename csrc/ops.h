@@ -15,7 +15,7 @@ namespace pygpt {
 
 enum class DType { f64, f32, bf16, f16 };
 enum class Reduction { none, mean, sum };
-enum class Activation { gelu, gelu_tanh, relu, relu2 };
+enum class Activation { gelu, gelu_tanh, relu, relu2, silu };
 // Whether the derivative is computed from the activation's input. relu's is computed from its output. relu2 keeps its
 // input: its output underflows in float16.
 constexpr bool saves_input(Activation a) { return a != Activation::relu; }
@@ -69,20 +69,24 @@ struct LinearArgs {
   void *dx, *dw, *db;  // contiguous
 };
 
-// y = act(x fc_weight^T + fc_bias) proj_weight^T + proj_bias.
+// y = hidden proj_weight^T + proj_bias, where pre = x fc_weight^T + fc_bias and hidden = act(pre). If gated, fc_weight
+// has 2 * hidden_dim rows, a row of pre is [gate | value], and hidden = act(gate) value.
 struct MlpArgs {
   DType dtype;
   Activation activation;
+  bool gated;
   int64_t rows, in, hidden_dim, out;
   Rows x, fc_weight, proj_weight;
   const void *fc_bias, *proj_bias;
   void* y;
-  void* hidden;  // (rows, hidden_dim), the activation's output
-  void* pre;  // (rows, hidden_dim), the activation's input; null where !saves_input
+  void* hidden;  // (rows, hidden_dim)
+  void* pre;  // (rows, fc_dim()); null where !saves_input, and where there will be no backward
   // backward
   Rows dy;
-  void* dpre;  // (rows, hidden_dim), workspace
+  void* dpre;  // (rows, fc_dim()), workspace
   void *dx, *dfc_weight, *dfc_bias, *dproj_weight, *dproj_bias;
+
+  int64_t fc_dim() const { return gated ? 2 * hidden_dim : hidden_dim; }  // the rows of fc_weight
 };
 
 // layer_norm and rms_norm over rows of cols values. residual is set for add_layer_norm and add_rms_norm; mean is null

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops  # noqa: F401 (registers them)
 from .dispatch import REFERENCE
-from .ops.activation import ACTIVATIONS, SAVES_INPUT
+from .ops.activation import ACTIVATIONS, GATED, SAVES_INPUT
 
 if TYPE_CHECKING:
 
@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 
 
 globals().update(vars(REFERENCE))
-__all__ = ["ACTIVATIONS", "SAVES_INPUT", *vars(REFERENCE)]  # noqa: PLE0604 (the names are strings)
+__all__ = ["ACTIVATIONS", "GATED", "SAVES_INPUT", *vars(REFERENCE)]  # noqa: PLE0604 (the names are strings)

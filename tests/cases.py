@@ -78,7 +78,7 @@ SOME_ROWS = [
             *((250, 331, 225), (256, 1000, 70), (257, 301, 233)),
         )
     ),
-    ("mlp", {"M": 50, "C": 301, "H": 331, "O": 259, "activation": "gelu"}),
+    *(("mlp", {"M": 50, "C": 301, "H": 331, "O": 259, "activation": activation}) for activation in ("gelu", "swiglu")),
 ]
 
 NORM = [
@@ -355,7 +355,7 @@ def kernel_calls(op, args, grads, k):
         "varlen_attn": lambda q, kk, v, *packing: (*grads, q, kk, v, *saved, *packing),
         "qkv_attention": lambda qkv, *rest: (dy, qkv, *saved, *rest),
         "linear": lambda x, w, b: (dy, x, w),
-        "mlp": lambda x, fc, fb, proj, pb, activation: (dy, x, fc, proj, *saved[1:], activation),
+        "mlp": lambda x, fc, fb, proj, pb, activation, save: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
         "add_layer_norm": lambda x, r, w, b, eps: (dy, grads[1], saved[1], w, *saved[2:]),
         "rms_norm": lambda x, w, eps: (dy, x, w, *saved[1:]),

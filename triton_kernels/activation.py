@@ -1,12 +1,13 @@
-"""gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x), elementwise on tensors of any shape.
+"""gelu, gelu_tanh, relu and relu2: y = act(x), dx = dy act'(x), elementwise on tensors of any shape; and mlp's silu.
 
     gelu        x cdf(x)  (Hendrycks and Gimpel 2016)      cdf(x) + x pdf(x)
     gelu_tanh   x sigmoid(2u), 2u = x (U + U3 x^2)         sigmoid(2u) + x sigmoid(2u) sigmoid(-2u) (U + 3 U3 x^2)
     relu        max(x, 0)                                  1 where not y <= 0
     relu2       max(x, 0)^2  (So et al. 2021)              2 x where not x <= 0
+    silu        x s, s = sigmoid(x)                        s + x s (1 - s)
 
-cdf and pdf are those of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. The gelus and relu2
-save x for backward, relu saves its output y, which the next op keeps anyway.
+cdf and pdf are those of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U. All but relu save x for
+backward, relu saves its output y, which the next op keeps anyway.
 
 The exact gelu takes one exponential and one division but no erf, because 0.5 (1 + erf) has no correct digits in the
 lower tail. With a = |x| and polynomials H, D, E that were fitted for the least relative error,
@@ -65,12 +66,26 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _gelu_tanh_slope(x):
-    xx = x * x
-    e = tl.exp2(tl.abs(x) * (-U * LOG2E - U3 * LOG2E * xx))  # exp(-|2u|) cannot overflow
+def _exp_minus(a):
+    """exp(-a) for a >= 0. Its relative error does not grow with a: a multiple of ln 2 is subtracted in two parts, the
+    first of few bits."""
+    a = tl.minimum(a, 110.0)
+    n = tl.floor(a * -LOG2E + 0.5)
+    return tl.exp2((a + n * 0.693359375 + n * -0.000212194440) * -LOG2E) * tl.exp2(n)
+
+
+@triton.jit
+def _sigmoid_slope(x, e, slope):
+    """s + x s (1 - s) slope with s = sigmoid(t) and e = exp(-|t|), which cannot overflow. t has the sign of x."""
     r = 1 / (1 + e)
     s = tl.where(x < 0, e * r, r)
-    return s + x * (e * r * r) * (U + 3 * U3 * xx)
+    return s + x * (e * r * r) * slope
+
+
+@triton.jit
+def _gelu_tanh_slope(x):
+    xx = x * x
+    return _sigmoid_slope(x, tl.exp2(tl.abs(x) * (-U * LOG2E - U3 * LOG2E * xx)), U + 3 * U3 * xx)
 
 
 @triton.jit
@@ -80,6 +95,9 @@ def activate(x, NAME: tl.constexpr):
         y = x * _normal_cdf(x)
     elif NAME == "gelu_tanh":
         y = x / (1 + tl.exp2(x * (-U * LOG2E - U3 * LOG2E * (x * x))))
+    elif NAME == "silu":
+        e = _exp_minus(tl.abs(x))
+        y = tl.where(x < 0, x * e, x) / (1 + e)
     else:
         tl.static_assert(NAME == "relu" or NAME == "relu2")
         y = tl.where(x < 0, 0.0, x)
@@ -98,6 +116,8 @@ def backpropagate(d, saved, NAME: tl.constexpr):
         d *= _gelu_slope(saved)
     elif NAME == "gelu_tanh":
         d *= _gelu_tanh_slope(saved)
+    elif NAME == "silu":
+        d *= _sigmoid_slope(saved, _exp_minus(tl.abs(saved)), 1.0)
     else:
         tl.static_assert(NAME == "relu" or NAME == "relu2")
         if NAME == "relu2":

@@ -13,6 +13,12 @@ is computed from hidden). Backward:
     dW1 = dpre^T x                               db1 = sum over rows of dpre
     dx = dpre W1
 
+A gated activation has W1 (2H, C) and b1 (2H,): hidden = act(gate) value, where [gate | value] = x W1^T + b1. Forward
+computes the gate by one launch, which leaves it in pre, or in hidden where pre is not saved. The epilogue of the second
+launch, which computes the value, reads it there. Backward's epilogue writes both halves of dpre (M, 2H):
+
+    d = dy W2       dpre = [d value act'(gate) | d act(gate)]
+
 A weight gradient is a small matrix with a long inner dimension, the rows, and has too few tiles to fill a GPU. It is
 therefore split along the inner dimension (split-K), and the parts are summed afterwards in a fixed order. Their
 number depends on the shape alone, so the result does not depend on the device.
@@ -28,7 +34,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pygpt.ops.activation import SAVES_INPUT, known
+from pygpt.ops.activation import GATED, SAVES_INPUT, known
+from pygpt.ops.mlp import saves_all
 
 from .activation import activate, backpropagate
 from .common import (
@@ -92,15 +99,18 @@ def _tile_coord(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def gemm_kernel(
-    out, a, b, bias, saved, pre, row_sums, addend, M, N, K, a_row_stride, a_col_stride, b_row_stride, b_col_stride,
-    A_LOAD: tl.constexpr, B_LOAD: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
-    SUM_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    out, a, b, bias, saved, pre, gate, row_sums, addend, M, N, K, a_row_stride, a_col_stride, b_row_stride,
+    b_col_stride, A_LOAD: tl.constexpr, B_LOAD: tl.constexpr, ACTIVATION: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    PRE_WIDTH: tl.constexpr, SPLITS: tl.constexpr, SUM_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (SPLITS, M, N) = epilogue(a (M, K) b (K, N)); split s covers the s-th of SPLITS equal parts of K.
 
-    Epilogue: + bias; + addend (M, N), which may be out; pre receives the activation's input; with saved, the product is
-    multiplied by the activation's derivative instead; row_sums (M / SUM_ROWS, N) receives the sums of SUM_ROWS rows
-    each.
+    Epilogue: + bias; + addend (M, N), which may be out; pre receives the activation's input, or with a gate the value
+    by which the activation of the gate is multiplied; with saved, the product is multiplied by the activation's
+    derivative instead; row_sums (M / SUM_ROWS, N) receives the sums of SUM_ROWS rows each. The rows of out and addend
+    are OUT_WIDTH * N elements apart, those of saved, pre and gate PRE_WIDTH * N. Where saved has PRE_WIDTH 2, its rows
+    are [gate | value], and out's are their gradients.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (tiles_m * tiles_n), tl.program_id(0) // (tiles_m * tiles_n)
@@ -117,15 +127,22 @@ def gemm_kernel(
 
     row, col = m + tl.arange(0, BLOCK_M).to(tl.int64), n + tl.arange(0, BLOCK_N)
     mask = (row < M)[:, None] & (col < N)[None, :]
-    offset = row[:, None] * N + col[None, :]
+    offset = row[:, None] * (N * OUT_WIDTH) + col[None, :]
+    pre_offset = row[:, None] * (N * PRE_WIDTH) + col[None, :]
     if bias is not None:
         acc += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
     if addend is not None:
         acc += tl.load(addend + offset, mask, other=0.0)
     if pre is not None:
-        tl.store(pre + offset, to_storage(acc, pre.dtype.element_ty), mask)
+        tl.store(pre + pre_offset, to_storage(acc, pre.dtype.element_ty), mask)
     if saved is not None:
-        acc = backpropagate(acc, tl.load(saved + offset, mask, other=0.0).to(tl.float32), ACTIVATION)
+        x = tl.load(saved + pre_offset, mask, other=0.0).to(tl.float32)
+        if PRE_WIDTH == 2:
+            tl.store(out + offset + N, to_storage(acc * activate(x, ACTIVATION), out.dtype.element_ty), mask)
+            acc *= tl.load(saved + pre_offset + N, mask, other=0.0).to(tl.float32)
+        acc = backpropagate(acc, x, ACTIVATION)
+    elif gate is not None:
+        acc *= activate(tl.load(gate + pre_offset, mask, other=0.0).to(tl.float32), ACTIVATION)
     elif ACTIVATION is not None:
         acc = activate(acc, ACTIVATION)
     if row_sums is not None:
@@ -201,9 +218,12 @@ class Epilogue(NamedTuple):
     bias: torch.Tensor | None = None
     saved: torch.Tensor | None = None
     pre: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
     row_sums: torch.Tensor | None = None
-    activation: str | None = None
     addend: torch.Tensor | None = None  # float32, contiguous
+    activation: str | None = None
+    out_width: int = 1
+    pre_width: int = 1
 
 
 PLAIN = Epilogue()
@@ -231,13 +251,14 @@ def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
     """out (splits, M, N), or (M, N) = epilogue(a (M, K) b (K, N)). See `gemm_kernel`."""
     (M, K), N = a.shape, b.shape[1]
     left, right = _operand(a, ("BLOCK_M", "BLOCK_K")), _operand(b, ("BLOCK_K", "BLOCK_N"))
-    bias, saved, pre, row_sums, activation, addend = epilogue
+    *tensors, activation, out_width, pre_width = epilogue
     launch(
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
-        out, left.source, right.source, bias, saved, pre, row_sums, addend, M, N, K, *left.strides, *right.strides,
+        out, left.source, right.source, *tensors, M, N, K, *left.strides, *right.strides,
         configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)],
-        A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, SPLITS=splits, SUM_ROWS=SUM_ROWS,
+        A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, OUT_WIDTH=out_width, PRE_WIDTH=pre_width,
+        SPLITS=splits, SUM_ROWS=SUM_ROWS,
     )  # fmt: skip
     return out
 
@@ -281,14 +302,30 @@ def linear_bwd(dy, x, weight, needs):
     )
 
 
-def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
-    """-> y (..., O), hidden (..., H), pre (..., H) but for relu."""
-    x2, H = rows_of(x), fc_weight.shape[0]
+def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save="all"):
+    """-> y (..., O), hidden (..., H), pre (..., H or gated 2 H) but for relu; hidden and pre only with save="all"."""
+    saves_input, saves = known("mlp_fwd", activation) in SAVES_INPUT, saves_all("mlp_fwd", save)
+    x2, none = rows_of(x), x.new_empty(0)
+    (M, _), fc_dim, H = x2.shape, fc_weight.shape[0], proj_weight.shape[1]
     hidden = empty(x, *x.shape[:-1], H)
-    pre = empty(hidden, *hidden.shape) if activation in SAVES_INPUT else None
-    epilogue = Epilogue(bias=contiguous(fc_bias), pre=pre, activation=known("mlp_fwd", activation))
-    _gemm(x2, fc_weight.mT, hidden.view(x2.shape[0], H), epilogue)
-    return linear_fwd(hidden, proj_weight, proj_bias), hidden, x.new_empty(0) if pre is None else pre
+    pre = empty(x, *x.shape[:-1], fc_dim) if saves and saves_input else None
+    hidden2, pre2, fc_bias = hidden.view(M, H), None if pre is None else pre.view(M, fc_dim), contiguous(fc_bias)
+    if activation in GATED:
+        _gated(x2, fc_weight, fc_bias, hidden2, pre2, GATED[activation])
+    else:
+        _gemm(x2, fc_weight.mT, hidden2, Epilogue(bias=fc_bias, pre=pre2, activation=activation))
+    y = linear_fwd(hidden, proj_weight, proj_bias)
+    return y, hidden if saves else none, none if pre is None else pre
+
+
+def _gated(x, fc_weight, fc_bias, hidden, pre, activation):
+    """hidden (M, H) = act(gate) value; pre (M, 2 H), if not None, receives [gate | value]."""
+    H, width = hidden.shape[1], 1 if pre is None else 2
+    gate, value = (hidden, None) if pre is None else (pre[:, :H], pre[:, H:])
+    of_gate, of_value = (None, None) if fc_bias is None else (fc_bias[:H], fc_bias[H:])
+    _gemm(x, fc_weight[:H].mT, gate, Epilogue(bias=of_gate, out_width=width))
+    epilogue = Epilogue(bias=of_value, pre=value, gate=gate, activation=activation, pre_width=width)
+    _gemm(x, fc_weight[H:].mT, hidden, epilogue)
 
 
 def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
@@ -297,15 +334,17 @@ def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
     need_x, need_fc, need_fc_bias, need_proj, need_proj_bias = needs
     dpre = sums = None
     if need_x or need_fc or need_fc_bias:
-        dpre = empty(x, *hidden2.shape)
+        gated, width = GATED.get(activation), 2 if activation in GATED else 1
+        dpre = empty(x, hidden2.shape[0], fc_weight.shape[0])
         lines = triton.cdiv(dpre.shape[0], SUM_ROWS)
-        sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias else None
+        sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias and not gated else None
         saved = pre if known("mlp_bwd", activation) in SAVES_INPUT else hidden
-        _gemm(dy2, proj_weight, dpre, Epilogue(saved=saved.contiguous(), row_sums=sums, activation=activation))
+        epilogue = Epilogue(None, saved.contiguous(), None, None, sums, gated or activation, width, width)
+        _gemm(dy2, proj_weight, dpre, epilogue)
     return (
         _if(need_x, lambda: _gemm(dpre, fc_weight, empty(x, *x2.shape)).view(x.shape), x),
         _if(need_fc, lambda: _weight_gradient(dpre, x2), x),
-        _if(need_fc_bias, lambda: column_sums(sums, dtype=x.dtype)[0], x),
+        _if(need_fc_bias, lambda: sums_over_rows(dpre) if sums is None else column_sums(sums, dtype=x.dtype)[0], x),
         _if(need_proj, lambda: _weight_gradient(dy2, hidden2), x),
         _if(need_proj_bias, lambda: sums_over_rows(dy2), x),
     )

@@ -85,6 +85,8 @@ def with_onnxruntime(work, dims):
 
 # ------------------------------------------------------------------------------- JAX and tinygrad
 def _mlp(lib, dims, x, fc_weight, fc_bias, proj_weight, proj_bias):
+    if dims["activation"] == "swiglu":
+        raise Refused("no expression of a gated activation")
     activation = {
         "gelu": lib.gelu["none"],
         "gelu_tanh": lib.gelu["tanh"],

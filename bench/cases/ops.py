@@ -21,7 +21,12 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
     "relu": TF.relu,
     "relu2": lambda x: TF.relu(x).square(),
+    "swiglu": lambda x: _swiglu(*x.chunk(2, -1)),
 }
+
+
+def _swiglu(gate, value):
+    return TF.silu(gate) * value
 
 
 @dataclass(frozen=True)
@@ -177,10 +182,15 @@ def linear(make, M, K, N):
 
 
 def mlp(make, M, C, activation):
-    """C -> 4C -> C: two GEMMs, backward four. The activation is not counted."""
-    H, act = 4 * C, ACTIVATIONS[activation]
-    flops = 2 * 2 * _elements(M) * C * H
-    tensors = make(*lead(M), C), make(H, C) * C**-0.5, make(H), make(C, H) * H**-0.5, make(C)
+    """C -> 4C -> C: two GEMMs, backward four. The activation is not counted.
+
+    swiglu has Llama's width: H is the next multiple of 256 from 8 C / 3 on, and there are three GEMMs of that width.
+    """
+    gated, act = activation == "swiglu", ACTIVATIONS[activation]
+    H = -(-8 * C // (3 * 256)) * 256 if gated else 4 * C
+    width = 2 * H if gated else H
+    flops = 2 * _elements(M) * C * (width + H)
+    tensors = make(*lead(M), C), make(width, C) * C**-0.5, make(width), make(C, H) * H**-0.5, make(C)
 
     def ours(x, fc_weight, fc_bias, proj_weight, proj_bias):
         return F.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
@@ -314,6 +324,7 @@ CPU = [
     case(mlp, (8, 512), 768, "gelu", standard=FLOAT32),
     case(mlp, (8, 512), 768, "relu", standard=FLOAT32),
     case(mlp, (8, 512), 768, "relu2"),
+    case(mlp, (4, 512), 1024, "swiglu"),
     case(mlp, (1, 8), 384, "gelu_tanh"),
     *(
         case(norm, rows, columns, standard=standard)
@@ -346,6 +357,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(add_layer_norm, TOKENS, 768),
     case(layer_norm, TOKENS, 4096, standard=BFLOAT16),
     case(mlp, (16, 1024), 4096, "gelu_tanh", standard=BFLOAT16),
+    case(mlp, (16, 1024), 4096, "swiglu"),
     case(varlen_attn, 8, 32, 1, 4096, 4096, 128),
     case(attention_window, 2, 32, 8192, 8192, 128, 1023),
     case(attention_gqa, 2, 8, 4, 8192, 8192, 128, True),

@@ -33,7 +33,8 @@ def calls(
             kernels.attention_bwd(out, lse, q, k, k, out, lse, True, 0.1, needs, *o)
 
     def mlp(M, C, H, activation):
-        x, fc, fb, proj, pb = empty(M, C), empty(H, C), empty(H), empty(C, H), empty(C)
+        width = 2 * H if activation == "swiglu" else H
+        x, fc, fb, proj, pb = empty(M, C), empty(width, C), empty(width), empty(C, H), empty(C)
         y, hidden, pre = kernels.mlp_fwd(x, fc, fb, proj, pb, activation)
         kernels.mlp_bwd(y, x, fc, proj, hidden, pre, activation, [True] * 5)
 
@@ -74,7 +75,7 @@ def calls(
         yield f"attention {E}" + (f",{EV}" if EV != E else ""), lambda E=E, EV=EV: attention(E, EV)
     for E in (64, 128, 256) if options else ():
         yield f"attention options {E}", lambda E=E: attention_options(E)
-    for activation in ("gelu", "relu2") if wide else ("gelu",):
+    for activation in ("gelu", "swiglu", "relu2") if wide else ("gelu", "swiglu"):
         yield f"mlp {activation}", lambda activation=activation: mlp(16384, 768, 3072, activation)
     for M in (4, 16, 256):  # for few rows there are other kernels and tiles; K is split where tiles are few
         yield f"mlp {M} rows", lambda M=M: mlp(M, 768, 3072, "gelu_tanh")

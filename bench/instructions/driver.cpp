@@ -131,18 +131,20 @@ void linear(DType dtype, int64_t M, int64_t K, int64_t N) {
   count("linear_bwd" + shape, 2 * M * K * N, linear_bwd, a);
 }
 
-void mlp(DType dtype, Activation activation, const char* called, int64_t M, int64_t C, int64_t H) {
+void mlp(DType dtype, Activation activation, bool gated, const char* called, int64_t M, int64_t C, int64_t H) {
   Arrays make = {dtype};
   MlpArgs a = {};
-  a.dtype = dtype, a.activation = activation, a.rows = M, a.in = C, a.hidden_dim = H, a.out = C;
-  a.x = make.rows(M, C), a.fc_weight = make.rows(H, C), a.fc_bias = make(H), a.hidden = make(M * H);
-  a.pre = saves_input(activation) ? make(M * H) : nullptr;
+  a.dtype = dtype, a.activation = activation, a.gated = gated;
+  a.rows = M, a.in = C, a.hidden_dim = H, a.out = C;
+  const int64_t F = a.fc_dim();
+  a.x = make.rows(M, C), a.fc_weight = make.rows(F, C), a.fc_bias = make(F), a.hidden = make(M * H);
+  a.pre = saves_input(activation) ? make(M * F) : nullptr;
   a.proj_weight = make.rows(C, H), a.proj_bias = make(C), a.y = make(M * C);
-  a.dy = make.rows(M, C), a.dpre = make(M * H), a.dx = make(M * C);
-  a.dfc_weight = make(H * C), a.dfc_bias = make(H), a.dproj_weight = make(C * H), a.dproj_bias = make(C);
+  a.dy = make.rows(M, C), a.dpre = make(M * F), a.dx = make(M * C);
+  a.dfc_weight = make(F * C), a.dfc_bias = make(F), a.dproj_weight = make(C * H), a.dproj_bias = make(C);
   const auto shape = text(' ', format(dtype).name, ' ', called, " M", M, " C", C, " H", H);
-  count("mlp_fwd" + shape, 2 * M * C * H, mlp_fwd, a);
-  count("mlp_bwd" + shape, 4 * M * C * H, mlp_bwd, a);
+  count("mlp_fwd" + shape, M * C * (F + H), mlp_fwd, a);
+  count("mlp_bwd" + shape, 2 * M * C * (F + H), mlp_bwd, a);
 }
 
 enum class Norm { layer_norm, add_layer_norm, rms_norm };
@@ -228,8 +230,9 @@ int main(int argc, char** argv) {
     attention(d, 2, 1, 256, 64, 64, false);  // decoding
     linear(d, 64, 400, 96);
     linear(d, 4, 256, 128);  // decoding
-    mlp(d, Activation::gelu_tanh, "gelu_tanh", 48, 64, 256);
-    mlp(d, Activation::gelu, "gelu", 4, 64, 256);
+    mlp(d, Activation::gelu_tanh, false, "gelu_tanh", 48, 64, 256);
+    mlp(d, Activation::gelu, false, "gelu", 4, 64, 256);
+    mlp(d, Activation::silu, true, "swiglu", 48, 64, 160);
     norm(d, Norm::layer_norm, "layer_norm", 128, 256);
     norm(d, Norm::add_layer_norm, "add_layer_norm", 128, 256);
     norm(d, Norm::rms_norm, "rms_norm", 128, 256);
@@ -249,7 +252,7 @@ int main(int argc, char** argv) {
   varlen_attn(f32, 1, {0, 100, 103, 200, 260}, 64);
   linear(f32, 33, 61, 45);
   linear(f32, 37, 256, 272);  // some rows of a W worth leaving unpacked
-  mlp(f32, Activation::relu, "relu", 31, 45, 83);
+  mlp(f32, Activation::relu, false, "relu", 31, 45, 83);
   norm(f32, Norm::layer_norm, "layer_norm", 50, 101);
   cross_entropy(f32, 50, 101, 0);
 }

@@ -45,12 +45,29 @@ Results<3> linear_bwd(Call& call, View dy, View x, View weight, Needs needs) {
 }
 
 // ---------------------------------------------------------------- mlp
-inline Activation activation_named(const Call& call, std::string_view name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "relu2") return Activation::relu2;
-  call.fail("unknown activation '" + std::string(name) + "'; known: gelu, gelu_tanh, relu, relu2");
+struct MlpActivation {
+  const char* name;
+  Activation activation;
+  bool gated;
+};
+constexpr MlpActivation mlp_activations[] = {
+    {"gelu", Activation::gelu, false},   {"gelu_tanh", Activation::gelu_tanh, false}, {"relu", Activation::relu, false},
+    {"relu2", Activation::relu2, false}, {"swiglu", Activation::silu, true},          {"geglu", Activation::gelu, true},
+};
+
+inline const MlpActivation& activation_named(const Call& call, std::string_view name) {
+  std::string known;
+  for (const MlpActivation& a : mlp_activations) {
+    if (name == a.name) return a;
+    known += (known.empty() ? "" : ", ") + std::string(a.name);
+  }
+  call.fail("unknown activation '" + std::string(name) + "'; known: " + known);
+}
+
+// Whether mlp_fwd returns hidden and pre, or leaves it to backward to compute them again.
+inline bool saves_all(const Call& call, std::string_view save) {
+  if (save != "all" && save != "input") call.fail("save must be 'all' or 'input', got '" + std::string(save) + "'");
+  return save == "all";
 }
 
 inline MlpArgs mlp_args(Call& call, const View& x, const View& fc_weight, const View& proj_weight,
@@ -58,27 +75,37 @@ inline MlpArgs mlp_args(Call& call, const View& x, const View& fc_weight, const 
   call.lead(x);
   call.at_least("x", x, 1);
   check_matrix(call, "fc_weight", fc_weight, x.sizes.back());
-  check_matrix(call, "proj_weight", proj_weight, fc_weight.size(0));
+  const MlpActivation& named = activation_named(call, activation);
+  const int64_t fc_dim = fc_weight.size(0);
+  if (named.gated && fc_dim % 2)
+    call.fail("fc_weight must have an even number of rows for " + std::string(named.name) + ", got " +
+              std::to_string(fc_dim));
   MlpArgs a{};
-  a.dtype = call.dtype();
-  a.activation = activation_named(call, activation);
-  a.rows = product(leading(x)), a.in = x.sizes.back(), a.hidden_dim = fc_weight.size(0), a.out = proj_weight.size(0);
+  a.dtype = call.dtype(), a.activation = named.activation, a.gated = named.gated;
+  a.rows = product(leading(x)), a.in = x.sizes.back(), a.hidden_dim = named.gated ? fc_dim / 2 : fc_dim;
+  check_matrix(call, "proj_weight", proj_weight, a.hidden_dim);
+  a.out = proj_weight.size(0);
   return a;
 }
 
 template <auto kernel>
 Results<3> mlp_fwd(Call& call, View x, View fc_weight, Maybe fc_bias, View proj_weight, Maybe proj_bias,
-                   std::string_view activation) {
+                   std::string_view activation, std::string_view save) {
   MlpArgs a = mlp_args(call, x, fc_weight, proj_weight, activation);
-  call.check("fc_bias", fc_bias, {a.hidden_dim});
+  call.check("fc_bias", fc_bias, {a.fc_dim()});
   call.check("proj_bias", proj_bias, {a.out});
-  View y = call.empty(with_last(x, a.out)), hidden = call.for_backward(with_last(x, a.hidden_dim));
-  View pre = call.has_backward() ? call.empty_if(saves_input(a.activation), with_last(x, a.hidden_dim)) : View{};
+  const bool saves = saves_all(call, save) && call.has_backward();
+  View y = call.empty(with_last(x, a.out)), hidden, pre;
+  if (call.has_backward()) {
+    hidden = call.empty_if(saves, with_last(x, a.hidden_dim));
+    pre = call.empty_if(saves && saves_input(a.activation), with_last(x, a.fc_dim()));
+  }
+  a.hidden = saves ? hidden.data : call.scratch(with_last(x, a.hidden_dim)).data;
   x = call.as_rows(x), fc_weight = call.as_rows(fc_weight), proj_weight = call.as_rows(proj_weight);
   fc_bias = call.contiguous(fc_bias), proj_bias = call.contiguous(proj_bias);
   a.x = rows(x), a.fc_weight = rows(fc_weight), a.proj_weight = rows(proj_weight);
   a.fc_bias = pointer(fc_bias), a.proj_bias = pointer(proj_bias);
-  a.y = y.data, a.hidden = hidden.data, a.pre = pre.data;
+  a.y = y.data, a.pre = pre.data;
   call.run<kernel>(a);
   return {y, hidden, pre};
 }
@@ -91,11 +118,11 @@ Results<5> mlp_bwd(Call& call, View dy, View x, View fc_weight, View proj_weight
   call.check_count(needs, 5);
   call.check("dy", dy, with_last(x, a.out));
   call.check("hidden", hidden, with_last(x, a.hidden_dim));
-  if (reads_pre) call.check("pre", pre, hidden.sizes);
+  if (reads_pre) call.check("pre", pre, with_last(x, a.fc_dim()));
   View dx = call.empty_if(needs[0], x.sizes);
-  View dfc_weight = call.empty_if(needs[1], fc_weight.sizes), dfc_bias = call.empty_if(needs[2], {a.hidden_dim});
+  View dfc_weight = call.empty_if(needs[1], fc_weight.sizes), dfc_bias = call.empty_if(needs[2], {a.fc_dim()});
   View dproj_weight = call.empty_if(needs[3], proj_weight.sizes), dproj_bias = call.empty_if(needs[4], {a.out});
-  if (inner) a.dpre = call.scratch(hidden.sizes).data;
+  if (inner) a.dpre = call.scratch(with_last(x, a.fc_dim())).data;
   dy = call.as_rows(dy), x = call.as_rows(x), fc_weight = call.as_rows(fc_weight);
   proj_weight = call.as_rows(proj_weight), hidden = call.contiguous(hidden);
   if (reads_pre) a.pre = call.contiguous(pre).data;

@@ -56,6 +56,7 @@ void backward(const ActivationArgs& a) {
       case Activation::gelu_tanh: return pass<Activation::gelu_tanh, decltype(s)>(a); \
       case Activation::relu: return pass<Activation::relu, decltype(s)>(a);           \
       case Activation::relu2: return pass<Activation::relu2, decltype(s)>(a);         \
+      case Activation::silu: return; /* only mlp has it */                            \
     }                                                                                 \
   })
 

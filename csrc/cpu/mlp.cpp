@@ -1,5 +1,6 @@
 // linear:  y = x W^T + b                        x (M, K), W (N, K), b (N), y (M, N)
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
+//          y = (act(gate) value) W2^T + b2      [gate | value] = x W1^T + b1, W1 (2 H, K)
 //
 // Both are chains of matrix products (gemm/gemm.h). In forward, bias and activation are applied to a finished tile in
 // registers. Backward gets hidden = act(pre) (M, H), which dW2 needs, and pre, which gives act' (relu needs only
@@ -10,6 +11,11 @@
 //     dx = dpre W1
 // The bias gradients are summed, in a fixed order, while the GEMM packs the transposed operand, so they cost no pass
 // over memory.
+//
+// A gated activation computes pre (M, 2 H) by two GEMMs, each of one half of W1. The first one leaves the gate in pre,
+// or in hidden where nothing is saved, and the second one's epilogue reads it there. Backward's epilogue writes both
+// halves of dpre (M, 2 H):
+//     d = dy W2                dpre = [d value act'(gate) | d act(gate)]
 #include "gemm/gemm.h"
 #include "nontemporal.h"
 #include "vmath.h"
@@ -45,6 +51,13 @@ struct ResultWriter {
   }
 };
 
+// What an epilogue reads beside the bias. With AMX it prefetches the same row's part of the next panel.
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> load_and_prefetch(const S* p, int64_t n) {
+  if (kUsesAmx<Packed<S>>) __builtin_prefetch(p + Tiling<Packed<S>>::NR, 0, 2);
+  return load(p, n);
+}
+
 template <class S>
 auto store_epilogue(void* out, int64_t rows, int64_t stride, const void* bias = nullptr) {
   S* y = static_cast<S*>(out);
@@ -73,6 +86,7 @@ PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
     case Activation::gelu: return activate<Activation::gelu, S>(x);
     case Activation::gelu_tanh: return activate<Activation::gelu_tanh, S>(x);
     case Activation::relu: return activate<Activation::relu, S>(x);
+    case Activation::silu: return activate<Activation::silu, S>(x);
     default: return activate<Activation::relu2, S>(x);
   }
 }
@@ -82,6 +96,7 @@ PYGPT_INLINE Vec<T> backpropagated(Activation a, Vec<T> d, Vec<T> saved) {
     case Activation::gelu: return backpropagate<Activation::gelu, S>(d, saved);
     case Activation::gelu_tanh: return backpropagate<Activation::gelu_tanh, S>(d, saved);
     case Activation::relu: return backpropagate<Activation::relu, S>(d, saved);
+    case Activation::silu: return backpropagate<Activation::silu, S>(d, saved);
     default: return backpropagate<Activation::relu2, S>(d, saved);
   }
 }
@@ -108,16 +123,25 @@ void linear_bwd(const LinearArgs& a) {
 void mlp_fwd(const MlpArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
-    const int64_t H = a.hidden_dim;
+    const int64_t H = a.hidden_dim, pre_stride = a.fc_dim();
     S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
-    const S* bias = static_cast<const S*>(a.fc_bias);
+    const S *bias = static_cast<const S*>(a.fc_bias), *gate = nullptr;
+    const int64_t gate_stride = pre ? pre_stride : H;
+    auto fc_weight = matrix<S>(a.fc_weight);
+    if (a.gated) {
+      gate = pre ? pre : hidden;
+      gemm_nt(a.rows, H, a.in, matrix<S>(a.x), fc_weight,
+              store_epilogue<S>(pre ? pre : hidden, a.rows, gate_stride, bias));
+      fc_weight = fc_weight.at(H, 0), bias = bias ? bias + H : nullptr, pre = pre ? pre + H : nullptr;
+    }
     const ResultWriter<S> write(a.rows, H);
     const auto store_hidden = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
       c += bias_at(bias, j, n);
-      if (pre) write(pre + i * H + j, c, n);
-      write(hidden + i * H + j, activated<S>(activation, c), n);
+      if (pre) write(pre + i * pre_stride + j, c, n);
+      const Vec<Acc<S>> h = activated<S>(activation, gate ? load_and_prefetch(gate + i * gate_stride + j, n) : c);
+      write(hidden + i * H + j, gate ? h * c : h, n);
     };
-    gemm_nt(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight), store_hidden);
+    gemm_nt(a.rows, H, a.in, matrix<S>(a.x), fc_weight, store_hidden);
     gemm_nt(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight),
             store_epilogue<S>(a.y, a.rows, a.out, a.proj_bias));
   });
@@ -126,21 +150,27 @@ void mlp_fwd(const MlpArgs& a) {
 void mlp_bwd(const MlpArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
-    using Tiles = Tiling<Packed<S>>;
-    const int64_t M = a.rows, H = a.hidden_dim;
-    const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, H);
+    const int64_t M = a.rows, H = a.hidden_dim, F = a.fc_dim();
+    const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, F);
     weight_gradient(M, a.out, H, dy, hidden, a.dproj_weight, a.dproj_bias);
     if (!a.dx && !a.dfc_weight && !a.dfc_bias) return;
     const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
     S* out = static_cast<S*>(a.dpre);
     const ResultWriter<S> write(M, H);
-    const auto store_dpre = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
-      if (kUsesAmx<Packed<S>>) __builtin_prefetch(saved + i * H + j + Tiles::NR, 0, 2);  // for the next panel
-      write(out + i * H + j, backpropagated<S>(activation, c, load(saved + i * H + j, n)), n);
+    const auto store_dpre = [=, activation = a.activation, gated = a.gated](int64_t i, int64_t j, Vec<Acc<S>> d,
+                                                                            int64_t n) {
+      const S* from = saved + i * F + j;
+      S* to = out + i * F + j;
+      const Vec<Acc<S>> x = load_and_prefetch(from, n);
+      if (gated) {
+        write(to + H, d * activated<S>(activation, x), n);
+        d *= load_and_prefetch(from + H, n);
+      }
+      write(to, backpropagated<S>(activation, d, x), n);
     };
     gemm_nn(M, H, a.out, dy, matrix<S>(a.proj_weight), store_dpre);
-    weight_gradient(M, H, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
-    if (a.dx) gemm_nn(M, a.in, H, dpre, matrix<S>(a.fc_weight), store_epilogue<S>(a.dx, a.rows, a.in));
+    weight_gradient(M, F, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
+    if (a.dx) gemm_nn(M, a.in, F, dpre, matrix<S>(a.fc_weight), store_epilogue<S>(a.dx, a.rows, a.in));
   });
 }
 

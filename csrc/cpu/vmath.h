@@ -6,6 +6,7 @@
 //     exp2                              0.8                           1.1
 //     gelu and its derivative           3        8        25          4, 13, 45
 //     gelu_tanh and its derivative      3        18       113
+//     silu and its derivative           2        3        3          2, 3, 3
 //
 // A derivative's error is relative to the larger of its two terms, as it has a zero near -0.75. bf16 has 8 bits, so its
 // polynomials are shorter: before rounding, gelu and its derivative are within 2^-12.8, gelu_tanh and its derivative
@@ -155,6 +156,29 @@ PYGPT_INLINE Vec<T> exp(Vec<T> x) {
   }
 }
 
+// exp(-a) for a >= 0, for a result that is stored as S. float's relative error does not grow with a, because a multiple
+// of ln 2 is subtracted in two parts, the first of few bits.
+template <class S, class T = Acc<S>>
+PYGPT_INLINE Vec<T> exp_minus(Vec<T> a) {
+  if constexpr (sizeof(T) == 8) {
+    return detail::each<T>(a, [](T v) { return std::exp(-v); });
+  } else if constexpr (sizeof(S) == 2) {
+    return exp2<S>(a * -kLog2e<T>);
+  } else {
+    constexpr float kLn2 = 0.693359375f, kLn2Rest = -0.000212194440f;
+#if defined(__AVX512F__)
+    a = min_nan(a, 104);
+    const Vec<T> n = (Vec<T>)_mm512_maskz_roundscale_ps(-1, (__m512)(a * -kLog2e<T>), 8);
+    const Vec<T> f = (a + n * kLn2 + n * kLn2Rest) * -kLog2e<T>;
+    return (Vec<T>)_mm512_maskz_scalef_ps(-1, (__m512)detail::polynomial(f, detail::kExp2<1>), (__m512)n);
+#else
+    a = min_nan(a, 86.5f);
+    const Vec<T> shifted = a * -kLog2e<T> + detail::kRound, n = shifted - detail::kRound;
+    return detail::power(shifted, (a + n * kLn2 + n * kLn2Rest) * -kLog2e<T>, detail::kExp2<4>);
+#endif
+  }
+}
+
 // The hyperbolic tangent, float within 2 units in the last place.
 template <class T>
 PYGPT_INLINE Vec<T> tanh(Vec<T> x) {
@@ -227,10 +251,18 @@ PYGPT_INLINE Vec<T> gelu_derivative(Vec<T> x) {
 // gelu        x cdf(x)                                   cdf(x) + x pdf(x)
 // gelu_tanh   x s, s = sigmoid(2u),                      s + x s (1 - s) 2u',
 //             2u = x (kU + kU3 x^2)                      2u' = kU + 3 kU3 x^2
+// silu        x s, s = sigmoid(x)                        s + x s (1 - s)
 // relu        max(x, 0)                                  1 where y is not <= 0
 // relu2       max(x, 0)^2                                2 x where x is not <= 0
 constexpr double kU = 1.59576912160573071176;  // 2 sqrt(2 / pi)
 constexpr double kU3 = kU * 0.044715;
+
+// s + x s (1 - s) slope with s = sigmoid(t), where e = exp(-|t|), which cannot overflow, and t has the sign of x.
+template <class T>
+PYGPT_INLINE Vec<T> sigmoid_derivative(Vec<T> x, Vec<T> e, Vec<T> slope) {
+  const Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
+  return s + x * (e * r * r) * slope;
+}
 
 template <Activation A, class S, class T = Acc<S>>
 PYGPT_INLINE Vec<T> activate(Vec<T> x) {
@@ -238,6 +270,9 @@ PYGPT_INLINE Vec<T> activate(Vec<T> x) {
     return gelu<S>(x);
   } else if constexpr (A == Activation::gelu_tanh) {
     return x / (1 + exp2<S>(x * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * (x * x))));
+  } else if constexpr (A == Activation::silu) {
+    const Vec<T> e = exp_minus<S>(abs<T>(x));
+    return (x < 0 ? x * e : x) / (1 + e);
   } else {
     Vec<T> y = x < 0 ? Vec<T>{} : x;
     return A == Activation::relu ? y : y * y;
@@ -250,10 +285,11 @@ PYGPT_INLINE Vec<T> derivative(Vec<T> saved) {
   if constexpr (A == Activation::gelu) {
     return gelu_derivative<S>(saved);
   } else if constexpr (A == Activation::gelu_tanh) {
-    Vec<T> x = saved, a = abs<T>(x), xx = x * x;
-    Vec<T> e = exp2<S>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));  // exp(-|2u|): cannot overflow
-    Vec<T> r = 1 / (1 + e), s = x < 0 ? e * r : r;
-    return s + x * (e * r * r) * (T(kU) + T(3 * kU3) * xx);
+    const Vec<T> x = saved, a = abs<T>(x), xx = x * x;
+    const Vec<T> e = exp2<S>(a * (T(-kU * kLog2e<double>) + T(-kU3 * kLog2e<double>) * xx));
+    return sigmoid_derivative<T>(x, e, T(kU) + T(3 * kU3) * xx);
+  } else if constexpr (A == Activation::silu) {
+    return sigmoid_derivative<T>(saved, exp_minus<S>(abs<T>(saved)), set1(T(1)));
   } else {
     return 2 * saved;
   }

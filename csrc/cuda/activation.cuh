@@ -4,6 +4,7 @@
 //     gelu_tanh   x s, s = sigmoid(2u), 2u = x (U + U3 x^2)  s + x s (1 - s) (U + 3 U3 x^2)
 //     relu        max(x, 0)                                  1 where not y <= 0
 //     relu2       max(x, 0)^2                                2 x where not x <= 0
+//     silu        x s, s = sigmoid(x)                        s + x s (1 - s)
 //
 // cdf and pdf are those of the standard normal distribution; U = 2 sqrt(2 / pi), U3 = 0.044715 U.
 //
@@ -52,11 +53,28 @@ __device__ __forceinline__ float gelu_tanh(float x) {
   return __fdividef(x, 1 + ptx::exp2_approx(x * (-kU * kLog2e - kU3 * kLog2e * (x * x))));
 }
 
-__device__ __forceinline__ float gelu_tanh_derivative(float x) {
-  const float xx = x * x;
-  const float e = ptx::exp2_approx(fabsf(x) * (-kU * kLog2e - kU3 * kLog2e * xx));  // exp(-|2u|) cannot overflow
+// s + x s (1 - s) slope with s = sigmoid(t), where e = exp(-|t|), which cannot overflow, and t has the sign of x.
+__device__ __forceinline__ float sigmoid_derivative(float x, float e, float slope) {
   const float r = __fdividef(1.f, 1 + e), s = x < 0 ? e * r : r;
-  return s + x * (e * r * r) * (kU + 3 * kU3 * xx);
+  return s + x * (e * r * r) * slope;
+}
+
+__device__ __forceinline__ float gelu_tanh_derivative(float x) {
+  const float xx = x * x, e = ptx::exp2_approx(fabsf(x) * (-kU * kLog2e - kU3 * kLog2e * xx));
+  return sigmoid_derivative(x, e, kU + 3 * kU3 * xx);
+}
+
+// exp(-a) for a >= 0. The relative error does not grow with a, because a multiple of ln 2 is subtracted in two parts,
+// the first of few bits.
+__device__ __forceinline__ float exp_minus(float a) {
+  a = fminf(a, 110.f);
+  const float n = rintf(a * -kLog2e), rest = a + n * 0.693359375f + n * -0.000212194440f;
+  return ptx::exp2_approx(rest * -kLog2e) * ptx::exp2_approx(n);
+}
+
+__device__ __forceinline__ float silu(float x) {
+  const float e = exp_minus(fabsf(x));
+  return __fdividef(x < 0 ? x * e : x, 1 + e);
 }
 
 }  // namespace activation
@@ -66,6 +84,7 @@ __device__ __forceinline__ float activate(Activation act, float x) {
   switch (act) {
     case Activation::gelu: return x * activation::normal_cdf(x);
     case Activation::gelu_tanh: return activation::gelu_tanh(x);
+    case Activation::silu: return activation::silu(x);
     default: break;
   }
   const float y = x < 0 ? 0.f : x;
@@ -78,6 +97,8 @@ __device__ __forceinline__ float activation_gradient(Activation act, float dy, f
   switch (act) {
     case Activation::gelu: return dy * activation::gelu_derivative(saved);
     case Activation::gelu_tanh: return dy * activation::gelu_tanh_derivative(saved);
+    case Activation::silu:
+      return dy * activation::sigmoid_derivative(saved, activation::exp_minus(fabsf(saved)), 1.f);
     default: break;
   }
   const float d = act == Activation::relu ? dy : dy * (2 * saved);
@@ -92,6 +113,7 @@ Error by_activation(Activation act, Body&& body) {
     case Activation::gelu_tanh: return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
     case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>{});
     case Activation::relu2: return body(std::integral_constant<Activation, Activation::relu2>{});
+    case Activation::silu: break;  // only mlp has it
   }
   return "unknown activation";
 }

@@ -21,21 +21,24 @@ struct Operand {
 };
 
 // The epilogue of C (M, N), in this order: add bias; add the floats in addend; store the result as floats in wide, and
-// nothing else; store it in pre; apply the activation, or multiply by its
-// gradient at `saved`; store in out; store the column sums of every tile in tile_sums. Null pointers skip their step.
+// nothing else; store it in pre; apply the activation, or multiply by that of the gate, or by its gradient at `saved`;
+// store in out; store the column sums of every tile in tile_sums. Null pointers skip their step.
 template <class T>
 struct Epilogue {
   T* out;
-  int64_t stride;  // row stride of out, pre and saved
+  int64_t stride;  // row stride of out
+  int64_t pre_stride;  // row stride of pre, saved and gate
   const T* bias = nullptr;  // (N)
   T* pre = nullptr;
   const T* saved = nullptr;
+  const T* gate = nullptr;
+  int64_t to_value = 0;  // not 0: saved has gates, the values lie so far behind them, and out's rows are alike
   bool activate = false;
   Activation activation = Activation::relu;
   float* tile_sums = nullptr;  // (ceil(M / tile), N)
   const float* addend = nullptr;  // rows as far apart as those of out, and so in wide
   float* wide = nullptr;
-  bool vectorized = false;  // out, bias, pre and saved can be accessed 4 elements at a time
+  bool vectorized = false;  // out, bias, pre, saved and gate can be accessed 4 elements at a time
 };
 
 template <class T>
@@ -84,6 +87,12 @@ __device__ __forceinline__ void store4(T* to, float4 v, int n, bool vectorized) 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
+  return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+__device__ __forceinline__ float4 activate(Activation act, float4 x) {
+  return make_float4(activate(act, x.x), activate(act, x.y), activate(act, x.z), activate(act, x.w));
+}
 
 // ---------------------------------------------------------------- epilogue
 template <class T>
@@ -95,20 +104,24 @@ __device__ __forceinline__ float4 load_bias(const Epilogue<T>& e, int64_t j, int
 // rounding.
 template <class T>
 __device__ __forceinline__ float4 apply_epilogue(const Epilogue<T>& e, int64_t i, int64_t j, int n, float4 c) {
-  const int64_t offset = i * e.stride + j;
+  const int64_t offset = i * e.stride + j, pre_offset = i * e.pre_stride + j;
   if (e.addend) c = c + load4(e.addend + offset, n, e.vectorized);
   if (e.wide) {
     store4(e.wide + offset, c, n, e.vectorized);
     return c;
   }
-  if (e.pre) store4(e.pre + offset, c, n, e.vectorized);
+  if (e.pre) store4(e.pre + pre_offset, c, n, e.vectorized);
   if (e.saved) {
-    const float4 s = load4(e.saved + offset, n, e.vectorized);
+    const float4 s = load4(e.saved + pre_offset, n, e.vectorized);
+    if (e.to_value) {
+      store4(e.out + offset + e.to_value, c * activate(e.activation, s), n, e.vectorized);
+      c = c * load4(e.saved + pre_offset + e.to_value, n, e.vectorized);
+    }
     c = make_float4(activation_gradient(e.activation, c.x, s.x), activation_gradient(e.activation, c.y, s.y),
                     activation_gradient(e.activation, c.z, s.z), activation_gradient(e.activation, c.w, s.w));
   } else if (e.activate) {
-    c = make_float4(activate(e.activation, c.x), activate(e.activation, c.y), activate(e.activation, c.z),
-                    activate(e.activation, c.w));
+    const float4 x = e.gate ? load4(e.gate + pre_offset, n, e.vectorized) : c, h = activate(e.activation, x);
+    c = e.gate ? h * c : h;
   }
   store4(e.out + offset, c, n, e.vectorized);
   return c;

@@ -368,8 +368,8 @@ Error gemm(int64_t M, int64_t N, int64_t K, Operand<T> a, Operand<T> b, Epilogue
            const Stream& stream) {
   auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0; };
   epilogue.vectorized = N % 4 == 0 && epilogue.stride % 4 == 0 && aligned(epilogue.out) && aligned(epilogue.bias) &&
-                        aligned(epilogue.pre) && aligned(epilogue.saved) && can_vectorize(epilogue.addend) &&
-                        can_vectorize(epilogue.wide);
+                        aligned(epilogue.pre) && aligned(epilogue.saved) && aligned(epilogue.gate) &&
+                        can_vectorize(epilogue.addend) && can_vectorize(epilogue.wide);
   if (N == 0) return nullptr;
   if (M == 0) return sums ? column_sums(static_cast<const float*>(nullptr), 0, N, N, sums, stream) : nullptr;
   GemmParams<T> g{M, N, K, a, b, epilogue, K, 1, nullptr};

@@ -1,5 +1,6 @@
 // linear:  y = x W^T + b                        x (M, K), W (N, K), b (N), y (M, N)
 // mlp:     y = act(x W1^T + b1) W2^T + b2       W1 (H, K), W2 (N, H)
+//          y = (act(gate) value) W2^T + b2      [gate | value] = x W1^T + b1, W1 (2 H, K)
 //
 // linear and mlp are sequences of GEMMs (gemm.cuh) with fused epilogues. Forward applies bias and activation to the
 // float32 accumulators. Saved for backward: hidden = act(pre) (M, H), which dW2 needs, and, except for relu, pre (M,
@@ -9,6 +10,12 @@
 //     dpre = (dy W2) act'(pre)       db1 = column sums of dpre, formed in this GEMM's epilogue before dpre is rounded
 //     dW1  = dpre^T x
 //     dx   = dpre W1
+//
+// A gated activation computes pre (M, 2 H) by two GEMMs, each of one half of W1. The first one leaves the gate in pre,
+// or in hidden where nothing is saved, and the second one's epilogue reads it there. Backward's epilogue writes both
+// halves of dpre (M, 2 H), whose column sums are then db1:
+//
+//     d    = dy W2                   dpre = [d value act'(gate) | d act(gate)]
 //
 // The mlp's two products are separate kernels, because a fused kernel would need a tile's complete hidden rows (4C
 // wide) at once. A 16-bit gelu forward with N = C computes 4 M C H FLOP and moves 2 (2 M C + 3 M H + 2 C H) bytes: M H
@@ -31,7 +38,7 @@ Operand<T> matrix(const void* data, int64_t width) {
 
 template <class T>
 Epilogue<T> store_to(void* out, int64_t stride, const void* bias = nullptr) {
-  Epilogue<T> e{static_cast<T*>(out), stride};
+  Epilogue<T> e{static_cast<T*>(out), stride, stride};
   e.bias = static_cast<const T*>(bias);
   return e;
 }
@@ -55,19 +62,31 @@ Error weight_gradient(int64_t M, int64_t N, int64_t K, const Rows& dy, const Row
 
 template <class T>
 Error hidden_fwd(const MlpArgs& a, const Stream& stream) {
-  Epilogue<T> e = store_to<T>(a.hidden, a.hidden_dim, a.fc_bias);
+  const int64_t H = a.hidden_dim;
+  Epilogue<T> e = store_to<T>(a.hidden, H, a.fc_bias);
   e.pre = static_cast<T*>(a.pre), e.activate = true, e.activation = a.activation;
-  return gemm<Layout::NT>(a.rows, a.hidden_dim, a.in, matrix<T>(a.x, a.in), matrix<T>(a.fc_weight, a.in), e, none<T>(),
-                          stream);
+  Rows weight = a.fc_weight;
+  if (a.gated) {
+    T* gate = e.pre ? e.pre : e.out;
+    e.gate = gate, e.pre_stride = e.pre ? 2 * H : H;
+    const Error error = gemm<Layout::NT>(a.rows, H, a.in, matrix<T>(a.x, a.in), matrix<T>(weight, a.in),
+                                         store_to<T>(gate, e.pre_stride, a.fc_bias), none<T>(), stream);
+    if (error) return error;
+    weight.data = static_cast<T*>(weight.data) + H * weight.stride;
+    if (e.pre) e.pre += H;
+    if (e.bias) e.bias += H;
+  }
+  return gemm<Layout::NT>(a.rows, H, a.in, matrix<T>(a.x, a.in), matrix<T>(weight, a.in), e, none<T>(), stream);
 }
 
-// dpre, and db1 as the column sums of dpre before rounding.
+// dpre, and db1, unless gated, as the column sums of dpre before rounding.
 template <class T>
 Error hidden_bwd(const MlpArgs& a, const Stream& stream) {
-  Epilogue<T> e = store_to<T>(a.dpre, a.hidden_dim);
+  Epilogue<T> e = store_to<T>(a.dpre, a.fc_dim());
   e.saved = static_cast<const T*>(a.pre ? a.pre : a.hidden), e.activation = a.activation;
+  e.to_value = a.gated ? a.hidden_dim : 0;
   return gemm<Layout::NN>(a.rows, a.hidden_dim, a.out, matrix<T>(a.dy, a.out), matrix<T>(a.proj_weight, a.hidden_dim),
-                          e, static_cast<T*>(a.dfc_bias), stream);
+                          e, a.gated ? nullptr : static_cast<T*>(a.dfc_bias), stream);
 }
 
 }  // namespace
@@ -105,15 +124,16 @@ Error mlp_fwd(const MlpArgs& a, const Stream& stream) {
 Error mlp_bwd(const MlpArgs& a, const Stream& stream) {
   return by_dtype(a.dtype, [&](auto t) -> Error {
     using T = decltype(t);
-    const int64_t M = a.rows, H = a.hidden_dim;
-    const Rows hidden{a.hidden, H}, dpre{a.dpre, H};
+    const int64_t M = a.rows, H = a.hidden_dim, F = a.fc_dim();
+    const Rows hidden{a.hidden, H}, dpre{a.dpre, F};
     Error error = weight_gradient<T>(M, a.out, H, a.dy, hidden, a.dproj_weight, a.dproj_bias, stream);
     if (error) return error;
     if (!a.dx && !a.dfc_weight && !a.dfc_bias) return nullptr;
     error = hidden_bwd<T>(a, stream);
-    if (!error) error = weight_gradient<T>(M, H, a.in, dpre, a.x, a.dfc_weight, nullptr, stream);
+    void* db = a.gated ? a.dfc_bias : nullptr;
+    if (!error) error = weight_gradient<T>(M, F, a.in, dpre, a.x, a.dfc_weight, db, stream);
     if (error || !a.dx) return error;
-    return gemm<Layout::NN>(M, a.in, H, matrix<T>(dpre, H), matrix<T>(a.fc_weight, a.in), store_to<T>(a.dx, a.in),
+    return gemm<Layout::NN>(M, a.in, F, matrix<T>(dpre, F), matrix<T>(a.fc_weight, a.in), store_to<T>(a.dx, a.in),
                             none<T>(), stream);
   });
 }

@@ -16,7 +16,7 @@ from functools import partial
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ..dispatch import SHARDED, TABLE
-from ..ops.activation import SAVES_INPUT
+from ..ops.activation import GATED, SAVES_INPUT
 
 # R: replicated. P: a partial sum. A digit: sharded in this dimension. last: sharded in the last dimension of the first
 # argument. rows: sharded in one of its other dimensions. any: in any of its dimensions. Each dimension is its own rule.
@@ -45,7 +45,7 @@ RULES = {
         "last R 0 -> P 0 0",
         "R last 1 -> last 1 R",
     ],
-    "mlp_fwd": [  # x, fc_weight, fc_bias, proj_weight, proj_bias -> y, hidden, pre
+    "mlp_fwd": [  # x, fc_weight, fc_bias, proj_weight, proj_bias -> y, hidden, pre; gated, only by rows
         "rows R R R R -> rows rows rows",
         "R 0 0 1 P -> P last last",
     ],
@@ -98,6 +98,8 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
         by_heads = name.split("_")[0] in ("attention", "varlen") and of_args[0] == "1"
         if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
+        if of_args[0] == "R" and any(a in GATED for a in args if isinstance(a, str)):
+            continue  # a rank would have gates without their values
         words = ["R" if t.shape == (0,) else _by_batch(word, t) for word, t in zip(words, tensors, strict=True)]
         of_results = [word if made else "R" for word, made in zip(of_results, _made(name, args, results), strict=True)]
         for choice in choices.get(of_args[0], [None]):
@@ -125,7 +127,10 @@ def _made(name: str, args, results: int) -> list[bool]:
         return [*needs, *[False] * (results - len(needs))]
     if name == "rope_fwd":
         return [True, *(args[i] is not None for i in (1, 4, 5))]
-    return [True, True, args[-1] in SAVES_INPUT] if name == "mlp_fwd" else [True] * results
+    if name == "mlp_fwd":
+        saves = list(args[6:]) != ["input"]
+        return [True, saves, saves and args[5] in SAVES_INPUT]
+    return [True] * results
 
 
 try:

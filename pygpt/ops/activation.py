@@ -38,13 +38,19 @@ def _tanh_cdf(x):
     return torch.sigmoid(2.0 * _SQRT_2_OVER_PI * (x + 0.044715 * x**3))
 
 
+_GELU = (
+    _torchs_gelu,
+    lambda x: x * _cdf(x),
+    lambda dy, x: dy * (_cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)),
+)
+_SILU = (
+    F.silu,
+    lambda x: x * torch.sigmoid(x),
+    lambda dy, x: dy * (torch.sigmoid(x) + x * torch.sigmoid(x) * torch.sigmoid(-x)),
+)
 ACTIVATIONS: dict[str, tuple[Callable, Callable, Callable]] = {
     # name: PyTorch's expression, value(x), gradient(dy, saved): saved is x, or relu's own value
-    "gelu": (
-        _torchs_gelu,
-        lambda x: x * _cdf(x),
-        lambda dy, x: dy * (_cdf(x) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)),
-    ),
+    "gelu": _GELU,
     "gelu_tanh": (
         partial(_torchs_gelu, approximate="tanh"),
         lambda x: x * _tanh_cdf(x),
@@ -59,8 +65,11 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable, Callable]] = {
         lambda x: _torchs_relu(x).square(),
         lambda dy, x: torch.where(x <= 0, 0.0, 2.0 * x * dy),
     ),
+    "swiglu": _SILU,  # of the gate; the result is its product with the value
+    "geglu": _GELU,
 }
-SAVES_INPUT = ("gelu", "gelu_tanh", "relu2")  # relu's derivative follows from its output
+GATED = {"swiglu": "silu", "geglu": "gelu"}  # name: what is applied to the gate (Shazeer 2020)
+SAVES_INPUT = tuple(name for name in ACTIVATIONS if name != "relu")  # relu's derivative follows from its output
 
 
 def gelu_name(op, approximate):

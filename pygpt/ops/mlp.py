@@ -4,6 +4,10 @@ linear: x (..., K), weight (N, K), bias (N,) or None -> y (..., N). Backward nee
 mlp: x (..., C), fc_weight (H, C), fc_bias (H,), proj_weight (O, H), proj_bias (O,) -> y (..., O). Bias and activation
 run in the first GEMM's epilogue, and the activation's gradient runs in the backward GEMM's epilogue. Backward keeps the
 hidden layer after the activation. Except for relu, whose derivative follows from its output, it also keeps it before.
+With save="input" it keeps neither, and backward computes both again.
+
+A gated activation has fc_weight (2 H, C) and fc_bias (2 H,), the gate's H rows before the value's, and the hidden layer
+is act(gate) * value.
 """
 
 from functools import partial
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Call, Op, call, lookup, register
-from .activation import ACTIVATIONS, SAVES_INPUT, known
+from .activation import ACTIVATIONS, GATED, SAVES_INPUT, known
 from .common import (
     Spec,
     acc,
@@ -109,20 +113,44 @@ def _prepare_linear(input, weight, bias=None) -> Call:
 
 
 # ------------------------------------------------------------------------------- mlp: the mathematics
-def mlp_composite(x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
-    """act(x fc_weight^T + fc_bias) proj_weight^T + proj_bias; x (..., C), weights (H, C), (O, H)."""
-    return _torchs(ACTIVATIONS[activation][0](_torchs(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+SAVES = ("all", "input")
+
+
+def mlp_composite(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save="all"):
+    """act(x fc_weight^T + fc_bias) proj_weight^T + proj_bias; x (..., C), weights (H, C) or gated (2 H, C), (O, H)."""
+    hidden = _hidden(ACTIVATIONS[activation][0], _torchs(x, fc_weight, fc_bias), activation)
+    return _torchs(hidden, proj_weight, proj_bias)
+
+
+def _hidden(act, pre, activation):
+    if activation not in GATED:
+        return act(pre)
+    gate, value = pre.chunk(2, -1)
+    return act(gate) * value
 
 
 def mlp_fwd(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
+    activation: str, save: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> y (..., O), hidden (..., H) after the activation, pre (..., H) before it (SAVES_INPUT only)."""
+    """-> y (..., O), hidden (..., H) after the activation, pre (..., H or gated 2 H) before it (SAVES_INPUT only).
+
+    With save="input", hidden and pre have no elements.
+    """
+    act = ACTIVATIONS[known("mlp_fwd", activation)][1]
+    saves = saves_all("mlp_fwd", save)
     pre = acc(x) @ acc(fc_weight).mT
     pre = pre if fc_bias is None else pre + acc(fc_bias)
-    hidden = ACTIVATIONS[known("mlp_fwd", activation)][1](pre).to(x.dtype)
-    saved = pre.to(x.dtype) if activation in SAVES_INPUT else x.new_empty(0)
-    return linear_fwd(hidden, proj_weight, proj_bias), hidden, saved
+    hidden = _hidden(act, pre, activation).to(x.dtype)
+    saved = pre.to(x.dtype) if saves and activation in SAVES_INPUT else x.new_empty(0)
+    return linear_fwd(hidden, proj_weight, proj_bias), hidden if saves else x.new_empty(0), saved
+
+
+def saves_all(op, save) -> bool:
+    """Whether mlp_fwd returns hidden and pre. Raises what the compiled kernels raise for an unknown value."""
+    if save not in SAVES:
+        raise RuntimeError(f"pygpt.{op}: save must be 'all' or 'input', got {save!r}")
+    return save == "all"
 
 
 def mlp_bwd(
@@ -130,21 +158,28 @@ def mlp_bwd(
     activation: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias."""
+    _, act, gradient = ACTIVATIONS[known("mlp_bwd", activation)]
     dy2, x2, h2 = (acc(rows(t)) for t in (dy, x, hidden))
-    saved = acc(rows(pre)) if activation in SAVES_INPUT else h2
-    dpre = ACTIVATIONS[known("mlp_bwd", activation)][2](dy2 @ acc(proj_weight), saved)
+    saved, d = acc(rows(pre)) if activation in SAVES_INPUT else h2, dy2 @ acc(proj_weight)
+    if activation in GATED:
+        gate, value = saved.chunk(2, -1)
+        dpre = torch.cat((gradient(d * value, gate), d * act(gate)), -1)
+    else:
+        dpre = gradient(d, saved)
     grads = ((dpre @ acc(fc_weight)).view(x.shape), dpre.mT @ x2, dpre.sum(0), dy2.mT @ h2, dy2.sum(0))
     return wanted(needs, grads, x)
 
 
 class MLP(torch.autograd.Function):
-    """(kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> y."""
+    """(kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation):
-        ctx.kernels, ctx.activation = kernels, activation
-        y, hidden, pre = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
-        if not proj_weight.requires_grad and activation in SAVES_INPUT:
+    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save="all"):
+        ctx.kernels, ctx.activation, ctx.save = kernels, activation, save
+        y, hidden, pre = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save)
+        if save == "input":
+            hidden = pre = None
+        elif not proj_weight.requires_grad and activation in SAVES_INPUT:
             hidden = None  # only dproj_weight reads it
         ctx.save_for_backward(x, fc_weight, savable(fc_bias), proj_weight, hidden, pre)
         ctx.set_materialize_grads(False)
@@ -153,16 +188,19 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, fc_weight, fc_bias, proj_weight, hidden, pre = ctx.saved_tensors
-        hidden = unread(dy, *pre.shape) if hidden is None else hidden
         kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:6]
         if kernels is None:
             proj_bias = unread(proj_weight, proj_weight.shape[0]) if needs[4] else None
             args = x, fc_weight, fc_bias, proj_weight, proj_bias, ctx.activation
-            return None, *composite_gradients(mlp_composite, args, needs, (dy,)), None
+            return None, *composite_gradients(mlp_composite, args, needs, (dy,)), None, None
+        if ctx.save == "input":  # no row of proj_weight: the second product is empty
+            _, hidden, pre = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight[:0], None, ctx.activation, "all")
+        elif hidden is None:
+            hidden = unread(dy, *dy.shape[:-1], proj_weight.shape[1])
         grads = kernels.mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, ctx.activation, needs)
-        return None, *only(needs, grads), None
+        return None, *only(needs, grads), None, None
 
 
 # ------------------------------------------------------------------------------- mlp: the public function
@@ -173,37 +211,51 @@ def mlp(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     activation: str = "gelu",
+    *,
+    save: str = "all",
 ) -> Tensor:
     """Returns linear(act(linear(input, fc_weight, fc_bias)), proj_weight, proj_bias), computed as one op.
 
     ``input (..., C)``, ``fc_weight (H, C)``, ``fc_bias (H,)`` or None, ``proj_weight (O, H)`` and ``proj_bias (O,)`` or
     None give ``(..., O)``. ``activation`` is "gelu" (exact), "gelu_tanh", "relu" or "relu2" (relu squared; So et al.
-    2021). The bias and the activation run in the first product's epilogue. Another activation, or shapes that do not
-    fit, raise ValueError. Unequal dtypes and wrong types, such as integer tensors, raise TypeError.
+    2021), or gated (Shazeer 2020): "swiglu" multiplies silu(gate) by value, "geglu" the exact gelu(gate). Then
+    ``fc_weight (2 H, C)`` has the gate's rows first, as `pygpt.nn.fuse_gate` makes it, and ``fc_bias (2 H,)`` alike.
+    The bias and the activation run in the first product's epilogue.
+
+    ``save="input"`` keeps nothing of the hidden layer for backward, which then computes it again. That costs one
+    product and saves the hidden layer's memory. The gradients have the same bits as with "all".
+
+    Another activation, another ``save``, or shapes that do not fit, raise ValueError. Unequal dtypes and wrong types,
+    such as integer tensors, raise TypeError.
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
     kernel = lookup("mlp", *args)
-    if kernel is None or activation not in ACTIVATIONS or _misfit_mlp(*args):
-        return call("mlp", *args, activation)
-    return kernel(*args, activation)
+    if kernel is None or activation not in ACTIVATIONS or save not in SAVES or _misfit_mlp(*args, activation):
+        return call("mlp", *args, activation, save=save)
+    return kernel(*args, activation, save)
 
 
-def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias) -> str:
+def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> str:
     of_fc = fc_weight.shape
-    return _misfit("mlp", input.shape, of_fc, fc_bias, ("input", "fc_weight", "fc_bias")) or _misfit(
-        "mlp", (of_fc[0],), proj_weight.shape, proj_bias, ("the hidden layer", "proj_weight", "proj_bias")
-    )
+    if error := _misfit("mlp", input.shape, of_fc, fc_bias, ("input", "fc_weight", "fc_bias")):
+        return error
+    if activation in GATED and of_fc[0] % 2:
+        return f"pygpt.mlp: fc_weight must have an even number of rows for {activation}, got {tuple(of_fc)}"
+    hidden = (of_fc[0] // 2 if activation in GATED else of_fc[0],)
+    return _misfit("mlp", hidden, proj_weight.shape, proj_bias, ("the hidden layer", "proj_weight", "proj_bias"))
 
 
-def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu") -> Call:
+def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu", *, save="all") -> Call:
     tensors = input, fc_weight, fc_bias, proj_weight, proj_bias
     if activation not in ACTIVATIONS:
         raise ValueError(f"pygpt.mlp: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if save not in SAVES:
+        raise ValueError(f"pygpt.mlp: save must be 'all' or 'input', got {save!r}")
     if error := check_tensors("mlp", tensors, one_dtype=True):
-        return Call((*tensors, activation), error=error)
-    if misfit := _misfit_mlp(*tensors):
+        return Call((*tensors, activation, save), error=error)
+    if misfit := _misfit_mlp(*tensors, activation):
         raise ValueError(misfit)
-    return Call((*tensors, activation), fast=tensors)
+    return Call((*tensors, activation, save), fast=tensors)
 
 
 # ------------------------------------------------------------------------------- FLOPs, verify
@@ -235,14 +287,15 @@ def _draw_linear(random, d):
 
 
 def _draw_mlp(random, d):
-    biases = (random(d["H"]), random(d["O"])) if d["bias"] else (None, None)
-    fc, proj = _weight(random, d["H"], d["C"]), _weight(random, d["O"], d["H"])
-    return random(*lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"]
+    F = 2 * d["H"] if d["activation"] in GATED else d["H"]
+    biases = (random(F), random(d["O"])) if d["bias"] else (None, None)
+    fc, proj = _weight(random, F, d["C"]), _weight(random, d["O"], d["H"])
+    return random(*lead(d["M"]), d["C"]), fc, biases[0], proj, biases[1], d["activation"], d["save"]
 
 
 def _off_the_kink(args):
     """Whether no hidden unit of relu is so close to 0 that rounding decides whether it has a gradient."""
-    x, weight, bias, *_, activation = args
+    x, weight, bias, _, _, activation, _ = args
     if activation != "relu" or not x.numel():
         return True
     pre = linear_composite(x.double(), weight.double(), None if bias is None else bias.double()).abs()
@@ -295,12 +348,13 @@ register(
                     "O": lambda d: d["C"],
                     "bias": 1,
                     "activation": "gelu",
+                    "save": "all",
                 },
                 draw=_draw_mlp,
-                call=mlp,
-                shapes=tuple({"activation": a} for a in ACTIVATIONS),
+                call=lambda *args: mlp(*args[:-1], save=args[-1]),
+                shapes=(*({"activation": a} for a in ACTIVATIONS), {"activation": "swiglu", "save": "input"}),
                 settled=_off_the_kink,
-                choices={"activation": tuple(ACTIVATIONS)},
+                choices={"activation": tuple(ACTIVATIONS), "save": SAVES},
             )
         },
     )

@@ -286,6 +286,8 @@ FROZEN = {  # what of the rows of a frozen op is kept, in features
     "linear": (lambda x, w, b: functional.linear(x, w, b), 0),
     "mlp": (lambda x, w, b: functional.mlp(x, w, b, w.t().contiguous(), None, "gelu"), 8 + 12),  # x, pre
     "mlp, relu": (lambda x, w, b: functional.mlp(x, w, b, w.t().contiguous(), None, "relu"), 8 + 12),  # x, hidden
+    "mlp, swiglu": (lambda x, w, b: functional.mlp(x, w, b, w[:6].t().contiguous(), None, "swiglu"), 8 + 12),  # x, pre
+    "mlp, input": (lambda x, w, b: functional.mlp(x, w, b, w.t().contiguous(), None, save="input"), 8),  # x
 }
 
 

@@ -292,10 +292,18 @@ def test_function_transforms(op, dims, name, compiled, generator):
 
 
 # ------------------------------------------------------------------------------- autocast
+def _torchs_hidden(pre, activation):
+    act = reference.ACTIVATIONS[activation][0]
+    if activation not in reference.GATED:
+        return act(pre)
+    gate, value = pre.chunk(2, -1)
+    return act(gate) * value
+
+
 TORCHS = {
     "attention": lambda q, k, v, causal, scale: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale),
     "linear": F.linear,
-    "mlp": lambda x, w, b, p, pb, act: F.linear(reference.ACTIVATIONS[act][0](F.linear(x, w, b)), p, pb),
+    "mlp": lambda x, w, b, p, pb, act, save: F.linear(_torchs_hidden(F.linear(x, w, b), act), p, pb),
     "layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
     "rms_norm": lambda x, w, eps: F.rms_norm(x, x.shape[-1:], w, eps),
     "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),

@@ -203,13 +203,20 @@ def groups():
     )
     without_bias = ((0, "R"), (0,), (0, "P")), (("R", 0), (2,), ("P", 0)), ((2, 1), ("P",), (2, 1))
     yield group(F.linear, (x, (10, 8)), *without_bias)
-    for activation in ("gelu", "gelu_tanh", "relu", "relu2"):
+    for activation, save in product(("gelu", "gelu_tanh", "relu", "relu2"), ("all", "input")):
         yield group(
-            partial(F.mlp, activation=activation),
+            partial(F.mlp, activation=activation, save=save),
             (x, (12, 8), (12,), (6, 12), (6,)),
             ((0, *"RRRR"), (0,), (0, *"PPPP")),
             ((1, *"RRRR"), (1,), (1, *"PPPP")),
             (("R", 0, 0, 1, "R"), ("P",), ("P", 0, 0, 1, "R")),
+        )
+    for activation, save in product(("swiglu", "geglu"), ("all", "input")):  # whose columns no rule splits
+        yield group(
+            partial(F.mlp, activation=activation, save=save),
+            (x, (24, 8), (24,), (6, 12), (6,)),
+            ((0, *"RRRR"), (0,), (0, *"PPPP")),
+            ((1, *"RRRR"), (1,), (1, *"PPPP")),
         )
 
     def layer_norm(x, *parameters):

@@ -133,6 +133,7 @@ def test_cuda_grids_for_millions_of_rows():
         lambda: ops.linear_fwd(x, weight, bias),
         lambda: ops.linear_bwd(x, x, weight, [True] * 3),
         lambda: ops.mlp_fwd(x, weight, bias, weight, bias, "gelu"),
+        lambda: ops.mlp_fwd(x, weight, bias, weight[:, :4], bias, "swiglu"),
         lambda: ops.layer_norm_fwd(x, bias, bias, 1e-5),
         lambda: ops.layer_norm_bwd(x, x, bias, statistics, statistics, [True] * 3),
         lambda: ops.layer_norm_bwd(wide, wide, None, statistics, statistics, [False, True, True]),

@@ -22,13 +22,15 @@ MASKED = [
     ("attention_mask", {"B": 1, "H": 2, "L": 30, "S": 41, "E": 13, "Ev": 21}),
     *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
 ]
+GATED = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.TYPICAL, cases.FEW)]
+GATED_EVEN = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.EVEN, cases.EVEN_FEW)]
 NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
 WIDE = [*((op, {"M": 2, "N": 4099}) for op in NORMS), ("cross_entropy", {"N": 2, "V": 4099, "smoothing": 0.1})]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("layout", [cases.shifted, cases.pitched], ids=cases.ids)
-@pytest.mark.parametrize("op, dims", EVEN, ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*EVEN, *GATED_EVEN], ids=cases.ids)
 def test_one_tensor_without_vectors(op, dims, layout, dtype, compiled, device, generator):
     """Rows of whole vectors, but for one tensor, whose start or rows are not aligned: each of them in turn."""
     args, grads = verify.draw(op, dims, dtype, generator)
@@ -40,7 +42,7 @@ def test_one_tensor_without_vectors(op, dims, layout, dtype, compiled, device, g
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU tensors")
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=cases.ids)
 @pytest.mark.parametrize("aligned", [False, True], ids=["exact end", "aligned start"])
-@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *LINES, *HEADS, *MASKED, *WIDE], ids=cases.ids)
+@pytest.mark.parametrize("op, dims", [*ODD, *EVEN, *GATED, *GATED_EVEN, *LINES, *HEADS, *MASKED, *WIDE], ids=cases.ids)
 def test_nothing_past_the_end_of_a_tensor(op, dims, aligned, dtype, compiled, generator):
     """Every tensor, results and temporary ones too, ends at a protected page. A failure may be a crash."""
     with guarded.tensors(aligned):
@@ -77,6 +79,7 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("cross_entropy", {"N": 17, "V": 64}, -2),
     ("cross_entropy", {"N": 5, "V": 8200, "smoothing": 0.1, "reduction": "none"}, -2),
     ("linear_cross_entropy", {"N": 17, "K": 32, "V": 24}, -2),
+    ("mlp", {"M": 17, "C": 32, "H": 24, "O": 40, "activation": "swiglu"}, -2),
     *((op, {"M": (17, 64)}, -2) for op in ("gelu", "relu")),
     ("rope", {"B": 1, "H": 2, "group": 1, "T": 5, "D": 64, "norm": 1}, -2),
     ("rope", {"B": 1, "H": 5, "group": 1, "T": 3, "D": 64, "norm": 0}, -3),

@@ -465,6 +465,9 @@ def test_products_of_rows_that_are_far_apart(stride, dtype, target, generator):
         assert_same_when_near("linear_bwd", dy, x, w, [True] * 3)
         assert_same_when_near("mlp_fwd", x, w, None, proj, None, "gelu")
         assert_same_when_near("mlp_bwd", dy, x, w, proj, hidden, hidden, "gelu", [True] * 5)
+        half = proj[:, :8]
+        assert_same_when_near("mlp_fwd", x, w, None, half, None, "swiglu")
+        assert_same_when_near("mlp_bwd", dy, x, w, half, hidden[:, :8], hidden, "swiglu", [True] * 5)
 
 
 @pytest.mark.parametrize("far", [0, 1, 2])  # sequences, heads or positions

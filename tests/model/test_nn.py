@@ -13,7 +13,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pygpt
-from pygpt import functional, nn
+from pygpt import functional, nn, reference
 
 F64 = torch.float64
 
@@ -43,10 +43,15 @@ def test_layer_norm_with_residual(backend):
     torch.testing.assert_close(normed, F.layer_norm(x + residual, (12,), norm.weight))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2"])
+def halves(h):
+    return h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(activation, bias, backend):
     mlp = nn.MLP(6, 10, activation, bias, dtype=F64)
+    assert mlp.c_fc.weight.shape == (20 if activation in reference.GATED else 10, 6)
     assert list(mlp.state_dict()) == [
         f"{m}.{p}" for m in ("c_fc", "c_proj") for p in (("weight", "bias") if bias else ("weight",))
     ]
@@ -55,11 +60,48 @@ def test_mlp(activation, bias, backend):
         "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
         "relu": F.relu,
         "relu2": lambda h: F.relu(h) ** 2,
+        "swiglu": lambda h: F.silu(halves(h)[0]) * halves(h)[1],
+        "geglu": lambda h: F.gelu(halves(h)[0]) * halves(h)[1],
     }
     x = torch.randn(2, 3, 6, dtype=F64)
     expected = F.linear(act[activation](F.linear(x, *mlp.c_fc.parameters())), *mlp.c_proj.parameters())
     with pygpt.backend(backend):
         torch.testing.assert_close(mlp(x), expected)
+
+
+class LlamaMLP(torch.nn.Module):
+    """As in transformers, with its names."""
+
+    def __init__(self, width, hidden, bias):
+        super().__init__()
+        self.gate_proj, self.up_proj = (torch.nn.Linear(width, hidden, bias, dtype=F64) for _ in range(2))
+        self.down_proj = torch.nn.Linear(hidden, width, bias, dtype=F64)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_llamas_layers_are_fused_and_split_again(bias):
+    llama, x = LlamaMLP(6, 10, bias), torch.randn(3, 6, dtype=F64)
+    mlp = nn.MLP(6, 10, "swiglu", bias, dtype=F64)
+    gate, up = llama.gate_proj, llama.up_proj
+    with torch.no_grad():
+        for name, p in gate.named_parameters():
+            getattr(mlp.c_fc, name).copy_(nn.fuse_gate(p, getattr(up, name)))
+        mlp.c_proj.load_state_dict(llama.down_proj.state_dict())
+    torch.testing.assert_close(mlp(x), llama(x))
+    for name, p in mlp.c_fc.named_parameters():
+        for half, layer in zip(nn.split_gate(p), (gate, up), strict=True):
+            assert torch.equal(half, getattr(layer, name))
+
+
+def test_what_is_no_gate_is_refused():
+    with pytest.raises(ValueError, match=r"pygpt.nn.fuse_gate: gate is \(3, 2\), up \(4, 2\)"):
+        nn.fuse_gate(torch.ones(3, 2), torch.ones(4, 2))
+    for shape in ((), (3, 2)):
+        with pytest.raises(ValueError, match="pygpt.nn.split_gate: fused must have an even number of rows"):
+            nn.split_gate(torch.ones(shape))
 
 
 def plain_attention(m, x):
@@ -361,7 +403,7 @@ def test_a_class_whose_forward_is_replaced_is_not_fused(fused, monkeypatch):
     assert fused(m) == 0
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layer_by_layer_is_the_fused_op(activation, dtype):
     m, x = nn.MLP(8, activation=activation, dtype=dtype), torch.randn(3, 8, dtype=dtype)

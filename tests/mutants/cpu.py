@@ -1,6 +1,6 @@
 """Faults in the CPU kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, Mutant
+from .mutant import MEMORY, PARITY, Mutant
 
 CPU = [
     Mutant(
@@ -16,6 +16,34 @@ CPU = [
         r"f\(load\(in \+ i, last - i\)\.\.\.\), last - i\)",
         r"f(load(in + i)...), last - i)",
         (MEMORY, "past_the_end", "cpp", "relu"),
+    ),
+    Mutant(
+        "cpu: gate and value are swapped",
+        "csrc/cpu/mlp.cpp",
+        r"activation, gate \? (load_and_prefetch.*) : c\);(\n.*) gate \? h \* c : h",
+        r"activation, c);\2 gate ? h * \1 : h",
+        (PARITY, "shapes", "cpp", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "cpu: act(gate) is rounded before it is multiplied",
+        "csrc/cpu/mlp.cpp",
+        r"write\(hidden \+ i \* H \+ j, gate \? h \* c : h, n\);",
+        r"S h16[W<Acc<S>>]; store(h16, h); write(hidden + i * H + j, gate ? load(h16) * c : h, n);",
+        (PARITY, "rounded_once", "cpp"),
+    ),
+    Mutant(
+        "cpu: a gate's derivative is taken at the value",
+        "csrc/cpu/mlp.cpp",
+        r"backpropagated<S>\(activation, d, x\)",
+        r"backpropagated<S>(activation, d, gated ? load(from + H, n) : x)",
+        (PARITY, "shapes", "cpp", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "cpu: the values' half of dpre is not written",
+        "csrc/cpu/mlp.cpp",
+        r"write\(to \+ H, .*\);",
+        r"",
+        (PARITY, "shapes", "cpp", "mlp", "swiglu", "float32"),
     ),
     Mutant(
         "cpu: a norm's last columns are written as a whole vector",

@@ -213,6 +213,27 @@ CUDA = [
         (MEMORY, "past_the_end", "cuda", "attention", "exact"),
     ),
     Mutant(
+        "cuda: gate and value are swapped",
+        "csrc/cuda/epilogue.cuh",
+        r"c = e\.gate \? h \* c : h;",
+        r"c = e.gate ? x * activate(e.activation, c) : h;",
+        (PARITY, "shapes", "cuda", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "cuda: a gate's derivative is taken at the value",
+        "csrc/cuda/epilogue.cuh",
+        r"const float4 s = (load4\(.*\));\n(.*to_value\) \{)",
+        r"float4 s = \1;\n\2\n      s = load4(e.saved + pre_offset + e.to_value, n, e.vectorized);",
+        (PARITY, "shapes", "cuda", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "cuda: the values' half of dpre is not written",
+        "csrc/cuda/epilogue.cuh",
+        r"store4\(e\.out \+ offset \+ e\.to_value, .*$",
+        r"",
+        (PARITY, "shapes", "cuda", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
         "cuda: a unit that is 0 passes its gradient on",
         "csrc/cuda/activation.cuh",
         r"return saved <= 0 \? 0\.f : d;",

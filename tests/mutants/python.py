@@ -4,6 +4,20 @@ from .mutant import TRAIN, Mutant
 
 PYTHON = [
     Mutant(
+        "python: the hidden layer is computed again without its bias",
+        "pygpt/ops/mlp.py",
+        r"kernels\.mlp_fwd\(x, fc_weight, fc_bias, proj_weight\[:0\]",
+        r"kernels.mlp_fwd(x, fc_weight, None, proj_weight[:0]",
+        ("tests/ops/test_mlp.py", "same_bits_with_save_input"),
+    ),
+    Mutant(
+        "python: the hidden layer is kept, whatever save says",
+        "pygpt/ops/mlp.py",
+        r'activation, save\)\n        if save == "input":',
+        r'activation, "all")\n        if False:',
+        ("tests/ops/test_mlp.py", "same_bits_with_save_input"),
+    ),
+    Mutant(
         "python: every step has the same dropout",
         "pygpt/train.py",
         r'seed_of\("dropout", s\.seed, self\.done\)',

@@ -1,6 +1,6 @@
 """Faults in the Triton kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, TRITON_TESTS, Mutant
+from .mutant import MEMORY, PARITY, TRITON_TESTS, Mutant
 
 TRITON = [
     Mutant(
@@ -23,6 +23,27 @@ TRITON = [
         r"tl\.where\(saved <= 0, 0\.0, d\)",
         r"tl.where(saved < 0, 0.0, d)",
         (MEMORY, "past_the_end", "triton", "relu-M"),
+    ),
+    Mutant(
+        "triton: gate and value are swapped",
+        "triton_kernels/mlp.py",
+        r"acc \*= activate\((tl\.load\(gate.*tl\.float32\)), ACTIVATION\)",
+        r"acc = activate(acc, ACTIVATION) * \1",
+        (PARITY, "shapes", "triton", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "triton: a gate's derivative is taken at the value",
+        "triton_kernels/mlp.py",
+        r"acc \*= (tl\.load\(saved \+ pre_offset \+ N, .*)$",
+        r"x = \1; acc *= x",
+        (PARITY, "shapes", "triton", "mlp", "swiglu", "float32"),
+    ),
+    Mutant(
+        "triton: the values' half of dpre is not written",
+        "triton_kernels/mlp.py",
+        r"tl\.store\(out \+ offset \+ N, .*$",
+        r"pass",
+        (PARITY, "shapes", "triton", "mlp", "swiglu", "float32"),
     ),
     Mutant(
         "triton: the causal mask hides the diagonal",

@@ -14,7 +14,18 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
     "relu2": lambda x: torch.where(x > 0, x * x, 0.0),
+    "swiglu": lambda x: halves(x)[0] / (1 + torch.exp(-halves(x)[0])) * halves(x)[1],
+    "geglu": lambda x: ACTIVATIONS["gelu"](halves(x)[0]) * halves(x)[1],
 }
+ALL = [(activation, save) for activation in ACTIVATIONS for save in ("all", "input")]
+
+
+def halves(x):
+    return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+
+
+def rows_of_fc(activation, H):
+    return 2 * H if activation in reference.GATED else H
 
 
 def rand(*shape, dtype=torch.float64):
@@ -23,16 +34,17 @@ def rand(*shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_meaning(activation, lead, bias, backend):
-    x, fc, proj = rand(*lead, 5), rand(7, 5), rand(4, 7)
-    fb, pb = (rand(7), rand(4)) if bias else (None, None)
+@pytest.mark.parametrize("activation, save", [(None, None), *ALL])
+def test_meaning(activation, save, lead, bias, backend):
+    F = rows_of_fc(activation, 7)
+    x, fc, proj = rand(*lead, 5), rand(F, 5), rand(4, 7)
+    fb, pb = (rand(F), rand(4)) if bias else (None, None)
     inputs = [t for t in ((x, fc, fb) if activation is None else (x, fc, fb, proj, pb)) if t is not None]
     want = x @ fc.T + (fb if bias else 0.0)
     if activation:
         want = ACTIVATIONS[activation](want) @ proj.T + (pb if bias else 0.0)
     with pygpt.backend(backend):
-        got = linear(x, fc, fb) if activation is None else mlp(x, fc, fb, proj, pb, activation)
+        got = linear(x, fc, fb) if activation is None else mlp(x, fc, fb, proj, pb, activation, save=save)
     torch.testing.assert_close(got, want)
     g = torch.randn_like(want)
     torch.testing.assert_close(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g))
@@ -71,20 +83,50 @@ def test_one_weight_in_two_places(backend):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_what_is_kept_for_backward(activation, dtype, kernels):
     """The hidden layer in the input's dtype, and what went into it only where the derivative needs that."""
-    x, fc, proj = (rand(*s, dtype=dtype).detach() for s in ((3, 5), (7, 5), (4, 7)))
-    y, hidden, pre = kernels.mlp_fwd(x, fc, None, proj, None, activation)
+    F = rows_of_fc(activation, 7)
+    x, fc, proj = (rand(*s, dtype=dtype).detach() for s in ((3, 5), (F, 5), (4, 7)))
+    y, hidden, pre = kernels.mlp_fwd(x, fc, None, proj, None, activation, "all")
     assert (y.shape, hidden.shape, hidden.dtype) == ((3, 4), (3, 7), dtype)
-    assert pre.numel() == (21 if activation in reference.SAVES_INPUT else 0)
+    assert pre.shape == ((3, F) if activation in reference.SAVES_INPUT else (0,)) and pre.dtype == dtype
+    y_too, hidden, pre = kernels.mlp_fwd(x, fc, None, proj, None, activation, "input")
+    assert torch.equal(y, y_too) and hidden.shape == pre.shape == (0,) and hidden.dtype == pre.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("M", [3, 65])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_gradients_have_the_same_bits_with_save_input(activation, M, dtype, compiled, device):
+    """Whichever of them are wanted; and nothing of the hidden layer is kept."""
+    F = rows_of_fc(activation, 40)
+    tensors = [torch.randn(s, dtype=dtype, device=device) for s in ((M, 24), (F, 24), (F,), (17, 40), (17,))]
+    dy = torch.randn(M, 17, dtype=dtype, device=device)
+    for needs in ([1] * 5, [1, 0, 0, 0, 0], [0, 1, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]):
+        found = []
+        for save in ("all", "input"):
+            inputs = [t.detach().requires_grad_(bool(need)) for t, need in zip(tensors, needs, strict=True)]
+            kept = []
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)
+            with pygpt.backend(compiled), hooks:
+                y = mlp(*inputs, activation, save=save)
+            y.backward(dy)
+            found.append([y, *(t.grad for t in inputs)])
+            addresses = {t.data_ptr() for t in inputs}
+            assert save == "all" or all(t.data_ptr() in addresses for t in kept)
+        for one, other in zip(*found, strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_the_derivative_where_float16_has_few_digits(activation, backend):
     """1e-4 is a normal number of float16, but its square, what relu2 gives, is 0."""
     x, one = torch.full((2, 1), 1e-4, dtype=torch.float16, requires_grad=True), torch.ones(1, 1, dtype=torch.float16)
-    x64, one64 = x.detach().double().requires_grad_(), one.double()
+    fc = one if activation not in reference.GATED else torch.cat((one, torch.ones_like(one)))
+    bias = torch.tensor([0.0, 1.0], dtype=torch.float16) if activation in reference.GATED else None
+    x64 = x.detach().double().requires_grad_()
     with pygpt.backend(backend):
-        (got,) = torch.autograd.grad(mlp(x, one, None, one, None, activation).sum(), x)
-    (want,) = torch.autograd.grad(ACTIVATIONS[activation](x64 @ one64).sum(), x64)
+        (got,) = torch.autograd.grad(mlp(x, fc, bias, one, None, activation).sum(), x)
+    pre = x64 @ fc.double().T
+    (want,) = torch.autograd.grad(ACTIVATIONS[activation](pre if bias is None else pre + bias.double()).sum(), x64)
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0)
 
 
@@ -119,6 +161,9 @@ BAD = [
     (mlp, (X, W, B, P, PB, None), ValueError, "unknown activation None"),
     (mlp, (X, W, None, None, PB), TypeError, "proj_weight must be a Tensor.*NoneType"),
     (mlp, (X, W, B.double(), P, PB), TypeError, "fc_bias is torch.float64"),
+    (mlp, (X, W, B, P, PB, "swiglu"), ValueError, r"fc_weight must have an even number of rows for swiglu.*\(3, 4\)"),
+    (mlp, (X, zeros(8, 4), B, P, PB, "geglu"), ValueError, r"fc_bias must have shape \(8,\)"),
+    (mlp, (X, zeros(8, 4), None, P, PB, "geglu"), ValueError, "hidden layer has 4 features.*proj_weight.*wants 3"),
     (mlp, (zeros(), W, B, P, PB), ValueError, "input needs at least 1 dimension"),
     (mlp, (X, zeros(3, 5), B, P, PB), ValueError, "input has 4 features.*fc_weight.*wants 5"),
     (mlp, (X, W, zeros(4), P, PB), ValueError, r"fc_bias must have shape \(3,\)"),
@@ -131,3 +176,18 @@ BAD = [
 def test_bad_arguments(function, args, error, message, backend):
     with pygpt.backend(backend), pytest.raises(error, match=f"{function.__name__}: .*{message}"):
         function(*args)
+
+
+@pytest.mark.parametrize("save", ["none", None, "pre"])
+def test_another_save_is_refused(save, backend):
+    with pygpt.backend(backend), pytest.raises(ValueError, match=f"mlp: save must be 'all' or 'input', got {save!r}"):
+        mlp(X, W, B, P, PB, save=save)
+
+
+def test_the_kernels_refuse_by_name(kernels):
+    for args, message in (
+        (("gelu", "pre"), "save must be 'all' or 'input', got 'pre'"),
+        (("swish", "all"), "unknown activation 'swish'.*swiglu, geglu"),
+    ):
+        with pytest.raises(RuntimeError, match=f"pygpt.mlp_fwd: {message}"):
+            kernels.mlp_fwd(X, W, B, P, PB, *args)
