@@ -8,6 +8,6 @@ without elements.
 """
 
 # In the order in which they are shown:
-from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, activation  # noqa: I001
+from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, dropout_norm, activation  # noqa: I001
 
-__all__ = ["activation", "attention", "mlp", "norm", "qkv_attention", "rope", "varlen_attn"]
+__all__ = ["activation", "attention", "dropout_norm", "mlp", "norm", "qkv_attention", "rope", "varlen_attn"]

@@ -22,8 +22,7 @@ MASKED = [
     ("attention_mask", {"B": 1, "H": 2, "L": 30, "S": 41, "E": 13, "Ev": 21}),
     *(("attention_options", {"B": 1, "L": L, "S": 41, "E": 13, "Ev": 21, "mask": "float"}) for L in (3, 30)),
 ]
-NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
-WIDE = [(op, {"M": 2, "N": 4099}) for op in NORMS]
+WIDE = [(op, {"M": 2, "N": 4099}) for op in cases.NORMS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
@@ -78,8 +77,8 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("rope", {"B": 1, "H": 2, "group": 1, "T": 5, "D": 64, "norm": 1}, -2),
     ("rope", {"B": 1, "H": 5, "group": 1, "T": 3, "D": 64, "norm": 0}, -3),
     ("rope", {"B": 5, "H": 1, "group": 1, "T": 3, "D": 64, "norm": 1}, -4),
-    *((op, {"M": 17, "N": 64}, -2) for op in NORMS),
-    *((op, {"M": 5, "N": 8200}, -2) for op in NORMS),
+    *((op, {"M": 17, "N": 64}, -2) for op in cases.NORMS),
+    *((op, {"M": 5, "N": 8200}, -2) for op in cases.NORMS),
 ]
 
 

@@ -42,6 +42,8 @@ q, k = P.rope(x, None, w, w, q_weight=w, position_ids=None)
 tensor(q)
 tensor(k)  # wrong
 P.rope(x, x, w, w, w)  # wrong
+normed, summed = P.dropout_add_rms_norm(x, x, 8, w, p=0.1, training=False, weight_offset=1.0)
+P.dropout_add_layer_norm(x, x, 8, w, w, 1e-5, 0.1)  # wrong
 tensor(P.scaled_dot_product_attention(x, x, x, is_causal=True, window=(3, -1)))
 tensor(P.scaled_dot_product_attention(x, x, x, window=3))  # wrong
 out, lse = P.scaled_dot_product_attention(x, x, x, return_lse=True)
