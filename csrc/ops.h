@@ -89,19 +89,28 @@ struct MlpArgs {
   int64_t fc_dim() const { return gated ? 2 * hidden_dim : hidden_dim; }  // the rows of fc_weight
 };
 
-// layer_norm and rms_norm over rows of cols values. residual is set for add_layer_norm and add_rms_norm; mean is null
-// for rms_norm and add_rms_norm.
+// layer_norm and rms_norm over rows of cols values. residual is set for the norms of a sum, which is x + residual, or
+// with a seed dropout(x) + residual. mean is null for the rms_norms.
 struct NormArgs {
-  DType dtype;
+  DType dtype;  // of x, y, dy and dx
+  DType sum_dtype;  // of residual, sum, dsum, dresidual and, in backward, x: dtype, or f32 where dtype has 16 bits
+  DType parameter_dtype;  // of weight, bias, dw and db: the same choice
   int64_t rows, cols;
   double eps;
+  double weight_offset;  // added to every weight
   Rows x, residual;
   const void *weight, *bias;  // (cols), or null
-  void *y, *sum;  // contiguous; sum = x + residual
+  void *y, *sum;  // contiguous
   void *mean, *rstd;  // (rows)
+  const int64_t* seed;  // as in Scores, and so are the next two; element (row, col) has the place of key col in head 0
+  uint64_t threshold;
+  double keep;
   // backward; x is the input that was normalised
   Rows dy, dsum;  // dsum's data may be null
-  void *dx, *dw, *db;  // contiguous
+  void *dx, *dresidual, *dw, *db;  // contiguous. Without dropout, dx is the gradient of both terms of a sum.
+
+  // Whether all tensors have one dtype and there is no dropout.
+  bool plain() const { return sum_dtype == dtype && parameter_dtype == dtype && !seed && !dresidual; }
 };
 
 // y = act(x) for n contiguous values. dx is computed from x, and relu's from y.

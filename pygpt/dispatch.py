@@ -64,9 +64,14 @@ class Call(NamedTuple):
         """The call with a new seed, where it needs one."""
         if self.seed is None:
             return self
-        lead, limits = self.args[0], torch.iinfo(torch.int64)
-        seed = torch.randint(limits.min, limits.max, (1,), dtype=torch.int64, device=lead.device)
+        seed = new_seed(self.args[0])
         return self._replace(args=(*self.args[: self.seed], seed, *self.args[self.seed + 1 :]))
+
+
+def new_seed(like: Tensor) -> Tensor:
+    """A seed for dropout from torch's generator, on the device of ``like``."""
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(limits.min, limits.max, (1,), dtype=torch.int64, device=like.device)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Op:
     float32_on_cuda: bool = False  # whether autocast runs it in float32 on a GPU
     statistics: tuple[str, ...] = ()  # leading tensor arguments in the dtype of statistics; prepare checks all dtypes
     integers: tuple[str, ...] = ()  # leading tensor arguments that are integers; prepare checks their dtypes
+    takes_dtypes: Callable = lambda dtypes: False  # whether kernels take leading tensors of these unequal dtypes
     opaque: bool = False  # whether the composite depends on values, which a graph cannot, and meta tensors do not have
 
     tensors: tuple = field(init=False)  # (public name, whether it may be None) of <op>_fwd's leading tensor arguments
@@ -150,7 +156,8 @@ class Backend:
         if lead.dtype not in self.dtypes:
             reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
         leading = () if OPS[op].statistics else tensors[: len(OPS[op].tensors)]  # prepare has checked the other dtypes
-        if any(t.dtype != lead.dtype for t in leading if t.is_floating_point()):
+        dtypes = [t.dtype for t in leading if t.is_floating_point()]
+        if any(dtype != lead.dtype for dtype in dtypes) and not OPS[op].takes_dtypes(dtypes):
             reasons.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
             reasons.append("tensors that are not strided")

@@ -10,6 +10,7 @@ able to enlarge a result on the CPU. The functions are defined in pygpt/ops/.
 
 from .ops.activation import gelu, relu
 from .ops.attention import scaled_dot_product_attention
+from .ops.dropout_norm import dropout_add_layer_norm, dropout_add_rms_norm
 from .ops.loss import cross_entropy, linear_cross_entropy
 from .ops.mlp import linear, mlp
 from .ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -18,6 +19,7 @@ from .ops.rope import rope
 from .ops.varlen_attn import varlen_attn
 
 __all__ = [
-    "add_layer_norm", "add_rms_norm", "cross_entropy", "gelu", "layer_norm", "linear", "linear_cross_entropy", "mlp",
-    "qkv_attention", "relu", "rms_norm", "rope", "scaled_dot_product_attention", "varlen_attn",
+    "add_layer_norm", "add_rms_norm", "cross_entropy", "dropout_add_layer_norm", "dropout_add_rms_norm", "gelu",
+    "layer_norm", "linear", "linear_cross_entropy", "mlp", "qkv_attention", "relu", "rms_norm", "rope",
+    "scaled_dot_product_attention", "varlen_attn",
 ]  # fmt: skip

@@ -91,6 +91,13 @@ NORM = [
         (0, 1),
     )
 ] + [{"M": 33, "N": N, "mean": mean} for N in (64, 1000) for mean in (10.0, 300.0)]  # variance must be centred
+OFFSET = [{"M": M, "N": N, "offset": 1.0} for M, N in ((33, 64), (7, 771), (3, 4099))]  # of a weight
+DROPOUT_NORM = [
+    *({"M": M, "N": N} for M, N in zip((33, 257, 17, 7, 65, 7), WIDTHS, strict=True)),
+    *({"M": M, "N": N, "affine": 0, "dropout": p} for M, N, p in (((2, 3), 65, 0.5), (5, 16, 1.0), (9, 72, 0.0))),
+    *({"M": M, "N": N} for M, N in (((), 7), (0, 64), (5, 0), (5000, 16))),
+    {"M": 33, "N": 1000, "mean": 300.0, "dropout": 0.0},
+]
 
 # Row lengths around vectors and blocks; every reduction, with and without each option.
 _LOSS_OPTIONS = (
@@ -164,8 +171,10 @@ CASES = {
     "mlp": MLP,
     "layer_norm": NORM,
     "add_layer_norm": NORM,
-    "rms_norm": NORM,
-    "add_rms_norm": NORM[::2],  # its kernels are those of the other norms, here with a residual and without a mean
+    "rms_norm": NORM + OFFSET,
+    "add_rms_norm": NORM[::2] + OFFSET[:2],  # the other norms' kernels, here with a residual and without a mean
+    "dropout_add_layer_norm": DROPOUT_NORM,
+    "dropout_add_rms_norm": DROPOUT_NORM[1::2] + OFFSET[1:],
     "gelu": [
         {**case, "approximate": approximate}
         for case in (*ELEMENTS, {"M": 4099, "gain": 6.0})
@@ -177,15 +186,13 @@ CASES = {
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
 }
 
+NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "dropout_add_layer_norm", "dropout_add_rms_norm"
 SLOW = {
     "attention": [case for L, S, E in product(LENGTHS, LENGTHS, HEAD_DIMS) for case in _attention(1, 2, L, S, E)],
     "linear": [{"M": M, "K": K, "N": N} for M, K, N in product((1, 5, 31, 130), (2, 63, 257, 770), (1, 15, 66, 513))]
     + [{"M": 512, "K": 768, "N": 3072}],
     "mlp": [{"M": 256, "C": 768, "H": 3072, "activation": activation} for activation in reference.ACTIVATIONS],
-    **{
-        op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)]
-        for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
-    },
+    **{op: [{"M": M, "N": N} for M, N in product(LENGTHS, WIDTHS)] for op in NORMS},
     "cross_entropy": [{"N": N, "V": V, **options} for N, V, options in product(LENGTHS, WIDTHS, _LOSS_OPTIONS[:3])],
     "linear_cross_entropy": [
         {"N": 1500, "K": 130, "V": 1000, **_LOSS_OPTIONS[1]},
@@ -205,6 +212,8 @@ TYPICAL = {
     "add_layer_norm": {"M": (5, 13), "N": 70},
     "rms_norm": {"M": (5, 13), "N": 70},
     "add_rms_norm": {"M": (5, 13), "N": 70},
+    "dropout_add_layer_norm": {"M": (5, 13), "N": 70},
+    "dropout_add_rms_norm": {"M": (5, 13), "N": 70, "offset": 1.0},
     "gelu": {"M": (5, 13, 7)},
     "relu": {"M": (5, 13, 7)},
     "rope": {"B": 2, "H": 2, "group": 2, "T": 70, "D": 40, "R": 24, "norm": 1, "positions": 1},
@@ -228,6 +237,8 @@ EVEN = {
     "add_layer_norm": {"M": (5, 3), "N": 64},
     "rms_norm": {"M": (5, 3), "N": 64},
     "add_rms_norm": {"M": (5, 3), "N": 64},
+    "dropout_add_layer_norm": {"M": (5, 3), "N": 64},
+    "dropout_add_rms_norm": {"M": (5, 3), "N": 64, "offset": 1.0},
     "gelu": {"M": (8, 9, 64)},  # more than a block of the CUDA kernels
     "relu": {"M": (8, 9, 64)},
     "rope": {"B": 2, "H": 2, "group": 2, "T": 24, "D": 64, "R": 64, "norm": 1},
@@ -251,6 +262,8 @@ TINY = {
     "add_layer_norm": {"M": (2, 2), "N": 5},
     "rms_norm": {"M": (2, 2), "N": 5},
     "add_rms_norm": {"M": (2, 2), "N": 5},
+    "dropout_add_layer_norm": {"M": (2, 2), "N": 5},
+    "dropout_add_rms_norm": {"M": (2, 2), "N": 5, "offset": 1.0},
     "gelu": {"M": (2, 3)},
     "relu": {"M": (2, 3)},
     "rope": {"B": 1, "H": 1, "group": 2, "T": 3, "D": 5, "R": 4, "norm": 1},
@@ -358,8 +371,10 @@ def kernel_calls(op, args, grads, k):
         "mlp": lambda x, fc, fb, proj, pb, activation, save: (dy, x, fc, proj, *saved[1:], activation),
         "layer_norm": lambda x, w, b, eps: (dy, x, w, *saved[1:]),
         "add_layer_norm": lambda x, r, w, b, eps: (dy, grads[1], saved[1], w, *saved[2:]),
-        "rms_norm": lambda x, w, eps: (dy, x, w, *saved[1:]),
-        "add_rms_norm": lambda x, r, w, eps: (dy, grads[1], saved[1], w, *saved[2:]),
+        "rms_norm": lambda x, w, eps, *offset: (dy, x, w, *saved[1:], *offset),
+        "add_rms_norm": lambda x, r, w, eps, *offset: (dy, grads[1], saved[1], w, *saved[2:], *offset),
+        "dropout_add_layer_norm": lambda x, r, w, b, eps, *rest: (dy, grads[1], saved[1], w, *saved[2:], *rest),
+        "dropout_add_rms_norm": lambda x, r, w, eps, *rest: (dy, grads[1], saved[1], w, *saved[2:], *rest),
         "gelu": lambda x, approximate: (dy, x, approximate),
         "relu": lambda x: (dy, *saved),
         "rope": lambda q, kk, cos, sin, qw, kw, ids, eps, interleaved: (
@@ -370,11 +385,13 @@ def kernel_calls(op, args, grads, k):
         "linear_cross_entropy": lambda x, w, target, b, _, *options: (acc(dy), x, w, target, b, *saved[4:], *options),
     }[op](*args)  # fmt: skip
     of_op = {"mlp": 5, "gelu": 0, "relu": 0, "qkv_attention": 0, "rms_norm": 2, "add_rms_norm": 2, "rope": 4,
-             "cross_entropy": 0}  # fmt: skip
+             "cross_entropy": 0, "dropout_add_layer_norm": 4}  # fmt: skip
     needs = [True] * of_op.get(op, 3)
     if op == "rope" and args[4] is None:
         needs = [True, True, False, False]
-    after_needs = args[{"attention": 5, "varlen_attn": 3, "linear_cross_entropy": 5}.get(op, len(args)) :]
+    before_needs = {"attention": 5, "varlen_attn": 3, "linear_cross_entropy": 5, "rms_norm": 3, "add_rms_norm": 4}
+    before_needs |= {"dropout_add_layer_norm": 5, "dropout_add_rms_norm": 4}
+    after_needs = args[before_needs.get(op, len(args)) :]
     if op == "attention" and after_needs:
         needs += [isinstance(o, torch.Tensor) and o.is_floating_point() for o in after_needs[:3]]
     backward = (*backward[: -len(after_needs) or None], *([needs] if needs else []), *after_needs)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as TF
 
 from pygpt import functional as F
+from pygpt.dispatch import new_seed
 from pygpt.ops.common import lead
+from pygpt.ops.dropout_norm import dropout_add_layer_norm_composite, dropout_add_rms_norm_composite
 from pygpt.ops.qkv_attention import split_heads
 from pygpt.ops.varlen_attn import unequal_lengths, varlen_attn_composite
 
@@ -38,6 +40,7 @@ class Work:
     tensors: tuple
     amount: tuple[float, float]  # forward, backward: FLOPs, or elements read and written
     bound: str = "compute"  # or "memory"
+    same_bits: Callable | None = None  # where eager draws other random bits than ours: eager with ours', for the check
 
     def amount_of(self, direction: str) -> float:
         """FLOPs of a call where compute bounds it, else bytes."""
@@ -95,6 +98,8 @@ def case(setup: Callable, *args, standard: tuple = ()) -> Case:
         case "rope":
             heads, kind = f"H{d['H'] * d['group']}/{d['H']}", " norm" if d["norm"] else ""
             shape = f"B{d['B']} {heads} T{d['T']} D{d['D']}{kind}"
+        case "dropout_add_layer_norm" | "dropout_add_rms_norm":
+            shape = f"{_sizes(d['M'], d['N'])} p{d['dropout']}"
         case "gelu":
             shape = f"{_sizes(d['M'])} {'erf' if d['approximate'] == 'none' else 'tanh'}"
         case _:
@@ -267,6 +272,35 @@ def rope(make, B, H, group, T, D, norm):
     return Work(ours, eager, (q, k, *weights), (2 * size, (2 + norm) * size), "memory")
 
 
+def _dropout_add_norm(function, composite, norm, make, M, N, dropout, params, options=()):
+    """Forward moves x, residual, y and sum; backward moves dy, dsum, sum and the two gradients."""
+
+    def ours(x, residual, *weights):
+        return function(x, residual, (N,), *weights, p=dropout)
+
+    def eager(x, residual, *weights):
+        s = TF.dropout(x, dropout) + residual
+        return norm(s, (N,), *weights), s
+
+    def same_bits(x, residual, *weights):
+        eps = 1e-5 if params == 2 else torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        return composite(x, residual, *weights, eps, new_seed(x), dropout, *options)
+
+    xs, size = (make(*lead(M), N), make(*lead(M), N)), _elements(M, N)
+    weights = tuple(make(N) for _ in range(params))
+    return Work(ours, eager, (*xs, *weights), (4 * size, 5 * size), "memory", same_bits)
+
+
+def dropout_add_layer_norm(make, M, N, dropout):
+    functions = F.dropout_add_layer_norm, dropout_add_layer_norm_composite, TF.layer_norm
+    return _dropout_add_norm(*functions, make, M, N, dropout, 2)
+
+
+def dropout_add_rms_norm(make, M, N, dropout):
+    functions = F.dropout_add_rms_norm, dropout_add_rms_norm_composite, TF.rms_norm
+    return _dropout_add_norm(*functions, make, M, N, dropout, 1, (0.0,))
+
+
 def gelu(make, M, approximate):
     """Forward moves x and y; backward moves dy, x and dx."""
     call = lambda f: lambda x: f.gelu(x, approximate=approximate)
@@ -334,6 +368,8 @@ CPU = [
     *(case(rope, 8, 12, 1, 1024, 64, norm, standard=ALL) for norm in (0, 1)),
     case(rope, 1, 8, 4, 1, 128, 1),
     case(rope, 2, 2, 2, 77, 40, 0),
+    *(case(dropout_add_layer_norm, *shape, 0.1) for shape in ((8192, 768), (8, 64), (1023, 771))),
+    case(dropout_add_rms_norm, 8192, 768, 0.1),
     case(gelu, (4096, 3072), "none", standard=ALL),
     case(gelu, (4096, 3072), "tanh", standard=ALL),
     case(gelu, (8, 64), "none"),
@@ -376,6 +412,8 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(rms_norm, TOKENS, 4096, standard=BFLOAT16),
     case(add_rms_norm, TOKENS, 4096),
     *(case(rope, 4, 8, 4, 4096, 128, norm) for norm in (0, 1)),
+    case(dropout_add_layer_norm, TOKENS, 1600, 0.1),
+    case(dropout_add_rms_norm, TOKENS, 4096, 0.1),
     case(gelu, (TOKENS, 3072), "none"),
     case(relu, (TOKENS, 3072)),
     case(cross_entropy, TOKENS, 50304),

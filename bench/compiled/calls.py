@@ -44,6 +44,11 @@ def calls(
         kernels.add_layer_norm_bwd(y, s, x, w, mean, rstd, [True] * 3)
         y, s, rstd = kernels.add_rms_norm_fwd(x, x, w, 1e-5)
         kernels.add_rms_norm_bwd(y, s, x, w, rstd, [True] * 2)
+        kernels.rms_norm_fwd(x, w, 1e-5, 1.0)
+        dropout, wide = (torch.empty(1, dtype=torch.int64, device=device), 0.1), torch.empty(N, device=device)
+        for residual, weight in ((x, w), (x.float(), wide)):
+            y, s, mean, rstd = kernels.dropout_add_layer_norm_fwd(x, residual, weight, weight, 1e-5, *dropout)
+            kernels.dropout_add_layer_norm_bwd(y, s, s, weight, mean, rstd, [True] * 4, *dropout)
 
     def rope(D, interleaved):
         q, k, w = empty(4, 32, 1024, D), empty(4, 8, 1024, D), torch.empty(D, device=device)

@@ -48,7 +48,7 @@ TINY |= {"varlen_attn": {"N": 2, "H": 1, "L": 16, "E": 16, "Ev": 16}}
 TINY |= {"cross_entropy": {"N": 8, "V": 40}, "linear_cross_entropy": {"N": 16, "K": 16, "V": 40}}
 TINY |= {"linear": {"M": 16, "K": 16}, "gelu": {"M": 64}, "relu": {"M": 64}}
 TINY |= {"rope": {"B": 1, "H": 1, "T": 8, "D": 16}}
-TINY |= {name: {"M": 4, "N": 32} for name in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")}
+TINY |= {name: {"M": 4, "N": 32} for name in verify.SPECS if name.endswith("norm")}
 
 
 def write(path: Path, results):

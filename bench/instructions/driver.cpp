@@ -152,7 +152,7 @@ enum class Norm { layer_norm, add_layer_norm, rms_norm };
 void norm(DType dtype, Norm kind, const char* called, int64_t M, int64_t N) {
   Arrays make = {dtype};
   NormArgs a = {};
-  a.dtype = dtype, a.rows = M, a.cols = N, a.eps = 1e-5;
+  a.dtype = a.sum_dtype = a.parameter_dtype = dtype, a.rows = M, a.cols = N, a.eps = 1e-5;
   a.x = make.rows(M, N), a.weight = make(N), a.y = make(M * N), a.rstd = make.statistics(M);
   a.dy = make.rows(M, N), a.dx = make(M * N), a.dw = make(N);
   if (kind == Norm::add_layer_norm) a.residual = make.rows(M, N), a.sum = make(M * N), a.dsum = make.rows(M, N);

@@ -1,8 +1,6 @@
 // The op bodies of attention_fwd and attention_bwd.
 #pragma once
-#include <cmath>
-
-#include "check.h"
+#include "dropout.h"
 
 namespace pygpt::bind {
 
@@ -41,8 +39,7 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   const Shape scores(shape.data(), 4);
   Scores& s = a.scores;
   if (!(o.softcap >= 0)) call.fail("softcap must not be negative");
-  if (!(o.dropout_p >= 0 && o.dropout_p <= 1)) call.fail("dropout_p must be in [0, 1]");
-  if (o.dropout_p > 0 && !o.seed) call.fail("dropout needs a seed");
+  set_dropout(call, s, o.seed, o.dropout_p);
   s.softcap = o.softcap;
   a.reach.left = o.left, a.reach.lower_right = o.lower_right;
   if (o.attn_mask) {
@@ -62,12 +59,6 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
     o.sink = call.contiguous(o.sink);
     call.check("sink", *o.sink, Shape{a.heads}, call.statistics());
     s.sink = o.sink->data;
-  }
-  if (o.seed) {
-    call.check("seed", *o.seed, Shape{1}, ScalarType::Long);
-    s.seed = static_cast<const int64_t*>(o.seed->data);
-    s.threshold = static_cast<uint64_t>(std::floor(o.dropout_p * 0x1p32));
-    s.keep = o.dropout_p < 1 ? 1 / (1 - o.dropout_p) : 0;
   }
 }
 

@@ -51,6 +51,16 @@ inline const char* to_string(ScalarType type) {
   }
 }
 
+inline DType kernel_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: throw std::runtime_error("must be float64, float32, bfloat16 or float16");
+  }
+}
+
 class Call {
  public:
   explicit Call(const char* op) : op_(op) {}
@@ -61,10 +71,10 @@ class Call {
   void lead(const View& t) {
     if (t.sizes.size() > kMaxDims) fail("the first argument has more than " + std::to_string(kMaxDims) + " dimensions");
     switch (t.type) {
-      case ScalarType::Double: dtype_ = DType::f64; break;
-      case ScalarType::Float: dtype_ = DType::f32; break;
-      case ScalarType::BFloat16: dtype_ = DType::bf16; break;
-      case ScalarType::Half: dtype_ = DType::f16; break;
+      case ScalarType::Double:
+      case ScalarType::Float:
+      case ScalarType::BFloat16:
+      case ScalarType::Half: dtype_ = kernel_dtype(t.type); break;
       default: fail("the first argument must be float64, float32, bfloat16 or float16");
     }
     if (!t.data && t.numel() > 0) fail("the first argument has no memory");
@@ -89,8 +99,14 @@ class Call {
     fail(start + " has no memory");
   }
   void check(const char* name, const View& t, Shape want) const { check(name, t, want, type_); }
-  void check(const char* name, const Maybe& t, Shape want) const {
-    if (t) check(name, *t, want);
+  void check(const char* name, const Maybe& t, Shape want) const { check(name, t, want, type_); }
+  void check(const char* name, const Maybe& t, Shape want, ScalarType type) const {
+    if (t) check(name, *t, want, type);
+  }
+  // The type of a tensor that may have that of the first argument or of the statistics. Another type fails.
+  ScalarType type_or_statistics(const char* name, const View& t) const {
+    if (t.type != type_ && t.type != statistics()) check(name, t, t.sizes);
+    return t.type;
   }
   void at_least(const char* name, const View& t, int64_t dims) const {
     if (t.dim() < dims) fail(std::string(name) + " needs at least " + std::to_string(dims) + " dimensions");

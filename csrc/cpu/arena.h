@@ -26,7 +26,7 @@ enum class Region {
   dq_partials, dq_partials_begun, dropout_factors, mask_gradient, slope_gradients, decode_rows, decode_scores,
   decode_partials,
   // norm
-  weight, bias, summed_row, parameter_gradients, parameter_gradient_partials,
+  weight, bias, summed_row, dropped_row, parameter_gradients, parameter_gradient_partials,
   // loss
   row_losses, class_sums,
   count,

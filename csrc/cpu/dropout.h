@@ -52,5 +52,40 @@ void dropout_factors(const Scores& s, int64_t head, int64_t row0, int64_t rows, 
   }
 }
 
+// Lane i of the result is lane i / 2 of a or b in turn, in the first or the second half of both.
+template <int Lanes, int Half>
+struct Interleave {
+  static constexpr int at(int i) { return Half * Lanes / 2 + i / 2 + i % 2 * Lanes; }
+};
+
+// to[c] = the factor of column c in this row of head 0, for c < columns rounded up to 4 vectors of float.
+template <class T>
+void dropout_row(const int64_t* seed, uint64_t threshold, double keep, int64_t row, int64_t columns, T* to) {
+  constexpr int kLanes = W<float>;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  using Vector = Vec<float>;
+  const uint32_t key0 = uint32_t(uint64_t(*seed)), key1 = uint32_t(uint64_t(*seed) >> 32);
+  const uint32_t first_kept = uint32_t(std::min<uint64_t>(threshold, 0xffffffff));  // beyond it, keep is 0
+  U32 group = bit_cast<U32>(lane_index<float>());
+  for (int64_t c = 0; c < columns; c += 4 * kLanes, group += kLanes) {
+    U32 word[4] = {group, U32{} + uint32_t(row), U32{}, U32{}};
+    philox(word, key0, key1, multiply_wide);
+    Vector kept[4], pair[4];
+    for (int w = 0; w < 4; w++) kept[w] = word[w] < first_kept ? Vector{} : set1<float>(1);
+    for (int w = 0; w < 2; w++) {
+      pair[w] = shuffle<float>(kept[w], kept[w + 2], lanes, Interleave<kLanes, 0>());
+      pair[w + 2] = shuffle<float>(kept[w], kept[w + 2], lanes, Interleave<kLanes, 1>());
+    }
+    for (int half = 0; half < 2; half++) {
+      kept[2 * half] = shuffle<float>(pair[2 * half], pair[2 * half + 1], lanes, Interleave<kLanes, 0>());
+      kept[2 * half + 1] = shuffle<float>(pair[2 * half], pair[2 * half + 1], lanes, Interleave<kLanes, 1>());
+    }
+    for (int v = 0; v < 4; v++)
+      if constexpr (sizeof(T) == 4) store(to + c + v * kLanes, kept[v] * T(keep));
+      else
+        for (int i = 0; i < kLanes; i++) to[c + v * kLanes + i] = T(kept[v][i]) * keep;
+  }
+}
+
 }  // namespace PYGPT_ISA
 }  // namespace pygpt::cpu

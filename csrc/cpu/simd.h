@@ -63,6 +63,8 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// bf16 whose halves (load_even_odd) are in order, for rows that are read along with rows of float.
+struct bf16_in_order : bf16 {};
 
 template <class S>
 struct AccOf {

@@ -97,8 +97,7 @@ __device__ __forceinline__ float activation_gradient(Activation act, float dy, f
   switch (act) {
     case Activation::gelu: return dy * activation::gelu_derivative(saved);
     case Activation::gelu_tanh: return dy * activation::gelu_tanh_derivative(saved);
-    case Activation::silu:
-      return dy * activation::sigmoid_derivative(saved, activation::exp_minus(fabsf(saved)), 1.f);
+    case Activation::silu: return dy * activation::sigmoid_derivative(saved, activation::exp_minus(fabsf(saved)), 1.f);
     default: break;
   }
   const float d = act == Activation::relu ? dy : dy * (2 * saved);

@@ -20,30 +20,45 @@ namespace {
 constexpr int kMaxE = 32;  // most elements per lane
 constexpr int64_t kMaxRegisterCols = kMaxE * kMaxThreads;  // longest row that is held in registers
 
-template <class T>
+// General kernels have dropout, an offset of the weights, an R (the type of residual and sum) of another type than T (of
+// x and y), or float parameters.
+template <class T, class R, bool is_general>
 struct NormFwdParams {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
-  const T *x, *residual, *weight, *bias;
-  T *y, *sum;
+  const T* x;
+  const R* residual;
+  const void *weight, *bias;
+  T* y;
+  R* sum;
   float *mean, *rstd;
   bool vectorized;
+  General general;
 };
 
-// Loads the row to be normalised: x, or x + residual rounded to T, which is also stored in sum if `write`.
-template <int E, class T>
-__device__ __forceinline__ void load_sum(const NormFwdParams<T>& a, const Lane& lane, int64_t row, bool write,
-                                         float (&value)[E]) {
-  const Row<T, E> x = lane.load<E>(a.x + row * a.x_stride);
+template <int E, class T, class R, bool is_general>
+__device__ __forceinline__ void load_parameters(const NormFwdParams<T, R, is_general>& a, const Lane& lane,
+                                                const void* p, float (&value)[E]) {
+  if (is_general && a.general.float_parameters) lane.load<E, T>(static_cast<const float*>(p)).get(value);
+  else lane.load<E, T>(static_cast<const T*>(p)).get(value);
+}
+
+// Loads the row to be normalised: x, or x + residual rounded to R, which is also stored in sum if `write`.
+template <int E, class T, class R, bool is_general>
+__device__ __forceinline__ void load_sum(const NormFwdParams<T, R, is_general>& a, const Lane& lane, int64_t row,
+                                         bool write, float (&value)[E]) {
+  const Row<T, E> x = lane.load<E, T>(a.x + row * a.x_stride);
   if (a.residual) {
-    const Row<T, E> residual = lane.load<E>(a.residual + row * a.residual_stride);
+    const Row<R, E> residual = lane.load<E, T>(a.residual + row * a.residual_stride);
     float other[E];
-    Row<T, E> sum;
+    Row<R, E> sum;
     x.get(value);
+    if constexpr (is_general)
+      if (a.general.seed) a.general.template drop<T>(lane, row, 0, value);
     residual.get(other);
 #pragma unroll
     for (int i = 0; i < E; i++) value[i] += other[i];
-    if (write) lane.store(a.sum + row * a.cols, value);
+    if (write) lane.store<T>(a.sum + row * a.cols, value);
     sum.set(value);
     sum.get(value);
   } else {
@@ -72,35 +87,37 @@ __device__ __forceinline__ float rstd_of(float squares, float correction, float 
 }
 
 // Stores y, given value = x - mean and the correction of the mean.
-template <int E, class T>
-__device__ __forceinline__ void store_y(const NormFwdParams<T>& a, const Lane& lane, int64_t row, float correction,
-                                        float rstd, float (&value)[E]) {
+template <int E, class T, class R, bool is_general>
+__device__ __forceinline__ void store_y(const NormFwdParams<T, R, is_general>& a, const Lane& lane, int64_t row,
+                                        float correction, float rstd, float (&value)[E]) {
   float p[E];
   const float offset = -correction * rstd;
 #pragma unroll
   for (int i = 0; i < E; i++) value[i] = value[i] * rstd + offset;
   if (a.weight) {
-    lane.load<E>(a.weight).get(p);
+    load_parameters(a, lane, a.weight, p);
 #pragma unroll
-    for (int i = 0; i < E; i++) value[i] *= p[i];
+    for (int i = 0; i < E; i++) value[i] *= is_general ? p[i] + a.general.weight_offset : p[i];
   }
   if (a.bias) {
-    lane.load<E>(a.bias).get(p);
+    load_parameters(a, lane, a.bias, p);
 #pragma unroll
     for (int i = 0; i < E; i++) value[i] += p[i];
   }
-  lane.store(a.y + row * a.cols, value);
+  lane.store<T>(a.y + row * a.cols, value);
 }
 
-template <class T>
-__device__ __forceinline__ void store_statistics(const NormFwdParams<T>& a, int64_t row, float mean, float rstd) {
+template <class Params>
+__device__ __forceinline__ void store_statistics(const Params& a, int64_t row, float mean, float rstd) {
   if (a.mean) a.mean[row] = mean;
   a.rstd[row] = rstd;
 }
 
-template <class T, int E, int team>
+template <class T, class R, bool is_general, int E, int team>
 __global__ __launch_bounds__(team == kWholeBlock ? kMaxThreads : kThreads,
-                             team == kWholeBlock ? 1 : 6) void norm_fwd_kernel(NormFwdParams<T> a) {
+                             team == kWholeBlock ? 1
+                             : is_general        ? 4
+                                                 : 6) void norm_fwd_kernel(NormFwdParams<T, R, is_general> a) {
   PYGPT_SHARED(float, shared, [3][32]);
   const int size = team == kWholeBlock ? blockDim.x : team;
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x / size) + threadIdx.x / size;
@@ -124,8 +141,8 @@ __global__ __launch_bounds__(team == kWholeBlock ? kMaxThreads : kThreads,
 }
 
 // A block processes one row of any length.
-template <class T>
-__global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_fwd_kernel(NormFwdParams<T> a) {
+template <class T, class R, bool is_general>
+__global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_fwd_kernel(NormFwdParams<T, R, is_general> a) {
   PYGPT_SHARED(float, shared, [3][32]);
   const int64_t row = blockIdx.x;
   Lane lane{static_cast<int>(threadIdx.x), kMaxThreads, 0, a.cols, a.vectorized};
@@ -157,24 +174,26 @@ __global__ __launch_bounds__(kMaxThreads, 1) void long_row_norm_fwd_kernel(NormF
   if (threadIdx.x == 0) store_statistics(a, row, mean + correction, rstd);
 }
 
-template <class T>
+template <class T, class R, bool is_general>
 Error norm_fwd(const NormArgs& n, const Stream& stream) {
-  NormFwdParams<T> a{};
+  NormFwdParams<T, R, is_general> a{};
+  a.general = General(n);
   a.rows = n.rows, a.cols = n.cols, a.eps = static_cast<float>(n.eps);
   a.x = static_cast<const T*>(n.x.data), a.x_stride = n.x.stride;
-  a.residual = static_cast<const T*>(n.residual.data), a.residual_stride = n.residual.stride;
-  a.weight = static_cast<const T*>(n.weight), a.bias = static_cast<const T*>(n.bias);
-  a.y = static_cast<T*>(n.y), a.sum = static_cast<T*>(n.sum);
+  a.residual = static_cast<const R*>(n.residual.data), a.residual_stride = n.residual.stride;
+  a.weight = n.weight, a.bias = n.bias;
+  a.y = static_cast<T*>(n.y), a.sum = static_cast<R*>(n.sum);
   a.mean = static_cast<float*>(n.mean), a.rstd = static_cast<float*>(n.rstd);
-  a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.x, a.x_stride) && can_vectorize(a.weight) &&
-                 can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.bias) && can_vectorize(a.y) &&
-                 can_vectorize(a.sum);
+  a.vectorized = a.cols % kVector<T> == 0 && can_vectorize(a.x, a.x_stride) && can_vectorize(a.y) &&
+                 can_vectorize(a.residual, a.residual_stride) && can_vectorize(a.sum) &&
+                 can_vectorize(static_cast<const T*>(a.weight)) && can_vectorize(static_cast<const T*>(a.bias));
   if (a.cols > kMaxRegisterCols)
-    return launch(long_row_norm_fwd_kernel<T>, make_grid(a.rows), dim3(kMaxThreads), 0, stream, a);
+    return launch(long_row_norm_fwd_kernel<T, R, is_general>, make_grid(a.rows), dim3(kMaxThreads), 0, stream, a);
   return by_cols<kMaxE>(a.cols, [&](auto shape) {
     using S = decltype(shape);
     const dim3 grid = make_grid(ceil_div(a.rows, S::teams));
-    return launch(norm_fwd_kernel<T, S::E, S::team>, grid, dim3(S::threads(a.cols)), 0, stream, a);
+    const dim3 threads(S::threads(a.cols));
+    return launch(norm_fwd_kernel<T, R, is_general, S::E, S::team>, grid, threads, 0, stream, a);
   });
 }
 
@@ -182,7 +201,8 @@ Error norm_fwd(const NormArgs& n, const Stream& stream) {
 
 Error norm_fwd(const NormArgs& a, const Stream& stream) {
   if (a.rows == 0) return nullptr;
-  return by_dtype(a.dtype, [&](auto zero) { return norm_fwd<decltype(zero)>(a, stream); });
+  return by_types(
+      a, [&](auto t, auto r, auto is_general) { return norm_fwd<decltype(t), decltype(r), is_general>(a, stream); });
 }
 
 }  // namespace pygpt::cuda

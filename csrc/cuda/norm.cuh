@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 
+#include "../attention/scores.h"
 #include "vector.cuh"
 
 namespace pygpt::cuda {
@@ -52,27 +53,28 @@ struct Lane {
     return (left / unit + size - 1 - rank) / size * unit;
   }
 
-  // Loads the lane's elements of a row; zeros beyond the row's end.
-  template <int E, class T>
+  // Loads the lane's elements of a row of T; zeros beyond the row's end. The lane's columns are those that it has of a
+  // row of Lead.
+  template <int E, class Lead, class T>
   __device__ __forceinline__ Row<T, E> load(const T* p) const {
     constexpr int V = kVector<T>;
     Row<T, E> row;
     if (vectorized) {
 #pragma unroll
       for (int c = 0; c < E / V; c++) {
-        const int64_t col = column<T>(c * V);
+        const int64_t col = column<Lead>(c * V);
         row.chunks[c] = col < cols ? *reinterpret_cast<const uint4*>(p + col) : uint4{0, 0, 0, 0};
       }
     } else {
       float x[E];
 #pragma unroll
-      for (int i = 0; i < E; i++) x[i] = column<T>(i) < cols ? to_float(p[column<T>(i)]) : 0.f;
+      for (int i = 0; i < E; i++) x[i] = column<Lead>(i) < cols ? to_float(p[column<Lead>(i)]) : 0.f;
       row.set(x);
     }
     return row;
   }
 
-  template <int E, class T>
+  template <class Lead, int E, class T>
   __device__ __forceinline__ void store(T* p, const float (&x)[E]) const {
     constexpr int V = kVector<T>;
     if (vectorized) {
@@ -80,14 +82,64 @@ struct Lane {
       row.set(x);
 #pragma unroll
       for (int c = 0; c < E / V; c++)
-        if (column<T>(c * V) < cols) *reinterpret_cast<uint4*>(p + column<T>(c * V)) = row.chunks[c];
+        if (column<Lead>(c * V) < cols) *reinterpret_cast<uint4*>(p + column<Lead>(c * V)) = row.chunks[c];
     } else {
 #pragma unroll
       for (int i = 0; i < E; i++)
-        if (column<T>(i) < cols) p[column<T>(i)] = from_float<T>(x[i]);
+        if (column<Lead>(i) < cols) p[column<Lead>(i)] = from_float<T>(x[i]);
     }
   }
 };
+
+// What general kernels do besides: dropout, and an offset of the weights, which may be float whatever T is.
+struct General {
+  const int64_t* seed;  // or null
+  uint32_t threshold;
+  float keep, weight_offset;
+  bool float_parameters;
+
+  General() = default;
+  explicit General(const NormArgs& a)
+      : seed(a.seed), threshold(static_cast<uint32_t>(std::min<uint64_t>(a.threshold, 0xffffffff))),
+        keep(static_cast<float>(a.keep)), weight_offset(static_cast<float>(a.weight_offset)),
+        float_parameters(a.parameter_dtype == DType::f32) {}
+
+  __device__ __forceinline__ float factor(uint32_t word) const { return word >= threshold ? keep : 0.f; }
+
+  // Multiplies the elements first .. first + V - 1 of the lane's E elements of a row by dropout's factors.
+  template <class T, int V>
+  __device__ __forceinline__ void drop(const Lane& lane, int64_t row, int first, float (&x)[V]) const {
+    if (lane.vectorized) {
+#pragma unroll
+      for (int v = 0; v < V; v += 4) {
+        const uint32_t group = static_cast<uint32_t>(lane.column<T>(first + v) / 4);
+        const RandomWords drawn = random_words(*seed, group, static_cast<uint32_t>(row), 0);
+#pragma unroll
+        for (int word = 0; word < 4; word++) x[v + word] = __fmul_rn(x[v + word], factor(drawn.word[word]));
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        const int64_t col = lane.column<T>(first + v);
+        const RandomWords drawn = random_words(*seed, static_cast<uint32_t>(col / 4), static_cast<uint32_t>(row), 0);
+        const int word = static_cast<int>(col % 4);
+        x[v] = __fmul_rn(x[v], factor(word < 2 ? drawn.word[word == 1 ? 1 : 0] : drawn.word[word == 3 ? 3 : 2]));
+      }
+    }
+  }
+};
+
+// Calls body(T, R, whether the kernel is general): T is the type of x and y, R that of the sum.
+template <class Body>
+Error by_types(const NormArgs& a, Body&& body) {
+  return by_dtype(a.dtype, [&](auto zero) -> Error {
+    using T = decltype(zero);
+    if (a.plain() && a.weight_offset == 0) return body(T{}, T{}, std::false_type{});
+    if (a.sum_dtype == a.dtype) return body(T{}, T{}, std::true_type{});
+    if constexpr (sizeof(T) == 2) return body(T{}, float{}, std::true_type{});
+    return "the residual's dtype is not served";
+  });
+}
 
 template <int E>
 __device__ __forceinline__ float sum_of(const float (&x)[E]) {

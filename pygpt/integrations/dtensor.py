@@ -35,6 +35,10 @@ RULES = {
     "rms_norm_bwd": ["rows rows R rows -> rows P"],  # dy, x, weight, rstd -> dx, dw
     "add_rms_norm_fwd": ["rows rows R -> rows rows rows"],  # x, residual, weight -> y, s, rstd
     "add_rms_norm_bwd": ["rows rows rows R rows -> rows P"],  # dy, ds, s, weight, rstd -> dx, dw
+    "dropout_add_layer_norm_fwd": ["rows rows R R -> rows rows rows rows"],  # without dropout
+    "dropout_add_layer_norm_bwd": ["rows rows rows R rows rows -> rows rows P P"],  # -> dx, dresidual, dw, db
+    "dropout_add_rms_norm_fwd": ["rows rows R -> rows rows rows"],
+    "dropout_add_rms_norm_bwd": ["rows rows rows R rows -> rows rows P"],
     "linear_fwd": [  # x, weight, bias -> y
         "rows R R -> rows",
         "R 0 0 -> last",

@@ -8,6 +8,8 @@ without elements.
 """
 
 # In the order in which they are shown:
-from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, activation, loss  # noqa: I001
+from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, dropout_norm, activation, loss  # noqa: I001
 
-__all__ = ["activation", "attention", "loss", "mlp", "norm", "qkv_attention", "rope", "varlen_attn"]
+__all__ = [
+    "activation", "attention", "dropout_norm", "loss", "mlp", "norm", "qkv_attention", "rope", "varlen_attn",
+]  # fmt: skip

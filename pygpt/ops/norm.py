@@ -1,10 +1,11 @@
 """layer_norm, add_layer_norm, rms_norm and add_rms_norm over the last dimension of x (..., N).
 
     layer_norm: xhat = (x - mean) rstd, rstd = 1 / sqrt(var + eps), y = xhat weight + bias    (Ba et al. 2016)
-    rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat weight              (Zhang and Sennrich 2019)
+    rms_norm:   xhat = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), y = xhat (weight + offset)   (Zhang and Sennrich 2019)
     add_layer_norm, add_rms_norm: s = x + residual and the norm of s, in one pass over memory
 
-weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), and recomputes xhat.
+weight, bias (N,) or None. Backward keeps x (or s) and the statistics mean and rstd (...), and recomputes xhat. The
+offset of a weight is 0, or 1 in Gemma, whose weights are stored around 0; the sum is formed in the statistics' dtype.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from .common import (
 )
 from .norm_arguments import (
     fitting_dims,
+    fitting_offset,
     flat,
     machine_eps,
     prepare_add_layer_norm,
@@ -58,7 +60,7 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     return _affine(centred * rstd[..., None], weight, bias).to(x.dtype).contiguous(), mean, rstd
 
 
-def _norm_bwd(dy, ds, x, weight, mean, rstd):
+def norm_bwd(dy, ds, x, weight, mean, rstd):
     """dx = rstd (g - mean(g) - xhat mean(g xhat)) + ds with g = dy weight, dweight and dbias. rms_norm has no mean."""
     dya, xa = acc(dy), acc(x)
     xhat = (xa if mean is None else xa - mean[..., None]) * rstd[..., None]
@@ -71,7 +73,7 @@ def _norm_bwd(dy, ds, x, weight, mean, rstd):
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return wanted(needs, _norm_bwd(dy, None, x, weight, mean, rstd), x)
+    return wanted(needs, norm_bwd(dy, None, x, weight, mean, rstd), x)
 
 
 def add_layer_norm_composite(x, residual, weight, bias, eps):
@@ -93,46 +95,55 @@ def add_layer_norm_bwd(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> the gradient of x and of residual, dweight, dbias. ds: the gradient from the sum's other consumer, or None."""
-    return wanted(needs, _norm_bwd(dy, ds, s, weight, mean, rstd), s)
+    return wanted(needs, norm_bwd(dy, ds, s, weight, mean, rstd), s)
 
 
-def rms_norm_composite(x, weight, eps):
-    return torchs_rms_norm(x, x.shape[-1:], weight, eps)
+def with_offset(weight, offset):
+    """weight + offset in the dtype of sums. None stays None, and a weight without an offset stays itself."""
+    return acc(weight) + offset if offset and weight is not None else weight
 
 
-def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_composite(x, weight, eps, weight_offset=0.0):
+    if not weight_offset:
+        return torchs_rms_norm(x, x.shape[-1:], weight, eps)
+    return (torchs_rms_norm(acc(x), x.shape[-1:], None, eps) * with_offset(weight, weight_offset)).to(x.dtype)
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """-> y like x, rstd with x's leading shape."""
     xa = acc(x)
     rstd = torch.rsqrt(xa.square().mean(-1) + eps)
-    return _affine(xa * rstd[..., None], weight, None).to(x.dtype).contiguous(), rstd
+    y = _affine(xa * rstd[..., None], with_offset(weight, weight_offset), None)
+    return y.to(x.dtype).contiguous(), rstd
 
 
 def rms_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool], weight_offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return wanted(needs, _norm_bwd(dy, None, x, weight, None, rstd)[:2], x)
+    return wanted(needs, norm_bwd(dy, None, x, with_offset(weight, weight_offset), None, rstd)[:2], x)
 
 
-def add_rms_norm_composite(x, residual, weight, eps):
+def add_rms_norm_composite(x, residual, weight, eps, weight_offset=0.0):
     """-> rms_norm(x + residual), x + residual."""
     s = x + residual
-    return rms_norm_composite(s, weight, eps), s
+    return rms_norm_composite(s, weight, eps, weight_offset), s
 
 
 def add_rms_norm_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> y, s = x + residual rounded to the input's dtype, rstd of s."""
     s = (x + residual).contiguous()
-    y, rstd = rms_norm_fwd(s, weight, eps)
+    y, rstd = rms_norm_fwd(s, weight, eps, weight_offset)
     return y, s, rstd
 
 
 def add_rms_norm_bwd(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool]
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, rstd: Tensor, needs: list[bool],
+    weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> the gradient of x and of residual, dweight. ds: the gradient from the sum's other consumer, or None."""
-    return wanted(needs, _norm_bwd(dy, ds, s, weight, None, rstd)[:2], s)
+    return wanted(needs, norm_bwd(dy, ds, s, with_offset(weight, weight_offset), None, rstd)[:2], s)
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -161,38 +172,43 @@ class LayerNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """(kernels, x, weight, eps) -> y."""
+    """(kernels, x, weight, eps, weight_offset) -> y."""
 
     @staticmethod
-    def forward(ctx, kernels, x, weight, eps):
-        ctx.kernels, ctx.eps = kernels, eps
-        y, rstd = kernels.rms_norm_fwd(x, weight, eps)
+    def forward(ctx, kernels, x, weight, eps, weight_offset=0.0):
+        ctx.kernels, ctx.eps, ctx.weight_offset = kernels, eps, weight_offset
+        y, rstd = kernels.rms_norm_fwd(x, weight, eps, weight_offset)
         ctx.save_for_backward(savable(x), weight, rstd)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, dy):
+        count = len(ctx.needs_input_grad)  # of a registered op, arguments that have their defaults are left out
         if dy is None:
-            return (None,) * 4
+            return (None,) * count
         x, weight, rstd = ctx.saved_tensors
         kernels, needs = backward_kernels(ctx), ctx.needs_input_grad[1:3]
         if kernels is None:
-            return None, *composite_gradients(rms_norm_composite, (x, weight, ctx.eps), needs, (dy,)), None
-        return None, *only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs)), None
+            args = x, weight, ctx.eps, ctx.weight_offset
+            grads = composite_gradients(rms_norm_composite, args, needs, (dy,))
+        else:
+            grads = only(needs, kernels.rms_norm_bwd(dy, x, weight, rstd, needs, ctx.weight_offset))
+        return None, *grads, *(None,) * (count - 3)
 
 
-def _saved_sum(ctx, kernels, weight, eps, y, s, *statistics):
-    """The results of a norm of a sum, after saving what `_sum_backward` reads."""
-    ctx.kernels, ctx.eps = kernels, eps
+def _saved_sum(ctx, kernels, weight, options, y, s, *statistics):
+    """The results of a norm of a sum, after saving what `_sum_backward` reads. options: eps, and a weight's offset."""
+    ctx.kernels, ctx.options = kernels, options
     ctx.save_for_backward(s, weight, *statistics)
     ctx.set_materialize_grads(False)
     return y, s
 
 
-def _sum_backward(ctx, name, norm, dy, ds):
+def _sum_backward(ctx, name, norm, parameters, dy, ds):
     """The gradients of the Function's arguments. ``name``: the backward kernel. ``norm``: the composite on the sum."""
-    need_x, need_residual, *need_parameters = ctx.needs_input_grad[1:-1]
+    need_x, need_residual, *need_parameters = ctx.needs_input_grad[1 : 3 + parameters]
+    others = len(ctx.needs_input_grad) - 3 - parameters  # of a registered op, defaults at the end are left out
     needs = need_x or need_residual, *need_parameters
     if dy is None:  # only the sum was used, or neither result
         dx, *of_parameters = ds, *(None for _ in need_parameters)
@@ -201,12 +217,12 @@ def _sum_backward(ctx, name, norm, dy, ds):
         kernels = backward_kernels(ctx)
         if kernels is None:
             bias = (unread(s, s.shape[-1]) if need else None for need in need_parameters[1:])
-            args = s, weight, *bias, ctx.eps
+            args = s, weight, *bias, *ctx.options
             dx, *of_parameters = composite_gradients(lambda s, *rest: (norm(s, *rest), s), args, needs, (dy, ds))
         else:
             backward = getattr(kernels, name)
-            dx, *of_parameters = only(needs, backward(dy, ds, s, weight, *statistics, needs))
-    return None, *only((need_x, need_residual), (dx, dx)), *of_parameters, None
+            dx, *of_parameters = only(needs, backward(dy, ds, s, weight, *statistics, needs, *ctx.options[1:]))
+    return None, *only((need_x, need_residual), (dx, dx)), *of_parameters, *(None,) * others
 
 
 class AddLayerNorm(torch.autograd.Function):
@@ -214,23 +230,24 @@ class AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernels, x, residual, weight, bias, eps):
-        return _saved_sum(ctx, kernels, weight, eps, *kernels.add_layer_norm_fwd(x, residual, weight, bias, eps))
+        return _saved_sum(ctx, kernels, weight, (eps,), *kernels.add_layer_norm_fwd(x, residual, weight, bias, eps))
 
     @staticmethod
     def backward(ctx, dy, ds):
-        return _sum_backward(ctx, "add_layer_norm_bwd", layer_norm_composite, dy, ds)
+        return _sum_backward(ctx, "add_layer_norm_bwd", layer_norm_composite, 2, dy, ds)
 
 
 class AddRMSNorm(torch.autograd.Function):
-    """(kernels, x, residual, weight, eps) -> rms_norm(x + residual), x + residual."""
+    """(kernels, x, residual, weight, eps, weight_offset) -> rms_norm(x + residual), x + residual."""
 
     @staticmethod
-    def forward(ctx, kernels, x, residual, weight, eps):
-        return _saved_sum(ctx, kernels, weight, eps, *kernels.add_rms_norm_fwd(x, residual, weight, eps))
+    def forward(ctx, kernels, x, residual, weight, eps, weight_offset=0.0):
+        options = eps, weight_offset
+        return _saved_sum(ctx, kernels, weight, options, *kernels.add_rms_norm_fwd(x, residual, weight, *options))
 
     @staticmethod
     def backward(ctx, dy, ds):
-        return _sum_backward(ctx, "add_rms_norm_bwd", rms_norm_composite, dy, ds)
+        return _sum_backward(ctx, "add_rms_norm_bwd", rms_norm_composite, 1, dy, ds)
 
 
 # ------------------------------------------------------------------------------- the public functions
@@ -283,25 +300,31 @@ def add_layer_norm(
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019).
+    """Returns x / sqrt(mean(x^2) + eps) * (weight + weight_offset) over the last dimensions (Zhang and Sennrich 2019).
 
     ``input`` has shape ``(..., *normalized_shape)``, and so has the result, in input's dtype and channels_last where
     the input is. ``weight`` has shape ``normalized_shape`` or is None. ``eps`` is by default the machine epsilon of the
-    dtype, of float32 for the 16-bit types, as torch's. Shapes that do not fit raise ValueError, wrong types,
-    such as integer tensors, TypeError.
+    dtype, of float32 for the 16-bit types, as torch's. ``weight_offset`` is 1.0 in Gemma, whose weights are stored
+    around 0; the sum is formed in float32 (float64 for float64), and weight has its ordinary gradient. An offset
+    without a weight, and shapes that do not fit, raise ValueError, wrong types, such as integer tensors, TypeError.
     """
     kernel = lookup("rms_norm", input, weight)
     if kernel is None or (input.dim() > 3 and not input.is_contiguous()):  # the input may be channels_last
-        return call("rms_norm", input, normalized_shape, weight, eps)
+        return call("rms_norm", input, normalized_shape, weight, eps, weight_offset=weight_offset)
     epsilon = machine_eps(input) if eps is None else eps
-    n = fitting_dims(input, normalized_shape, epsilon, weight)
+    n = fitting_dims(input, normalized_shape, epsilon, weight) if fitting_offset(weight, weight_offset) else 0
     if n == 1:
-        return kernel(input, weight, epsilon)
+        return kernel(input, weight, epsilon, weight_offset)
     if n == 0:
-        return call("rms_norm", input, normalized_shape, weight, eps)
-    return kernel(*flat(n, input, weight), epsilon).view(input.shape)
+        return call("rms_norm", input, normalized_shape, weight, eps, weight_offset=weight_offset)
+    return kernel(*flat(n, input, weight), epsilon, weight_offset).view(input.shape)
 
 
 def add_rms_norm(
@@ -310,23 +333,26 @@ def add_rms_norm(
     normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns rms_norm(input + residual) and input + residual, in one pass over memory (Zhang and Sennrich 2019).
 
     ``input`` and ``residual`` have one shape, ``(..., *normalized_shape)``, and so have both results. Their dtypes are
-    promoted as by addition. ``weight`` and ``eps`` are those of `rms_norm`; ``eps`` is by default the machine epsilon
-    of the promoted dtype. Shapes that do not fit raise ValueError, wrong types, such as integer tensors, TypeError.
+    promoted as by addition. ``weight``, ``eps`` and ``weight_offset`` are those of `rms_norm`; ``eps`` is by default
+    the machine epsilon of the promoted dtype. Shapes that do not fit raise ValueError, wrong types, such as integer
+    tensors, TypeError.
     """
     kernel = lookup("add_rms_norm", input, residual, weight)
     if kernel is None or input.shape != residual.shape:
-        return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
+        return call("add_rms_norm", input, residual, normalized_shape, weight, eps, weight_offset=weight_offset)
     epsilon = machine_eps(input) if eps is None else eps
-    n = fitting_dims(input, normalized_shape, epsilon, weight)
+    n = fitting_dims(input, normalized_shape, epsilon, weight) if fitting_offset(weight, weight_offset) else 0
     if n == 1:
-        return kernel(input, residual, weight, epsilon)
+        return kernel(input, residual, weight, epsilon, weight_offset)
     if n == 0:
-        return call("add_rms_norm", input, residual, normalized_shape, weight, eps)
-    y, s = kernel(*flat(n, input, residual, weight), epsilon)
+        return call("add_rms_norm", input, residual, normalized_shape, weight, eps, weight_offset=weight_offset)
+    y, s = kernel(*flat(n, input, residual, weight), epsilon, weight_offset)
     return y.view(input.shape), s.view(input.shape)
 
 
@@ -335,27 +361,39 @@ def _draw(params, inputs=1, eps=1e-5):
     def draw(random, d):
         xs = [random(*lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
         weights = [random(d["N"]) if d["affine"] else None for _ in range(params)]
-        return *xs, *weights, eps
+        offset = (d["offset"],) if d.get("offset") else ()
+        return *xs, *weights, eps, *offset
 
     return draw
 
 
-def _cancelled(names, centre):
+def without_statistics(dy, s, weight, eps, centre):
     """The gradient that the norm's input would have if the statistics were constants."""
+    *_, rstd = layer_norm_fwd(s, None, None, eps) if centre else rms_norm_fwd(s, None, eps)
+    return (dy if weight is None else dy * weight) * rstd[..., None]
 
+
+def _cancelled(names, centre):
     def terms(args, grads):
-        x, weight = (args[0], args[1]) if len(names) == 1 else (args[0] + args[1], args[2])
-        *_, rstd = layer_norm_fwd(x, None, None, args[-1]) if centre else rms_norm_fwd(x, None, args[-1])
-        g = (grads[0] if weight is None else grads[0] * weight) * rstd[..., None]
-        return dict.fromkeys(names, g)
+        x, weight, *rest = args if len(names) == 1 else (args[0] + args[1], *args[2:])
+        eps, offset = rest[-1:] + [0.0] if centre else (*rest, 0.0)[:2]
+        return dict.fromkeys(names, without_statistics(grads[0], x, with_offset(weight, offset), eps, centre))
 
     return terms
 
 
-_HOW: dict[str, Any] = {
-    "dims": {"M": 64, "N": 768, "affine": 1, "mean": 0.0},
-    "shapes": ({}, {"N": 1000, "mean": 10.0}, {"affine": 0}),
-}
+def _call_rms_norm(x, weight, eps, weight_offset=0.0):
+    return rms_norm(x, x.shape[-1:], weight, eps, weight_offset=weight_offset)
+
+
+def _call_add_rms_norm(x, residual, weight, eps, weight_offset=0.0):
+    return add_rms_norm(x, residual, x.shape[-1:], weight, eps, weight_offset=weight_offset)
+
+
+_DIMS: dict[str, Any] = {"M": 64, "N": 768, "affine": 1, "mean": 0.0}
+_SHAPES: tuple[dict, ...] = ({}, {"N": 1000, "mean": 10.0}, {"affine": 0})
+_HOW: dict[str, Any] = {"dims": _DIMS, "shapes": _SHAPES}
+_HOW_RMS: dict[str, Any] = {"dims": _DIMS | {"offset": 0.0}, "shapes": (*_SHAPES, {"offset": 1.0})}
 
 register(
     Op(
@@ -418,9 +456,9 @@ register(
                 "rms_norm",
                 inputs=("x", "weight"),
                 draw=_draw(1),
-                call=lambda x, weight, eps: rms_norm(x, x.shape[-1:], weight, eps),
+                call=_call_rms_norm,
                 cancelled=_cancelled(("dx",), False),
-                **_HOW,
+                **_HOW_RMS,
             )
         },
     )
@@ -441,10 +479,10 @@ register(
                 "add_rms_norm",
                 inputs=("x", "residual", "weight"),
                 draw=_draw(1, inputs=2),
-                call=lambda x, r, weight, eps: add_rms_norm(x, r, x.shape[-1:], weight, eps),
+                call=_call_add_rms_norm,
                 outputs=("fwd", "sum"),
                 cancelled=_cancelled(("dx", "dresidual"), False),
-                **_HOW,
+                **_HOW_RMS,
             )
         },
     )

@@ -36,11 +36,16 @@ def fitting_dims(input, normalized_shape, eps, weight, bias=None) -> int:
     return n if fits else 0
 
 
+def fitting_offset(weight, offset) -> bool:
+    """Whether this is a weight's offset that a kernel takes."""
+    return offset == 0.0 or (isinstance(offset, float) and weight is not None)
+
+
 def _as_tuple(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
-def _check(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
+def check_norm(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
     """normalized_shape as a tuple, after checking input and parameters against it."""
     if not isinstance(eps, Real):
         raise TypeError(f"pygpt.{op}: eps must be a number, got {type(eps).__name__}")
@@ -58,6 +63,14 @@ def _check(op, input, normalized_shape, eps, weight, bias=None) -> tuple:
     return shape
 
 
+def checked_offset(op, weight, offset) -> float:
+    if not isinstance(offset, Real):
+        raise TypeError(f"pygpt.{op}: weight_offset must be a number, got {type(offset).__name__}")
+    if offset and weight is None:
+        raise ValueError(f"pygpt.{op}: weight_offset {offset} needs a weight, got None")
+    return float(offset)
+
+
 def flat(n, *tensors) -> tuple:
     """The tensors with their last n dimensions as one."""
     if n == 1:
@@ -71,49 +84,56 @@ def prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5
     torchs = partial(torchs_layer_norm, input, _as_tuple(normalized_shape), weight, bias, eps)
     if error := check_tensors("layer_norm", (input, weight, bias)):
         return Call((input, weight, bias, eps), torch=torchs, error=error)
-    shape = _check("layer_norm", input, normalized_shape, eps, weight, bias)
+    shape = check_norm("layer_norm", input, normalized_shape, eps, weight, bias)
     x, w, b = flat(len(shape), input, weight, bias)
     return Call((x, w, b, float(eps)), finish=lambda y: y.view(input.shape), torch=torchs, fast=(input, weight, bias))
 
 
-def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters) -> Call:
-    """eps is a number, or the function that gives it for the promoted tensors."""
+def _prepare_sum(op, input, residual, normalized_shape, eps, *parameters, options=()) -> Call:
+    """eps is a number, or the function that gives it for the promoted tensors. options: the arguments after it."""
     if error := check_tensors(op, (input, residual, *parameters)):
-        return Call((input, residual, *parameters, eps), error=error)
+        if any(options):
+            raise error
+        return Call((input, residual, *parameters, eps, *options), error=error)
     if input.shape != residual.shape:
         want, got = tuple(input.shape), tuple(residual.shape)
         raise ValueError(f"pygpt.{op}: residual must have shape {want}, got {got}")
     common = torch.promote_types(input.dtype, residual.dtype)  # as in x + residual; autocast mixes them in every block
     x, r = input.to(common), residual.to(common)
     eps = eps(x) if callable(eps) else eps
-    shape = _check(op, input, normalized_shape, eps, *parameters)
+    shape = check_norm(op, input, normalized_shape, eps, *parameters)
 
     def finish(results):
         return tuple(t.view(input.shape) for t in results)
 
     fast = (input, residual, *parameters) if input.dtype == residual.dtype else None
-    return Call((*flat(len(shape), x, r, *parameters), float(eps)), finish=finish, fast=fast)
+    return Call((*flat(len(shape), x, r, *parameters), float(eps), *options), finish=finish, fast=fast)
 
 
 def prepare_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
     return _prepare_sum("add_layer_norm", input, residual, normalized_shape, eps, weight, bias)
 
 
-def prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None) -> Call:
-    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, machine_eps if eps is None else eps, weight)
+def prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> Call:
+    options = (checked_offset("add_rms_norm", weight, weight_offset),)
+    eps = machine_eps if eps is None else eps
+    return _prepare_sum("add_rms_norm", input, residual, normalized_shape, eps, weight, options=options)
 
 
-def prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
-    torchs = partial(torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
+def prepare_rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> Call:
+    offset = checked_offset("rms_norm", weight, weight_offset)
+    torchs = None if offset else partial(torchs_rms_norm, input, _as_tuple(normalized_shape), weight, eps)
     if error := check_tensors("rms_norm", (input, weight)):
-        return Call((input, weight, eps), torch=torchs, error=error)
+        if offset:  # which PyTorch's function does not have
+            raise error
+        return Call((input, weight, eps, offset), torch=torchs, error=error)
     if eps is None:
         eps = machine_eps(input)
-    shape = _check("rms_norm", input, normalized_shape, eps, weight)
+    shape = check_norm("rms_norm", input, normalized_shape, eps, weight)
     x, w = flat(len(shape), input, weight)
 
     def finish(y):
         y = y.view(input.shape)
         return y if input.is_contiguous() else y.contiguous(memory_format=suggest_memory_format(input))
 
-    return Call((x, w, float(eps)), finish=finish, torch=torchs, fast=(input, weight))
+    return Call((x, w, float(eps), offset), finish=finish, torch=torchs, fast=(input, weight))

@@ -42,6 +42,8 @@ DIMS = {
     "rope": {"B": 3, "H": 5, "group": 1, "T": 4, "D": 8, "R": 6, "norm": 1, "interleaved": 0, "positions": 1},
 }
 DIMS |= dict.fromkeys(("rms_norm", "add_layer_norm", "add_rms_norm"), DIMS["layer_norm"]) | {"relu": DIMS["gelu"]}
+DIMS |= {"dropout_add_layer_norm": DIMS["layer_norm"] | {"dropout": 0.0}}
+DIMS |= {"dropout_add_rms_norm": DIMS["layer_norm"] | {"dropout": 0.0, "offset": 1.0}}
 NAMES = [f"{op}_{direction}" for op in DIMS for direction in ("fwd", "bwd")]  # an op without rules is replicated
 
 
@@ -68,6 +70,8 @@ SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "rms_norm": ("y", "rstd"),
     "add_rms_norm": ("y", "s", "rstd"),
     "rope": ("q_out", "k_out", "q_rstd", "k_rstd"),
+    "dropout_add_layer_norm": ("y", "s", "mean", "rstd"),
+    "dropout_add_rms_norm": ("y", "s", "rstd"),
 }
 
 
@@ -234,6 +238,12 @@ def groups():
     def add_rms_norm(x, residual, *parameters):
         return F.add_rms_norm(x, residual, (8,), *parameters)
 
+    def dropout_add_layer_norm(x, residual, *parameters):
+        return F.dropout_add_layer_norm(x, residual, (8,), *parameters)
+
+    def dropout_add_rms_norm(x, residual, *parameters):
+        return F.dropout_add_rms_norm(x, residual, (8,), *parameters)
+
     for function, shapes, n in (
         (layer_norm, (x, of_x, of_x), 1),
         (layer_norm, (x,), 1),
@@ -244,6 +254,8 @@ def groups():
         (add_layer_norm, (x, x), 2),
         (add_rms_norm, (x, x, of_x), 2),
         (add_rms_norm, (x, x), 2),
+        (dropout_add_layer_norm, (x, x, of_x, of_x), 2),
+        (dropout_add_rms_norm, (x, x, of_x), 2),
     ):
         p = len(shapes) - n  # parameters
         yield group(function, shapes, *(((d,) * n + ("R",) * p, (d,) * n, (d,) * n + ("P",) * p) for d in (0, 1)))

@@ -33,6 +33,8 @@ FALLBACKS = [
     (lambda: F.add_rms_norm(x, x, (8,), x[0].double()), "add_rms_norm", "tensors of different dtypes"),
     (lambda: F.cross_entropy(x, x.softmax(1)), "cross_entropy", "PyTorch serves probabilities"),
     (lambda: F.linear_cross_entropy(x, x, x[:, :3]), "linear_cross_entropy", "PyTorch serves probabilities"),
+    (lambda: F.dropout_add_layer_norm(x, x.double(), 8), "dropout_add_layer_norm", "tensors of different dtypes"),
+    (lambda: F.dropout_add_rms_norm(x, x.bfloat16(), 8), "dropout_add_rms_norm", "tensors of different dtypes"),
     (lambda: torch.func.vmap(F.relu)(x), "relu", "a torch.func transform"),
     (lambda: torch.func.vmap(lambda t: F.mlp(t, x, None, x.mT, None))(x), "mlp", "a torch.func transform"),
     (lambda: F.scaled_dot_product_attention(wide, wide, wide), "attention", "head dimension above 512"),
@@ -99,7 +101,7 @@ def test_nothing_is_printed_of_calls_that_kernels_serve(printed):
     w = torch.nn.Parameter(torch.randn(8, 8))
     for _ in range(2):
         F.relu(x), F.gelu(x), F.layer_norm(x, (8,)), F.rms_norm(x, (8,)), F.add_layer_norm(x, x, (8,))
-        F.add_rms_norm(x, x, (8,))
+        F.add_rms_norm(x, x, (8,)), F.dropout_add_layer_norm(x, x, (8,), p=0.1), F.dropout_add_rms_norm(x, x, (8,))
         F.cross_entropy(x, torch.arange(3)), F.linear_cross_entropy(x, w, torch.arange(3)).backward()
         F.scaled_dot_product_attention(x, x, x)
         F.mlp(F.linear(x, w), w, None, w, None).sum().backward()

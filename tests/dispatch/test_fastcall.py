@@ -48,6 +48,8 @@ def test_same_bits_and_layout_as_dispatched(layout, op, dims, dtype, generator):
             "qkv_attention_fwd": 1,
             "rms_norm_fwd": 1,
             "add_rms_norm_fwd": 1,
+            "dropout_add_rms_norm_fwd": 1,
+            "dropout_add_layer_norm_fwd": 2,
             "mlp_fwd": 2,
             "layer_norm_fwd": 2,
             "add_layer_norm_fwd": 2,

@@ -24,6 +24,10 @@ SAMPLES = TYPICAL + [
         ("add_layer_norm", {"affine": 0, "M": 0}),
         ("rms_norm", {"affine": 0}),
         ("add_rms_norm", {"affine": 0}),
+        ("rms_norm", {"offset": 1.0}),
+        ("add_rms_norm", {"offset": 1.0}),
+        ("dropout_add_layer_norm", {"affine": 0, "dropout": 0.0}),
+        ("dropout_add_rms_norm", {"affine": 0}),
     )
 ]
 

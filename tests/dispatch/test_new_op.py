@@ -27,9 +27,8 @@ def test_the_recipe_is_short():
 def test_every_op_is_in_the_recipes_files(op):
     """By its own name, or where a kernel serves a whole family by the family's."""
     family = Path(inspect.getsourcefile(OPS[op].fwd)).stem
-    family = {"qkv_attention": "attention", "varlen_attn": "attention"}.get(
-        family, family
-    )  # attention's kernels serve it
+    served = {"qkv_attention": "attention", "varlen_attn": "attention", "dropout_norm": "norm"}  # by another's kernels
+    family = served.get(family, family)
     for name in recipe():
         path = ROOT / name.replace("<family>", family)
         files = [path] if path.is_file() else path.with_suffix("").iterdir()  # a large family has a folder

@@ -175,6 +175,7 @@ SHARED = {  # one tensor in two places
     "layer_norm(x, w, w)": (lambda x, w: functional.layer_norm(x, (8,), w, w), [(4, 8), (8,)]),
     "layer_norm(w, w, w)": (lambda w: functional.layer_norm(w, (8,), w, w), [(8,)]),
     "add_rms_norm(x, x, x)": (lambda x: functional.add_rms_norm(x, x, (8,), x), [(8,)]),
+    "dropout_add_rms_norm(x, x, x)": (lambda x: functional.dropout_add_rms_norm(x, x, (8,), x), [(8,)]),
     "rms_norm(w, w)": (lambda w: functional.rms_norm(w, (8,), w), [(8,)]),
     "mlp, tied": (lambda x, w, b: functional.mlp(x, w, b, w, b), [(4, 8), (8, 8), (8,)]),
     "linear, twice": (lambda x, w: functional.linear(functional.linear(x, w), w), [(4, 8), (8, 8)]),
@@ -334,6 +335,7 @@ def public_calls():
     return {
         "linear": (x, w, b), "mlp": (x, w, b, w, b), "layer_norm": (x, (8,), b, b),
         "add_layer_norm": (x, x, (8,), b, b), "add_rms_norm": (x, x, (8,), b),
+        "dropout_add_layer_norm": (x, x, (8,), b, b), "dropout_add_rms_norm": (x, x, (8,), b),
         "rms_norm": (x, (8,), b), "gelu": (x,), "relu": (x,), "scaled_dot_product_attention": (q, q, q),
         "qkv_attention": (x[None], 2, 1), "varlen_attn": (*[q[0].transpose(0, 1)] * 3, cu, cu, 3, 3),
         "rope": (q, q, w[:5, :4], w[3:, 4:]),

@@ -42,16 +42,18 @@ def test_every_subset_of_gradients(op, dims, kernels, device, generator):
     tensors = [a for a in call if isinstance(a, torch.Tensor)]
     before = [t.clone() for t in tensors]
     backward = getattr(kernels, name)
-    full = verify.as_tuple(backward(*call))[: len(call[-1]) if isinstance(call[-1], list) else None]
-    subsets = list(product((False, True), repeat=len(call[-1]))) if isinstance(call[-1], list) else [None]
+    at = next((i for i, a in enumerate(call) if isinstance(a, list)), len(call))
+    every = list(call[at : at + 1])
+    full = verify.as_tuple(backward(*call))[: len(every[0]) if every else None]
+    subsets = list(product((False, True), repeat=len(every[0]))) if every else [None]
     for needs in subsets[:: max(1, len(subsets) // 8)] + [subsets[-1]]:
-        found = verify.as_tuple(backward(*call[:-1], call[-1] if needs is None else list(needs)))
+        found = verify.as_tuple(backward(*call[:at], *(every and [list(needs)]), *call[at + 1 :]))
         for need, g, want in zip(needs or [True], found, full, strict=False):
             assert torch.equal(g, want) if need else g.numel() == 0
     assert all(map(torch.equal, tensors, before))
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("op", cases.NORMS)
 @pytest.mark.parametrize("N", [8192, 10_000, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 def test_wide_rows(op, N, dtype, compiled, device, generator):

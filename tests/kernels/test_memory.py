@@ -24,8 +24,7 @@ MASKED = [
 ]
 GATED = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.TYPICAL, cases.FEW)]
 GATED_EVEN = [("mlp", {**dims["mlp"], "activation": "swiglu"}) for dims in (cases.EVEN, cases.EVEN_FEW)]
-NORMS = "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"
-WIDE = [*((op, {"M": 2, "N": 4099}) for op in NORMS), ("cross_entropy", {"N": 2, "V": 4099, "smoothing": 0.1})]
+WIDE = [*((op, {"M": 2, "N": 4099}) for op in cases.NORMS), ("cross_entropy", {"N": 2, "V": 4099, "smoothing": 0.1})]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
@@ -84,8 +83,8 @@ FAR = [  # rows, heads or batches far apart; rows of whole vectors
     ("rope", {"B": 1, "H": 2, "group": 1, "T": 5, "D": 64, "norm": 1}, -2),
     ("rope", {"B": 1, "H": 5, "group": 1, "T": 3, "D": 64, "norm": 0}, -3),
     ("rope", {"B": 5, "H": 1, "group": 1, "T": 3, "D": 64, "norm": 1}, -4),
-    *((op, {"M": 17, "N": 64}, -2) for op in NORMS),
-    *((op, {"M": 5, "N": 8200}, -2) for op in NORMS),
+    *((op, {"M": 17, "N": 64}, -2) for op in cases.NORMS),
+    *((op, {"M": 5, "N": 8200}, -2) for op in cases.NORMS),
 ]
 
 

@@ -29,6 +29,8 @@ LARGE = {  # several tiles, rows and chunks for every thread, none a multiple of
     "add_layer_norm": {"M": 1001, "N": 257},
     "rms_norm": {"M": 1001, "N": 257},
     "add_rms_norm": {"M": 1001, "N": 257},
+    "dropout_add_layer_norm": {"M": 1001, "N": 257},
+    "dropout_add_rms_norm": {"M": 1001, "N": 257},
     "gelu": {"M": 300_007},
     "relu": {"M": 300_007},
     "rope": {"B": 2, "H": 3, "group": 2, "T": 333, "D": 80, "R": 40, "norm": 1},

@@ -454,6 +454,9 @@ def test_norms_of_rows_that_are_far_apart(stride, dtype, in_registers, generator
     assert_same_when_near("add_layer_norm_bwd", dy, ds, x, w.to(dtype), mean, rstd, [True] * 3)
     assert_same_when_near("add_rms_norm_fwd", x, residual, w.to(dtype), 1e-5)
     assert_same_when_near("add_rms_norm_bwd", dy, ds, x, w.to(dtype), rstd, [True] * 2)
+    dropout = torch.tensor([5], device=DEVICE), 0.3
+    assert_same_when_near("dropout_add_layer_norm_fwd", x, residual, w, w, 1e-5, *dropout)
+    assert_same_when_near("dropout_add_layer_norm_bwd", dy, ds, x, w, mean, rstd, [True] * 4, *dropout)
 
 
 @pytest.mark.parametrize("stride, dtype, target", POINTERS + DESCRIPTORS, ids=cases.ids)

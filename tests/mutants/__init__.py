@@ -7,6 +7,7 @@ from .cpu import CPU
 from .cpu_attention import CPU_OPTIONS, CPU_VARLEN
 from .cuda import CUDA, EQUIVALENT
 from .cuda_attention import CUDA_OPTIONS, CUDA_VARLEN
+from .dropout_norm import DROPOUT_NORM
 from .loss import LOSS
 from .mutant import Mutant
 from .python import PYTHON
@@ -18,5 +19,5 @@ __all__ = ["EQUIVALENT", "MUTANTS", "Mutant"]
 
 MUTANTS = [
     *CUDA, *CUDA_OPTIONS, *CUDA_VARLEN, *CPU, *CPU_OPTIONS, *CPU_VARLEN, *PYTHON, *TRITON, *TRITON_OPTIONS,
-    *TRITON_VARLEN, *ROPE, *LOSS,
+    *TRITON_VARLEN, *ROPE, *LOSS, *DROPOUT_NORM,
 ]  # fmt: skip

@@ -118,8 +118,8 @@ CPU = [
     Mutant(
         "bind: add_rms_norm's ds is forgotten",
         "csrc/bind/*.h",
-        r"\{dy, ds, s, weight, \{\}, rstd\}",
-        r"{dy, {}, s, weight, {}, rstd}",
+        r"a, \{dy, ds, s, weight, \{\}, rstd\}",
+        r"a, {dy, {}, s, weight, {}, rstd}",
         (MEMORY, "past_the_end", "cpp", "add_rms_norm", "exact"),
     ),
     Mutant(

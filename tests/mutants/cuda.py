@@ -7,7 +7,7 @@ CUDA = [
     Mutant(
         "cuda: a norm's row at an offset of 32 bits",
         "csrc/cuda/norm.cu",
-        r"(const Row<T, E> x = lane\.load<E>\(a\.x \+) row \* a\.x_stride\);",
+        r"(const Row<T, E> x = lane\.load<E, T>\(a\.x \+) row \* a\.x_stride\);",
         r"\1 static_cast<int>(row * a.x_stride));",
         (MEMORY, "32_bits", "cuda", "rms_norm", "17"),
     ),
@@ -21,8 +21,8 @@ CUDA = [
     Mutant(
         "cuda: a wide norm's gradient at an offset of 32 bits",
         "csrc/cuda/norm_bwd.cu",
-        r"lane\.load<E>\(a\.dy \+ row \* a\.dy_stride\)",
-        r"lane.load<E>(a.dy + static_cast<int>(row * a.dy_stride))",
+        r"lane\.load<E, T>\(a\.dy \+ row \* a\.dy_stride\)",
+        r"lane.load<E, T>(a.dy + static_cast<int>(row * a.dy_stride))",
         (MEMORY, "32_bits", "cuda", "rms_norm", "8200"),
     ),
     Mutant(
@@ -85,7 +85,7 @@ CUDA = [
     Mutant(
         "cuda: a norm's weight is read as vectors wherever it lies",
         "csrc/cuda/norm.cu",
-        r" && can_vectorize\(a\.weight\)",
+        r"can_vectorize\(static_cast<const T\*>\(a\.weight\)\) && ",
         r"",
         (MEMORY, "without_vectors", "cuda", "rms_norm"),
     ),
@@ -142,8 +142,8 @@ CUDA = [
     Mutant(
         "cuda: a norm writes an element past its row",
         "csrc/cuda/norm.cuh",
-        r"if \(column<T>\(i\) < cols\) p\[column<T>\(i\)\] = ",
-        r"if (column<T>(i) <= cols) p[column<T>(i)] = ",
+        r"if \(column<Lead>\(i\) < cols\) p\[column<Lead>\(i\)\] = ",
+        r"if (column<Lead>(i) <= cols) p[column<Lead>(i)] = ",
         (MEMORY, "past_the_end", "cuda", "rms_norm"),
     ),
     Mutant(

@@ -7,6 +7,7 @@ from bench.timing.clocks import last_level_cache
 from pygpt.dispatch import TABLE
 
 cpp = TABLE["cpp"].kernels
+SEED = torch.tensor([5])  # with a probability of 0: the bits of a part are those of other rows
 CALLS = {  # from rows of x, dy and z and from a row w to results made row by row
     "layer_norm": lambda x, dy, z, w: cpp.layer_norm_fwd(x, w, w, 1e-5),
     "add_layer_norm": lambda x, dy, z, w: cpp.add_layer_norm_fwd(x, z, w, None, 1e-5),
@@ -18,6 +19,10 @@ CALLS = {  # from rows of x, dy and z and from a row w to results made row by ro
     "add_rms_norm_bwd": lambda x, dy, z, w: cpp.add_rms_norm_bwd(dy, z, x, w, statistics(x)[1], [True] * 2)[:1],
     "rope": lambda x, dy, z, w: (rope(x, z), rope(x, z, interleaved=True), rope(x, z, w)),
     "rope_bwd": lambda x, dy, z, w: (rope_bwd(dy, x, z), rope_bwd(dy, x, z, w)),
+    "dropout_add_layer_norm": lambda x, dy, z, w: cpp.dropout_add_layer_norm_fwd(x, z, w, None, 1e-5, SEED, 0.0),
+    "dropout_add_rms_norm_bwd": lambda x, dy, z, w: cpp.dropout_add_rms_norm_bwd(
+        dy, z, x, w, statistics(x)[1], [True] * 3, SEED, 0.0, 1.0
+    )[:2],
     "gelu": lambda x, dy, z, w: (cpp.gelu_fwd(x, "none"), cpp.gelu_bwd(dy, x, "tanh")),
     "relu": lambda x, dy, z, w: (cpp.relu_fwd(x), cpp.relu_bwd(dy, x)),
     "cross_entropy": lambda x, dy, z, w: of_logits(x, 0.0, None),

@@ -108,9 +108,7 @@ def apart(args):
 @pytest.mark.parametrize(
     "dtype, size", [(torch.float64, 1e3), (torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 60.0)]
 )
-@pytest.mark.parametrize(
-    "op", ["attention", "attention_lse", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu"]
-)
+@pytest.mark.parametrize("op", ["attention", "attention_lse", *cases.NORMS, "gelu"])
 def test_large_values(op, dtype, size, compiled, device, generator, monkeypatch):
     """Scores of 1e6 (beyond float16, and exp of it beyond everything), squares of 1e6."""
 

@@ -46,6 +46,8 @@ tensor(P.cross_entropy(w, torch.tensor(3), reduction="sum", z_loss=1e-4))
 P.cross_entropy(w, 3)  # wrong
 tensor(P.linear_cross_entropy(x[0, 0], w[None], torch.zeros(4, dtype=torch.long), ignore_index=-1))
 P.linear_cross_entropy(x, w, x, w)  # wrong
+normed, summed = P.dropout_add_rms_norm(x, x, 8, w, p=0.1, training=False, weight_offset=1.0)
+P.dropout_add_layer_norm(x, x, 8, w, w, 1e-5, 0.1)  # wrong
 tensor(P.scaled_dot_product_attention(x, x, x, is_causal=True, window=(3, -1)))
 tensor(P.scaled_dot_product_attention(x, x, x, window=3))  # wrong
 out, lse = P.scaled_dot_product_attention(x, x, x, return_lse=True)
