@@ -78,7 +78,7 @@ def decode(candidate: Candidate, layers, heads, width, batch, block, vocabulary)
 
     with torch.no_grad(), candidate.backend():
         model(tokens[:, :block], caches=caches)
-    cached = sum(cache.heads.nbytes for cache in caches)
+    cached = sum(t.nbytes for cache in caches for t in (cache.keys, cache.values))
     weights = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
     return token, batch, batch * candidate.peaks.read * 1e9 / (weights + cached)
 
