@@ -54,7 +54,7 @@ def loss_fwd_kernel(x, target, weight, row_losses, stats, first, N, V, x_stride,
     x += r * x_stride
     kept = cls != ignore_index
     end = tl.where(kept, V, 0)  # an ignored row is not read
-    row_max, sums = -float("inf"), tl.zeros([BLOCK], tl.float32)
+    row_max, sums = tl.full((), -float("inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, loop_bound(end), BLOCK):
         value = tl.load(x + start + cols, start + cols < V, other=-float("inf")).to(tl.float32)
         new_max = tl.maximum(row_max, tl.max(value, 0))
