@@ -280,6 +280,8 @@ def variants(dims_of):
         "reduction": ("none", "mean", "sum"),
     }  # fmt: skip
     for op, dims in dims_of.items():
+        if op == "mlp":
+            yield op, {**dims, "activation": "swiglu", "save": "input"}
         for key, values in names.items():
             if key in verify.SPECS[op].dims:
                 yield from ((op, {**dims, key: value}) for value in values)
@@ -361,7 +363,8 @@ def kernel_calls(op, args, grads, k):
     args, op = verify.SPECS[op].canonical(*args), verify.SPECS[op].op
     if op == "attention" and len(args) > 5:
         args = (*args[:5], *in_kernels_dtypes(args[0], args[5:]))
-    saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*args))
+    saves = ("all" if isinstance(a, str) and a == "input" else a for a in args)  # which mlp_bwd needs
+    saved = verify.as_tuple(getattr(k, f"{op}_fwd")(*saves))
     dy = grads[0]
     backward = {
         "attention": lambda q, kk, v, *rest: (dy, grads[1] if len(grads) > 1 else None, q, kk, v, *saved, *rest),

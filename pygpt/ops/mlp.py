@@ -222,8 +222,8 @@ def mlp(
     ``fc_weight (2 H, C)`` has the gate's rows first, as `pygpt.nn.fuse_gate` makes it, and ``fc_bias (2 H,)`` alike.
     The bias and the activation run in the first product's epilogue.
 
-    ``save="input"`` keeps nothing of the hidden layer for backward, which then computes it again. That costs one
-    product and saves the hidden layer's memory. The gradients have the same bits as with "all".
+    ``save="input"`` keeps nothing of the hidden layer for backward, which then repeats the first product. The gradients
+    have the same bits as with "all".
 
     Another activation, another ``save``, or shapes that do not fit, raise ValueError. Unequal dtypes and wrong types,
     such as integer tensors, raise TypeError.

@@ -131,6 +131,7 @@ Values column_sums(int64_t m, int64_t n, const V& v) {
 double activated(Activation a, double x) {
   if (a == Activation::gelu) return 0.5 * x * std::erfc(-x * std::sqrt(0.5));
   if (a == Activation::gelu_tanh) return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+  if (a == Activation::silu) return x / (1 + std::exp(-x));
   return x <= 0 ? 0 : a == Activation::relu ? x : x * x;
 }
 double derivative(Activation a, double x) {
@@ -140,10 +141,11 @@ double derivative(Activation a, double x) {
     const double scale = 2 * std::sqrt(2 / M_PI), p = 1 / (1 + std::exp(-scale * (x + 0.044715 * x * x * x)));
     return p + x * p * (1 - p) * scale * (1 + 3 * 0.044715 * x * x);
   }
+  if (a == Activation::silu) return (1 + x / (1 + std::exp(x))) / (1 + std::exp(-x));
   return x <= 0 ? 0 : a == Activation::relu ? 1 : 2 * x;
 }
 const char* text(Activation a) {
-  const char* names[] = {"gelu", "gelu_tanh", "relu", "relu2"};
+  const char* names[] = {"gelu", "gelu_tanh", "relu", "relu2", "swiglu"};
   return names[int(a)];
 }
 const Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::relu2};
@@ -180,13 +182,16 @@ void linear(DType dtype, int64_t M, int64_t K, int64_t N) {
   report(name + " db", db, column_sums(M, N, dy));
 }
 
+// silu is gated.
 void mlp(DType dtype, Activation which, int64_t M, int64_t C, int64_t H) {
-  const Array x = input(dtype, M * C), fc = input(dtype, H * C), fc_bias = input(dtype, H), proj = input(dtype, C * H);
+  const bool gated = which == Activation::silu;
+  const int64_t F = gated ? 2 * H : H;
+  const Array x = input(dtype, M * C), fc = input(dtype, F * C), fc_bias = input(dtype, F), proj = input(dtype, C * H);
   const Array proj_bias = input(dtype, C), dy = input(dtype, M * C), y(dtype, M * C), hidden(dtype, M * H);
-  const Array pre(dtype, M * H), dpre(dtype, M * H), dx(dtype, M * C), dfc(dtype, H * C), dfc_bias(dtype, H);
+  const Array pre(dtype, M * F), dpre(dtype, M * F), dx(dtype, M * C), dfc(dtype, F * C), dfc_bias(dtype, F);
   const Array dproj(dtype, C * H), dproj_bias(dtype, C);
   MlpArgs a = {};
-  a.dtype = dtype, a.activation = which, a.rows = M, a.in = C, a.hidden_dim = H, a.out = C;
+  a.dtype = dtype, a.activation = which, a.gated = gated, a.rows = M, a.in = C, a.hidden_dim = H, a.out = C;
   a.x = {x.data(), C}, a.fc_weight = {fc.data(), C}, a.proj_weight = {proj.data(), H}, a.dy = {dy.data(), C};
   a.fc_bias = fc_bias.data(), a.proj_bias = proj_bias.data(), a.y = y.data(), a.hidden = hidden.data();
   a.pre = saves_input(which) ? pre.data() : nullptr, a.dpre = dpre.data(), a.dx = dx.data();
@@ -194,20 +199,29 @@ void mlp(DType dtype, Activation which, int64_t M, int64_t C, int64_t H) {
   a.dproj_bias = dproj_bias.data();
   mlp_fwd(a);
   mlp_bwd(a);
-  Values exact_pre = product(M, H, C, rows(x, C), columns(fc, C)), exact_hidden;
-  for (int64_t i = 0; i < M * H; i++) {
-    exact_pre[size_t(i)] += fc_bias[i % H];
-    exact_hidden.push_back(activated(which, exact_pre[size_t(i)]));
-  }
+  Values exact_pre = product(M, F, C, rows(x, C), columns(fc, C)), exact_hidden;
+  for (int64_t i = 0; i < M * F; i++) exact_pre[size_t(i)] += fc_bias[i % F];
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t j = 0; j < H; j++) {
+      const double* p = &exact_pre[size_t(i * F + j)];
+      exact_hidden.push_back(activated(which, p[0]) * (gated ? p[H] : 1));
+    }
   Values exact = product(M, C, H, rows(exact_hidden, H), columns(proj, H));
   for (int64_t i = 0; i < M * C; i++) exact[size_t(i)] += proj_bias[i % C];
-  Values exact_dpre = product(M, H, C, rows(dy, C), rows(proj, H));
-  for (int64_t i = 0; i < M * H; i++) exact_dpre[size_t(i)] *= derivative(which, exact_pre[size_t(i)]);
+  const Values d = product(M, H, C, rows(dy, C), rows(proj, H));
+  Values exact_dpre(size_t(M * F));
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t j = 0; j < H; j++) {
+      const double *p = &exact_pre[size_t(i * F + j)], of_hidden = d[size_t(i * H + j)];
+      double* to = &exact_dpre[size_t(i * F + j)];
+      to[0] = of_hidden * derivative(which, p[0]) * (gated ? p[H] : 1);
+      if (gated) to[H] = of_hidden * activated(which, p[0]);
+    }
   const std::string name = std::string("mlp ") + text(which);
   report(name + " y", y, exact);
-  report(name + " dx", dx, product(M, C, H, rows(exact_dpre, H), rows(fc, C)));
-  report(name + " dfc_weight", dfc, product(H, C, M, columns(exact_dpre, H), rows(x, C)));
-  report(name + " dfc_bias", dfc_bias, column_sums(M, H, exact_dpre));
+  report(name + " dx", dx, product(M, C, F, rows(exact_dpre, F), rows(fc, C)));
+  report(name + " dfc_weight", dfc, product(F, C, M, columns(exact_dpre, F), rows(x, C)));
+  report(name + " dfc_bias", dfc_bias, column_sums(M, F, exact_dpre));
   report(name + " dproj_weight", dproj, product(C, H, M, columns(dy, C), rows(exact_hidden, H)));
   report(name + " dproj_bias", dproj_bias, column_sums(M, C, dy));
 }
@@ -297,6 +311,7 @@ void attention(DType dtype, int64_t L, int64_t S, int64_t E, int64_t Ev, bool ca
 int main() {
   for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
     for (Activation which : kActivations) activation(dtype, which, 1003), mlp(dtype, which, 33, 41, 83);
+    mlp(dtype, Activation::silu, 33, 41, 83);
     for (int64_t rows : {1, 5, 37, 300}) linear(dtype, rows, 61, 45);
     linear(dtype, 64, 256, 272);
     for (bool centred : {true, false}) norm(dtype, centred, 19, 301);

@@ -33,7 +33,7 @@ def rules():
 # ------------------------------------------------------------------------------- the rules, one by one
 DIMS = {
     "linear": {"M": (3, 5), "K": 7, "N": 9, "bias": 1},
-    "mlp": {"M": (3, 5), "C": 7, "H": 11, "O": 4, "bias": 1, "activation": "gelu"},
+    "mlp": {"M": (3, 5), "C": 7, "H": 11, "O": 4, "bias": 1, "activation": "gelu", "save": "all"},
     "attention": {"B": 3, "H": 5, "L": 6, "S": 7, "E": 8, "Ev": 4, "causal": 1},
     "qkv_attention": {"B": 3, "H": 5, "group": 1, "L": 6, "E": 8, "causal": 1, "left": 3, "dropout": 0.0},
     "varlen_attn": {"N": 3, "H": 5, "group": 1, "L": 6, "S": 7, "E": 8, "Ev": 4, "left": -1, "right": 0, "used": 1},

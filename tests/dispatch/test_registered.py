@@ -7,6 +7,8 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,8 +180,35 @@ SHARED = {  # one tensor in two places
     "dropout_add_rms_norm(x, x, x)": (lambda x: functional.dropout_add_rms_norm(x, x, (8,), x), [(8,)]),
     "rms_norm(w, w)": (lambda w: functional.rms_norm(w, (8,), w), [(8,)]),
     "mlp, tied": (lambda x, w, b: functional.mlp(x, w, b, w, b), [(4, 8), (8, 8), (8,)]),
+    "mlp, input": (lambda x, w, b: functional.mlp(x, w, b, w, b, save="input"), [(4, 8), (8, 8), (8,)]),
+    "swiglu, input": (
+        lambda x, w, b: functional.mlp(x, w, b, w[:, :4], b, "swiglu", save="input"), [(4, 8), (8, 8), (8,)],
+    ),
     "linear, twice": (lambda x, w: functional.linear(functional.linear(x, w), w), [(4, 8), (8, 8)]),
-}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+def test_a_compiled_forward_keeps_what_save_says(activation):
+    """Its graph returns what its backward graph reads."""
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 8), (24, 8), (8, 12))]
+    if activation != "swiglu":
+        tensors[1] = torch.randn(12, 8, requires_grad=True)
+    found = {}
+
+    def compiler(graph, _, save):
+        (output,) = graph.graph.find_nodes(op="output")
+        found[save] = {t for t in output.args[0] if t.meta["val"].shape in ((4, 12), (4, 24))}
+        return make_boxed_func(graph.forward)
+
+    for save in ("all", "input"):
+        backend = aot_autograd(fw_compiler=partial(compiler, save=save), bw_compiler=lambda g, _: make_boxed_func(g))
+        x, fc, proj = tensors
+        function = lambda x, fc, proj, save=save: functional.mlp(x, fc, None, proj, None, activation, save=save)
+        y = torch.compile(function, fullgraph=True, backend=backend)(x, fc, proj)
+        grads = torch.autograd.grad(y.sum(), tensors)
+        assert all(map(torch.equal, grads, torch.autograd.grad(function(*tensors).sum(), tensors)))
+    assert found["all"] and not found["input"]
 
 
 @pytest.mark.parametrize("name", SHARED)
