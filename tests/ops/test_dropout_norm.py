@@ -39,10 +39,10 @@ def backward(kernels, op, dy, ds, s, weight, statistics, *dropout):
 
 
 # ------------------------------------------------------------------------------- dropout's bits
-@pytest.mark.parametrize("of_x, of_sum", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("dtype, of_sum", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", [(7, 61), (3, 2, 72), (2, 9001)], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_which_elements_are_dropped(op, shape, of_x, of_sum, backend, device, seed, kernels):
+def test_which_elements_are_dropped(op, shape, dtype, of_sum, backend, device, seed, kernels):
     """Forward and backward drop the same ones, those of the contract, in every kernel."""
     p = (0.1, 0.5, 0.9)[seed % 3]
     key = int.from_bytes(seed.to_bytes(4, "little") * 2, "little", signed=True)
@@ -50,19 +50,19 @@ def test_which_elements_are_dropped(op, shape, of_x, of_sum, backend, device, se
     ones, zeros = torch.ones(shape, device=device), torch.zeros(shape, device=device)
     rows = ones[..., 0].numel()
     want = kept(key, p, 1, 1, rows, shape[-1])[0, 0].view(shape)
-    factors = torch.where(want, 1 / (1 - p), 0.0)
-    _, s, *statistics = forward(kernels, op, ones.to(of_x), zeros.to(of_sum), None, *dropout)
+    factors = want.double() * (1 / (1 - p))
+    _, s, *statistics = forward(kernels, op, ones.to(dtype), zeros.to(of_sum), None, *dropout)
     assert s.dtype == of_sum and torch.equal(s.cpu(), factors.to(of_sum))
-    dx, dresidual, *_ = backward(kernels, op, zeros.to(of_x), ones.to(of_sum), s, None, statistics, *dropout)
-    assert dx.dtype == of_x and torch.equal(dx.cpu(), factors.to(of_x))
+    dx, dresidual, *_ = backward(kernels, op, zeros.to(dtype), ones.to(of_sum), s, None, statistics, *dropout)
+    assert dx.dtype == dtype and torch.equal(dx.cpu(), factors.to(dtype))
     assert torch.equal(dresidual.cpu(), ones.cpu().to(of_sum))
 
 
-@pytest.mark.parametrize("of_x, of_sum", DTYPES[1:], ids=cases.ids)
+@pytest.mark.parametrize("dtype, of_sum", DTYPES[1:], ids=cases.ids)
 @pytest.mark.parametrize("op", OPS)
-def test_the_sum_has_the_same_bits_on_every_backend(op, of_x, of_sum, compiled, device, kernels_of, generator):
+def test_the_sum_has_the_same_bits_on_every_backend(op, dtype, of_sum, compiled, device, kernels_of, generator):
     x, residual = torch.randn(2, 5, 77, generator=generator).to(device)
-    x, residual, dropout = x.to(of_x), residual.to(of_sum), (torch.tensor([7], device=device), 0.3)
+    x, residual, dropout = x.to(dtype), residual.to(of_sum), (torch.tensor([7], device=device), 0.3)
     found = forward(kernels_of, op, x, residual, None, *dropout)[1]
     assert torch.equal(found, forward(REFERENCE, op, x, residual, None, *dropout)[1])
 
@@ -161,7 +161,7 @@ def test_the_fallback_in_mixed_dtypes(op, more, wide, generator):
 DTYPES_OF_ARGUMENTS = ["float64", "float32", "bfloat16", "float16"]
 
 
-@pytest.mark.parametrize("x, residual, weight", itertools.product(DTYPES_OF_ARGUMENTS, repeat=3))
+@pytest.mark.parametrize("x, residual, weight", list(itertools.product(DTYPES_OF_ARGUMENTS, repeat=3)))
 def test_which_dtypes_kernels_serve(x, residual, weight):
     """And every other mixture has the promised dtypes by PyTorch."""
     wide = {"float32"} if x.endswith("16") else set()
@@ -221,10 +221,9 @@ def test_without_dropout_it_is_the_norm_of_a_sum(without, dtype, backend, device
 
 # ------------------------------------------------------------------------------- gradients
 @EITHER
-@pytest.mark.parametrize("of_sum", [torch.float32, torch.float64], ids=cases.ids)
-def test_each_result_alone_and_each_gradient_alone(function, of_sum, backend, device, generator):
+@pytest.mark.parametrize("dtype, of_sum", [DTYPES[0], DTYPES[-2]], ids=cases.ids)
+def test_each_result_alone_and_each_gradient_alone(function, dtype, of_sum, backend, device, generator):
     """An upstream None stays None, and what needs no gradient changes no bit of the others."""
-    dtype = torch.bfloat16 if of_sum == torch.float32 else torch.float64
     x, residual, w, dy = (
         torch.randn(shape, generator=generator).to(device, d)
         for shape, d in (((6, 24), dtype), ((6, 24), of_sum), ((24,), of_sum), ((6, 24), dtype))
@@ -236,7 +235,8 @@ def test_each_result_alone_and_each_gradient_alone(function, of_sum, backend, de
         with pygpt.backend(backend):
             results = function(leaves[0], leaves[1], 24, leaves[2], p=0.25)
         wanted = [t for t in leaves if t.requires_grad]
-        return torch.autograd.grad([results[i] for i in outs], wanted, upstream, allow_unused=True)
+        pairs = [(results[i], u) for i, u in zip(outs, upstream, strict=True) if results[i].requires_grad]
+        return torch.autograd.grad([o for o, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True)
 
     ds = torch.randn(6, 24, generator=generator).to(device, of_sum)
     full = grads((0, 1), (True,) * 3, (dy, ds))
@@ -257,13 +257,13 @@ def test_each_result_alone_and_each_gradient_alone(function, of_sum, backend, de
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("of_x, of_sum", DTYPES[1:], ids=cases.ids)
-def test_nan_and_infinity_go_where_pytorchs_go(of_x, of_sum, value, op, compiled, device, kernels_of):
+@pytest.mark.parametrize("dtype, of_sum", DTYPES[1:], ids=cases.ids)
+def test_nan_and_infinity_go_where_pytorchs_go(dtype, of_sum, value, op, compiled, device, kernels_of):
     """A dropped infinity is NaN, in the branch, the residual and both gradients."""
     dropout = torch.tensor([3], device=device), 0.5
     x, residual, dy, ds = torch.randn(4, 6, 40).to(device)
     x[1, :2], residual[2, 3], ds[4, :8], dy[5, 1] = value, value, value, value
-    x, residual, dy, ds = x.to(of_x), residual.to(of_sum), dy.to(of_x), ds.to(of_sum)
+    x, residual, dy, ds = x.to(dtype), residual.to(of_sum), dy.to(dtype), ds.to(of_sum)
     results = []
     for k in (kernels_of, REFERENCE):
         y, s, *statistics = forward(k, op, x, residual, None, *dropout)
@@ -275,14 +275,16 @@ def test_nan_and_infinity_go_where_pytorchs_go(of_x, of_sum, value, op, compiled
 # ------------------------------------------------------------------------------- the offset of a weight
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 def test_an_offset_is_added_before_the_weight_is_rounded(dtype, backend, device):
-    """1 + 2^-20 is 1 in 16 bits; the sum's own digits show in float32."""
-    weight = torch.tensor([2.0**-9, -1.0, 3.0, 0.0], device=device, dtype=dtype)
-    x = torch.full((2, 4), 512.0, device=device, dtype=dtype)
-    want = (1 + weight.double()).expand(2, 4)
+    """The error is that of one rounding of the result, and of a few in float32."""
+    x, weight = torch.randn(40, 200, dtype=torch.float64).to(dtype), (torch.randn(200) / 30).to(dtype)
+    want = F.rms_norm(x.double(), (200,), None, 1e-6) * (1 + weight.double())
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    allowed = want.abs() * (torch.finfo(dtype).eps / 2 + 8 * torch.finfo(accumulator).eps)
+    x, weight = x.to(device), weight.to(device)
     with pygpt.backend(backend):
-        y = rms_norm(x, 4, weight, 1e-9, weight_offset=1.0)
-        torch.testing.assert_close(y.double(), want.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
-        found, s = add_rms_norm(x, x * 0, 4, weight, 1e-9, weight_offset=1.0)
+        y = rms_norm(x, 200, weight, 1e-6, weight_offset=1.0)
+        assert ((y.double().cpu() - want).abs() <= allowed).all()
+        found, s = add_rms_norm(x, x * 0, 200, weight, 1e-6, weight_offset=1.0)
         assert torch.equal(found, y) and torch.equal(s, x)
 
 
