@@ -469,15 +469,22 @@ class CausalSelfAttention(nn.Module):
         """q and k (B, H, T, D), whose first position is ``position``, after q_norm, k_norm and rotary."""
         rotary, fused = self._modules.get("rotary"), {}
         if "q_norm" in self._modules:
-            if rotary is not None and all(_is_unmodified(n, RMSNorm, nn.RMSNorm) for n in (self.q_norm, self.k_norm)):
-                fused = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+            norms = self.q_norm, self.k_norm
+            if rotary is not None and all(map(_is_norm_of_rope, norms)) and norms[0].eps == norms[1].eps:
+                fused = {"q_weight": norms[0].weight, "k_weight": norms[1].weight, "eps": norms[0].eps}
             else:
-                q, k = self.q_norm(q), self.k_norm(k)
+                q, k = norms[0](q), norms[1](k)
         return (q, k) if rotary is None else rotary(q, k, position, **fused)
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}{window}"
+
+
+def _is_norm_of_rope(norm: nn.Module) -> bool:
+    """Whether calling the module is the norm that rope computes with its weight and eps, and nothing else."""
+    is_rms_norm = _is_unmodified(norm, RMSNorm, nn.RMSNorm)
+    return is_rms_norm and norm.weight is not None and norm.weight.dim() == 1 and isinstance(norm.eps, float)
 
 
 class RotaryEmbedding(nn.Module):
@@ -510,6 +517,8 @@ class RotaryEmbedding(nn.Module):
             )
         if max_positions < 0:
             raise ValueError(f"pygpt.nn.RotaryEmbedding: max_positions must not be negative, got {max_positions}")
+        if not 0 < base < math.inf:
+            raise ValueError(f"pygpt.nn.RotaryEmbedding: base must be a positive number, got {base}")
         self.head_dim, self.rotary_dim, self.base = head_dim, rotary_dim, float(base)
         self.interleaved, self.max_positions = interleaved, max_positions
         for name, table in self._tables(device).items():
@@ -522,11 +531,12 @@ class RotaryEmbedding(nn.Module):
         return {name: t.to(device, torch.float32) for name, t in (("cos", angles.cos()), ("sin", angles.sin()))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        before = self.cos
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.cos is not before:  # converted, moved, or empty: to_empty does this to a shared module twice
-            for name, table in self._tables(self.cos.device).items():
-                setattr(self, name, table)
+        if self.cos is not before["cos"]:  # converted, moved or emptied, each of which leaves other values
+            tables = self._tables("cpu") if before["cos"].is_meta else before
+            for name in before:
+                setattr(self, name, tables[name].to(self.cos.device))
         return self
 
     def forward(

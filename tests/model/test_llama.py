@@ -16,7 +16,7 @@ from pygpt.train import PRESETS, Settings
 F64 = torch.float64
 LLAMA = GPTConfig(
     vocab_size=37, block_size=16, n_layer=2, n_head=4, n_embd=24, bias=False, norm="rms_norm", norm_eps=1e-6,
-    position="rotary", rope_theta=500.0, n_kv_head=2, hidden_dim=40,
+    position="rotary", rope_theta=500.0, n_kv_head=2, hidden_dim=40, activation="swiglu",
 )  # fmt: skip
 CONFIGS = {
     "llama": LLAMA,
@@ -60,7 +60,12 @@ def plain(weights, idx, c):
         s = (q @ k.mT / math.sqrt(D)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         x = x + linear(f"{at}.attn.c_proj", (s.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1))
         h = linear(f"{at}.mlp.c_fc", norm(x, weights, f"{at}.ln_2", c))
-        x = x + linear(f"{at}.mlp.c_proj", F.gelu(h, approximate="tanh"))
+        if c.activation == "swiglu":
+            gate, value = h.chunk(2, -1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h, approximate="tanh")
+        x = x + linear(f"{at}.mlp.c_proj", h)
     return norm(x, weights, "transformer.ln_f", c) @ weights["lm_head.weight"].mT
 
 
@@ -108,6 +113,23 @@ def test_tables_survive_every_way_of_moving():
     assert not [name for name in model.state_dict() if "rotary" in name or "wpe" in name]
     rotary = {id(block.attn.rotary) for block in model.transformer.h}
     assert len(rotary) == 1
+
+
+@pytest.mark.parametrize("replace", [
+    lambda m: m.k_norm.__setattr__("eps", 0.5),
+    lambda m: m.__setattr__("q_norm", nn.RMSNorm(6, 1e-6, elementwise_affine=False)),
+    lambda m: m.__setattr__("k_norm", nn.RMSNorm(6, dtype=F64)),
+    lambda m: m.__setattr__("k_norm", nn.LayerNorm(6, dtype=F64)),
+], ids=["another eps", "no weight", "no eps", "another norm"])  # fmt: skip
+def test_norms_of_heads_that_rope_cannot_compute(replace):
+    rotary = pygpt.nn.RotaryEmbedding(6)
+    m = pygpt.nn.CausalSelfAttention(24, 4, dtype=F64, rotary=rotary, qk_norm_eps=1e-6)
+    replace(m)
+    x = torch.randn(2, 9, 24, dtype=F64)
+    q, k, v = m.c_attn(x).unflatten(2, (12, 6)).transpose(1, 2).chunk(3, 1)
+    q, k = rotary(m.q_norm(q), m.k_norm(k))
+    want = m.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(m(x), want)
 
 
 def test_a_hook_on_a_norm_of_heads_is_called():
