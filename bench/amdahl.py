@@ -67,7 +67,8 @@ def training_step(name: str, dropout: float) -> Callable[[], None]:
 
 def part_of(event: FunctionEvent) -> str:
     """The part of PARTS to which an operation's own time belongs."""
-    names, at = [], event
+    names: list[str] = []
+    at: FunctionEvent | None = event
     while at is not None:
         names.append(at.name)
         at = at.cpu_parent

@@ -47,7 +47,7 @@ class GPTConfig:
     hidden_dim: int | None = None  # of the MLP; None: 4 n_embd
 
     def __post_init__(self) -> None:
-        def one_of(*names):
+        def one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
             return lambda name: name in names, f"one of {', '.join(names)}"
 
         size = lambda n: isinstance(n, Integral) and int(n) >= 1, "a positive integer"

@@ -88,7 +88,10 @@ class Linear(nn.Linear):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss on `pygpt.functional.cross_entropy`, with its ``z_loss``."""
+    """torch.nn.CrossEntropyLoss on `pygpt.functional.cross_entropy`, with its ``z_loss``.
+
+    ``device`` and ``dtype`` are those of ``weight``, which otherwise keeps its own.
+    """
 
     def __init__(
         self,
@@ -99,7 +102,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        weight = None if weight is None else weight.to(device, dtype)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
 
@@ -469,7 +475,7 @@ class CausalSelfAttention(nn.Module):
         """q and k (B, H, T, D), whose first position is ``position``, after q_norm, k_norm and rotary."""
         rotary, fused = self._modules.get("rotary"), {}
         if "q_norm" in self._modules:
-            norms = self.q_norm, self.k_norm
+            norms: tuple[Any, Any] = self.q_norm, self.k_norm
             if rotary is not None and all(map(_is_norm_of_rope, norms)) and norms[0].eps == norms[1].eps:
                 fused = {"q_weight": norms[0].weight, "k_weight": norms[1].weight, "eps": norms[0].eps}
             else:
@@ -483,8 +489,9 @@ class CausalSelfAttention(nn.Module):
 
 def _is_norm_of_rope(norm: nn.Module) -> bool:
     """Whether calling the module is the norm that rope computes with its weight and eps, and nothing else."""
-    is_rms_norm = _is_unmodified(norm, RMSNorm, nn.RMSNorm)
-    return is_rms_norm and norm.weight is not None and norm.weight.dim() == 1 and isinstance(norm.eps, float)
+    weight: Tensor | None = norm._parameters.get("weight")
+    has_both = weight is not None and weight.dim() == 1 and isinstance(norm.eps, float)
+    return has_both and _is_unmodified(norm, RMSNorm, nn.RMSNorm)
 
 
 class RotaryEmbedding(nn.Module):
@@ -531,7 +538,7 @@ class RotaryEmbedding(nn.Module):
         return {name: t.to(device, torch.float32) for name, t in (("cos", angles.cos()), ("sin", angles.sin()))}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        before = dict(self._buffers)
+        before: dict[str, Any] = dict(self._buffers)
         super()._apply(fn, recurse)
         if self.cos is not before["cos"]:  # converted, moved or emptied, each of which leaves other values
             tables = self._tables("cpu") if before["cos"].is_meta else before

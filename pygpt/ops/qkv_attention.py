@@ -6,6 +6,7 @@ The gradient makes the difference: here it is one tensor, too, where the backwar
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ def qkv_attention_fwd(
     left: int, right: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, T, Hq E), contiguous, and lse (B, Hq, T)."""
-    o = _options(seed, dropout_p, left, right)
-    out, lse = attention_fwd(*split_heads(qkv, heads, kv_heads), is_causal, scale, *o)
+    options: tuple[Any, ...] = _options(seed, dropout_p, left, right)
+    out, lse = attention_fwd(*split_heads(qkv, heads, kv_heads), is_causal, scale, *options)
     return _side_by_side(out).contiguous(), lse
 
 
@@ -69,9 +70,9 @@ def qkv_attention_bwd(
     seed: Tensor | None, dropout_p: float, left: int, right: int,
 ) -> Tensor:  # fmt: skip
     """dqkv, contiguous."""
-    o, needs = _options(seed, dropout_p, left, right), [True] * 3
-    of_heads = as_heads(dout, heads), None, *split_heads(qkv, heads, kv_heads), as_heads(out, heads), lse
-    dq, dk, dv, *_ = attention_bwd(*of_heads, is_causal, scale, needs, *o)
+    options: tuple[Any, ...] = _options(seed, dropout_p, left, right)
+    of_heads: tuple[Any, ...] = as_heads(dout, heads), None, *split_heads(qkv, heads, kv_heads), as_heads(out, heads)
+    dq, dk, dv, *_ = attention_bwd(*of_heads, lse, is_causal, scale, [True] * 3, *options)
     return _side_by_side(torch.cat((dq, dk, dv), 1)).contiguous()
 
 
