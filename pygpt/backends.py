@@ -264,7 +264,7 @@ def _fill():
     def limits(serves: Any, max_head_dim: int | None) -> dict:
         """A backend's limits. Its ops are those with a kernel, or all where the backend itself is missing."""
         names = tuple(op for op in OPS if serves is None or serves(f"{op}_fwd"))
-        features = dict.fromkeys(("attention", "qkv_attention"), ATTENTION_FEATURES)
+        features: dict[str, tuple[str, ...]] = dict.fromkeys(("attention", "qkv_attention"), ATTENTION_FEATURES)
         features |= dict.fromkeys(("dropout_add_layer_norm", "dropout_add_rms_norm"), ("dropout_p",))
         return {"ops": names, "features": features, "max_head_dim": max_head_dim}
 

@@ -8,7 +8,8 @@
 //
 // linear_cross_entropy is a sequence of GEMMs (gemm.cuh) and these kernels for every chunk:
 //     logits = x W^T + b      dlogits      dx = dlogits W      dW += dlogits^T x      db = column sums of dlogits
-// Logits and the sums of dW are float. dlogits have the operands' type; float ones overwrite the logits.
+// Logits and the sums of dW are float. dlogits have the operands' type; float ones overwrite the logits. Forward scales
+// those of half, and at last divides the gradients by the same power of two.
 //
 // A target that is no class gives its row a loss and gradients of NaN. It is never an index.
 #include "gemm.cuh"
@@ -32,7 +33,8 @@ struct LossParams {
   float *row_losses, *row_max, *row_sum, *totals, *loss;
   // backward
   const float* dloss;  // null: the gradient of the sum of the losses, or of totals[0] times their mean
-  const float* of_weights;  // the sum of all weights, or null if they are not set
+  const float* of_weights;  // the sum of all weights and that of their magnitudes, or null if they are not set
+  float* scale;  // a factor of dlogits and its inverse, or null if there is none
 
   __device__ bool is_class(int64_t t) const { return t >= 0 && t < classes; }
   __device__ float weight_of(int64_t t) const { return weight ? weight[t] : 1.f; }
@@ -64,7 +66,7 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_fwd_kernel(LossParams a, 
   Lane lane{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), 0, a.classes, vectorized};
   float value[kE], max = -kInf, sums[1] = {};
   for (; lane.start < a.classes; lane.start += blockDim.x * kE) {
-    lane.load<kE>(x).get(value);
+    lane.load<kE, T>(x).get(value);
     const int valid = lane.valid<T, kE>();
     float pass_max = -kInf;
 #pragma unroll
@@ -87,7 +89,7 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_fwd_kernel(LossParams a, 
   float smooth[1] = {};
   if (a.smoothing != 0) {
     for (lane.start = 0; lane.start < a.classes; lane.start += blockDim.x * kE) {
-      lane.load<kE>(x).get(value);
+      lane.load<kE, T>(x).get(value);
       const int valid = lane.valid<T, kE>();
       float sum = 0;
 #pragma unroll
@@ -106,24 +108,38 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_fwd_kernel(LossParams a, 
   a.row_losses[row] = loss;
 }
 
-// One block: the totals and, with `reduce`, the loss of all rows.
+// The factor of half's dlogits in forward (pygpt/ops/loss.py). largest: the largest magnitude of a kept target's weight.
+__device__ __forceinline__ float scale_of_half(const LossParams& a, float largest, float of_squares) {
+  const float classes = static_cast<float>(a.classes);
+  float bound = (1 - a.smoothing) * largest;
+  if (a.smoothing != 0) bound += a.smoothing / classes * (a.of_weights ? a.of_weights[1] : classes);
+  if (a.z_loss != 0) bound += 16384.f * fabsf(a.z_loss * of_squares);
+  const int exponent = static_cast<int>(__float_as_uint(bound) >> 23 & 255);  // with its bias of 127, as in the result
+  return __uint_as_float(static_cast<unsigned>(267 - min(max(exponent, 27), 254)) << 23);
+}
+
+// One block: the totals, the scale and, with `reduce`, the loss of all rows.
 __global__ __launch_bounds__(kMaxThreads, 1) void loss_reduce_kernel(LossParams a, bool reduce) {
-  PYGPT_SHARED(float, shared, [4][32]);
+  PYGPT_SHARED(float, shared, [5][32]);
   float sums[4] = {};  // of the kept targets' weights, of their number, of the losses, of the squared lse
+  float largest = 0;
   for (int64_t i = threadIdx.x; i < a.rows; i += blockDim.x) {
     const int64_t target = a.target[i];
     if (target == a.ignore_index) continue;
-    sums[0] += a.is_class(target) ? a.weight_of(target) : 0.f;
-    sums[1] += 1;
+    const float weight = a.is_class(target) ? a.weight_of(target) : 0.f;
+    sums[0] += weight, sums[1] += 1;
+    if (fabsf(weight) < kInf) largest = fmaxf(largest, fabsf(weight));
     if (!reduce) continue;
     sums[2] += a.row_losses[i];
     if (a.z_loss != 0) sums[3] += a.z_loss * a.lse(i) * a.lse(i);
   }
   team_sum<kWholeBlock>(sums, shared);
+  largest = a.scale ? block_max(largest, shared[4]) : 0.f;
   if (threadIdx.x > 0) return;
   a.totals[0] = sums[0], a.totals[1] = sums[1];
-  if (!reduce) return;
   const bool mean = a.reduction == Reduction::mean;
+  if (a.scale) a.scale[0] = scale_of_half(a, largest, mean ? sums[0] / sums[1] : 1.f), a.scale[1] = 1 / a.scale[0];
+  if (!reduce) return;
   float loss = mean ? sums[2] / sums[0] : sums[2];
   if (a.z_loss != 0) loss += mean ? sums[3] / sums[1] : sums[3];
   *a.loss = loss;
@@ -141,6 +157,7 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_bwd_kernel(LossParams a, 
   if (a.dloss) of_loss = of_squares = a.dloss[a.reduction == Reduction::none ? row : 0];
   if (a.dloss && mean) of_loss /= a.totals[0], of_squares /= a.totals[1];
   if (!a.dloss && mean) of_squares = a.totals[0] / a.totals[1];
+  if (a.scale) of_loss *= a.scale[0], of_squares *= a.scale[0];
   const float one = known ? (1 - a.smoothing) * of_loss * a.weight_of(target) : NAN;
   const float others = of_loss * a.smoothing / static_cast<float>(a.classes), row_max = a.row_max[row];
   float factor = one;
@@ -151,7 +168,7 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_bwd_kernel(LossParams a, 
   Lane lane{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), 0, a.classes, vectorized};
   for (; lane.start < a.classes; lane.start += blockDim.x * kE) {
     float value[kE];
-    if (kept) lane.load<kE>(x).get(value);
+    if (kept) lane.load<kE, In>(x).get(value);
 #pragma unroll
     for (int i = 0; i < kE; i++) {
       const int64_t column = lane.column<In>(i);
@@ -160,7 +177,7 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_bwd_kernel(LossParams a, 
       value[i] = kept ? (column == target ? d - one : d) : 0.f;
     }
     if constexpr (sizeof(In) == sizeof(Out)) {
-      lane.store(dx, value);
+      lane.store<In>(dx, value);
     } else {
 #pragma unroll
       for (int i = 0; i < kE; i++)
@@ -169,13 +186,18 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_bwd_kernel(LossParams a, 
   }
 }
 
-// The sum of all weights, by one block.
+// The sum of all weights and that of their magnitudes, by one block.
 __global__ __launch_bounds__(kMaxThreads, 1) void weight_sum_kernel(const float* weight, int64_t classes, float* out) {
-  PYGPT_SHARED(float, shared, [1][32]);
-  float sums[1] = {};
-  for (int64_t i = threadIdx.x; i < classes; i += blockDim.x) sums[0] += weight[i];
+  PYGPT_SHARED(float, shared, [2][32]);
+  float sums[2] = {};
+  for (int64_t i = threadIdx.x; i < classes; i += blockDim.x) sums[0] += weight[i], sums[1] += fabsf(weight[i]);
   team_sum<kWholeBlock>(sums, shared);
-  if (threadIdx.x == 0) *out = sums[0];
+  if (threadIdx.x == 0) out[0] = sums[0], out[1] = sums[1];
+}
+
+__global__ __launch_bounds__(kMaxThreads) void multiply_kernel(float* x, int64_t n, const float* factor) {
+  const int64_t i = blockIdx.x * int64_t{kMaxThreads} + threadIdx.x;
+  if (i < n) x[i] *= *factor;
 }
 
 // ---------------------------------------------------------------- launching
@@ -202,13 +224,20 @@ LossParams forward_params(const CrossEntropyArgs& a, const Stream& stream) {
 // Sets of_weights, which loss_bwd_kernel reads.
 Error sum_weights(LossParams& p, const Stream& stream) {
   if (!p.weight || p.smoothing == 0) return nullptr;
-  float* sum = scratch<float>(stream, 1);
+  float* sum = scratch<float>(stream, 2);
   p.of_weights = sum;
   return launch(weight_sum_kernel, make_grid(1), dim3(kMaxThreads), 0, stream, p.weight, p.classes, sum);
 }
 
 Error reduce(const LossParams& p, bool losses, const Stream& stream) {
   return launch(loss_reduce_kernel, make_grid(1), dim3(kMaxThreads), 0, stream, p, losses);
+}
+
+// Divides n floats, unless x is null, by the scale.
+Error unscale(const LossParams& p, void* x, int64_t n, const Stream& stream) {
+  if (!p.scale || !x || n == 0) return nullptr;
+  return launch(multiply_kernel, make_grid(ceil_div(n, kMaxThreads)), dim3(kMaxThreads), 0, stream,
+                static_cast<float*>(x), n, p.scale + 1);
 }
 
 template <class T>
@@ -320,8 +349,9 @@ Error linear_cross_entropy_fwd(const LinearCrossEntropyArgs& a, const Stream& st
     using T = decltype(zero);
     LinearLoss<T> l{a, forward_params(a.loss, stream), stream};
     l.dw_sums = static_cast<float*>(a.dw), l.db_sums = a.db ? scratch<float>(stream, l.chunks() * l.V) : nullptr;
-    Error error = reduce(l.p, false, stream);
-    if (!error) error = sum_weights(l.p, stream);
+    if (std::is_same_v<T, __half> && (a.dx || a.dw || a.db)) l.p.scale = scratch<float>(stream, 2);
+    Error error = sum_weights(l.p, stream);
+    if (!error) error = reduce(l.p, false, stream);
     if (!error)
       error = l.for_chunks([&](int64_t first, int64_t rows) -> Error {
         l.p.first = first;
@@ -330,6 +360,9 @@ Error linear_cross_entropy_fwd(const LinearCrossEntropyArgs& a, const Stream& st
         return failed || !(a.dx || a.dw || a.db) ? failed : l.add_gradients(first, rows);
       });
     if (!error && a.db) error = column_sums(l.db_sums, l.chunks(), l.V, l.V, static_cast<float*>(a.db), stream);
+    if (!error) error = unscale(l.p, a.dx, l.N * l.K, stream);
+    if (!error) error = unscale(l.p, a.dw, l.V * l.K, stream);
+    if (!error) error = unscale(l.p, a.db, l.V, stream);
     return error || a.loss.reduction == Reduction::none ? error : reduce(l.p, true, stream);
   });
 }

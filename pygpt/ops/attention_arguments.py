@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from ..autocast import autocasting
 from ..dispatch import Call
-from .common import acc_dtype, check_tensors
+from .common import acc_dtype, check_tensors, checked_integer
 
 torchs = F.scaled_dot_product_attention  # bound now, because a user may replace it by ours later
 
@@ -67,7 +67,7 @@ def prepare(
     B, Hq = q.shape[:2]
     attn_mask, is_causal, lower_right = _without_causal_bias(attn_mask, is_causal, L, S)
     left, right = (-1, -1) if window is None else checked_window(_OP, "window", window)
-    if not isinstance(softcap, (Real, torch.SymFloat)):
+    if not _is_number(softcap):
         raise TypeError(f"{_OP}: softcap must be a number, got {softcap!r}")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{_OP}: softcap must be finite and not negative, got {softcap}")
@@ -218,12 +218,16 @@ def checked_scale(op: str, scale, E: int) -> float:
     raise TypeError(f"{op}: scale must be a number that a float holds, got {scale!r}")
 
 
-def checked_dropout(op: str, p) -> float:
-    if not isinstance(p, (Real, torch.SymFloat)):
+def checked_dropout(op: str, p: Any) -> float:
+    if not _is_number(p):
         raise TypeError(f"{op}: dropout_p must be a number, got {p!r}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {p}")
     return float(p)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (Real, torch.SymFloat))
 
 
 def check_flags(op: str, **flags) -> None:
@@ -234,7 +238,7 @@ def check_flags(op: str, **flags) -> None:
 
 def checked_window(op: str, name: str, window) -> tuple[int, int]:
     try:
-        left, right = (n if isinstance(n, torch.SymInt) else index(n) for n in window)
+        left, right = (checked_integer(op, name, n) for n in window)
         valid = all(-1 <= n < 2**31 for n in (left, right))
     except (TypeError, ValueError):
         valid = False

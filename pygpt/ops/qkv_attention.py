@@ -71,8 +71,9 @@ def qkv_attention_bwd(
 ) -> Tensor:  # fmt: skip
     """dqkv, contiguous."""
     options: tuple[Any, ...] = _options(seed, dropout_p, left, right)
-    of_heads: tuple[Any, ...] = as_heads(dout, heads), None, *split_heads(qkv, heads, kv_heads), as_heads(out, heads)
-    dq, dk, dv, *_ = attention_bwd(*of_heads, lse, is_causal, scale, [True] * 3, *options)
+    q, k, v = split_heads(qkv, heads, kv_heads)
+    of_rows = as_heads(dout, heads), None, q, k, v, as_heads(out, heads), lse
+    dq, dk, dv, *_ = attention_bwd(*of_rows, is_causal, scale, [True] * 3, *options)
     return _side_by_side(torch.cat((dq, dk, dv), 1)).contiguous()
 
 
