@@ -86,7 +86,7 @@ class Configs:
     """Candidates for one kernel, one target and one bucket of sizes, the best first.
 
     The first candidate that fits the device's registers and shared memory is used; Triton checks both before a launch.
-    PYGPT_AUTOTUNE=1 measures all candidates instead.
+    PYGPT_AUTOTUNE=1 measures all candidates on a GPU instead.
     """
 
     name: str  # names the bucket and is unique for its kernel
@@ -165,11 +165,12 @@ def tileable(*tensors: torch.Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------- launching
-def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, **constants):
+def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, in_place: tuple = (), **constants):
     """kernel[grid(blocks)](*args, **constants, **blocks) on the device of the first tensor among args.
 
     grid maps the blocks of the chosen Config to the number of programs; nothing runs if that is 0.
-    fuse says whether the compiler may contract a product and a sum into an fma.
+    fuse says whether the compiler may contract a product and a sum into an fma. in_place: the tensors that the kernel
+    overwrites after reading them, which a kernel can do only once, so that measuring must restore them.
     """
     constants["enable_fp_fusion"] = fuse
     if _observe is not None:
@@ -180,8 +181,8 @@ def launch(kernel, grid, *args, configs: Configs, fuse: bool = True, **constants
     with torch.cuda.device(device) if switch else nullcontext():
         if config is not None:
             return _start(kernel, grid, args, constants, config)
-        if AUTOTUNE and device.type == "cuda":
-            configs.chosen[device] = _tuned(kernel, grid, args, constants, configs)
+        if AUTOTUNE:
+            configs.chosen[device] = _tuned(kernel, grid, args, constants, configs, in_place)
         for candidate in (configs.chosen[device],) if device in configs.chosen else configs.candidates:
             try:
                 _start(kernel, grid, args, constants, candidate)
@@ -207,7 +208,7 @@ def _start(kernel, grid, args, constants, config):
 
 
 # ------------------------------------------------------------------------------- autotuning, on request
-AUTOTUNE = os.environ.get("PYGPT_AUTOTUNE") == "1"
+AUTOTUNE = os.environ.get("PYGPT_AUTOTUNE") == "1" and not INTERPRETED
 
 
 def cache_file() -> Path:
@@ -238,13 +239,16 @@ def _write_cache(key: str, index: int):
         pass
 
 
-def _tuned(kernel, grid, args, constants, configs: Configs) -> Config:
+def _tuned(kernel, grid, args, constants, configs: Configs, in_place=()) -> Config:
     device = torch.cuda.get_device_name(_device(args))
     blocks = ";".join(map(str, configs.candidates))
     key = f"{device} | triton {triton.__version__} | {kernel.__name__} | {configs.name} | {blocks}"
     index = read_cache().get(key)
     if index is None or not 0 <= index < len(configs.candidates):
+        before = [t.clone() for t in in_place]
         index = _fastest(kernel, grid, args, constants, configs.candidates)
+        for t, values in zip(in_place, before, strict=True):
+            t.copy_(values)
         _write_cache(key, index)
     return configs.candidates[index]
 

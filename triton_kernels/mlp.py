@@ -256,7 +256,7 @@ def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
         out, left.source, right.source, *tensors, M, N, K, *left.strides, *right.strides,
-        configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)],
+        configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)], in_place=(out,) if epilogue.gate is out else (),
         A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, OUT_WIDTH=out_width, PRE_WIDTH=pre_width,
         SPLITS=splits, SUM_ROWS=SUM_ROWS,
     )  # fmt: skip

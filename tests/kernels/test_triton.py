@@ -595,6 +595,27 @@ def test_autotuning_survives_any_cache(content, monkeypatch, tmp_path):
     assert [f.name for f in common.cache_file().parent.iterdir()] == ["triton.json"]
 
 
+def test_measuring_restores_what_a_kernel_overwrites(monkeypatch, tmp_path, generator):
+    """A candidate runs more than once, but a gate that is not kept lies where the hidden layer is written."""
+    shapes = (mlp.FEW_ROWS + 1, 24), (64, 24), (64,), (8, 32)
+    x, fc, fc_bias, proj = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    want = mlp.mlp_fwd(x, fc, fc_bias, proj, None, "swiglu", "input")[0]
+    measured = []
+
+    def do_bench(run):
+        run(), run()
+        measured.append(run)
+        return len(measured)
+
+    monkeypatch.setenv("PYGPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(common, "AUTOTUNE", True)
+    for configs in mlp.GEMM.values():
+        monkeypatch.setattr(configs, "chosen", {})
+    assert torch.equal(mlp.mlp_fwd(x, fc, fc_bias, proj, None, "swiglu", "input")[0], want) and measured
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PYGPT_CACHE_DIR", str(tmp_path / "file" / "cache"))

@@ -53,6 +53,13 @@ TRITON = [
         (TRITON_TESTS, "vanishes_in_float32"),
     ),
     Mutant(
+        "triton: measuring leaves its own results where a kernel reads",
+        "triton_kernels/common.py",
+        r"t\.copy_\(values\)",
+        r"pass",
+        (TRITON_TESTS, "measuring_restores"),
+    ),
+    Mutant(
         "triton: a product's last rows of tiles are taken for a whole group",
         "triton_kernels/mlp.py",
         r"height = tl\.minimum\(tiles_m - first, GROUP\)",
