@@ -237,11 +237,11 @@ def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dresidual, dw, db, rows, 
             if dx is not None:
                 factors = _factors(seed, threshold, keep, row, 0, ROWS, WIDTH)
             _store_gradients(out, dx, dresidual, factors, row[:, None] * N + col[None, :], mask)
-    offset = program.to(tl.int64) * N + col
+    place = program.to(tl.int64) * N + col
     if dw is not None:
-        tl.store(dw + offset, tl.sum(dw_sum, 0), col < N)
+        tl.store(dw + place, tl.sum(dw_sum, 0), col < N)
     if db is not None:
-        tl.store(db + offset, tl.sum(db_sum, 0), col < N)
+        tl.store(db + place, tl.sum(db_sum, 0), col < N)
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -1,4 +1,5 @@
-// The backward of layer_norm, rms_norm, add_layer_norm and add_rms_norm (norm.cu) over rows of n elements.
+// The backward of layer_norm and rms_norm, of a tensor, of a sum and of a sum with dropout (norm.cu), over rows of n
+// elements.
 //
 //     dx = rstd (g - sum(g) / n - xhat sum(g xhat) / n) + dsum,   g = dy w,   xhat = (x - mean) rstd
 //     dw = sum over rows of dy xhat,   db = sum over rows of dy
