@@ -86,7 +86,6 @@ PYGPT_INLINE Vec<T> activated(Activation a, Vec<T> x) {
     case Activation::gelu: return activate<Activation::gelu, S>(x);
     case Activation::gelu_tanh: return activate<Activation::gelu_tanh, S>(x);
     case Activation::relu: return activate<Activation::relu, S>(x);
-    case Activation::silu: return activate<Activation::silu, S>(x);
     default: return activate<Activation::relu2, S>(x);
   }
 }
@@ -96,9 +95,78 @@ PYGPT_INLINE Vec<T> backpropagated(Activation a, Vec<T> d, Vec<T> saved) {
     case Activation::gelu: return backpropagate<Activation::gelu, S>(d, saved);
     case Activation::gelu_tanh: return backpropagate<Activation::gelu_tanh, S>(d, saved);
     case Activation::relu: return backpropagate<Activation::relu, S>(d, saved);
-    case Activation::silu: return backpropagate<Activation::silu, S>(d, saved);
     default: return backpropagate<Activation::relu2, S>(d, saved);
   }
+}
+
+template <class S>
+void hidden_fwd(const MlpArgs& a) {
+  const int64_t H = a.hidden_dim;
+  S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
+  const S* bias = static_cast<const S*>(a.fc_bias);
+  const ResultWriter<S> write(a.rows, H);
+  const auto store_hidden = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+    c += bias_at(bias, j, n);
+    if (pre) write(pre + i * H + j, c, n);
+    write(hidden + i * H + j, activated<S>(activation, c), n);
+  };
+  gemm_nt(a.rows, H, a.in, matrix<S>(a.x), matrix<S>(a.fc_weight), store_hidden);
+}
+
+template <class S>
+void dpre_bwd(const MlpArgs& a) {
+  const int64_t H = a.hidden_dim;
+  const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
+  S* out = static_cast<S*>(a.dpre);
+  const ResultWriter<S> write(a.rows, H);
+  const auto store_dpre = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
+    write(out + i * H + j, backpropagated<S>(activation, c, load_and_prefetch(saved + i * H + j, n)), n);
+  };
+  gemm_nn(a.rows, H, a.out, matrix<S>(a.dy), matrix<S>(a.proj_weight), store_dpre);
+}
+
+// ---------------------------------------------------------------- gated
+// These have GEMMs of their own, so that the epilogues above are not burdened.
+template <class S>
+void gated_hidden_fwd(const MlpArgs& a) {
+  const int64_t H = a.hidden_dim, stride = a.pre ? 2 * H : H;
+  S *hidden = static_cast<S*>(a.hidden), *gate = a.pre ? static_cast<S*>(a.pre) : hidden;
+  const S* bias = static_cast<const S*>(a.fc_bias);
+  const auto x = matrix<S>(a.x), weight = matrix<S>(a.fc_weight);
+  gemm_nt(a.rows, H, a.in, x, weight, store_epilogue<S>(gate, a.rows, stride, bias));
+  S* value = a.pre ? gate + H : nullptr;
+  const S* value_bias = bias ? bias + H : nullptr;
+  const ResultWriter<S> write(a.rows, H);
+  const auto store_hidden = [=, is_silu = a.activation == Activation::silu](int64_t i, int64_t j, Vec<Acc<S>> c,
+                                                                            int64_t n) {
+    c += bias_at(value_bias, j, n);
+    if (value) write(value + i * stride + j, c, n);
+    const Vec<Acc<S>> g = load_and_prefetch(gate + i * stride + j, n);
+    const Vec<Acc<S>> h = is_silu ? activate<Activation::silu, S>(g) : activate<Activation::gelu, S>(g);
+    write(hidden + i * H + j, h * c, n);
+  };
+  gemm_nt(a.rows, H, a.in, x, weight.at(H, 0), store_hidden);
+}
+
+template <class S>
+void gated_dpre_bwd(const MlpArgs& a) {
+  const int64_t H = a.hidden_dim;
+  const S* pre = static_cast<const S*>(a.pre);
+  S* out = static_cast<S*>(a.dpre);
+  const ResultWriter<S> write(a.rows, H);
+  const auto store_dpre = [=, is_silu = a.activation == Activation::silu](int64_t i, int64_t j, Vec<Acc<S>> d,
+                                                                          int64_t n) {
+    const int64_t at = i * 2 * H + j;
+    const Vec<Acc<S>> g = load_and_prefetch(pre + at, n), dv = d * load_and_prefetch(pre + at + H, n);
+    if (is_silu) {
+      write(out + at, backpropagate<Activation::silu, S>(dv, g), n);
+      write(out + at + H, d * activate<Activation::silu, S>(g), n);
+    } else {
+      write(out + at, backpropagate<Activation::gelu, S>(dv, g), n);
+      write(out + at + H, d * activate<Activation::gelu, S>(g), n);
+    }
+  };
+  gemm_nn(a.rows, H, a.out, matrix<S>(a.dy), matrix<S>(a.proj_weight), store_dpre);
 }
 
 }  // namespace
@@ -123,26 +191,8 @@ void linear_bwd(const LinearArgs& a) {
 void mlp_fwd(const MlpArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
-    const int64_t H = a.hidden_dim, pre_stride = a.fc_dim();
-    S *hidden = static_cast<S*>(a.hidden), *pre = static_cast<S*>(a.pre);
-    const S *bias = static_cast<const S*>(a.fc_bias), *gate = nullptr;
-    const int64_t gate_stride = pre ? pre_stride : H;
-    auto fc_weight = matrix<S>(a.fc_weight);
-    if (a.gated) {
-      gate = pre ? pre : hidden;
-      gemm_nt(a.rows, H, a.in, matrix<S>(a.x), fc_weight,
-              store_epilogue<S>(pre ? pre : hidden, a.rows, gate_stride, bias));
-      fc_weight = fc_weight.at(H, 0), bias = bias ? bias + H : nullptr, pre = pre ? pre + H : nullptr;
-    }
-    const ResultWriter<S> write(a.rows, H);
-    const auto store_hidden = [=, activation = a.activation](int64_t i, int64_t j, Vec<Acc<S>> c, int64_t n) {
-      c += bias_at(bias, j, n);
-      if (pre) write(pre + i * pre_stride + j, c, n);
-      const Vec<Acc<S>> h = activated<S>(activation, gate ? load_and_prefetch(gate + i * gate_stride + j, n) : c);
-      write(hidden + i * H + j, gate ? h * c : h, n);
-    };
-    gemm_nt(a.rows, H, a.in, matrix<S>(a.x), fc_weight, store_hidden);
-    gemm_nt(a.rows, a.out, H, matrix<S>(hidden, H), matrix<S>(a.proj_weight),
+    a.gated ? gated_hidden_fwd<S>(a) : hidden_fwd<S>(a);
+    gemm_nt(a.rows, a.out, a.hidden_dim, matrix<S>(a.hidden, a.hidden_dim), matrix<S>(a.proj_weight),
             store_epilogue<S>(a.y, a.rows, a.out, a.proj_bias));
   });
 }
@@ -151,24 +201,10 @@ void mlp_bwd(const MlpArgs& a) {
   visit(a.dtype, [&](auto s) {
     using S = decltype(s);
     const int64_t M = a.rows, H = a.hidden_dim, F = a.fc_dim();
-    const auto dy = matrix<S>(a.dy), hidden = matrix<S>(a.hidden, H), dpre = matrix<S>(a.dpre, F);
-    weight_gradient(M, a.out, H, dy, hidden, a.dproj_weight, a.dproj_bias);
+    weight_gradient(M, a.out, H, matrix<S>(a.dy), matrix<S>(a.hidden, H), a.dproj_weight, a.dproj_bias);
     if (!a.dx && !a.dfc_weight && !a.dfc_bias) return;
-    const S* saved = static_cast<const S*>(a.pre ? a.pre : a.hidden);
-    S* out = static_cast<S*>(a.dpre);
-    const ResultWriter<S> write(M, H);
-    const auto store_dpre = [=, activation = a.activation, gated = a.gated](int64_t i, int64_t j, Vec<Acc<S>> d,
-                                                                            int64_t n) {
-      const S* from = saved + i * F + j;
-      S* to = out + i * F + j;
-      const Vec<Acc<S>> x = load_and_prefetch(from, n);
-      if (gated) {
-        write(to + H, d * activated<S>(activation, x), n);
-        d *= load_and_prefetch(from + H, n);
-      }
-      write(to, backpropagated<S>(activation, d, x), n);
-    };
-    gemm_nn(M, H, a.out, dy, matrix<S>(a.proj_weight), store_dpre);
+    a.gated ? gated_dpre_bwd<S>(a) : dpre_bwd<S>(a);
+    const auto dpre = matrix<S>(a.dpre, F);
     weight_gradient(M, F, a.in, dpre, matrix<S>(a.x), a.dfc_weight, a.dfc_bias);
     if (a.dx) gemm_nn(M, a.in, F, dpre, matrix<S>(a.fc_weight), store_epilogue<S>(a.dx, a.rows, a.in));
   });
