@@ -55,6 +55,8 @@ tensor(lse)
 tensor(P.scaled_dot_product_attention(x, x, x, return_lse=True))  # wrong
 tensor(P.mlp(x, w, None, w, None, activation="gelu"))
 tensor(P.mlp(x, w, None, w, None, "gelu", "all"))  # wrong
+tensor(P.mlp(x, nn.fuse_gate(w, w), None, w, None, "swiglu", save="input"))
+tensor(nn.split_gate(w))  # wrong
 tensor(P.linear(P.gelu(P.relu(x), approximate="tanh"), w))
 P.gelu(x).nonsense()  # wrong
 tensor(nn.LayerNorm(8)(x))
