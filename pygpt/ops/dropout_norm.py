@@ -274,7 +274,7 @@ def _prepare(op, input, residual, normalized_shape, eps, p, training, *parameter
     shape = check_norm(op, input, normalized_shape, eps, *parameters)
     if not isinstance(p, Real):
         raise TypeError(f"pygpt.{op}: p must be a number, got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
+    if not 0.0 <= float(p) <= 1.0:
         raise ValueError(f"pygpt.{op}: p must be in [0, 1], got {p}")
     dropout_p = float(p) if training else 0.0
     canonical = flat(len(shape), *tensors)

@@ -165,12 +165,19 @@ DTYPES_OF_ARGUMENTS = ["float64", "float32", "bfloat16", "float16"]
 def test_which_dtypes_kernels_serve(x, residual, weight):
     """And every other mixture has the promised dtypes by PyTorch."""
     wide = {"float32"} if x.endswith("16") else set()
-    tensors = [torch.randn(n, dtype=getattr(torch, d)) for n, d in (((3, 8), x), ((3, 8), residual), (8, weight))]
-    args = tensors[0], tensors[1], 8, tensors[2]
+    tensors = [
+        torch.randn(n, dtype=getattr(torch, d), requires_grad=True)
+        for n, d in (((3, 8), x), ((3, 8), residual), (8, weight))
+    ]
+    args, w = (tensors[0], tensors[1], 8), tensors[2]
     served = {residual, weight} <= {x} | wide
-    for function in (dropout_add_rms_norm, dropout_add_layer_norm):
-        assert (pygpt.explain(function, *args).backend == "cpp") == served
-        y, s = function(*(a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in args), p=0.5)
+    for function, parameters in (
+        (dropout_add_rms_norm, (w,)), (dropout_add_layer_norm, (w,)), (dropout_add_layer_norm, (None, w)),
+        (dropout_add_layer_norm, (w, w)),
+    ):  # fmt: skip
+        assert (pygpt.explain(function, *args, *parameters).backend == "cpp") == served
+        with pygpt.backend("cpp" if served else "torch"):
+            y, s = function(*args, *parameters, p=0.5)
         assert (y.dtype, s.dtype) == (tensors[0].dtype, tensors[1].dtype)
         for t, g in zip(tensors, torch.autograd.grad(y.sum().double() + s.sum().double(), tensors), strict=True):
             assert g.dtype == t.dtype and g.isfinite().all()
@@ -197,7 +204,7 @@ def test_autocast_keeps_a_float32_stream(function):
 # ------------------------------------------------------------------------------- without dropout
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("without", [{}, {"p": 0.5, "training": False}], ids=str)
-def test_without_dropout_it_is_the_norm_of_a_sum(without, dtype, backend, device, generator):
+def test_without_dropout_it_is_the_norm_of_a_sum(without, dtype, compiled, device, generator):
     """The same bits, forward and backward."""
     x, residual, w, b, dy, ds = (
         torch.randn(shape, generator=generator).to(device, dtype)
@@ -208,10 +215,10 @@ def test_without_dropout_it_is_the_norm_of_a_sum(without, dtype, backend, device
         (dropout_add_rms_norm, add_rms_norm, (w,), {}),
         (dropout_add_rms_norm, add_rms_norm, (w,), {"weight_offset": 1.0}),
     ]
-    for ours, theirs, parameters, offset in pairs if backend != "torch" else ():
+    for ours, theirs, parameters, offset in pairs:
         leaves = [t.requires_grad_() for t in (x, residual, *parameters)]
         results = []
-        with pygpt.backend(backend):
+        with pygpt.backend(compiled):
             for function, more in ((ours, without), (theirs, {})):
                 outs = function(x, residual, 40, *parameters, **more, **offset)
                 results.append((*outs, *torch.autograd.grad(outs, leaves, (dy, ds))))
@@ -270,6 +277,44 @@ def test_nan_and_infinity_go_where_pytorchs_go(dtype, of_sum, value, op, compile
         results.append((y, s, *backward(k, op, dy, ds, s, None, statistics, *dropout)[:2]))
     for found, want in zip(*results, strict=True):
         assert torch.equal(found.isnan(), want.isnan()) and torch.equal(found.isinf(), want.isinf())
+
+
+FLOATS = [(op, name) for op in OPS for name in ("residual", "weight", "bias", "s", "ds")]
+FLOATS.remove(("dropout_add_rms_norm", "bias"))
+
+
+@pytest.mark.parametrize("op, where", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.ids)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_every_nan_of_a_float32_is_one_in_16_bits(p, dtype, op, where, device, kernels_of, generator):
+    """Also the one with every bit set, which a careless rounding carries on to zero."""
+    of_sum, of_parameters = (dtype, torch.float32) if where in ("weight", "bias") else (torch.float32, dtype)
+    names = {"x": dtype, "residual": of_sum, "weight": of_parameters, "bias": of_parameters, "dy": dtype, "ds": of_sum}
+    t = {
+        name: torch.randn(77 if name in ("weight", "bias") else (6, 77), generator=generator).to(device, d)
+        for name, d in names.items()
+    }
+    dropout = torch.tensor([3], device=device) if p else None, p
+    layer = op == "dropout_add_layer_norm"
+
+    def poison(name, tensor):
+        if name == where:
+            for column in (0, 5, 76):
+                tensor.view(-1, 77)[-1, column] = cases.fullest_nan(tensor.dtype)
+
+    for name, tensor in t.items():
+        poison(name, tensor)
+    results = []
+    for k in (kernels_of, REFERENCE):
+        parameters, offset = (t["weight"], t["bias"]) if layer else (t["weight"],), () if layer else (1.0,)
+        y, s, *statistics = getattr(k, f"{op}_fwd")(t["x"], t["residual"], *parameters, 1e-5, *dropout, *offset)
+        poison("s", s)
+        inputs = t["dy"], t["ds"], s, t["weight"], *statistics
+        needs = [True] * (4 if layer else 3)
+        results.append((y, s, *getattr(k, f"{op}_bwd")(*inputs, needs, *dropout, *offset)))
+    assert any(r.isnan().any() for r in results[1])
+    for found, want in zip(*results, strict=True):
+        assert torch.equal(found.isnan(), want.isnan())
 
 
 # ------------------------------------------------------------------------------- the offset of a weight
@@ -362,6 +407,10 @@ def test_the_ops_check_what_their_kernels_read():
         ("dropout needs a seed", lambda: op.dropout_add_rms_norm_fwd(x, x, None, 1e-5, None, 0.5, 0.0)),
         (r"dropout_p must be in \[0, 1\]", lambda: op.dropout_add_layer_norm_fwd(x, x, None, None, 1e-5, seed, 1.5)),
         ("seed must be int64", lambda: op.dropout_add_rms_norm_fwd(x, x, None, 1e-5, seed.float(), 0.5, 0.0)),
+        (
+            "bias must be float32",
+            lambda: op.dropout_add_layer_norm_fwd(x, x, None, zeros(4).double(), 1e-5, None, 0.0),
+        ),
         ("residual must be float32", lambda: op.dropout_add_rms_norm_fwd(x, x.double(), None, 1e-5, seed, 0.5, 0.0)),
         (
             "ds must be float32",
