@@ -7,6 +7,7 @@ product and the sum are formed in the dtype of statistics, and s is rounded once
 keeps s and the norm's statistics, and draws dropout's factors again from the seed: dx = ds factor, dresidual = ds.
 """
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -49,7 +50,7 @@ def _dropped(t, seed, dropout_p):
         return acc(t)
     if type(t) in dispatch.SHARDED:  # the rows of a rank have no numbers, so the bits are PyTorch's
         return F.dropout(acc(t), dropout_p)
-    row = torch.arange(t.shape[:-1].numel(), device=t.device).view(*t.shape[:-1], 1)
+    row = torch.arange(math.prod(t.shape[:-1]), device=t.device).view(*t.shape[:-1], 1)
     return acc(t) * dropout_factors(seed, dropout_p, t.shape[-1], row).to(acc_dtype(t))
 
 
@@ -67,10 +68,12 @@ def _in_one_dtype(norm, dtype, s, *args):
 def _bwd(dy, ds, s, weight, mean, rstd, needs, seed, dropout_p):
     """-> dx like dy, dresidual like s, dweight and dbias in weight's dtype, or without a weight in the statistics'."""
     d, *of_parameters = norm_bwd(dy, ds, s, weight, mean, rstd)
-    dtypes = dy.dtype, s.dtype, *[rstd.dtype if weight is None else weight.dtype] * 2
+    without_weight = rstd.dtype if any(needs[2:]) else dy.dtype
+    dtypes = dy.dtype, s.dtype, *[without_weight if weight is None else weight.dtype] * 2
+    dx = d.clone() if seed is None else _dropped(d, seed, dropout_p)  # results of an op may not share memory
     return tuple(
         g.to(dtype).contiguous() if need else s.new_empty(0, dtype=dtype)
-        for need, g, dtype in zip(needs, (_dropped(d, seed, dropout_p), d, *of_parameters), dtypes, strict=False)
+        for need, g, dtype in zip(needs, (dx, d, *of_parameters), dtypes, strict=False)
     )
 
 
@@ -119,7 +122,8 @@ def dropout_add_rms_norm_bwd(
     seed: Tensor | None, dropout_p: float, weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dresidual, dweight."""
-    dx, dresidual, dw = _bwd(dy, ds, s, with_offset(weight, weight_offset), None, rstd, needs, seed, dropout_p)
+    scale = with_offset(weight, weight_offset)
+    dx, dresidual, dw = _bwd(dy, ds, s, scale, None, rstd, needs, seed, dropout_p)
     return dx, dresidual, dw if weight is None else dw.to(weight.dtype)
 
 
@@ -319,6 +323,8 @@ def _call(op, function, seed_at):
     def call(x, residual, *args):
         tensors = [a for a in (x, residual, *args) if isinstance(a, Tensor)]
         row = dispatch.pick(op, tensors, ["dropout_p"] if args[seed_at] is not None else [])
+        if row.kernels is dispatch.REFERENCE:
+            return dispatch.OPS[op].composite(x, residual, *args)
         return function.apply(row.kernels, x, residual, *args)
 
     return call

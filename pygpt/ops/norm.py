@@ -106,7 +106,8 @@ def with_offset(weight, offset):
 def rms_norm_composite(x, weight, eps, weight_offset=0.0):
     if not weight_offset:
         return torchs_rms_norm(x, x.shape[-1:], weight, eps)
-    return (torchs_rms_norm(acc(x), x.shape[-1:], None, eps) * with_offset(weight, weight_offset)).to(x.dtype)
+    xhat = torchs_rms_norm(acc(x), x.shape[-1:], None, eps)
+    return _affine(xhat, with_offset(weight, weight_offset), None).to(x.dtype)
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0) -> tuple[Tensor, Tensor]:

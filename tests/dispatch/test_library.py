@@ -121,6 +121,13 @@ def spoil(t):
 
 FREE = {"no dimension", "one more dimension", "larger", "another dtype"}  # right where a tensor stands alone
 ALLOWED = {("relu_fwd", 0): FREE, ("gelu_fwd", 0): FREE, ("qkv_attention_fwd", 0): {"another dtype"}}
+ALLOWED |= {
+    (f"dropout_add_{norm}_{d}", 0): {"another dtype"} for norm in ("layer_norm", "rms_norm") for d in ("fwd", "bwd")
+}
+ALLOWED |= {
+    (f"dropout_add_{name}", seed): {"integers"}
+    for name, seed in (("layer_norm_fwd", 5), ("layer_norm_bwd", 7), ("rms_norm_fwd", 4), ("rms_norm_bwd", 6))
+}  # the seed is one
 ALLOWED |= {(f"{op}_fwd", 0): {"one more dimension"} for op in ("linear", "mlp", "layer_norm", "rms_norm")}
 ALLOWED |= {  # a mean is a scalar, as is its gradient
     ("cross_entropy_fwd", 0): {"another dtype"}, ("cross_entropy_fwd", 1): {"integers"},

@@ -324,7 +324,8 @@ def test_an_offset_is_added_before_the_weight_is_rounded(dtype, backend, device)
     x, weight = torch.randn(40, 200, dtype=torch.float64).to(dtype), (torch.randn(200) / 30).to(dtype)
     want = F.rms_norm(x.double(), (200,), None, 1e-6) * (1 + weight.double())
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    allowed = want.abs() * (torch.finfo(dtype).eps / 2 + 8 * torch.finfo(accumulator).eps)
+    size = want.abs().clamp_min(torch.finfo(dtype).smallest_normal)
+    allowed = size * (torch.finfo(dtype).eps / 2 + 8 * torch.finfo(accumulator).eps)
     x, weight = x.to(device), weight.to(device)
     with pygpt.backend(backend):
         y = rms_norm(x, 200, weight, 1e-6, weight_offset=1.0)
