@@ -126,7 +126,7 @@ LINEAR_CROSS_ENTROPY = [
             ((5, 3, 7), (33, 17, 65), (130, 48, 257), (1, 1, 1), (4, 0, 5)), enumerate(_LOSS_OPTIONS)
         )
     ),
-    *({"N": N, "K": 24, "V": 40, **_LOSS_OPTIONS[i]} for N, i in ((1100, 1), (513, 4))),  # more than a chunk in C++
+    *({"N": N, "K": 24, "V": 40, **_LOSS_OPTIONS[i]} for N, i in ((1100, 1), (513, 4))),
     *({"K": 8, "V": 9, **empty} for empty in _EMPTY_LOSS),
 ]
 

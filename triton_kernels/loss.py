@@ -8,7 +8,8 @@ linear_cross_entropy is a sequence of GEMMs (mlp.py) and these kernels for every
 
     logits = x W^T + b      dlogits      dx = dlogits W      dW += dlogits^T x      db = column sums of dlogits
 
-Logits and the sums of dW are float32. dlogits have the operands' dtype; float32 ones overwrite the logits.
+Logits and the sums of dW are float32. dlogits have the operands' dtype; float32 ones overwrite the logits. Forward
+scales those of float16, and at last divides the gradients by the same power of two.
 
 A target that is no class gives its row a loss and gradients of NaN. It is never an index. Shapes of kernel arguments:
 x (rows, V) with adjacent elements and a row stride; target, row_losses (N,); weight (V,) or None; stats (2, N).
@@ -116,10 +117,10 @@ def loss_reduce_kernel(target, weight, row_losses, stats, totals, loss, N, V, ig
 
 
 @triton.jit
-def loss_bwd_kernel(x, dx, target, weight, of_weights, stats, totals, dloss, first, N, V, x_stride, dx_stride,
+def loss_bwd_kernel(x, dx, target, weight, of_weights, stats, totals, dloss, scale, first, N, V, x_stride, dx_stride,
                     ignore_index, smoothing, z_loss, REDUCTION: tl.constexpr, SMOOTH: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
-    """dx of a block of a row. Without dloss: of the sum of the losses, or of totals[0] times their mean."""
+    """dx of a block of a row, times scale. Without dloss: of the losses' sum, or of totals[0] times their mean."""
     blocks = tl.cdiv(V, BLOCK)
     r = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -138,6 +139,8 @@ def loss_bwd_kernel(x, dx, target, weight, of_weights, stats, totals, dloss, fir
             of_squares = tl.load(totals) / tl.load(totals + 1)
         else:
             of_loss, of_squares = of_loss / tl.load(totals), of_loss / tl.load(totals + 1)
+    if scale is not None:
+        of_loss, of_squares = of_loss * tl.load(scale), of_squares * tl.load(scale)
     one = of_loss * (1.0 - smoothing)
     if weight is not None:
         one *= tl.load(weight + cls, known, other=0.0)
@@ -211,13 +214,14 @@ def _reduce(o: Loss, row_losses, loss):
     )  # fmt: skip
 
 
-def _set_gradients(o: Loss, dloss, x, dx, of_weights, first: int = 0):
-    """dx from logits x, whose rows begin with row `first`."""
+def _set_gradients(o: Loss, dloss, x, dx, of_weights, first: int = 0, scale=None):
+    """dx from logits x, whose rows begin with row `first`. dx may be x."""
     rows = x.shape[0]
     launch(
         loss_bwd_kernel, lambda c: rows * triton.cdiv(o.V, c["BLOCK"]), x, dx, o.target, o.weight, of_weights, o.stats,
-        o.totals, dloss, first, o.N, o.V, x.stride(0), dx.stride(0), o.ignore_index, o.smoothing, o.z_loss,
+        o.totals, dloss, scale, first, o.N, o.V, x.stride(0), dx.stride(0), o.ignore_index, o.smoothing, o.z_loss,
         configs=BWD_SMALL if o.V <= 512 else BWD, REDUCTION=o.reduction, SMOOTH=o.smoothing != 0,
+        in_place=(x,) if x.data_ptr() == dx.data_ptr() else (),
     )  # fmt: skip
     return dx
 
@@ -226,6 +230,21 @@ def _sum_of_weights(o: Loss):
     if o.weight is None or o.smoothing == 0:
         return None
     return sums_over_rows(o.weight[:, None])
+
+
+def _scale_of_float16(o: Loss):
+    """() in float32: the power of two that pygpt/ops/loss.py gives float16's dlogits. The totals are set."""
+    bound = o.totals.new_ones(())
+    if o.weight is not None and o.N:
+        of_targets = o.weight[o.target.clamp(0, o.V - 1)].abs().nan_to_num(0, 0, 0)
+        bound = torch.where(o.target != o.ignore_index, of_targets, 0).amax()
+    bound = bound * (1 - o.smoothing)
+    if o.smoothing:
+        bound = bound + o.smoothing / o.V * (o.V if o.weight is None else o.weight.abs().sum())
+    if o.z_loss:
+        bound = bound + 2.0**14 * abs(o.z_loss) * (o.totals[0] / o.totals[1] if o.reduction == "mean" else 1)
+    exponent = (bound.view(torch.int32) >> 23).clamp(27, 254)  # with its bias of 127, as in the bits of the result
+    return (267 - exponent << 23).view(torch.float32)
 
 
 def _rows_and_loss(o: Loss):
@@ -292,9 +311,13 @@ class _Gradients:
         if self.db is not None:
             self.db.append(sums_over_rows(dlogits, dtype=torch.float32))
 
-    def result(self):
+    def result(self, scale=None):
+        """scale: a factor of the dlogits that the results do not have."""
         db = None if self.db is None else column_sums(torch.stack(self.db), dtype=self.dtype)[0]
-        return tuple(self.linear.x.new_empty(0, dtype=self.dtype) if g is None else g for g in (self.dx, self.dw, db))
+        results = self.dx, self.dw, db
+        if scale is not None:
+            results = tuple(None if g is None else g.mul_(1 / scale) for g in results)
+        return tuple(self.linear.x.new_empty(0, dtype=self.dtype) if g is None else g for g in results)
 
 
 def _buffers(linear: _Linear, with_gradients: bool):
@@ -316,14 +339,16 @@ def linear_cross_entropy_fwd(
     row_losses, loss = _rows_and_loss(o)
     logits, dlogits = _buffers(linear, any(formed))
     _reduce(o, None, None)
+    scale = _scale_of_float16(o) if any(formed) and x.dtype == torch.float16 else None
     for rows in linear.chunks():
         of_chunk = linear.logits(rows, logits)
         _set_rows(o, of_chunk, row_losses, rows.start)
         if any(formed):
-            gradients.add(rows, _set_gradients(o, None, of_chunk, dlogits[: len(of_chunk)], of_weights, rows.start))
+            of_rows = dlogits[: len(of_chunk)]
+            gradients.add(rows, _set_gradients(o, None, of_chunk, of_rows, of_weights, rows.start, scale))
     if reduction != "none":
         _reduce(o, row_losses, loss)
-    return loss, *gradients.result(), o.stats, o.totals
+    return loss, *gradients.result(scale), o.stats, o.totals
 
 
 def linear_cross_entropy_bwd(

@@ -8,7 +8,8 @@
 //
 // linear_cross_entropy runs the GEMMs of gemm/gemm.h on a chunk of rows:
 //     logits = x W^T + b      dlogits over logits      dx = dlogits W      dW += dlogits^T x      db += sums of dlogits
-// Logits are float, also of 16-bit operands; dlogits have the operands' type. dW is summed chunk by chunk.
+// Logits are float, also of 16-bit operands; dlogits have the operands' type, and forward scales those of float16. dW is
+// summed chunk by chunk.
 //
 // Losses are summed pairwise. Chunks and the order of every sum depend on the shape alone.
 #include <algorithm>
@@ -151,6 +152,7 @@ template <class T>
 struct Upstream {
   T of_loss, of_squares;
   const T* per_row;
+  T scale = 1;  // what the gradients are to be divided by
 
   explicit Upstream(const Loss<T>& loss) {
     const T* dloss = static_cast<const T*>(loss.args.dloss);
@@ -159,8 +161,24 @@ struct Upstream {
     of_loss = of_squares = reduction == Reduction::none ? T(0) : *dloss;
     if (reduction == Reduction::mean) of_loss /= loss.totals[0], of_squares /= loss.totals[1];
   }
-  Upstream(T of_loss, T of_squares) : of_loss(of_loss), of_squares(of_squares), per_row(nullptr) {}
+  Upstream(T scale, T of_squares) : of_loss(scale), of_squares(scale * of_squares), per_row(nullptr), scale(scale) {}
 };
+
+// The power of two that scales float16's dlogits in forward (pygpt/ops/loss.py).
+template <class T>
+T scale_of_float16(const Loss<T>& loss, T of_squares) {
+  const CrossEntropyArgs& a = loss.args;
+  T bound = 0;
+  for (int64_t i = 0; i < a.rows; i++)
+    if (const T w = loss.kept(i) ? std::abs(loss.weight_of(a.target[i])) : T(0); std::isfinite(w))
+      bound = std::max(bound, w);
+  bound *= 1 - loss.smoothing;
+  if (loss.smoothing != 0)
+    bound += loss.smoothing / T(loss.classes) *
+             pairwise_sum(0, loss.classes, [&](int64_t c) { return std::abs(loss.weight_of(c)); });
+  if (loss.z_loss != 0) bound += T(1 << 14) * std::abs(loss.z_loss * of_squares);
+  return std::ldexp(T(1), 13 - std::clamp(std::ilogb(bound), -100, 127));
+}
 
 // dx[c] = softmax exp(x[c] - row_max) - others w[c] - (one if c is the target)
 template <class T>
@@ -257,17 +275,18 @@ struct LinearLoss {
     });
   }
 
-  // Adds the gradients of rows `first` .. first + rows, from their logits. dx_type is S in backward and T in forward,
+  // Adds the gradients of rows `first` .. first + rows, from their logits. Dx is S in backward and T in forward,
   // where the sums of dw and db are the results.
   template <class Dx>
   void add_gradients(const Upstream<T>& upstream, int64_t first, int64_t rows, T* dw_sums, T* db_sums) const {
     RowMatrix<S> dlogits(logits.data, V * int64_t(sizeof(T) / sizeof(S)));
     row_gradients<T, S, false>(loss, upstream, first, rows, logits, dlogits);
     const Matrix<S> d = {dlogits.data, dlogits.stride, 1};
+    const T unscale = 1 / upstream.scale;
     if (args.dx)
       gemm_nn(rows, K, V, d, linear_weight(),
-              [out = static_cast<Dx*>(args.dx) + first * K, K = K](int64_t i, int64_t j, Vec<T> c, int64_t n) {
-        store(out + i * K + j, c, n);
+              [=, out = static_cast<Dx*>(args.dx) + first * K, K = K](int64_t i, int64_t j, Vec<T> c, int64_t n) {
+        store(out + i * K + j, c * unscale, n);
       });
     if (!dw_sums && !db_sums) return;
     T* chunk_sums = db_sums ? scratch<T>(Region::class_sums, V) : nullptr;
@@ -275,10 +294,14 @@ struct LinearLoss {
     S* rounded = first + rows == args.loss.rows && args.dw != dw_sums ? static_cast<S*>(args.dw) : nullptr;
     gemm_tn(V, dw_sums ? K : 0, rows, d, x(first), chunk_sums, [=, K = K](int64_t i, int64_t j, Vec<T> c, int64_t n) {
       T* sum = dw_sums + i * K + j;
+      c *= unscale;
       if (first > 0) c += load(sum, n);
       rounded ? store(rounded + i * K + j, c, n) : store(sum, c, n);
     });
-    for (int64_t j = 0; db_sums && j < V; j++) db_sums[j] = first > 0 ? db_sums[j] + chunk_sums[j] : chunk_sums[j];
+    for (int64_t j = 0; db_sums && j < V; j++) {
+      const T sum = chunk_sums[j] * unscale;
+      db_sums[j] = first > 0 ? db_sums[j] + sum : sum;
+    }
   }
 
   // f(first row, rows) for every chunk, and once where there are no rows.
@@ -330,7 +353,8 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyArgs& a) {
     T* of_rows = losses_of_rows(loss);
     loss.set_totals();
     const bool mean = a.loss.reduction == Reduction::mean;
-    const Upstream<T> upstream(1, mean ? loss.totals[0] / loss.totals[1] : T(1));
+    const T of_squares = mean ? loss.totals[0] / loss.totals[1] : T(1);
+    const Upstream<T> upstream(std::is_same_v<S, f16> ? scale_of_float16(loss, of_squares) : T(1), of_squares);
     linear.for_chunks([&](int64_t first, int64_t rows) {
       linear.set_logits(first, rows);
       row_losses<T>(loss, first, rows, linear.logits, of_rows);

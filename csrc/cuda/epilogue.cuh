@@ -36,7 +36,7 @@ struct Epilogue {
   bool activate = false;
   Activation activation = Activation::relu;
   float* tile_sums = nullptr;  // (ceil(M / tile), N)
-  const float* addend = nullptr;  // rows as far apart as those of out, and so in wide
+  const float* addend = nullptr;  // addend and wide have out's row stride
   float* wide = nullptr;
   bool vectorized = false;  // out, bias, pre, saved and gate can be accessed 4 elements at a time
 };

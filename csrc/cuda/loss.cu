@@ -9,7 +9,7 @@
 // linear_cross_entropy is a sequence of GEMMs (gemm.cuh) and these kernels for every chunk:
 //     logits = x W^T + b      dlogits      dx = dlogits W      dW += dlogits^T x      db = column sums of dlogits
 // Logits and the sums of dW are float. dlogits have the operands' type; float ones overwrite the logits. Forward scales
-// those of half, and at last divides the gradients by the same power of two.
+// those of float16, and at last divides the gradients by the same power of two.
 //
 // A target that is no class gives its row a loss and gradients of NaN. It is never an index.
 #include "gemm.cuh"
@@ -108,8 +108,8 @@ __global__ __launch_bounds__(kMaxThreads, 2) void loss_fwd_kernel(LossParams a, 
   a.row_losses[row] = loss;
 }
 
-// The factor of half's dlogits in forward (pygpt/ops/loss.py). largest: the largest magnitude of a kept target's weight.
-__device__ __forceinline__ float scale_of_half(const LossParams& a, float largest, float of_squares) {
+// The factor of float16's dlogits in forward (pygpt/ops/loss.py). largest: the largest |weight| of a kept target.
+__device__ __forceinline__ float scale_of_float16(const LossParams& a, float largest, float of_squares) {
   const float classes = static_cast<float>(a.classes);
   float bound = (1 - a.smoothing) * largest;
   if (a.smoothing != 0) bound += a.smoothing / classes * (a.of_weights ? a.of_weights[1] : classes);
@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void loss_reduce_kernel(LossParams 
   if (threadIdx.x > 0) return;
   a.totals[0] = sums[0], a.totals[1] = sums[1];
   const bool mean = a.reduction == Reduction::mean;
-  if (a.scale) a.scale[0] = scale_of_half(a, largest, mean ? sums[0] / sums[1] : 1.f), a.scale[1] = 1 / a.scale[0];
+  if (a.scale) a.scale[0] = scale_of_float16(a, largest, mean ? sums[0] / sums[1] : 1.f), a.scale[1] = 1 / a.scale[0];
   if (!reduce) return;
   float loss = mean ? sums[2] / sums[0] : sums[2];
   if (a.z_loss != 0) loss += mean ? sums[3] / sums[1] : sums[3];
@@ -349,7 +349,7 @@ Error linear_cross_entropy_fwd(const LinearCrossEntropyArgs& a, const Stream& st
     using T = decltype(zero);
     LinearLoss<T> l{a, forward_params(a.loss, stream), stream};
     l.dw_sums = static_cast<float*>(a.dw), l.db_sums = a.db ? scratch<float>(stream, l.chunks() * l.V) : nullptr;
-    if (std::is_same_v<T, __half> && (a.dx || a.dw || a.db)) l.p.scale = scratch<float>(stream, 2);
+    if (std::is_same_v<T, f16> && (a.dx || a.dw || a.db)) l.p.scale = scratch<float>(stream, 2);
     Error error = sum_weights(l.p, stream);
     if (!error) error = reduce(l.p, false, stream);
     if (!error)

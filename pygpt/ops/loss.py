@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
-from ..dispatch import Op, call, lookup, register
+from ..dispatch import Op, call, lookup, register, without_values
 from .common import Spec, acc, backward_kernels, composite_gradients, only, savable, wanted
 from .loss_arguments import (
     REDUCTIONS,
@@ -115,8 +116,13 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x (N, K), linear_weight (V, K), linear_bias (V,) -> loss, dx, dw, db, stats, totals.
 
-    dx, dw, db: those in ``needs``, of the sum of the losses or of totals[0] times their mean, which no dtype of the
-    logits underflows. They are float32 (float64 for float64), and without elements for reduction "none".
+    dx, dw, db: those in ``needs``, of the sum of the losses or of totals[0] times their mean. They are float32 (float64
+    for float64), and without elements for reduction "none".
+
+    The compiled backends round dlogits to the dtype of x before the products. Float16's they multiply by a power of two
+    first, and divide the float32 sums by it, as the upstream gradient, which may scale them, comes later. It is the
+    largest one that leaves B below 2^14, with B = (1 - s) max |w[target]| + s / V sum |w| + 2^14 |z_loss| gz over the
+    kept rows and gz = 1, or totals[0] / totals[1] for "mean". So no gradient overflows where |lse| is below 2^13.
     """
     options = ignore_index, weight, reduction, label_smoothing, z_loss
     logits = _logits(x, linear_weight, linear_bias)
@@ -143,6 +149,20 @@ def linear_cross_entropy_bwd(
 
 def _gradients(dlogits, x, linear_weight, needs, like):
     return wanted(needs, (dlogits @ acc(linear_weight), dlogits.mT @ acc(x), dlogits.sum(0)), like)
+
+
+def _scaled(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """g * factor in dtype, without g's size in float32 beside it unless the call is traced or transformed."""
+    if g.dtype == dtype or without_values((g, factor)) or _are_functorch_transforms_active():
+        return (g * factor).to(dtype)
+    out = g.new_empty(g.shape, dtype=dtype)
+    lines = max(1, _LINES // max(1, g.shape[-1]))  # on a CPU, torch keeps the product of a call in float32
+    for part, of_part in zip(out.split(lines), g.split(lines), strict=True):
+        torch.mul(of_part, factor, out=part)
+    return out
+
+
+_LINES = 1 << 22  # elements of g that are scaled together
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -203,7 +223,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             factor = dloss
             if options[2] == "mean":  # where no target is kept, the loss is NaN and the gradients are 0
                 factor = torch.where(totals[1] > 0, dloss / totals[0], 0)
-            dx, dw, db = ((g * factor).to(x.dtype) if need else None for g, need in zip(formed, needs, strict=True))
+            dx, dw, db = (_scaled(g, factor, x.dtype) if need else None for g, need in zip(formed, needs, strict=True))
         else:
             args = x, linear_weight, target, linear_bias, stats, totals, needs, *options
             dx, dw, db = only(needs, kernels.linear_cross_entropy_bwd(dloss, *args))
@@ -232,9 +252,10 @@ def cross_entropy(
     (PaLM; Chowdhery et al. 2022). Weights and smoothing do not change this part, and "mean" divides it by the number of
     kept targets.
 
-    The logits are read once in forward. Backward reads them once, and writes their gradient once. Targets that are
-    probabilities (of input's shape) go to PyTorch. Shapes that do not fit raise ValueError, wrong types TypeError. A
-    class that is out of range raises IndexError on a CPU. On a GPU its row has loss and gradients NaN.
+    The logits are read once in forward, with label_smoothing twice. Backward reads them once, and writes their gradient
+    once. Targets that are probabilities (of input's shape) go to PyTorch. Shapes that do not fit raise ValueError,
+    wrong types TypeError. A class that is out of range raises IndexError on a CPU. On a GPU its row has loss and
+    gradients NaN.
     """
     kernel = lookup("cross_entropy", input, target)
     if kernel is None or not fits(input, target, ignore_index, weight, reduction, label_smoothing, z_loss):
@@ -258,7 +279,7 @@ def linear_cross_entropy(
     options: Any = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Returns cross_entropy(linear(input, linear_weight, linear_bias), target, ...) without all logits in memory.
+    """Returns cross_entropy(linear(input, linear_weight, linear_bias), target, ...), whose logits it forms by chunks.
 
     ``input (N, K)`` or ``(K,)``, ``linear_weight (V, K)``, ``linear_bias (V,)`` or None, and ``target (N,)`` or ``()``,
     int64. The arguments are those of torch.nn.functional.linear_cross_entropy, which torch has since 2.13, and
@@ -266,8 +287,9 @@ def linear_cross_entropy(
     accepted and changes nothing.
 
     Rows are taken in chunks, so that the logits of one chunk exist at a time (Wijmans et al. 2024 have the idea for
-    GPUs). With reduction "mean" or "sum" the gradients are formed in forward, while a chunk's logits are there, and
-    backward only scales them. With "none" backward computes the logits again. Logits are not rounded to a 16-bit dtype.
+    GPUs); few rows are one chunk. With reduction "mean" or "sum" the gradients are formed in forward, while a chunk's
+    logits are there, and backward only scales them. With "none" backward computes the logits again. Logits are not
+    rounded to a 16-bit dtype. A graph of the gradients (create_graph) is PyTorch's, which holds all logits.
 
     Targets that are probabilities and a linear_weight of more dimensions go to PyTorch. Errors are those of
     `cross_entropy`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..autocast import autocasting
 from ..dispatch import Call
-from .common import acc_dtype, check_tensors
+from .common import acc_dtype, check_tensors, checked_integer
 
 _torchs, _torchs_linear = F.cross_entropy, F.linear  # bound now, because a user may replace them by ours later
 _torchs_both = getattr(F, "linear_cross_entropy", None)  # torch 2.13 and later
@@ -32,6 +32,7 @@ class Options(NamedTuple):
 
 
 REDUCTIONS = ("none", "mean", "sum")
+_LEAST, _MOST = -(2**63), 2**63 - 1  # of int64
 
 
 def known_reduction(op: str, reduction: str) -> str:
@@ -43,19 +44,28 @@ def known_reduction(op: str, reduction: str) -> str:
 
 # ------------------------------------------------------------------------------- PyTorch's own expressions
 def expression(input: Tensor, target: Tensor, o: Options) -> Tensor:
-    """The loss of any input and target that torch's own function takes, in input's dtype."""
+    """The loss of any input and target that torch's own function takes, in input's dtype.
+
+    Ignored rows are masked, as a gradient of 0 times one of torch's NaN would be NaN.
+    """
+    at = min(1, input.dim() - 1)
+    kept = None  # for probabilities, and where the shapes do not fit, of which torch's function says so
+    if target.shape != input.shape and target.shape == (*input.shape[:at], *input.shape[at + 1 :]):
+        kept = target.long() != o.ignore_index
+        input = torch.where(kept.unsqueeze(at), input, 0)
     loss = _torchs(
         input, target, o.weight,
         ignore_index=o.ignore_index, reduction=o.reduction, label_smoothing=o.label_smoothing,
     )  # fmt: skip
     if not o.z_loss:
         return loss
-    squares = o.z_loss * torch.logsumexp(input, min(1, input.dim() - 1)).square()
-    kept = torch.ones_like(squares) if target.shape == input.shape else (target != o.ignore_index).to(squares.dtype)
-    squares = torch.where(kept > 0, squares, 0)
+    squares = o.z_loss * torch.logsumexp(input, at).square()
+    if kept is not None:
+        squares = torch.where(kept, squares, 0)
     if o.reduction == "none":
         return loss + squares
-    return loss + (squares.sum() / kept.sum() if o.reduction == "mean" else squares.sum())
+    count = squares.numel() if kept is None else kept.sum()
+    return loss + (squares.sum() / count if o.reduction == "mean" else squares.sum())
 
 
 def linear_expression(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, o: Options):
@@ -67,13 +77,14 @@ def linear_expression(input: Tensor, linear_weight: Tensor, target: Tensor, line
 
 
 # ------------------------------------------------------------------------------- checks
-def _check_options(op: str, weight, reduction, ignore_index, label_smoothing, z_loss) -> None:
+def _checked_options(op: str, weight, reduction, ignore_index, label_smoothing, z_loss) -> Options:
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"pygpt.{op}: weight must be a Tensor, got {type(weight).__name__}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"pygpt.{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"pygpt.{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
+    ignore_index = checked_integer(f"pygpt.{op}", "ignore_index", ignore_index)
+    if not _LEAST <= ignore_index <= _MOST:
+        raise ValueError(f"pygpt.{op}: ignore_index must be an int64, got {ignore_index}")
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not isinstance(value, Real):
             raise TypeError(f"pygpt.{op}: {name} must be a number, got {type(value).__name__}")
@@ -81,6 +92,7 @@ def _check_options(op: str, weight, reduction, ignore_index, label_smoothing, z_
         raise ValueError(f"pygpt.{op}: label_smoothing must be from 0 to 1, got {label_smoothing}")
     if not -math.inf < z_loss < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"pygpt.{op}: z_loss must be finite, got {z_loss}")
+    return Options(ignore_index, weight, reduction, float(label_smoothing), float(z_loss))
 
 
 def _objection(op: str, input, target, weight, shape, classes: int) -> Exception | None:
@@ -122,8 +134,7 @@ def prepare_cross_entropy(
 ) -> Call:
     op = "cross_entropy"
     error = check_tensors(op, (input, target))
-    _check_options(op, weight, reduction, ignore_index, label_smoothing, z_loss)
-    options = Options(ignore_index, weight, reduction, float(label_smoothing), float(z_loss))
+    options = _checked_options(op, weight, reduction, ignore_index, label_smoothing, z_loss)
     torchs = partial(expression, input, target, options)
     if error is None and input.dim() == 0:
         error = ValueError(f"pygpt.{op}: input needs at least 1 dimension, got a scalar")
@@ -146,6 +157,7 @@ def fits(input, target, ignore_index, weight, reduction, label_smoothing, z_loss
     return (
         weight is None
         and type(ignore_index) is int
+        and _LEAST <= ignore_index <= _MOST
         and input.dim() == 2
         and input.shape[1] > 0
         and input.dtype == acc_dtype(input)
@@ -167,11 +179,11 @@ def prepare_linear_cross_entropy(
     index = -100 if ignore_index is None else ignore_index
     tensors = input, linear_weight, target, linear_bias
     error = check_tensors(op, tensors, one_dtype=True)
-    _check_options(op, weight, reduction, index, label_smoothing, z_loss)
-    o = Options(index, weight, reduction, float(label_smoothing), float(z_loss))
+    o = _checked_options(op, weight, reduction, index, label_smoothing, z_loss)
     torchs = partial(linear_expression, *tensors, o)
     if _torchs_both is not None and not z_loss:
-        scalars = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        index = None if ignore_index is None else o.ignore_index  # torch refuses one beside probabilities
+        scalars = {"reduction": reduction, "ignore_index": index, "label_smoothing": label_smoothing}
         torchs = partial(_torchs_both, *tensors[:3], linear_bias=linear_bias, weight=weight, **scalars)
     if error is None:
         error = _misfit(op, input, linear_weight, linear_bias)

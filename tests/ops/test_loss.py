@@ -1,9 +1,11 @@
 """cross_entropy and linear_cross_entropy: the meaning and the errors of their arguments."""
 
 import copy
+import importlib
 import math
 
 import cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,8 @@ def test_layouts_of_memory(layout, backend, device):
         found = cross_entropy(x, target, reduction="none")
     assert_same(found, F.cross_entropy(x, target, reduction="none"), [x], torch.float32)
     upstream = torch.randn(6, 2, device=device)[:, 1]
-    (got,) = torch.autograd.grad(cross_entropy(x, target, reduction="none"), x, upstream)
+    with pygpt.backend(backend):
+        (got,) = torch.autograd.grad(cross_entropy(x, target, reduction="none"), x, upstream)
     (want,) = torch.autograd.grad(F.cross_entropy(x, target, reduction="none"), x, upstream)
     torch.testing.assert_close(got, want)
 
@@ -160,12 +163,13 @@ def test_no_kept_target(op, rows, reduction, backend, device):
         assert not any(g.any() for g in torch.autograd.grad(loss.sum(), leaves))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
-def test_an_ignored_row_is_not_read(dtype, compiled, device):
+def test_an_ignored_row_is_not_read(dtype, create_graph, backend, device):
     """Its gradient is 0, exactly, whatever its logits are, and the other rows are as without it."""
     x, target = logits(7, 300, dtype=dtype).detach().to(device), classes(7, V=300, ignore=-1).to(device)
     kept = target >= 0
-    with pygpt.backend(compiled):
+    with pygpt.backend(backend):
         for value in (torch.nan, math.inf, -math.inf):
             spoilt = x.masked_fill(~kept[:, None], value).requires_grad_()
             clean = x[kept].requires_grad_()
@@ -174,7 +178,10 @@ def test_an_ignored_row_is_not_read(dtype, compiled, device):
                 cross_entropy(clean, target[kept], ignore_index=-1, label_smoothing=0.1, z_loss=0.1),
             ]
             torch.testing.assert_close(*losses)
-            (dx,), (want,) = (torch.autograd.grad(a, b) for a, b in zip(losses, (spoilt, clean), strict=True))
+            (dx,), (want,) = (
+                torch.autograd.grad(a, b, create_graph=create_graph)
+                for a, b in zip(losses, (spoilt, clean), strict=True)
+            )
             assert not dx[~kept].any()
             torch.testing.assert_close(dx[kept], want)
 
@@ -253,7 +260,85 @@ def test_float16_gradients_do_not_underflow(backend, device):
         assert (a.double() - b).norm() < 4e-3 * b.norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 1e-4}], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, 1e-8, 1e6, "shares"])
+def test_float16_gradients_keep_their_digits(weight, reduction, options, compiled, device):
+    """Whatever the size of the weights is, where an upstream gradient, as GradScaler's, brings them into its range.
+    Here the largest one is between 500 and 1000. The rows of dw and db without a target, all of them small, are judged
+    alone too."""
+    N, K, V = 24, 16, 3000
+    x, w, b = (logits(*shape, dtype=torch.float16, scale=0.3).to(device).detach() for shape in ((N, K), (V, K), (V,)))
+    target = classes(N, V=V, ignore=-100).to(device)
+    drawn = torch.rand(V, device=device) + 0.1
+    weights = (
+        {None: None, "shares": drawn / drawn.sum()}.get(weight) if not isinstance(weight, float) else drawn * weight
+    )
+    how = {"reduction": reduction, **options}
+    z = how.pop("z_loss", 0.0)
+
+    def exact(x, w, b):
+        y = F.linear(x, w, b)
+        wide = None if weights is None else weights.double()
+        squares = z * y.logsumexp(1).square() * (target >= 0)
+        squares = squares.sum() / (target >= 0).sum() if reduction == "mean" else squares.sum()
+        return F.cross_entropy(y, target, wide, **how) + squares
+
+    wide = [t.double().requires_grad_() for t in (x, w, b)]
+    want = torch.autograd.grad(exact(*wide), wide)
+    scale = 2.0 ** math.floor(math.log2(1000 / max(g.abs().max().item() for g in want)))
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    with pygpt.backend(compiled), torch.autocast(device, torch.float16):
+        loss = linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], weight=weights, z_loss=z, **how
+        )
+    found = torch.autograd.grad(loss * scale, leaves)
+    others = torch.ones(V, dtype=torch.bool, device=device).index_fill_(0, target[target >= 0], False)
+    pairs = [
+        *zip(found, want, strict=True),
+        *((a[others], c[others]) for a, c in zip(found[1:], want[1:], strict=True)),
+    ]
+    for a, c in pairs:
+        assert (a.double() - c * scale).norm() < 1e-3 * (c * scale).norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scaling_is_not_in_place_nor_in_float32(reduction):
+    """Backward's largest allocation is the result, or a block of fewer elements."""
+    x, w = logits(8, 64, dtype=torch.float16), logits(4 * 2**16, 64, dtype=torch.float16)
+    loss = linear_cross_entropy(x, w, classes(8, V=len(w)), reduction=reduction)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(loss, w)
+    sizes = [
+        e.cpu_memory_usage for e in profile.events() if e.name in ("aten::empty", "aten::empty_strided", "aten::mul")
+    ]
+    assert 0 < max(sizes) <= w.nbytes
+
+
 # ------------------------------------------------------------------------------- linear_cross_entropy
+CHUNKS = {  # several chunks of rows
+    "cpp": {"N": 1100, "K": 5, "V": 4200},
+    "triton": {"N": 21, "K": 24, "V": 40},
+    "cuda": {"N": 1030, "K": 2, "V": 8200},
+}
+FORMED = {"bias": 1, "ignored": 3, "weight": 1, "smoothing": 0.1, "z": 1e-2}
+RECOMPUTED = {"bias": 1, "reduction": "none"}
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [(torch.float32, FORMED), (torch.float16, FORMED), (torch.bfloat16, RECOMPUTED)],
+    ids=cases.ids,
+)
+def test_several_chunks(dtype, options, compiled, device, generator, monkeypatch):
+    if compiled == "triton":
+        kernels = importlib.import_module("pygpt.triton_kernels.loss")
+        monkeypatch.setattr(kernels, "LEAST_ROWS", 8)
+        monkeypatch.setattr(kernels, "L2_BYTES", 0)
+    dims = CHUNKS[compiled] | options
+    cases.assert_exact("linear_cross_entropy", dims, dtype, generator, compiled, device=device)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("N", [1, 3, 700])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)], ids=str)
@@ -348,7 +433,18 @@ ERRORS = [
     (lambda: cross_entropy(X, T, label_smoothing="a"), TypeError, "label_smoothing must be a number, got str"),
     (lambda: cross_entropy(X, T, z_loss=None), TypeError, "z_loss must be a number, got NoneType"),
     (lambda: cross_entropy(X, T, z_loss=math.nan), ValueError, "z_loss must be finite, got nan"),
-    (lambda: cross_entropy(X, T, ignore_index=1.5), TypeError, "ignore_index must be an integer, got float"),
+    (lambda: cross_entropy(X, T, ignore_index=1.5), TypeError, "ignore_index must be an integer, got 1.5"),
+    (lambda: cross_entropy(X, T, ignore_index=True), TypeError, "ignore_index must be an integer, got True"),
+    (
+        lambda: cross_entropy(X, T, ignore_index=2**63),
+        ValueError,
+        "ignore_index must be an int64, got 9223372036854775808",
+    ),
+    (
+        lambda: linear_cross_entropy(X, W, T, ignore_index=-(2**70)),
+        ValueError,
+        "ignore_index must be an int64, got -118",
+    ),
     (lambda: cross_entropy(X, [0]), TypeError, "target must be a Tensor, got list"),
     (lambda: cross_entropy(X, T, [0]), TypeError, "weight must be a Tensor, got list"),
     (lambda: cross_entropy(X, T[:3]), ValueError, r"target must have shape \(4,\), got \(3,\)"),
@@ -377,6 +473,19 @@ def test_errors_say_what_is_wrong(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("index", [np.int64(2), torch.tensor(2), 2**63 - 1, -(2**63)], ids=repr)
+def test_any_integer_is_an_ignore_index(index, backend, device):
+    x, w, target = (
+        torch.randn(4, 5, device=device),
+        torch.eye(5, device=device),
+        torch.tensor([0, 2, 1, 2], device=device),
+    )
+    with pygpt.backend(backend):
+        want = F.cross_entropy(x, target, ignore_index=int(index))
+        torch.testing.assert_close(cross_entropy(x, target, ignore_index=index), want)
+        torch.testing.assert_close(linear_cross_entropy(x, w, target, ignore_index=index), want)
+
+
 @pytest.mark.parametrize("kernels", [pygpt.dispatch.TABLE["cpp"].kernels, torch.ops.pygpt], ids=["fast", "dispatched"])
 @pytest.mark.parametrize("x, target, weight, reduction, message", [
     (X, T, None, "avg", "cross_entropy_fwd: reduction must be 'none', 'mean' or 'sum', got 'avg'"),
@@ -403,6 +512,9 @@ def test_cross_entropy_loss_is_torchs_with_z_loss():
     assert nn.CrossEntropyLoss(reduction="sum")(x, target) == cross_entropy(x, target, reduction="sum")
     ours.z_loss = 0.0
     torch.testing.assert_close(ours(x, target), theirs(x, target))
+    on_meta = nn.CrossEntropyLoss(weight, device="meta", dtype=torch.float64).weight
+    assert on_meta.is_meta and on_meta.dtype == torch.float64
+    assert nn.CrossEntropyLoss(device="meta").weight is None
 
 
 @pytest.mark.parametrize("out_features", [(), (2,)])
