@@ -394,6 +394,7 @@ GPU = [  # the most important first: a run that has no time left omits the rest
     case(layer_norm, TOKENS, 4096, standard=BFLOAT16),
     case(mlp, (16, 1024), 4096, "gelu_tanh", standard=BFLOAT16),
     case(mlp, (16, 1024), 4096, "swiglu"),
+    case(qkv_attention, 16, 12, 1, 1024, 64, True),
     case(varlen_attn, 8, 32, 1, 4096, 4096, 128),
     case(attention_window, 2, 32, 8192, 8192, 128, 1023),
     case(attention_gqa, 2, 8, 4, 8192, 8192, 128, True),
