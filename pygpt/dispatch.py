@@ -141,8 +141,8 @@ class Backend:
     features: Mapping = field(default_factory=dict)  # op -> the optional features that are served
     max_head_dim: int | None = None
 
-    def objections(self, op: str, tensors: Sequence[Tensor], features: Collection[str]) -> list[str]:
-        """Why this backend cannot serve the call. Empty if it can."""
+    def objections(self, op: str, arguments: Sequence[Tensor | None], features: Collection[str]) -> list[str]:
+        """Why this backend cannot serve the call. Empty if it can. ``arguments``: those of `tensors_of`."""
         if self.missing:
             return [self.missing]
         if self.kernels is REFERENCE:
@@ -150,13 +150,14 @@ class Backend:
         reasons = []
         if self.ops is not None and op not in self.ops:
             reasons.append(f"{op} is not among its ops")
+        tensors = [t for t in arguments if t is not None]
         lead = tensors[0]
         if self.devices and lead.device.type not in self.devices:
             reasons.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
         if lead.dtype not in self.dtypes:
             reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
-        leading = () if OPS[op].statistics else tensors[: len(OPS[op].tensors)]  # prepare has checked the other dtypes
-        dtypes = [t.dtype for t in leading if t.is_floating_point()]
+        leading = () if OPS[op].statistics else arguments[: len(OPS[op].tensors)]  # prepare has checked other dtypes
+        dtypes = [t.dtype for t in leading if t is not None and t.is_floating_point()]
         if any(dtype != lead.dtype for dtype in dtypes) and not OPS[op].takes_dtypes(dtypes):
             reasons.append("tensors of different dtypes")
         if any(t.layout != torch.strided or t.is_nested for t in tensors):
@@ -294,9 +295,9 @@ def chosen() -> str | None:
 
 # ------------------------------------------------------------------------------- resolving a call
 def choose(
-    op: str, tensors: Sequence[Tensor], features: Collection[str] = (), error: Exception | None = None
+    op: str, tensors: Sequence[Tensor | None], features: Collection[str] = (), error: Exception | None = None
 ) -> Choice:
-    """What `explain` returns. ``tensors``: the call's tensor arguments, ``features``: the optional features in use."""
+    """What `explain` returns. ``tensors``: those of `tensors_of`, ``features``: the optional features in use."""
     name, rejected = chosen(), {}
     for row in TABLE.values():
         if name not in (None, row.name):
@@ -308,7 +309,9 @@ def choose(
     return Choice(op, None, rejected, error)
 
 
-def pick(op: str, tensors: Sequence[Tensor], features: Collection[str] = (), error: Exception | None = None) -> Backend:
+def pick(
+    op: str, tensors: Sequence[Tensor | None], features: Collection[str] = (), error: Exception | None = None
+) -> Backend:
     """The backend that serves the call. RuntimeError if an explicitly chosen one cannot."""
     name = chosen()
     for row in TABLE.values() if name is None else (TABLE[name],):
@@ -318,7 +321,7 @@ def pick(op: str, tensors: Sequence[Tensor], features: Collection[str] = (), err
 
 
 def _objections(
-    row: Backend, op: str, tensors: Sequence[Tensor], features: Collection[str], error: Exception | None
+    row: Backend, op: str, tensors: Sequence[Tensor | None], features: Collection[str], error: Exception | None
 ) -> list[str]:
     if error is not None and not row.missing and row.kernels is not REFERENCE:
         return [str(error)]
@@ -377,9 +380,9 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     prepared = autocast(op, op.prepare(*args, **kwargs))
     row = pick(name, tensors_of(op, prepared.args), prepared.features, prepared.error)
     prepared = prepared.seeded()
-    tensors = tensors_of(op, prepared.args)
+    tensors = [a for a in prepared.args if isinstance(a, Tensor)]
     if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
-        _log_fallback(choose(name, tensors, prepared.features, prepared.error))
+        _log_fallback(choose(name, tensors_of(op, prepared.args), prepared.features, prepared.error))
     if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.fast)) is not None:
         state.cache[name, key] = bind(op, row, _needs_gradient(tensors))
     return _run(op, row, prepared, tensors)
@@ -449,14 +452,10 @@ def bind(op: Op, row: Backend, needs_gradient: bool) -> Callable:
     return lambda *args: results if isinstance(results := fwd(*args), Tensor) else _first(results, op.results)
 
 
-def tensors_of(op: Op, args: Sequence) -> list[Tensor]:
-    """The tensors among canonical arguments. The first one stands in for a leading one that is None, so that all of
-    the leading ones keep their places."""
+def tensors_of(op: Op, args: Sequence) -> list[Tensor | None]:
+    """The tensors among canonical arguments. A leading one may be None, so that all of them keep their places."""
     leading = len(op.tensors)
-    return [
-        *(args[0] if a is None else a for a in args[:leading]),
-        *(a for a in args[leading:] if isinstance(a, Tensor)),
-    ]
+    return [*args[:leading], *(a for a in args[leading:] if isinstance(a, Tensor))]
 
 
 def _needs_gradient(tensors: list[Tensor]) -> bool:
