@@ -168,7 +168,8 @@ Normed dropout_norm_fwd(Call& call, const NormInputs& in, double eps, const RMSN
   a.weight_offset = o.weight_offset;
   set_dropout(call, a, o.seed, o.dropout_p);
   const Maybe& parameter = in.weight ? in.weight : in.bias;
-  const ScalarType parameters = parameter ? call.type_or_statistics("weight", *parameter) : in.x.type;
+  const char* name = in.weight ? "weight" : "bias";
+  const ScalarType parameters = parameter ? call.type_or_statistics(name, *parameter) : in.x.type;
   return norm_fwd<kernel>(call, a, in, call.type_or_statistics("residual", *in.residual), parameters);
 }
 

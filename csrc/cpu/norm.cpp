@@ -59,6 +59,15 @@ const Acc<S>* parameters(const NormArgs& a, Region region, const void* data, Acc
   return parameters<S, S>(region, data, a.cols, value, offset);
 }
 
+// out = f(columns) for all columns j .. end. General kernels in bf16, which alone have bf16_in_order, have floats of the
+// caller's among their inputs.
+template <class S, class Writer, class F>
+PYGPT_INLINE void write_results(int64_t j, int64_t end, const Writer& write, S* out, const F& f) {
+  if constexpr (std::is_same_v<S, bf16_in_order>)
+    write_each(j, end, write, out, [&](Columns c) { return canonical<S>(f(c)); });
+  else write_each(j, end, write, out, f);
+}
+
 template <class T>
 struct Statistics {
   T mean, rstd;
@@ -97,7 +106,7 @@ PYGPT_INLINE Statistics<T> forward(int64_t cols, T eps, ForwardRow<S, R> row, co
   if constexpr (Centre) left = sums[0] / T(cols);
   const T variance = sums[1] / T(cols) - left * left;
   const T rstd = 1 / std::sqrt((variance < 0 ? T(0) : variance) + eps), offset = -left * rstd;
-  write_each(0, cols, write, y, [&](Columns c) {
+  write_results(0, cols, write, y, [&](Columns c) {
     const Vec<T> v = at(x, c), xhat = Centre ? (v - shift) * rstd + offset : v * rstd;
     prefetch(lanes<T>(c));
     return xhat * at(w, c) + at(b, c);
@@ -173,12 +182,12 @@ PYGPT_INLINE void backward(int64_t cols, const BackwardRow<S, R>& row, const Wri
     return dsum ? d + at(dsum, c) : d;
   };
   if constexpr (General) {
-    if (row.dresidual) write_each(0, cols, write, row.dresidual, gradient);
+    if (row.dresidual) write_results(0, cols, write, row.dresidual, gradient);
     if (dx && row.factors)
-      return write_each(0, cols, write, dx, [&](Columns c) { return gradient(c) * at(row.factors, c); });
+      return write_results(0, cols, write, dx, [&](Columns c) { return gradient(c) * at(row.factors, c); });
     if (!dx) return;
   }
-  write_each(0, cols, write, dx, gradient);
+  write_results(0, cols, write, dx, gradient);
 }
 
 template <class S, class R, bool Centre, bool Nontemporal, bool General>
@@ -223,8 +232,8 @@ void reduce(int64_t chunks, int64_t stride, int64_t cols, const Acc<S>* partials
   if (!out) return;
   constexpr int64_t kColumns = 1024;
   auto body = [&](int64_t begin, int64_t end) {
-    write_each(begin * kColumns, std::min(cols, end * kColumns), Writer<false>(), static_cast<P*>(out),
-               [&](Columns columns) {
+    write_results(begin * kColumns, std::min(cols, end * kColumns), Writer<false>(), static_cast<P*>(out),
+                  [&](Columns columns) {
       Vec<T> total = {};
       for (int64_t c = 0; c < chunks;) {
         Vec<T> group = {};

@@ -12,9 +12,8 @@
 #include <cmath>
 
 #include "arena.h"
-#include "nontemporal.h"
 #include "parallel.h"
-#include "vmath.h"
+#include "rows.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -86,12 +85,6 @@ struct Pairs {
   }
 };
 
-// The float values of a call in bf16 may hold NaNs that would not survive the rounding to bf16 (simd.h).
-template <class S>
-PYGPT_INLINE Vec<Acc<S>> canonical(Vec<Acc<S>> v) {
-  if constexpr (std::is_same_v<S, bf16>) return v == v ? v : set1(std::numeric_limits<float>::quiet_NaN());
-  return v;
-}
 template <class S>
 PYGPT_INLINE Vec<Acc<S>> load_constant(const Acc<S>* p, int64_t n) {
   return canonical<S>(load(p, n));

@@ -8,6 +8,14 @@
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
 
+// Values of a call in S. Those that came from floats of the caller's may be NaNs that would not survive the rounding to
+// bf16 (simd.h).
+template <class S>
+PYGPT_INLINE Vec<Acc<S>> canonical(Vec<Acc<S>> v) {
+  if constexpr (std::is_base_of_v<bf16, S>) return v == v ? v : set1(std::numeric_limits<float>::quiet_NaN());
+  return v;
+}
+
 constexpr int64_t kSumColumns = 2048;  // columns summed before they are added to a total
 
 // n <= W columns from j on or, where half is 0 or 1, the W of the 2 W columns from j on that load_even_odd(.., half)

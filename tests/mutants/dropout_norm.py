@@ -58,6 +58,20 @@ DROPOUT_NORM = [
         (OWN, "float32_beside", "cpp", "bfloat16"),
     ),
     Mutant(
+        "cpu: a NaN of a float32 is rounded to bfloat16 as a number",
+        CPU,
+        r"\[&\]\(Columns c\) \{ return canonical<S>\(f\(c\)\); \}",
+        r"f",
+        (OWN, "every_nan", "cpp", "bfloat16"),
+    ),
+    Mutant(
+        "python: the input's dtype stands for that of no weight",
+        "pygpt/dispatch.py",
+        r"return \[\*args\[:leading\],",
+        r"return [*(args[0] if a is None else a for a in args[:leading]),",
+        (OWN, "which_dtypes"),
+    ),
+    Mutant(
         "bind: without dropout, the one gradient is given as dx",
         "csrc/bind/norm.h",
         r"if \(as_dx\) std::swap\(dx, dresidual\);",
