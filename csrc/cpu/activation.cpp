@@ -2,6 +2,7 @@
 //
 // relu saves its output y, which the next op keeps anyway; the others save x.
 #include <algorithm>
+#include <stdexcept>
 
 #include "nontemporal.h"
 #include "parallel.h"
@@ -56,7 +57,7 @@ void backward(const ActivationArgs& a) {
       case Activation::gelu_tanh: return pass<Activation::gelu_tanh, decltype(s)>(a); \
       case Activation::relu: return pass<Activation::relu, decltype(s)>(a);           \
       case Activation::relu2: return pass<Activation::relu2, decltype(s)>(a);         \
-      case Activation::silu: return; /* only mlp has it */                            \
+      case Activation::silu: throw std::logic_error("only mlp has silu");             \
     }                                                                                 \
   })
 
