@@ -39,6 +39,9 @@ RULES = {
     "dropout_add_layer_norm_bwd": ["rows rows rows R rows rows -> rows rows P P"],  # -> dx, dresidual, dw, db
     "dropout_add_rms_norm_fwd": ["rows rows R -> rows rows rows"],
     "dropout_add_rms_norm_bwd": ["rows rows rows R rows -> rows rows P"],
+    # Losses of rows; their sum and their mean, which needs the totals of all ranks, are formed of the whole.
+    "cross_entropy_fwd": ["0 0 - R -> 0 1 P"],  # x, target, ignore_index, weight -> loss, stats, totals
+    "cross_entropy_bwd": ["0 0 0 1 P - R -> 0"],  # dloss, x, target, stats, totals, ignore_index, weight -> dx
     "linear_fwd": [  # x, weight, bias -> y
         "rows R R -> rows",
         "R 0 0 -> last",
@@ -100,6 +103,8 @@ def placements(name: str, args, results: int, ranks=()) -> list[tuple[list, list
         of_args, of_results = (side.split() for side in rule.split("->"))
         words = [word for word, a in zip(of_args, args, strict=False) if hasattr(a, "shape")]
         by_heads = name.split("_")[0] in ("attention", "varlen") and of_args[0] == "1"
+        if name.startswith("cross_entropy") and "none" not in [a for a in args if isinstance(a, str)]:
+            continue
         if len(words) != len(tensors) or (by_heads and _splits_groups(tensors, ranks)):
             continue
         if of_args[0] == "R" and any(a in GATED for a in args if isinstance(a, str)):
@@ -127,7 +132,8 @@ def _splits_groups(tensors, ranks) -> bool:
 
 def _made(name: str, args, results: int) -> list[bool]:
     """Which results are computed. The others have shape (0,)."""
-    if (needs := next((a for a in args if isinstance(a, list)), None)) is not None:  # <op>_bwd's
+    needs = next((a for a in args if isinstance(a, list)), None)
+    if needs is not None and name.endswith("_bwd"):
         return [*needs, *[False] * (results - len(needs))]
     if name == "rope_fwd":
         return [True, *(args[i] is not None for i in (1, 4, 5))]

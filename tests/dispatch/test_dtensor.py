@@ -41,6 +41,20 @@ DIMS = {
     "gelu": {"M": (3, 5, 4), "gain": 1.0, "approximate": "tanh"},
     "rope": {"B": 3, "H": 5, "group": 1, "T": 4, "D": 8, "R": 6, "norm": 1, "interleaved": 0, "positions": 1},
 }
+DIMS |= {
+    "cross_entropy": {
+        "N": 5,
+        "V": 7,
+        "mean": 0.0,
+        "gain": 1.0,
+        "ignored": 3,
+        "weight": 1,
+        "reduction": "none",
+        "smoothing": 0.1,
+        "z": 0.1,
+    }
+}
+UNREAD = {"cross_entropy_bwd": "P"}  # the word of an argument, here totals, that these dims do not read
 DIMS |= dict.fromkeys(("rms_norm", "add_layer_norm", "add_rms_norm"), DIMS["layer_norm"]) | {"relu": DIMS["gelu"]}
 DIMS |= {"dropout_add_layer_norm": DIMS["layer_norm"] | {"dropout": 0.0}}
 DIMS |= {"dropout_add_rms_norm": DIMS["layer_norm"] | {"dropout": 0.0, "offset": 1.0}}
@@ -70,6 +84,7 @@ SAVED = {  # the results of <op>_fwd, by the names that <op>_bwd has for them
     "rms_norm": ("y", "rstd"),
     "add_rms_norm": ("y", "s", "rstd"),
     "rope": ("q_out", "k_out", "q_rstd", "k_rstd"),
+    "cross_entropy": ("loss", "stats", "totals"),
     "dropout_add_layer_norm": ("y", "s", "mean", "rstd"),
     "dropout_add_rms_norm": ("y", "s", "rstd"),
 }
@@ -135,7 +150,7 @@ def placements(name, args):
 def test_each_rule_gives_the_whole(name):
     args = arguments(name)
     found = placements(name, args)
-    sharded = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}, "varlen_attn": {1}, "qkv_attention": {0}}
+    sharded = {"gelu": {0, 1, 2}, "relu": {0, 1, 2}, "varlen_attn": {1}, "qkv_attention": {0}, "cross_entropy": {0}}
     dims = sharded.get(name[:-4], {0, 1})  # at least these can be sharded in the first
     assert dims <= {of_args[0].dim for _, of_args in found if of_args[0].is_shard()}
     for (of_results, of_args), ranks in product(found, (2, 3)):
@@ -150,7 +165,7 @@ def test_a_wrong_rule_is_noticed(name, monkeypatch):
         monkeypatch.setitem(rules().RULES, name, [rule])
         right, (first, *words) = placements(name, args), rule.split()
         for i, other in product(range(len(words)), ("R", "P", "0", "1", "last")):
-            if words[i] in ("->", "-"):
+            if words[i] in ("->", "-", UNREAD.get(name)):
                 continue
             monkeypatch.setitem(rules().RULES, name, [" ".join([first, *words[:i], other, *words[i + 1 :]])])
             if (wrong := placements(name, args)) == right:
@@ -431,6 +446,29 @@ def test_what_is_placed_otherwise_is_redistributed(mesh):
         y = F.layer_norm(x, (8,), weight)
     assert sent.get_total_counts() > 0
     assert y.shape == x.shape and not y.placements[0].is_shard(2)
+
+
+@on_shards([(1,), (2,), (2, 2)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_losses_of_shards(reduction, mesh):
+    """Nothing is sent for those of rows. The others are of the whole."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    placements, classes = [Shard(0)] * mesh.ndim, torch.randint(9, (8,))
+    (x,) = shards(mesh, ((8, 9), *[0] * mesh.ndim))
+    target = distribute_tensor(classes, mesh, placements)
+    with CommDebugMode() as sent:
+        loss = F.cross_entropy(x, target, reduction=reduction)
+        loss.sum().backward()
+    if reduction == "none":
+        assert sent.get_total_counts() == 0 and list(loss.placements) == placements
+    assert x.grad.shape == x.shape and loss.shape == classes.shape[: reduction == "none"]
+    if mesh.size() == 1:
+        whole = x.full_tensor().detach().requires_grad_()
+        want = torch.nn.functional.cross_entropy(whole, classes, reduction=reduction)
+        want.sum().backward()
+        torch.testing.assert_close([loss.full_tensor(), x.grad.full_tensor()], [want, whole.grad])
 
 
 @on_shards([(2,)])
