@@ -339,7 +339,8 @@ def mlp_bwd(dy, x, fc_weight, proj_weight, hidden, pre, activation, needs):
         lines = triton.cdiv(dpre.shape[0], SUM_ROWS)
         sums = empty(x, lines, dpre.shape[1], dtype=torch.float32) if need_fc_bias and not gated else None
         saved = pre if known("mlp_bwd", activation) in SAVES_INPUT else hidden
-        epilogue = Epilogue(None, saved.contiguous(), None, None, sums, gated or activation, width, width)
+        act, saved = gated or activation, saved.contiguous()
+        epilogue = Epilogue(saved=saved, row_sums=sums, activation=act, out_width=width, pre_width=width)
         _gemm(dy2, proj_weight, dpre, epilogue)
     return (
         _if(need_x, lambda: _gemm(dpre, fc_weight, empty(x, *x2.shape)).view(x.shape), x),
