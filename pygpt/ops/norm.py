@@ -362,7 +362,7 @@ def _draw(params, inputs=1, eps=1e-5):
     def draw(random, d):
         xs = [random(*lead(d["M"]), d["N"]) + d["mean"] for _ in range(inputs)]
         weights = [random(d["N"]) if d["affine"] else None for _ in range(params)]
-        offset = (d["offset"],) if d.get("offset") else ()
+        offset = (d["offset"],) if "offset" in d else ()
         return *xs, *weights, eps, *offset
 
     return draw
