@@ -317,15 +317,13 @@ def _draw(params):
     return draw
 
 
-def _call(op, function, seed_at):
+def _call(op, seed_at):
     """The public function on canonical arguments, but the seed is given, not drawn."""
 
     def call(x, residual, *args):
         tensors = [a for a in (x, residual, *args) if isinstance(a, Tensor)]
         row = dispatch.pick(op, tensors, ["dropout_p"] if args[seed_at] is not None else [])
-        if row.kernels is dispatch.REFERENCE:
-            return dispatch.OPS[op].composite(x, residual, *args)
-        return function.apply(row.kernels, x, residual, *args)
+        return dispatch._run(dispatch.OPS[op], row, Call((x, residual, *args)), tensors)
 
     return call
 
@@ -363,7 +361,7 @@ register(
                 inputs=("x", "residual", "weight", "bias"),
                 dims=_DIMS,
                 draw=_draw(2),
-                call=_call("dropout_add_layer_norm", DropoutAddLayerNorm, 3),
+                call=_call("dropout_add_layer_norm", 3),
                 shapes=_SHAPES,
                 outputs=("fwd", "sum"),
                 cancelled=_cancelled(True),
@@ -389,7 +387,7 @@ register(
                 inputs=("x", "residual", "weight"),
                 dims=_DIMS | {"offset": 0.0},
                 draw=_draw(1),
-                call=_call("dropout_add_rms_norm", DropoutAddRMSNorm, 2),
+                call=_call("dropout_add_rms_norm", 2),
                 shapes=(*_SHAPES, {"offset": 1.0}),
                 outputs=("fwd", "sum"),
                 cancelled=_cancelled(False),
