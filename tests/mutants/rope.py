@@ -181,8 +181,8 @@ ROPE = [
     Mutant(
         "python: the tables follow the model to 16 bits",
         "pygpt/nn.py",
-        r"if \(self\.cos\.dtype, self\.cos\.device\) != \(before\.dtype, before\.device\):",
-        r"if self.cos.device != before.device:",
+        r"if self\.cos is not before\[\"cos\"\]:",
+        r"if self.cos.device != before[\"cos\"].device:",
         (OWN, "keep_their_precision"),
     ),
 ]
