@@ -72,7 +72,7 @@ def part_of(event: FunctionEvent) -> str:
     while at is not None:
         names.append(at.name)
         at = at.cpu_parent
-    return next(part for part, pattern in PARTS.items() if any(re.search(pattern, name) for name in names))
+    return next(part for part, pattern in PARTS.items() if any(re.search(pattern, n, re.IGNORECASE) for n in names))
 
 
 def measure(step: Callable[[], None], backends: tuple[str, ...], repeats: int) -> dict[str, dict[str, float]]:

@@ -201,7 +201,7 @@ def measure(
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]
         with use_backend(backend) if backend else nullcontext():
             ours = directions(op, SPECS[op].call, args, grads)
-            tensors = tensors_of(OPS[SPECS[op].op], args)
+            tensors = tensors_of(OPS[SPECS[op].op], SPECS[op].canonical(*args))
             used = pick(SPECS[op].op, tensors, SPECS[op].features).name
         for key, r in x64.items():
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (ours[key], theirs[key]))

@@ -20,7 +20,8 @@ def tiny(cases: list[Case]) -> list[Case]:
     attention = {"B": 1, "H": 2, "L": 40, "S": 40, "E": 16}
     small = {"attention": attention, "attention_mask": attention, "attention_gqa": attention | {"H": 1, "group": 2}}
     small |= {"attention_window": attention | {"left": 9}, "varlen_attn": {"N": 3, "H": 2, "L": 20, "S": 20, "E": 16}}
-    small |= {"qkv_attention": {"B": 1, "H": 1, "group": 2, "L": 40, "E": 16}}
+    small |= {"qkv_attention": {"B": 1, "H": 1, "group": 2, "L": 24, "E": 16}}
+    small |= {"rope": {"B": 1, "H": 1, "group": 2, "T": 16, "D": 16}}
     small |= {"linear": {"M": 32, "K": 24, "N": 96}}
     small |= {"mlp": {"M": (1, 24), "C": 32}, "gelu": {"M": (48, 24)}, "relu": {"M": (48, 24)}}
     small |= {"cross_entropy": {"N": 48, "V": 24}, "linear_cross_entropy": {"N": 48, "K": 24, "V": 40}}

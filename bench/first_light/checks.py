@@ -44,6 +44,7 @@ from .steps import NO_GPU, REFUSED, ROOT, python
 
 TINY = {"attention": {"B": 1, "H": 2, "L": 24, "E": 16, "Ev": 16}, "mlp": {"M": 16, "C": 16, "H": 32}}
 TINY |= {op: TINY["attention"] for op, spec in verify.SPECS.items() if spec.op == "attention"}
+TINY |= {"qkv_attention": {"B": 1, "H": 2, "L": 24, "E": 16}}
 TINY |= {"varlen_attn": {"N": 2, "H": 1, "L": 16, "E": 16, "Ev": 16}}
 TINY |= {"cross_entropy": {"N": 8, "V": 40}, "linear_cross_entropy": {"N": 16, "K": 16, "V": 40}}
 TINY |= {"linear": {"M": 16, "K": 16}, "gelu": {"M": 64}, "relu": {"M": 64}}
