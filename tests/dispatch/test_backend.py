@@ -305,7 +305,7 @@ TORCHS = {
     "linear": F.linear,
     "mlp": lambda x, w, b, p, pb, act, save: F.linear(_torchs_hidden(F.linear(x, w, b), act), p, pb),
     "layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
-    "rms_norm": lambda x, w, eps: F.rms_norm(x, x.shape[-1:], w, eps),
+    "rms_norm": lambda x, w, eps, *_: F.rms_norm(x, x.shape[-1:], w, eps),
     "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
     "relu": F.relu,
 }
