@@ -113,7 +113,7 @@ class Everything(torch.nn.Module):
         return self.rms(functional.gelu(functional.relu(self.mlp(h))) + s)
 
 
-USED = {"layer_norm", "add_layer_norm", "rms_norm", "linear", "attention", "mlp", "gelu", "relu"}
+USED = {"layer_norm", "add_layer_norm", "rms_norm", "linear", "qkv_attention", "mlp", "gelu", "relu"}
 
 
 def named_gradients(module, call, x):
