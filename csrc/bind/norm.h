@@ -1,5 +1,5 @@
-// The op bodies of the forward and backward of the norms: layer_norm and rms_norm, of a tensor, of a sum (add_) and of a
-// sum with dropout (dropout_add_).
+// The op bodies of the forward and backward of the norms: layer_norm and rms_norm, of a tensor, of a sum (add_) and of
+// a sum with dropout (dropout_add_).
 #pragma once
 #include "dropout.h"
 

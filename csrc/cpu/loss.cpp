@@ -8,8 +8,8 @@
 //
 // linear_cross_entropy runs the GEMMs of gemm/gemm.h on a chunk of rows:
 //     logits = x W^T + b      dlogits over logits      dx = dlogits W      dW += dlogits^T x      db += sums of dlogits
-// Logits are float, also of 16-bit operands; dlogits have the operands' type, and forward scales those of float16. dW is
-// summed chunk by chunk.
+// Logits are float, also of 16-bit operands; dlogits have the operands' type, and forward scales those of float16. dW
+// is summed chunk by chunk.
 //
 // Losses are summed pairwise. Chunks and the order of every sum depend on the shape alone.
 #include <algorithm>

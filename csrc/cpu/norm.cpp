@@ -59,8 +59,8 @@ const Acc<S>* parameters(const NormArgs& a, Region region, const void* data, Acc
   return parameters<S, S>(region, data, a.cols, value, offset);
 }
 
-// out = f(columns) for all columns j .. end. General kernels in bf16, which alone have bf16_in_order, have floats of the
-// caller's among their inputs.
+// out = f(columns) for all columns j .. end. General kernels in bf16, which alone have bf16_in_order, have floats of
+// the caller's among their inputs.
 template <class S, class Writer, class F>
 PYGPT_INLINE void write_results(int64_t j, int64_t end, const Writer& write, S* out, const F& f) {
   if constexpr (std::is_same_v<S, bf16_in_order>)

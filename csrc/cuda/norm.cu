@@ -20,8 +20,8 @@ namespace {
 constexpr int kMaxE = 32;  // most elements per lane
 constexpr int64_t kMaxRegisterCols = kMaxE * kMaxThreads;  // longest row that is held in registers
 
-// General kernels have dropout, an offset of the weights, an R (the type of residual and sum) of another type than T (of
-// x and y), or float parameters.
+// General kernels have dropout, an offset of the weights, an R (the type of residual and sum) of another type than T
+// (of x and y), or float parameters.
 template <class T, class R, bool is_general>
 struct NormFwdParams {
   int64_t rows, cols, x_stride, residual_stride;
