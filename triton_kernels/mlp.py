@@ -305,7 +305,7 @@ def linear_bwd(dy, x, weight, needs):
 def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save="all"):
     """-> y (..., O), hidden (..., H), pre (..., H or gated 2 H) but for relu; hidden and pre only with save="all"."""
     saves_input, saves = known("mlp_fwd", activation) in SAVES_INPUT, saves_all("mlp_fwd", save)
-    x2, none = rows_of(x), x.new_empty(0)
+    x2 = rows_of(x)
     (M, _), fc_dim, H = x2.shape, fc_weight.shape[0], proj_weight.shape[1]
     hidden = empty(x, *x.shape[:-1], H)
     pre = empty(x, *x.shape[:-1], fc_dim) if saves and saves_input else None
@@ -315,7 +315,7 @@ def mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, save="all
     else:
         _gemm(x2, fc_weight.mT, hidden2, Epilogue(bias=fc_bias, pre=pre2, activation=activation))
     y = linear_fwd(hidden, proj_weight, proj_bias)
-    return y, hidden if saves else none, none if pre is None else pre
+    return y, hidden if saves else x.new_empty(0), x.new_empty(0) if pre is None else pre  # which share no memory
 
 
 def _gated(x, fc_weight, fc_bias, hidden, pre, activation):
