@@ -122,8 +122,9 @@ struct General {
       for (int v = 0; v < V; v++) {
         const int64_t col = lane.column<T>(first + v);
         const RandomWords drawn = random_words(*seed, static_cast<uint32_t>(col / 4), static_cast<uint32_t>(row), 0);
-        const int word = static_cast<int>(col % 4);
-        x[v] = __fmul_rn(x[v], factor(word < 2 ? drawn.word[word == 1 ? 1 : 0] : drawn.word[word == 3 ? 3 : 2]));
+        const bool odd = col & 1;  // an index that is not constant would put the words into local memory
+        const uint32_t low = odd ? drawn.word[1] : drawn.word[0], high = odd ? drawn.word[3] : drawn.word[2];
+        x[v] = __fmul_rn(x[v], factor(col & 2 ? high : low));
       }
     }
   }

@@ -23,9 +23,9 @@ constexpr int kMaxE = 24;  // most elements per lane
 constexpr int64_t kMaxStageBytes = 24 << 10;  // longest row that is held in shared memory
 
 // The number of blocks of `threads` threads that must fit into a multiprocessor's registers (for __launch_bounds__).
-template <class T, int E, int team>
+template <class T, bool is_general, int E, int team>
 constexpr int min_blocks_per_sm(int threads) {
-  return team == kWholeBlock ? kMaxThreads / threads : E < 32 && sizeof(T) == 2 ? 4 : 3;
+  return team == kWholeBlock ? kMaxThreads / threads : E < 32 && sizeof(T) == 2 && !is_general ? 4 : 3;
 }
 
 // General kernels have dropout, an offset of the weights, an R (the type of x, dsum and dresidual) of another type than
@@ -202,8 +202,9 @@ __device__ __forceinline__ void start_weight(const NormBwdParams<T, R>& a, const
 
 // Dynamic shared memory holds the weight, the current row and the next; at the end, store_partial_sums uses it.
 template <class T, class R, bool is_general, int E, int team>
-__global__ __launch_bounds__(team == kWholeBlock ? kMaxThreads : kThreads,
-                             min_blocks_per_sm<T, E, team>(kMaxThreads)) void norm_bwd_kernel(NormBwdParams<T, R> a) {
+__global__ __launch_bounds__(
+    team == kWholeBlock ? kMaxThreads : kThreads,
+    min_blocks_per_sm<T, is_general, E, team>(kMaxThreads)) void norm_bwd_kernel(NormBwdParams<T, R> a) {
   constexpr int V = kVector<T>, kChunks = E / V;
   PYGPT_SHARED(float, shared, [2][2][32]);
   PYGPT_DYNAMIC_SHARED(bytes);
@@ -379,22 +380,28 @@ Error norm_bwd(const NormArgs& n, const Stream& stream) {
   if (a.cols * static_cast<int64_t>(sizeof(T)) > kMaxStageBytes) return long_row();
   return by_cols<kMaxE>(a.cols, [&](auto shape) {
     using S = decltype(shape);
-    const int threads = S::threads(a.cols);
-    const int64_t stage = sizeof(T) + (a.dsum ? 2 : 1) * sizeof(R);  // bytes per element
-    const int64_t shared = (sizeof(Weight<T, is_general>) + 2 * stage) * S::E * threads;
-    if (shared + 1024 > max_shared_bytes(stream)) return long_row();
-    const int64_t blocks = num_blocks(ceil_div(a.rows, S::teams), min_blocks_per_sm<T, S::E, S::team>(threads), shared);
-    a.partial_stride = (dw ? a.cols : 0) + (db ? a.cols : 0);
-    const int64_t bytes = blocks * a.partial_stride * static_cast<int64_t>(sizeof(float));
-    float* partials = static_cast<float*>(stream.scratch(bytes));
-    if (dw) a.dw = partials;
-    if (db) a.db = partials + a.partial_stride - a.cols;
-    Error error = nullptr;
-    auto kernel = norm_bwd_kernel<T, R, is_general, S::E, S::team>;
-    if (blocks) error = launch(kernel, make_grid(blocks), dim3(threads), shared, stream, a);
-    if (error) return error;
-    return column_sums(Matrix<float>{partials, a.partial_stride}, blocks, a.partial_stride,
-                       ColumnSums<P>{dw ? dw : db, db, a.cols}, stream);
+    // With dropout, a whole block's lanes would spill.
+    if constexpr (is_general && S::team == kWholeBlock) {
+      return long_row();
+    } else {
+      const int threads = S::threads(a.cols);
+      const int64_t stage = sizeof(T) + (a.dsum ? 2 : 1) * sizeof(R);  // bytes per element
+      const int64_t shared = (sizeof(Weight<T, is_general>) + 2 * stage) * S::E * threads;
+      if (shared + 1024 > max_shared_bytes(stream)) return long_row();
+      const int64_t blocks =
+          num_blocks(ceil_div(a.rows, S::teams), min_blocks_per_sm<T, is_general, S::E, S::team>(threads), shared);
+      a.partial_stride = (dw ? a.cols : 0) + (db ? a.cols : 0);
+      const int64_t bytes = blocks * a.partial_stride * static_cast<int64_t>(sizeof(float));
+      float* partials = static_cast<float*>(stream.scratch(bytes));
+      if (dw) a.dw = partials;
+      if (db) a.db = partials + a.partial_stride - a.cols;
+      Error error = nullptr;
+      auto kernel = norm_bwd_kernel<T, R, is_general, S::E, S::team>;
+      if (blocks) error = launch(kernel, make_grid(blocks), dim3(threads), shared, stream, a);
+      if (error) return error;
+      return column_sums(Matrix<float>{partials, a.partial_stride}, blocks, a.partial_stride,
+                         ColumnSums<P>{dw ? dw : db, db, a.cols}, stream);
+    }
   });
 }
 

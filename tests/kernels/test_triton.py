@@ -508,6 +508,7 @@ def _store_one_row(grad, stats, length, head, row, H, L, WIDTH: tl.constexpr):
             ones,
         ),
         H,
+        H,
     )
     tl.store(attention_tiles.rows_of_head(stats, head, L, 0), 1.0)
 

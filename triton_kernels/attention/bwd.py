@@ -220,9 +220,9 @@ def _backward_keys(at, dk, dv, q, dout, stats, k, v, params):
                 first, stop, unmasked, gap, edges, params,
             )  # fmt: skip
     if dk is not None:
-        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params)
+        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params.H, params.row_heads)
     if dv is not None:
-        store_gradient(dv, Tile(v, at, col, sums.dv), params)
+        store_gradient(dv, Tile(v, at, col, sums.dv), params.H, params.row_heads)
 
 
 @triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q", "row_heads"])
@@ -368,7 +368,7 @@ def _backward_queries(at, dq, slope_rows, q, dout, stats, k, v, params):
             slope_rows is not None, params,
         )  # fmt: skip
     if dq is not None:
-        store_gradient(dq, Tile(q, at, row, acc * params.scale), params)
+        store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H, params.row_heads)
     if slope_rows is not None:
         tl.store(rows_of_head(slope_rows, at.head, params.rows, params.q_row) + i, slope_sum, i < L)
 

@@ -189,11 +189,11 @@ def store_rows(first, stride, x):
 
 
 @triton.jit
-def store_gradient(grad, x, params):
+def store_gradient(grad, x, H, row_heads):
     """Stores the tile x into grad, which has H of the row_heads heads of a contiguous (B, length, row_heads, WIDTH)."""
-    row = (x.at.head // params.H).to(tl.int64) * x.operand.length + x.operand.first_row
-    first = (row * params.row_heads + x.at.head % params.H) * x.operand.WIDTH
-    store_rows(grad + first, params.row_heads * x.operand.WIDTH, x)
+    row = (x.at.head // H).to(tl.int64) * x.operand.length + x.operand.first_row
+    first = (row * row_heads + x.at.head % H) * x.operand.WIDTH
+    store_rows(grad + first, row_heads * x.operand.WIDTH, x)
 
 
 @triton.jit
