@@ -238,13 +238,15 @@ def _operand(t: torch.Tensor, tile: tuple[str, str]) -> Operand:
     return Operand(t, t.stride(), "pointer")
 
 
-def _kind(a, b, epilogue: Epilogue) -> str:
-    """Which of KINDS has the configurations for this product."""
+def _kind(a, b, epilogue: Epilogue, wide: bool) -> str:
+    """Which of KINDS has the configurations for this product. wide: whether 16-bit operands have a float32 result."""
     if not all(aligned(t) or aligned(t.mT) for t in (a, b)):
         return "unaligned"
-    if a.shape[0] <= FEW_ROWS:
+    if a.shape[0] <= FEW_ROWS or (wide and TRITON < (3, 9)):  # which serializes larger tiles' wgmma
         return "few rows"
-    return "plain" if epilogue.activation is None else "fused" if epilogue.saved is None else "fused gradient"
+    if epilogue.activation is None:
+        return "fused gradient" if wide or epilogue.addend is not None else "plain"  # float32 tiles take registers
+    return "fused" if epilogue.saved is None else "fused gradient"
 
 
 def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
@@ -256,7 +258,8 @@ def _gemm(a, b, out, epilogue: Epilogue = PLAIN, splits: int = 1):
         gemm_kernel,
         lambda c: splits * triton.cdiv(M, c["BLOCK_M"]) * triton.cdiv(N, c["BLOCK_N"]),
         out, left.source, right.source, *tensors, M, N, K, *left.strides, *right.strides,
-        configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue)], in_place=(out,) if epilogue.gate is out else (),
+        configs=GEMM[target(a), a.itemsize, _kind(a, b, epilogue, splits == 1 and out.itemsize > a.itemsize)],
+        in_place=(out,) if epilogue.gate is out else (),
         A_LOAD=left.load, B_LOAD=right.load, ACTIVATION=activation, OUT_WIDTH=out_width, PRE_WIDTH=pre_width,
         SPLITS=splits, SUM_ROWS=SUM_ROWS,
     )  # fmt: skip
