@@ -41,9 +41,9 @@ PROGRAMS = 256  # at most, that sum dw and db: two for each multiprocessor of an
 @triton.jit
 def _factors(seed, threshold, keep, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(ROWS, COLS): what dropout multiplies the tile of these rows, and of the columns from col on, by; 4 divides col.
-    None without a seed."""
+    1 without a seed."""
     if seed is None:
-        return None
+        return 1.0
     else:
         key = tl.load(seed)
         key0, key1 = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -58,7 +58,7 @@ def _factors(seed, threshold, keep, row, col, ROWS: tl.constexpr, COLS: tl.const
 def _row_factors(seed, threshold, keep, row, col, COLS: tl.constexpr):
     """(COLS,): `_factors` of one row."""
     if seed is None:
-        return None
+        return 1.0
     else:
         rows = tl.zeros([1], tl.int64) + row
         return _factors(seed, threshold, keep, rows, col, 1, COLS).reshape([COLS])
@@ -69,8 +69,7 @@ def _load_sum(x, residual, factors, col, mask):
     """x, or x factors + residual rounded to its dtype, in float32. Both point to the first column of the rows."""
     value = tl.load(x + col, mask, other=0.0).to(tl.float32)
     if residual is not None:
-        if factors is not None:
-            value *= factors
+        value *= factors
         loaded = tl.load(residual + col, mask, other=0.0)
         value = to_storage(value + loaded.to(tl.float32), loaded.dtype).to(tl.float32)
     return value
@@ -403,7 +402,8 @@ def _norm_bwd(dy, ds, x, weight, mean, rstd, needs, offset=0.0, dropout=NO_DROPO
     dy2, x2 = rows_of(dy), rows_of(x)
     ds2 = None if ds is None else rows_of(ds)
     rows, N = x2.shape
-    bucket, wide = _bucket(N), N > BWD_WIDTH
+    # Dropout, and a residual in float32, take registers: their longest rows would spill.
+    bucket, wide = _bucket(N), N > (BWD_WIDTH if len(needs) == 3 else BWD_WIDTH // 2)
     weight = contiguous(weight)
     tensors, strides = (dy2, ds2, x2, weight, mean, rstd), (_stride(dy2), _stride(ds2), _stride(x2))
     need_dx, *need_sums = needs[:3]
