@@ -242,7 +242,9 @@ def _kind(a, b, epilogue: Epilogue, wide: bool) -> str:
     """Which of KINDS has the configurations for this product. wide: whether 16-bit operands have a float32 result."""
     if not all(aligned(t) or aligned(t.mT) for t in (a, b)):
         return "unaligned"
-    if a.shape[0] <= FEW_ROWS or (wide and TRITON < (3, 9)):  # which serializes larger tiles' wgmma
+    two_results = epilogue.saved is not None and epilogue.pre_width == 2
+    spills = two_results or (TRITON < (3, 9) and (wide or epilogue.gate is not None))  # or waits for each wgmma
+    if a.shape[0] <= FEW_ROWS or spills:
         return "few rows"
     if epilogue.activation is None:
         return "fused gradient" if wide or epilogue.addend is not None else "plain"  # float32 tiles take registers
