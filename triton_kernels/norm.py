@@ -181,13 +181,11 @@ def _load_xhat(x, mean, rstd, col, mask):
 
 @triton.jit
 def _store_gradients(d, dx, dresidual, factors, at, mask):
-    """dresidual = d, dx = d factors. Either may be None, and without factors they are equal."""
+    """dresidual = d, dx = d factors. Either may be None. The factors are 1 without dropout."""
     if dresidual is not None:
         tl.store(dresidual + at, to_storage(d, dresidual.dtype.element_ty), mask)
     if dx is not None:
-        if factors is not None:
-            d *= factors
-        tl.store(dx + at, to_storage(d, dx.dtype.element_ty), mask)
+        tl.store(dx + at, to_storage(d * factors, dx.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -232,7 +230,7 @@ def norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dresidual, dw, db, rows, 
             out *= row_rstd
             if ds is not None:
                 out += tl.load(ds + row[:, None] * ds_stride + col[None, :], mask, other=0.0).to(tl.float32)
-            factors = None
+            factors = 1.0
             if dx is not None:
                 factors = _factors(seed, threshold, keep, row, 0, ROWS, WIDTH)
             _store_gradients(out, dx, dresidual, factors, row[:, None] * N + col[None, :], mask)
@@ -273,7 +271,7 @@ def wide_norm_bwd_kernel(dy, ds, x, weight, mean, rstd, dx, dresidual, N, dy_str
         out *= row_rstd
         if ds is not None:
             out += tl.load(ds + row * ds_stride + col, col < N, other=0.0).to(tl.float32)
-        factors = None
+        factors = 1.0
         if dx is not None:
             factors = _row_factors(seed, threshold, keep, row, start, BLOCK)
         _store_gradients(out, dx, dresidual, factors, row * N + col, col < N)
