@@ -469,7 +469,7 @@ class CausalSelfAttention(nn.Module):
         return self.head_dim <= dispatch.fast_head_dim and type(qkv) not in dispatch.SHARDED
 
     def _changes_heads(self) -> bool:
-        return self._modules.keys() >= {"q_norm"} or self._modules.get("rotary") is not None
+        return "q_norm" in self._modules or self._modules.get("rotary") is not None
 
     def _normed_and_rotated(self, q: Tensor, k: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """q and k (B, H, T, D), whose first position is ``position``, after q_norm, k_norm and rotary."""
