@@ -61,6 +61,10 @@ inline DType kernel_dtype(ScalarType type) {
   }
 }
 
+// Whether a kernel is a CPU's, which takes only its Args.
+template <auto kernel, class Args>
+constexpr bool kOnCpu = std::is_invocable_v<decltype(kernel), const Args&>;
+
 class Call {
  public:
   explicit Call(const char* op) : op_(op) {}
@@ -159,11 +163,10 @@ class Call {
   Maybe as_rows(const Maybe& t) { return t ? Maybe(as_rows(*t)) : t; }
 
   // ---------------------------------------------------------------- the kernel
-  // A CPU kernel takes only its Args. A CUDA kernel also takes a stream, and returns an error message or null.
+  // A CUDA kernel also takes a stream, and returns an error message or null.
   template <auto kernel, class Args>
   void run(const Args& a) {
-    if constexpr (std::is_invocable_v<decltype(kernel), const Args&>)
-      compute([](const void* args) { kernel(*static_cast<const Args*>(args)); }, &a);
+    if constexpr (kOnCpu<kernel, Args>) compute([](const void* args) { kernel(*static_cast<const Args*>(args)); }, &a);
     else
       with_stream(device_, [&](const cuda::Stream& stream) {
         if (cuda::Error error = kernel(a, stream)) fail(error);

@@ -14,9 +14,6 @@ struct LossOptions {
   auto fields() { return std::tie(ignore_index, weight, reduction, label_smoothing, z_loss); }
 };
 
-template <auto kernel, class Args>
-constexpr bool kRunsOnCpu = std::is_invocable_v<decltype(kernel), const Args&>;
-
 inline Reduction reduction_named(const Call& call, std::string_view name) {
   if (name == "none") return Reduction::none;
   if (name == "mean") return Reduction::mean;
@@ -86,7 +83,7 @@ inline void check_saved(Call& call, CrossEntropyArgs& a, LossSaved& saved) {
 template <auto kernel>
 Results<3> cross_entropy_fwd(Call& call, View x, View target, LossOptions options) {
   check_logits(call, x);
-  CrossEntropyArgs a = loss_args<kRunsOnCpu<kernel, CrossEntropyArgs>>(call, x.size(0), x.size(1), target, options);
+  CrossEntropyArgs a = loss_args<kOnCpu<kernel, CrossEntropyArgs>>(call, x.size(0), x.size(1), target, options);
   const LossResults out = loss_results(call, a);
   x = call.as_rows(x);
   a.x = rows(x);
@@ -98,7 +95,7 @@ template <auto kernel>
 Results<1> cross_entropy_bwd(Call& call, View dloss, View x, View target, View stats, View totals,
                              LossOptions options) {
   check_logits(call, x);
-  CrossEntropyArgs a = loss_args<kRunsOnCpu<kernel, CrossEntropyArgs>>(call, x.size(0), x.size(1), target, options);
+  CrossEntropyArgs a = loss_args<kOnCpu<kernel, CrossEntropyArgs>>(call, x.size(0), x.size(1), target, options);
   LossSaved saved = {dloss, stats, totals};
   check_saved(call, a, saved);
   View dx = call.empty(x.sizes);
@@ -146,7 +143,7 @@ Results<6> linear_cross_entropy_fwd(Call& call, View x, View linear_weight, View
                                     LossOptions options) {
   call.check_count(needs, 3);
   LinearInputs in = {x, linear_weight, target, linear_bias};
-  LinearCrossEntropyArgs a = linear_loss_args<kRunsOnCpu<kernel, LinearCrossEntropyArgs>>(call, in, options);
+  LinearCrossEntropyArgs a = linear_loss_args<kOnCpu<kernel, LinearCrossEntropyArgs>>(call, in, options);
   const LossResults out = loss_results(call, a.loss);
   const bool formed = a.loss.reduction != Reduction::none;
   const ScalarType type = call.statistics();
@@ -162,7 +159,7 @@ template <auto kernel>
 Results<3> linear_cross_entropy_bwd(Call& call, View dloss, View x, View linear_weight, View target, Maybe linear_bias,
                                     View stats, View totals, Needs needs, LossOptions options) {
   call.check_count(needs, 3);
-  constexpr bool on_cpu = kRunsOnCpu<kernel, LinearCrossEntropyArgs>;
+  constexpr bool on_cpu = kOnCpu<kernel, LinearCrossEntropyArgs>;
   LinearInputs in = {x, linear_weight, target, linear_bias};
   LinearCrossEntropyArgs a = linear_loss_args<on_cpu>(call, in, options);
   LossSaved saved = {dloss, stats, totals};

@@ -55,9 +55,6 @@ RopeArgs rope_args(Call& call, const char* name, const View& x, RopeTables& t, b
   return a;
 }
 
-template <auto kernel>
-constexpr bool kRopeOnCpu = std::is_invocable_v<decltype(kernel), const RopeArgs&>;
-
 // t, or a copy of it, with contiguous channels.
 inline View with_channels(Call& call, const View& t) {
   return t.size(3) <= 1 || t.strides[3] == 1 ? t : call.contiguous(t);
@@ -67,7 +64,7 @@ template <auto kernel>
 Results<4> rope_fwd(Call& call, View q, Maybe k, View cos, View sin, Maybe q_weight, Maybe k_weight, Maybe position_ids,
                     double eps, bool interleaved) {
   RopeTables tables{cos, sin, position_ids};
-  RopeArgs a = rope_args<kRopeOnCpu<kernel>>(call, "q", q, tables, interleaved);
+  RopeArgs a = rope_args<kOnCpu<kernel, RopeArgs>>(call, "q", q, tables, interleaved);
   a.eps = eps;
   if (k && k->dim() != 4) call.fail("k must have 4 dimensions, got " + to_string(k->sizes));
   if (k) call.check("k", *k, {a.batch, k->size(1), a.length, a.head_dim});
@@ -101,8 +98,8 @@ Results<4> rope_bwd(Call& call, Maybe dq_out, Maybe dk_out, Maybe q, Maybe k, Vi
                     Maybe k_weight, Maybe q_rstd, Maybe k_rstd, Maybe position_ids, bool interleaved, Needs needs) {
   if (!dq_out && !dk_out) call.fail("dq_out and dk_out are both None");
   RopeTables tables{cos, sin, position_ids};
-  RopeArgs a = rope_args<kRopeOnCpu<kernel>>(call, dq_out ? "dq_out" : "dk_out", dq_out ? *dq_out : *dk_out, tables,
-                                             interleaved);
+  RopeArgs a = rope_args<kOnCpu<kernel, RopeArgs>>(call, dq_out ? "dq_out" : "dk_out", dq_out ? *dq_out : *dk_out,
+                                                   tables, interleaved);
   call.check_count(needs, 4);
   std::array<RopeBwdSide, 2> sides = {RopeBwdSide{"dq_out", "q", "q_weight", "q_rstd", dq_out, q, q_weight, q_rstd},
                                       RopeBwdSide{"dk_out", "k", "k_weight", "k_rstd", dk_out, k, k_weight, k_rstd}};

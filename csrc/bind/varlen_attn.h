@@ -18,9 +18,6 @@ struct Packing {
   auto fields() { return std::tie(cu_seq_q, cu_seq_k, seqused_k, max_q, max_k, scale, left, right); }
 };
 
-template <auto kernel>
-constexpr bool kOnCpu = std::is_invocable_v<decltype(kernel), const AttentionArgs&>;
-
 inline Heads packed_heads(const View& t) { return {t.data, {0, t.strides[1], t.strides[0], t.strides[2]}}; }
 
 // Checks that sequences follow each other within `total` rows and are at most `most` rows long. Returns the longest.
@@ -113,7 +110,7 @@ void empty_outside(Call& call, const View& lse, const AttentionArgs& a) {
 
 template <auto kernel>
 Results<2> varlen_attn_fwd(Call& call, View q, View k, View v, Packing packing) {
-  constexpr bool on_cpu = kOnCpu<kernel>;
+  constexpr bool on_cpu = kOnCpu<kernel, AttentionArgs>;
   AttentionArgs a = packed_args<on_cpu>(call, q, k, v, packing);
   View out = call.empty({q.size(0), a.heads, a.v_dim});
   View lse = call.empty({a.heads, q.size(0)}, contiguous_strides({a.heads, q.size(0)}), call.statistics());
@@ -127,7 +124,7 @@ Results<2> varlen_attn_fwd(Call& call, View q, View k, View v, Packing packing) 
 template <auto kernel>
 Results<3> varlen_attn_bwd(Call& call, View dout, Maybe dlse, View q, View k, View v, View out, View lse, Needs needs,
                            Packing packing) {
-  constexpr bool on_cpu = kOnCpu<kernel>;
+  constexpr bool on_cpu = kOnCpu<kernel, AttentionArgs>;
   AttentionArgs a = packed_args<on_cpu>(call, q, k, v, packing);
   const std::array<int64_t, 2> rows = {a.heads, q.size(0)};
   call.check_count(needs, 3);
