@@ -89,15 +89,15 @@ DROPOUT_NORM = [
     Mutant(
         "triton: a norm's gradient is not dropped",
         TRITON,
-        r" d \*= factors",
-        r" d *= 1.0",
+        r"to_storage\(d \* factors, dx",
+        r"to_storage(d, dx",
         (OWN, "which_elements", "triton"),
     ),
     Mutant(
         "triton: the residual's gradient is dropped, too",
         TRITON,
         r"tl\.store\(dresidual \+ at, to_storage\(d,",
-        r"tl.store(dresidual + at, to_storage(d if factors is None else d * factors,",
+        r"tl.store(dresidual + at, to_storage(d * factors,",
         (OWN, "which_elements", "triton"),
     ),
     Mutant(
@@ -118,8 +118,8 @@ DROPOUT_NORM = [
     Mutant(
         "cuda: an element of an unaligned row takes its neighbour's word",
         CUDA,
-        r"word == 3 \? 3 : 2",
-        r"word == 3 ? 2 : 3",
+        r"const bool odd = col & 1;",
+        r"const bool odd = ~col & 1;",
         (OWN, "which_elements", "cuda"),
     ),
     Mutant(
