@@ -93,14 +93,14 @@ CPU_OPTIONS = [
     ),
     Mutant(
         "cpu options: backward drops nothing from dP",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/score_gradients.h",
         r"e\[n\] \* \(f \* dp\.c\[r \+ n\]\[w\] - of\.delta\[r \+ n\]\)",
         r"e[n] * (dp.c[r + n][w] - of.delta[r + n])",
         (OPTIONS, "each_option", "cpp", "dropout-", TILES),
     ),
     Mutant(
         "cpu options: the derivative of softcap is left out",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/score_gradients.h",
         r"scores_g\[n\] = o\.softcap > 0 \? g\[n\] \* \(1 - t \* t\) : g\[n\];",
         r"scores_g[n] = g[n];",
         (OPTIONS, "each_option", "cpp", "softcap-", TILES),
@@ -135,7 +135,7 @@ CPU_OPTIONS = [
     ),
     Mutant(
         "cpu options: the sink's gradient forgets the first query",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/bwd_options.cpp",
         r"(total -= double\(std::exp\(x\.sink\(\) - lse\) \* delta_of\(x, i\)\));",
         r"\1 * (i > 0);",
         (OPTIONS, "each_option", "cpp", "sink-", TILES),
@@ -193,21 +193,21 @@ CPU_OPTIONS = [
     # ---- the gradient of a mask
     Mutant(
         "cpu options: the gradient of a mask that heads share is one head's",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/bwd_options.cpp",
         r"each\(stride\[1\], h0, a\.heads, 1",
         r"each(true, h0, a.heads, 1",
         (OPTIONS, "masks_that_are_broadcast", "cpp", "0100-True"),
     ),
     Mutant(
         "cpu options: the gradient of a mask is added up head by head, then batch entry by batch entry",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/bwd_options.cpp",
         r"(each\(stride\[0\], b0, .*)(\s+)(each\(stride\[1\], h0, .*)$",
         r"\3\2\1",
         (OPTIONS, "masks_gradient_is_added_up", "cpp", "float32"),
     ),
     Mutant(
         "cpu options: the rows of a mask's gradient lie too close",
-        "csrc/cpu/attention/bwd.cpp",
+        "csrc/cpu/attention/bwd_options.cpp",
         r"store<M>\(to \+ r \* stride\[2\] \+ c",
         r"store<M>(to + r * columns + c",
         (OPTIONS, "several_tiles", "cpp", "HLS"),

@@ -9,15 +9,11 @@
 // With the options of csrc/attention/scores.h, and f the factors of dropout and c = 1 - tanh^2 of softcap:
 //
 //   dV += (P f)^T dO    dS = P (f dP - delta)    dK += (dS c)^T Q    dQ += (dS c) K
-//   dslope = -sum dS distance    dsink = -sum exp(sink - lse) delta    dmask = dS, summed over what was broadcast
-//
-// dmask has a pass of its own, as what it sums over are other heads and batch entries: mask_gradient computes dS again.
+//   dslope = -sum dS distance    (the gradients of masks and sinks: bwd_options.cpp)
 //
 // All five products use the GEMM's micro-kernel. Where the processor multiplies pairs of bf16, P and dS are rounded to
 // bf16, but sums over rows are not.
-#include <numeric>
-
-#include "tile.h"
+#include "score_gradients.h"
 
 namespace pygpt::cpu {
 namespace PYGPT_ISA {
@@ -31,75 +27,76 @@ void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
   else pack_b(dst, m, columns, rows);
 }
 
-// The rows i0 .. i0 + rows - 1 of queries and the keys j0 .. j0 + keys - 1 of one head.
-struct Block {
-  int64_t i0, rows, j0, keys;
-  Visible<int64_t> visible;
-
-  // The rows, from i0 on, that see one of the n keys from j0 + j on.
-  Range<int64_t> rows_that_see(int64_t j, int64_t n) const {
-    const Range<int64_t> seeing = visible.transposed().walk(j0 + j, j0 + j + n);
-    return {std::clamp<int64_t>(seeing.begin - i0, 0, rows), std::clamp<int64_t>(seeing.end - i0, 0, rows)};
-  }
-  // The keys, from j0 on, that one of the n rows from i0 + i on sees.
-  Range<int64_t> keys_seen_by(int64_t i, int64_t n) const {
-    const Range<int64_t> seen = visible.walk(i0 + i, i0 + i + n);
-    return {std::clamp<int64_t>(seen.begin - j0, 0, BC), std::clamp<int64_t>(seen.end - j0, 0, BC)};
-  }
-};
-
-// lse and delta of n rows from i0 on, also of rows behind the last query, which get P = 0.
-template <class S, class T = Acc<S>>
-void fill_statistics(const QueryHead<S>& x, int64_t i0, int64_t n, T* lse, T* delta) {
-  for (int64_t i = 0; i < n; i++) {
-    const bool exists = i0 + i < x.sequence.q_len;
-    lse[i] = exists ? lse_of(x, i0 + i) : kInf<T>;
-    delta[i] = exists ? delta_of(x, i0 + i) : T(0);
-  }
-}
-
-// The packed operands of a head of queries, and of a head of keys. A product with an operand in "t" sums over that
-// operand's rows.
+// The packed operands of heads of queries, and of heads of keys, in memory of this thread. A product with an operand in
+// "t" sums over that operand's rows.
 template <class S, class U = Packed<S>>
 struct PackedQueries {
   using T = Acc<S>;
-  int64_t e_panels, v_panels, l_packs, e_packs, v_packs;  // packs along the queries and the channels
+  int64_t rows, l_packs, e_packs, v_packs;  // rows up to whole tiles; packs along the queries and the channels
+  int64_t e_panels, v_panels;
   U *q, *qt, *dout, *dout_t;
   T *lse, *delta;
 
-  explicit PackedQueries(const QueryHead<S>& x)
-      : e_panels(ceil_div(x.a.head_dim, Tiling<U>::NR)), v_panels(ceil_div(x.a.v_dim, Tiling<U>::NR)),
-        l_packs(packs_of<U>(x.sequence.q_len)), e_packs(packs_of<U>(x.a.head_dim)), v_packs(packs_of<U>(x.a.v_dim)) {
-    constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR;
-    const int64_t L = x.sequence.q_len, E = x.a.head_dim, Ev = x.a.v_dim, padded = round_up(L, MR);
-    q = scratch<U>(Region::packed_q, padded * e_packs), qt = scratch<U>(Region::packed_q_t, e_panels * NR * l_packs);
-    dout = scratch<U>(Region::packed_dout, padded * v_packs),
-    dout_t = scratch<U>(Region::packed_dout_t, v_panels * NR * l_packs);
-    const auto Q = x.queries(x.a.q), dO = x.queries(x.a.dout);
-    pack_a(q, Q, L, E, scaling_reader<U>(x.a.scores.scale));
-    pack_transposed(qt, Q, E, L);
-    pack_a(dout, dO, L, Ev);
-    pack_transposed(dout_t, dO, Ev, L);
-    lse = scratch<T>(Region::row_statistics, 2 * padded), delta = lse + padded;
-    fill_statistics(x, 0, padded, lse, delta);
+  // Memory for n heads.
+  PackedQueries(const AttentionArgs& a, int64_t n)
+      : rows(round_up(a.sequences.q_len, Tiling<U>::MR)), l_packs(packs_of<U>(a.sequences.q_len)),
+        e_packs(packs_of<U>(a.head_dim)), v_packs(packs_of<U>(a.v_dim)), e_panels(ceil_div(a.head_dim, Tiling<U>::NR)),
+        v_panels(ceil_div(a.v_dim, Tiling<U>::NR)) {
+    q = scratch<U>(Region::packed_q, n * rows * e_packs), qt = scratch<U>(Region::packed_q_t, n * transposed(e_panels));
+    dout = scratch<U>(Region::packed_dout, n * rows * v_packs);
+    dout_t = scratch<U>(Region::packed_dout_t, n * transposed(v_panels));
+    lse = scratch<T>(Region::row_statistics, n * 2 * rows), delta = lse + rows;
   }
+  // Head n of the memory, for the queries of x, which may be a shorter sequence than others.
+  PackedQueries at(int64_t n, const QueryHead<S>& x) const {
+    PackedQueries head = *this;
+    head.q += n * rows * e_packs, head.qt += n * transposed(e_panels);
+    head.dout += n * rows * v_packs, head.dout_t += n * transposed(v_panels);
+    head.lse += n * 2 * rows, head.delta += n * 2 * rows;
+    head.rows = round_up(x.sequence.q_len, Tiling<U>::MR), head.l_packs = packs_of<U>(x.sequence.q_len);
+    return head;
+  }
+  PackedQueries pack(int64_t n, const QueryHead<S>& x) const {
+    const PackedQueries head = at(n, x);
+    const int64_t L = x.sequence.q_len, E = x.a.head_dim, Ev = x.a.v_dim;
+    const auto Q = x.queries(x.a.q), dO = x.queries(x.a.dout);
+    pack_a(head.q, Q, L, E, scaling_reader<U>(x.a.scores.scale));
+    pack_transposed(head.qt, Q, E, L);
+    pack_a(head.dout, dO, L, Ev);
+    pack_transposed(head.dout_t, dO, Ev, L);
+    fill_statistics(x, 0, head.rows, head.lse, head.delta);
+    return head;
+  }
+
+ private:
+  int64_t transposed(int64_t panels) const { return panels * Tiling<U>::NR * l_packs; }
 };
 template <class S, class U = Packed<S>>
 struct PackedKeys {
-  int64_t k_packs, e_packs, v_packs;  // along the keys and the channels
+  int64_t rows, k_packs, e_packs, v_packs;
+  int64_t e_panels;
   U *k, *kt, *v;
 
-  explicit PackedKeys(const QueryHead<S>& x)
-      : k_packs(packs_of<U>(x.sequence.k_len)), e_packs(packs_of<U>(x.a.head_dim)), v_packs(packs_of<U>(x.a.v_dim)) {
-    constexpr int64_t NR = Tiling<U>::NR;
-    const int64_t n = x.sequence.k_len, E = x.a.head_dim, padded = round_up(n, NR);
-    k = scratch<U>(Region::packed_k, padded * e_packs);
-    kt = scratch<U>(Region::packed_k_t, round_up(E, NR) * k_packs);
-    v = scratch<U>(Region::packed_v, padded * v_packs);
+  PackedKeys(const AttentionArgs& a, int64_t n)
+      : rows(round_up(a.sequences.k_len, Tiling<U>::NR)), k_packs(packs_of<U>(a.sequences.k_len)),
+        e_packs(packs_of<U>(a.head_dim)), v_packs(packs_of<U>(a.v_dim)), e_panels(ceil_div(a.head_dim, Tiling<U>::NR)) {
+    k = scratch<U>(Region::packed_k, n * rows * e_packs);
+    kt = scratch<U>(Region::packed_k_t, n * e_panels * Tiling<U>::NR * k_packs);
+    v = scratch<U>(Region::packed_v, n * rows * v_packs);
+  }
+  PackedKeys at(int64_t n, const QueryHead<S>& x) const {
+    PackedKeys head = *this;
+    head.k += n * rows * e_packs, head.kt += n * e_panels * Tiling<U>::NR * k_packs, head.v += n * rows * v_packs;
+    head.rows = round_up(x.sequence.k_len, Tiling<U>::NR), head.k_packs = packs_of<U>(x.sequence.k_len);
+    return head;
+  }
+  PackedKeys pack(int64_t n, const QueryHead<S>& x) const {
+    const PackedKeys head = at(n, x);
     const auto K = x.keys(x.a.k), V = x.keys(x.a.v);
-    pack_b(k, K.transposed(), n, E);
-    pack_b(kt, K, E, n);
-    pack_b(v, V.transposed(), n, x.a.v_dim);
+    pack_b(head.k, K.transposed(), x.sequence.k_len, x.a.head_dim);
+    pack_b(head.kt, K, x.a.head_dim, x.sequence.k_len);
+    pack_b(head.v, V.transposed(), x.sequence.k_len, x.a.v_dim);
+    return head;
   }
 };
 
@@ -107,56 +104,6 @@ struct PackedKeys {
 // The row stride of ds_rows. With pairs, every row has cache lines of its own, as AMX needs.
 template <class U>
 constexpr int64_t kScoreGradStride = PackElement<U>::kPackK > 1 ? BC / PackElement<U>::kPackK : kScoreStride;
-
-// Panels of one tile: MR rows of queries and dO, NR keys and their values, and the rows' statistics.
-template <class U, class T>
-struct TileOperands {
-  const U *q, *k, *dout, *v;
-  int64_t e_packs, v_packs;
-  const T *lse, *delta;
-  MaskEffect effect;
-};
-
-// Calls put(r, w, p, ds_scores, ds) for d rows r .. r + d - 1 of vector w, d the values of a pack: P after dropout, dS
-// with and without softcap's derivative. Rows from row0 on, keys from j on.
-template <bool general, class S, class U, class T, class F>
-PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>& of, int64_t row0, int64_t j,
-                                const F& put) {
-  constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
-  const Scores& o = x.a.scores;
-  Tile<U> s, dp, tanhs;
-  T factors[general ? MR * NR : 1];
-  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
-  if constexpr (general) x.adjust(of.effect, row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
-  dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
-  if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
-  if (x.at_edge(row0, MR, j, NR))
-    for (int r = 0; r < MR; r++)
-      for (int w = 0; w < NV; w++)
-        if (has_one_key(x, row0 + r)) dp.c[r][w] = Vec<T>{};
-  for (int r = 0; r < MR; r += d)
-    for (int w = 0; w < NV; w++) {
-      Vec<T> e[d], g[d], scores_g[d];
-      for (int n = 0; n < d; n++) {
-        // Row L may share a pack with the last query, whose gradients an infinite key must not spoil.
-        if (d > 1 && row0 + r + n >= x.sequence.q_len) {
-          e[n] = g[n] = scores_g[n] = Vec<T>{};
-          continue;
-        }
-        e[n] = weight<general, T>(scaled_scores<general, U>(o.scale, s.c[r + n][w]) - of.lse[r + n]);
-        if constexpr (general) {
-          const Vec<T> f = o.seed ? load(factors + (r + n) * NR + w * W<T>) : set1(T(1));
-          g[n] = e[n] * (f * dp.c[r + n][w] - of.delta[r + n]);
-          e[n] *= f;
-          const Vec<T> t = tanhs.c[r + n][w];
-          scores_g[n] = o.softcap > 0 ? g[n] * (1 - t * t) : g[n];
-        } else {
-          g[n] = scores_g[n] = e[n] * (dp.c[r + n][w] - of.delta[r + n]);
-        }
-      }
-      put(r, w, e, scores_g, g);
-    }
-}
 
 // P and dS of the block, zero where masked. p and ds (BR, BC) have packs along the queries. ds_rows has packs along the
 // keys, in rows kScoreGradStride apart; where a pack is one value, it is ds itself. Returns sum dS distance if the
@@ -180,6 +127,9 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
       };
       const Range<int64_t> seen = block.keys_seen_by(i, MR);
       if (column >= seen.end || column + NR <= seen.begin) {
+        // The products read MR keys and whole steps of queries around what is seen, and nothing further away.
+        constexpr int64_t kMargin = MR + d * PackElement<U>::kTileK;
+        if (column >= seen.end + kMargin || column + NR + kMargin <= seen.begin) continue;
         const Vec<T> zero[d] = {};
         for (int r = 0; r < MR; r += d)
           for (int w = 0; w < NV; w++) put(r, w, zero, zero);
@@ -429,13 +379,26 @@ void backward(const AttentionArgs& a) {
   // A single query head stores dk and dv block by block. Several add to the sums of all blocks in turn.
   const int64_t kept = group == 1 ? 1 : kParts / tasks * ceil_div(blocks, kParts);
   const int64_t dk_tiles = BC / MR * e_panels, dv_tiles = BC / MR * v_panels;
+  // If several tasks share a head, its operands are packed for all of them first, else where the head's task begins.
+  const bool shared = tasks > 1;
+  const PackedKeys<S> all_keys(a, shared ? kv_heads : 0);
+  const PackedQueries<S> all_queries(a, shared ? a.batch * a.heads : 0);
+  if (shared)
+    parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        const QueryHead<S> x(a, n / a.heads, n % a.heads);
+        if (is_decode(x)) continue;
+        all_queries.pack(n, x);
+        if (x.h % group == 0) all_keys.pack(n / group, x);
+      }
+    }, (a.sequences.q_len + a.sequences.k_len) * (a.head_dim + a.v_dim));
   parallel_for(kv_heads * tasks, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename PackElement<U>::TileScope held;
     for (int64_t n = begin; n < end; n++) {
       const int64_t b = n / tasks / a.kv_heads, first = n / tasks % a.kv_heads * group, task = n % tasks;
       const QueryHead<S> first_head(a, b, first);
       if (is_decode(first_head) || (task > 0 && task * BC >= first_head.sequence.k_len)) continue;
-      const PackedKeys<S> of_k(first_head);
+      const PackedKeys<S> of_k = shared ? all_keys.at(n / tasks, first_head) : PackedKeys<S>(a, 1).pack(0, first_head);
       const KeyGradients<S> sums = {a.dk.data ? scratch<Tile<U>>(Region::dk_tiles, kept * dk_tiles) : nullptr,
                                     a.dv.data ? scratch<Tile<U>>(Region::dv_tiles, kept * dv_tiles) : nullptr};
       QueryGradients<U> sums_of_dq = {partials.most_rows, e_panels};
@@ -443,7 +406,7 @@ void backward(const AttentionArgs& a) {
       for (int64_t h = first; h < first + group; h++) {
         const QueryHead<S> x(first_head, h);
         const int64_t head = b * a.heads + h;
-        const PackedQueries<S> of_q(x);
+        const PackedQueries<S> of_q = shared ? all_queries.at(head, x) : PackedQueries<S>(a, 1).pack(0, x);
         HeadTask<general, S> head_task = {
             x, of_q, of_k, sums, dk_tiles, dv_tiles, slope_gradients ? slope_gradients + head * kParts : nullptr};
         QueryGradient<U> levels[1 + kLevels];
@@ -469,118 +432,6 @@ void backward(const AttentionArgs& a) {
   if (slope_gradients) store_slope_gradients<T>(a, slope_gradients, kParts);
 }
 
-// ---------------------------------------------------------------- the gradients of options
-// sum (BR, BC) += dS of one head's block. Packs the block's operands, whose products cost a hundred times as much.
-template <class S, class T = Acc<S>>
-void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
-  using U = Packed<S>;
-  constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR, BR = cpu::PYGPT_ISA::BR<U>;
-  const int64_t rows = std::min<int64_t>(BR, x.sequence.q_len - i0), keys = std::min(BC, x.sequence.k_len - j0);
-  if (rows <= 0 || keys <= 0) return;
-  const MaskEffect effect = x.mask_effect(i0, rows, j0, keys);
-  if (effect == MaskEffect::hides_all) return;
-  const Block block = {i0, rows, j0, keys, x.visible};
-  const int64_t E = x.a.head_dim, Ev = x.a.v_dim, e_packs = packs_of<U>(E), v_packs = packs_of<U>(Ev);
-  U *q = scratch<U>(Region::packed_q, BR * e_packs), *dout = scratch<U>(Region::packed_dout, BR * v_packs);
-  U *k = scratch<U>(Region::packed_k, BC * e_packs), *v = scratch<U>(Region::packed_v, BC * v_packs);
-  pack_a(q, x.queries(x.a.q).at(i0, 0), rows, E, scaling_reader<U>(x.a.scores.scale));
-  pack_a(dout, x.queries(x.a.dout).at(i0, 0), rows, Ev);
-  pack_b(k, x.keys(x.a.k).at(j0, 0).transposed(), keys, E);
-  pack_b(v, x.keys(x.a.v).at(j0, 0).transposed(), keys, Ev);
-  T lse[BR], delta[BR];
-  fill_statistics(x, i0, BR, lse, delta);
-  for (int64_t column = 0; column < keys; column += NR)
-    for (int64_t i = 0; i < rows; i += MR) {
-      const Range<int64_t> seen = block.keys_seen_by(i, MR);
-      if (column >= seen.end || column + NR <= seen.begin) continue;
-      const TileOperands<U, T> of = {q + i * e_packs,
-                                     k + column * e_packs,
-                                     dout + i * v_packs,
-                                     v + column * v_packs,
-                                     e_packs,
-                                     v_packs,
-                                     lse + i,
-                                     delta + i,
-                                     effect};
-      gradient_tile<true>(x, of, i0 + i, j0 + column, [&](int r, int w, const auto&, const auto&, const auto& g) {
-        for (int n = 0; n < d && i + r + n < rows; n++) {
-          T* at = sum + (i + r + n) * BC + column + w * W<T>;
-          store(at, load(at) + g[n]);
-        }
-      });
-    }
-}
-
-// dmask. A task owns a block of the mask and adds up, batch entry by batch entry and head by head, what the heads that
-// share it make of dS; a dimension of the mask that is broadcast is one block, whose rows or columns are added up last.
-template <class S>
-void mask_gradient(const AttentionArgs& a) {
-  using T = Acc<S>;
-  constexpr int64_t BR = cpu::PYGPT_ISA::BR<Packed<S>>;
-  const int64_t L = a.sequences.q_len, K = a.sequences.k_len;
-  const int64_t(&stride)[4] = a.dmask.stride;
-  const int64_t batch = stride[0] ? a.batch : 1, heads = stride[1] ? a.heads : 1;
-  const int64_t row_blocks = stride[2] ? ceil_div(L, BR) : 1, key_blocks = stride[3] ? ceil_div(K, BC) : 1;
-  // Calls f with the indices of a dimension of `size` that a task sums over: all, or one that it owns.
-  const auto each = [](bool owned, int64_t own, int64_t size, int64_t step, const auto& f) {
-    for (int64_t i = owned ? own : 0; i < (owned ? own + 1 : size); i += step) f(i);
-  };
-  parallel_for(batch * heads * row_blocks * key_blocks, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const typename PackElement<Packed<S>>::TileScope held;
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t key_block = task % key_blocks, row_block = task / key_blocks % row_blocks,
-                    h0 = task / key_blocks / row_blocks % heads, b0 = task / key_blocks / row_blocks / heads;
-      T* sum = scratch<T>(Region::mask_gradient, BR * BC);
-      std::fill(sum, sum + BR * BC, T(0));
-      each(stride[0], b0, a.batch, 1, [&](int64_t b) {
-        each(stride[1], h0, a.heads, 1, [&](int64_t h) {
-          const QueryHead<S> x(a, b, h);
-          each(stride[2], row_block * BR, L, BR, [&](int64_t i0) {
-            each(stride[3], key_block * BC, K, BC, [&](int64_t j0) { add_block(x, i0, j0, sum); });
-          });
-        });
-      });
-      int64_t rows = std::min(BR, L - row_block * BR), columns = std::min(BC, K - key_block * BC);
-      if (!stride[2]) {
-        for (int64_t r = 1; r < BR; r++)
-          for (int64_t c = 0; c < BC; c++) sum[c] += sum[r * BC + c];
-        rows = 1;
-      }
-      if (!stride[3]) {
-        for (int64_t r = 0; r < rows; r++) sum[r * BC] = std::accumulate(sum + r * BC, sum + r * BC + BC, T(0));
-        columns = 1;
-      }
-      const auto store_as = [&](auto* to) {
-        using M = std::remove_pointer_t<decltype(to)>;
-        to += b0 * stride[0] + h0 * stride[1] + row_block * BR * stride[2] + key_block * BC * stride[3];
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t c = 0; c < columns; c += W<T>)
-            store<M>(to + r * stride[2] + c, load(sum + r * BC + c), columns - c);
-      };
-      if (a.scores.mask_type == MaskType::storage) store_as(static_cast<S*>(a.dmask.data));
-      else store_as(static_cast<T*>(a.dmask.data));
-    }
-  });
-}
-
-template <class S>
-void sink_gradient(const AttentionArgs& a) {
-  using T = Acc<S>;
-  parallel_for(a.heads, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; h++) {
-      double total = 0;
-      for (int64_t b = 0; b < a.batch; b++) {
-        const QueryHead<S> x(a, b, h);
-        for (int64_t i = 0; i < x.sequence.q_len; i++) {
-          const T lse = lse_of(x, i);
-          if (lse < kInf<T> || lse != lse) total -= double(std::exp(x.sink() - lse) * delta_of(x, i));
-        }
-      }
-      static_cast<T*>(a.dsink)[h] = T(total);
-    }
-  }, a.batch * a.sequences.q_len * a.v_dim);
-}
-
 }  // namespace
 
 void attention_bwd(const AttentionArgs& a) {
@@ -589,10 +440,7 @@ void attention_bwd(const AttentionArgs& a) {
       visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
     });
   }
-  visit(a.dtype, [&](auto s) {
-    if (a.dmask.data) mask_gradient<decltype(s)>(a);
-    if (a.dsink) sink_gradient<decltype(s)>(a);
-  });
+  mask_and_sink_gradients(a);
 }
 
 }  // namespace PYGPT_ISA

@@ -338,6 +338,7 @@ bool is_decode(const QueryHead<S>& x) {
 }
 void decode_fwd(const AttentionArgs& a);
 void decode_bwd(const AttentionArgs& a);
+void mask_and_sink_gradients(const AttentionArgs& a);  // if they are wanted
 
 // Calls the kernels that the call's sequences need: decode, tiled, or, for packed sequences of unequal lengths, both.
 template <class Decode, class Tiled>

@@ -1,0 +1,86 @@
+// What backward's kernels share: P and dS of a tile, as attention/bwd.cpp defines them.
+#pragma once
+#include "tile.h"
+
+namespace pygpt::cpu {
+namespace PYGPT_ISA {
+
+// The rows i0 .. i0 + rows - 1 of queries and the keys j0 .. j0 + keys - 1 of one head.
+struct Block {
+  int64_t i0, rows, j0, keys;
+  Visible<int64_t> visible;
+
+  // The rows, from i0 on, that see one of the n keys from j0 + j on.
+  Range<int64_t> rows_that_see(int64_t j, int64_t n) const {
+    const Range<int64_t> seeing = visible.transposed().walk(j0 + j, j0 + j + n);
+    return {std::clamp<int64_t>(seeing.begin - i0, 0, rows), std::clamp<int64_t>(seeing.end - i0, 0, rows)};
+  }
+  // The keys, from j0 on, that one of the n rows from i0 + i on sees.
+  Range<int64_t> keys_seen_by(int64_t i, int64_t n) const {
+    const Range<int64_t> seen = visible.walk(i0 + i, i0 + i + n);
+    return {std::clamp<int64_t>(seen.begin - j0, 0, BC), std::clamp<int64_t>(seen.end - j0, 0, BC)};
+  }
+};
+
+// lse and delta of n rows from i0 on, also of rows behind the last query, which get P = 0.
+template <class S, class T = Acc<S>>
+void fill_statistics(const QueryHead<S>& x, int64_t i0, int64_t n, T* lse, T* delta) {
+  for (int64_t i = 0; i < n; i++) {
+    const bool exists = i0 + i < x.sequence.q_len;
+    lse[i] = exists ? lse_of(x, i0 + i) : kInf<T>;
+    delta[i] = exists ? delta_of(x, i0 + i) : T(0);
+  }
+}
+
+// Panels of one tile: MR rows of queries and dO, NR keys and their values, and the rows' statistics.
+template <class U, class T>
+struct TileOperands {
+  const U *q, *k, *dout, *v;
+  int64_t e_packs, v_packs;
+  const T *lse, *delta;
+  MaskEffect effect;
+};
+
+// Calls put(r, w, p, ds_scores, ds) for d rows r .. r + d - 1 of vector w, d the values of a pack: P after dropout, dS
+// with and without softcap's derivative. Rows from row0 on, keys from j on.
+template <bool general, class S, class U, class T, class F>
+PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>& of, int64_t row0, int64_t j,
+                                const F& put) {
+  constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
+  const Scores& o = x.a.scores;
+  Tile<U> s, dp, tanhs;
+  T factors[general ? MR * NR : 1];
+  score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
+  if constexpr (general) x.adjust(of.effect, row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
+  dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
+  if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
+  if (x.at_edge(row0, MR, j, NR))
+    for (int r = 0; r < MR; r++)
+      for (int w = 0; w < NV; w++)
+        if (has_one_key(x, row0 + r)) dp.c[r][w] = Vec<T>{};
+  for (int r = 0; r < MR; r += d)
+    for (int w = 0; w < NV; w++) {
+      Vec<T> e[d], g[d], scores_g[d];
+      for (int n = 0; n < d; n++) {
+        // Row L may share a pack with the last query, whose gradients an infinite key must not spoil.
+        if (d > 1 && row0 + r + n >= x.sequence.q_len) {
+          e[n] = g[n] = scores_g[n] = Vec<T>{};
+          continue;
+        }
+        e[n] = weight<general, T>(scaled_scores<general, U>(o.scale, s.c[r + n][w]) - of.lse[r + n]);
+        if constexpr (general) {
+          const Vec<T> f = o.seed ? load(factors + (r + n) * NR + w * W<T>) : set1(T(1));
+          g[n] = e[n] * (f * dp.c[r + n][w] - of.delta[r + n]);
+          e[n] *= f;
+          const Vec<T> t = tanhs.c[r + n][w];
+          scores_g[n] = o.softcap > 0 ? g[n] * (1 - t * t) : g[n];
+        } else {
+          g[n] = scores_g[n] = e[n] * (dp.c[r + n][w] - of.delta[r + n]);
+        }
+      }
+      put(r, w, e, scores_g, g);
+    }
+}
+
+}  // namespace PYGPT_ISA
+}  // namespace pygpt::cpu
