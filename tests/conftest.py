@@ -12,13 +12,12 @@ marked share(n) is treated alike, on every machine.
 import os
 import signal
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from tests import processes
+from tests import interpreter, processes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -45,18 +44,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure():
-    """Triton's interpreter prepares the language anew in every call of a device function. Once is enough."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
-
-    prepare = cache(interpreter._patch_lang)
-
-    def call(self, *args, **kwargs):
-        prepare(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        interpreter.remember_what_is_constant()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -114,28 +103,31 @@ def device(request):
 @pytest.fixture
 def emulated(monkeypatch):
     """Makes the emulator the backend "cuda", with the options of emulator.kernels, until the test ends."""
-    from pygpt import verify
     from pygpt.dispatch import TABLE
     from tests import emulator
 
     def use(**options):
         kernels = emulator.kernels(**options)
         monkeypatch.setitem(TABLE, "cuda", replace(TABLE["cuda"], kernels=kernels, missing="", devices=("cpu",)))
-        monkeypatch.setattr(verify, "ELEMENTS", 1)
 
     return use
 
 
 @pytest.fixture(autouse=True)
-def without_a_gpu(request, monkeypatch):
-    """The CUDA kernels come from the emulator. Verify draws a direction once if it passes, else as often as ever."""
+def without_a_gpu(request):
+    """The CUDA kernels come from the emulator."""
+    if not torch.cuda.is_available() and under_test(request) == "cuda":
+        request.getfixturevalue("emulated")()
+
+
+@pytest.fixture(autouse=True)
+def few_draws(request, monkeypatch):
+    """Verify draws a direction once if it passes, and else as often as ever: in quick tests and slow machinery."""
     from pygpt import verify
 
-    if torch.cuda.is_available() or (name := under_test(request)) not in ON_GPU:
-        return
-    if name == "cuda":
-        request.getfixturevalue("emulated")()
-    monkeypatch.setattr(verify, "ELEMENTS", 1)
+    interpreted = under_test(request) in ON_GPU and not torch.cuda.is_available()
+    if interpreted or not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(verify, "ELEMENTS", 1)
 
 
 @pytest.fixture(autouse=True)
