@@ -83,7 +83,10 @@ q, k, v = torch.randn(3, 2, 4, 50, 16)
 """
 LAST_LINES = {
     "quickstart": "print(Block(64, 2)(torch.randn(2, 5, 64)).shape)",
-    "drop_in": "print(choice.backend, choice.rejected['cpp'], cache.length); assert F.scaled_dot_product_attention is not original",
+    "drop_in": (
+        "assert F.scaled_dot_product_attention is not original\n"
+        "print(choice.backend, choice.rejected['cpp'], cache.length)"
+    ),
     "determinism": "print(torch.get_num_threads())",
 }
 PRINTED = {
