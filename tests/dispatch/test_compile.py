@@ -11,7 +11,7 @@ from pygpt import verify
 
 TINY = list(cases.variants(cases.TINY))
 
-GPU_SHARE = {"triton": 2}  # see conftest
+GPU_SHARE = {"triton": 4}  # see conftest
 
 
 @pytest.fixture(autouse=True)
