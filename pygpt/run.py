@@ -54,7 +54,7 @@ def _run_script(script: str, source: bytes, arguments: list[str]) -> int:
         print(e.code, file=sys.stderr)
         return 1
     except BaseException as e:  # noqa: BLE001 (it is the script's, and printed as Python prints it)
-        traceback = e.__traceback__ and e.__traceback__.tb_next  # without the frame of this function
-        sys.excepthook(type(e), e, traceback)
+        e = e.with_traceback(e.__traceback__ and e.__traceback__.tb_next)  # without the frame of this function
+        sys.excepthook(type(e), e, e.__traceback__)
         return 130 if isinstance(e, KeyboardInterrupt) else 1
     return 0

@@ -330,7 +330,7 @@ WRONG = [
 
 @pytest.mark.parametrize("call", WRONG, ids=range(len(WRONG)))
 def test_errors_are_torchs(call):
-    with pytest.raises(Exception) as want:  # noqa: B017, PT011 (compared below)
+    with pytest.raises(Exception) as want:
         call()
     with pygpt.enable(), pytest.raises(type(want.value)) as got:
         call()
@@ -507,7 +507,7 @@ def test_through_the_door(option, dtype, counts, flash):
     }.get(option, {})
     heads = 2 if option == "grouped" else 4
     leaves = [torch.randn(2, 6, n, 8, dtype=dtype).transpose(1, 2).requires_grad_() for n in (4, heads, heads)]
-    run = lambda: results(lambda f, *a: f.scaled_dot_product_attention(*a, **options), leaves)  # noqa: E731
+    run = lambda: results(lambda f, *a: f.scaled_dot_product_attention(*a, **options), leaves)
     got = run()
     assert torch.nn.attention.current_flash_attention_impl() == "pygpt"
     torch.nn.attention.restore_flash_attention_impl()
@@ -538,8 +538,8 @@ def test_the_door_closes_between_forward_and_backward(flash):
     """Either side reads what the other has kept, also of rows that see no key."""
     leaves = [t.requires_grad_() for t in torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)]
     mask = torch.rand(5, 5) > 0.3
-    run = lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask)  # noqa: E731
-    gradients = lambda out: torch.autograd.grad(out.square().sum(), leaves)  # noqa: E731
+    run = lambda: F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+    gradients = lambda out: torch.autograd.grad(out.square().sum(), leaves)
     ours, want = run(), gradients(run())
     torch.nn.attention.restore_flash_attention_impl()
     torch.testing.assert_close(gradients(ours), want)
