@@ -168,8 +168,7 @@ def _linear(original: Original) -> Callable:
 def _layer_norm(original: Original) -> Callable:
     def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
         kernel, args = lookup("layer_norm", input, weight, bias), (input, normalized_shape, weight, bias, eps)
-        dims = fitting_dims(input, normalized_shape, eps, weight, bias)
-        if kernel in (None, layer_norm_composite) or dims != 1:
+        if kernel in (None, layer_norm_composite) or fitting_dims(*args[:2], eps, weight, bias) != 1:
             return _composite("layer_norm", lambda: original(*args, cudnn_enable), *args)
         if counts is not None:
             counts.add("layer_norm", input)
@@ -181,9 +180,11 @@ def _layer_norm(original: Original) -> Callable:
 def _rms_norm(original: Original) -> Callable:
     def rms_norm(input, normalized_shape, weight=None, eps=None):
         kernel, epsilon = lookup("rms_norm", input, weight), machine_eps(input) if eps is None else eps
-        dims = fitting_dims(input, normalized_shape, epsilon, weight)
-        channels_last = input.dim() > 3 and not input.is_contiguous()
-        if kernel in (None, rms_norm_composite) or dims != 1 or channels_last:
+        if (
+            kernel in (None, rms_norm_composite)
+            or fitting_dims(input, normalized_shape, epsilon, weight) != 1
+            or (input.dim() > 3 and not input.is_contiguous())  # it may be channels_last, and so is the result
+        ):
             args = input, normalized_shape, weight, eps
             return _composite("rms_norm", lambda: original(*args), *args)
         if counts is not None:

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from tests import processes
+from tests.cli import commands
+
 SHOWS = """
 import os, pickle, sys
 class Here: pass
@@ -23,33 +26,30 @@ nn.functional.linear(torch.arange(8), torch.ones(4, 8, dtype=torch.long))
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Runs the source as a script by `pygpt run`, or by Python alone."""
+def both(tmp_path, forks):
+    """Runs the source as a script by `pygpt run`, and by Python alone."""
 
-    def run(source, *arguments, command=("-m", "pygpt", "run"), **environment):
-        folder = tmp_path / "scripts"
-        folder.mkdir(exist_ok=True)
-        (folder / "script.py").write_text(source)
-        (folder / "beside.py").write_text("print('imported')")
-        line = [sys.executable, *command, str(folder / "script.py"), *arguments]
-        environment = {**os.environ, "PYGPT_BACKEND": "", "TRITON_INTERPRET": "", **environment}
-        return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    def run(source, *arguments):
+        script = tmp_path / "scripts" / "script.py"
+        script.parent.mkdir()
+        script.write_text(source)
+        script.with_name("beside.py").write_text("print('imported')")
+        environment = {**os.environ, "PYTHONPATH": processes.search_path(), "PYGPT_BACKEND": "", "TRITON_INTERPRET": ""}
+        ours, *line = processes.source_of(["-m", "pygpt", "run", script, *arguments])
+        how = {"capture_output": True, "text": True, "env": environment, "check": False}
+        return forks.run(ours, line, environment), subprocess.run([sys.executable, str(script), *arguments], **how)
 
     return run
 
 
-def both(run, source, *arguments):
-    return run(source, *arguments), run(source, *arguments, command=())
-
-
-def test_the_script_sees_what_python_shows_it(run):
-    ours, pythons = both(run, SHOWS, "--flag", "-x", "run")
+def test_the_script_sees_what_python_shows_it(both):
+    ours, pythons = both(SHOWS, "--flag", "-x", "run")
     assert ours.stdout == pythons.stdout and "imported" in ours.stdout and ours.returncode == 0, ours.stderr
     assert ours.stderr == "pygpt: served no call\n"
 
 
-def test_the_line_at_the_end(run):
-    done = run(MODEL)
+def test_the_line_at_the_end(both):
+    done, _ = both(MODEL)
     assert done.returncode == 0 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("pygpt: served gelu 1, gelu_backward 1, layer_norm 1, linear 1; left to PyTorch linear 1 (")
@@ -60,19 +60,12 @@ def test_the_line_at_the_end(run):
     "ending, code",
     [("sys.exit(7)", 7), ("sys.exit()", 0), ("sys.exit('gone')", 1), ("open('none')", 1), ("raise MemoryError", 1)],
 )
-def test_the_exit_code_and_the_message_are_pythons(ending, code, run):
-    ours, pythons = both(run, f"import sys\ndef end():\n    {ending}\nend()\n")
+def test_the_exit_code_and_the_message_are_pythons(ending, code, both):
+    ours, pythons = both(f"import sys\ndef end():\n    {ending}\nend()\n")
     assert ours.returncode == pythons.returncode == code
     assert ours.stderr == pythons.stderr + "pygpt: served no call\n"
 
 
-def test_a_script_that_is_not_there(run):
-    done = subprocess.run(
-        [sys.executable, "-m", "pygpt", "run", "none.py"],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "pygpt: error: cannot read the script none.py: No such file or directory\n"
+def test_a_script_that_is_not_there(capsys):
+    message = commands.refused(capsys, "run", "none.py")
+    assert message == "pygpt: error: cannot read the script none.py: No such file or directory\n"

@@ -299,6 +299,22 @@ def test_the_kernel_that_was_there_serves_the_rest(call, name, reason, counts):
         torch.testing.assert_close(got.unbind(), want.unbind(), rtol=0 if name else None, atol=0 if name else None)
 
 
+def test_the_fast_path_of_torchs_encoder(counts):
+    """torch runs a whole layer in C++, on nested tensors where some positions are padding. Its layer_norm is ours."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder, padding = (
+        torch.nn.TransformerEncoder(layer, 2).eval(),
+        torch.tensor([[False] * 5, [False] * 3 + [True] * 2]),
+    )
+    start = torch.randn(2, 5, 8)
+    with torch.inference_mode():
+        for options in ({}, {"src_key_padding_mask": padding}):
+            want = encoder(start, **options)
+            with pygpt.enable():
+                torch.testing.assert_close(encoder(start, **options), want)
+    assert counts.served["layer_norm"] >= 4 and set(counts.served) <= {"layer_norm", "linear"}
+
+
 def test_math_is_torchs(counts):
     """sdpa_kernel without flash attention: the kernels are one."""
     q = torch.randn(1, 2, 4, 8)

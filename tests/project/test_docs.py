@@ -83,11 +83,13 @@ q, k, v = torch.randn(3, 2, 4, 50, 16)
 """
 LAST_LINES = {
     "quickstart": "print(Block(64, 2)(torch.randn(2, 5, 64)).shape)",
+    "enable": "print(model.linear1.weight.grad.shape, len(pygpt.integrations.aten._overrides))",
     "drop_in": "print(choice.backend, choice.rejected['cpp']); assert F.scaled_dot_product_attention is not original",
     "determinism": "print(torch.get_num_threads())",
 }
 PRINTED = {
     "quickstart": "layer_norm: cpp\ntorch.Size([2, 5, 64])\n",
+    "enable": "torch.Size([256, 64]) 0\n",
     "drop_in": "torch ['pygpt.relu: input must be floating point, got torch.int64']\n",
     "determinism": "8\n",
 }
