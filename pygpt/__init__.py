@@ -14,8 +14,10 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():  # in a checkout tha
 try:
     from . import backends, functional, nn  # noqa: F401 (backends fills the table)
     from .dispatch import Choice, backend, chosen, explain
+    from .integrations.aten import disable, enable, register_flash_attention
     from .model import GPT, GPTConfig
 
+    register_flash_attention()
     chosen()  # raises where PYGPT_BACKEND is unknown or not available
 except (RuntimeError, ValueError) as e:  # the command line reports a wrong environment variable in one line
     if "PYGPT_" not in str(e) or not threads.is_command_line(sys.argv, sys.orig_argv):
@@ -24,4 +26,4 @@ except (RuntimeError, ValueError) as e:  # the command line reports a wrong envi
     sys.exit(2)
 
 __version__ = "0.2.0"
-__all__ = ["GPT", "Choice", "GPTConfig", "backend", "explain", "functional", "nn"]
+__all__ = ["GPT", "Choice", "GPTConfig", "backend", "disable", "enable", "explain", "functional", "nn"]

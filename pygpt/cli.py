@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "train the reference GPT on text",
     "generate": "continue a prompt from a checkpoint",
     "demo": "train on backends torch and cpp side by side and compare",
+    "run": "run a Python script with torch's functions on these kernels",
     "bench": "every op's speed and memory beside PyTorch and other libraries",
 }
 
@@ -114,7 +115,7 @@ def _run_command(argv: list[str]) -> int | None:
     number = getattr(args, "threads", None)
     if number is not None:
         check_number("--threads", number, 1, 2**31)
-    if number := number or threads.default()[0]:
+    if args.command != "run" and (number := number or threads.default()[0]):  # a script has threads as Python gives it
         torch.set_num_threads(number)
     return _module(args.command).run(args)
 

@@ -379,12 +379,17 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
         return handle_torch_function(op.public, [a for a in args if _is_proxy(a)], *args, **kwargs)
     prepared = autocast(op, op.prepare(*args, **kwargs))
     row = pick(name, tensors_of(op, prepared.args), prepared.features, prepared.error)
+    if row.kernels is REFERENCE:
+        log_fallback(op, prepared)
+    return serve(op, row, prepared)
+
+
+def serve(op: Op, row: Backend, prepared: Call) -> Any:
+    """Runs a call on the backend that `pick` has chosen, and stores the bound kernel of a fast one."""
     prepared = prepared.seeded()
     tensors = [a for a in prepared.args if isinstance(a, Tensor)]
-    if LOG_FALLBACK and row.kernels is REFERENCE and not is_compiling():
-        _log_fallback(choose(name, tensors_of(op, prepared.args), prepared.features, prepared.error))
-    if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[name], *prepared.fast)) is not None:
-        state.cache[name, key] = bind(op, row, _needs_gradient(tensors))
+    if prepared.fast and not is_compiling() and (key := call_key(_ALLOWED[op.name], *prepared.fast)) is not None:
+        state.cache[op.name, key] = bind(op, row, _needs_gradient(tensors))
     return _run(op, row, prepared, tensors)
 
 
@@ -472,10 +477,11 @@ LOG_FALLBACK = "fallback" in os.environ.get("PYGPT_LOG", "").split(",")
 _LOGGED: dict[str, object] = {}  # line -> the call that printed it
 
 
-def _log_fallback(choice: Choice) -> None:
-    """Prints once why the default goes to PyTorch for a call."""
-    if chosen() is not None:
+def log_fallback(op: Op, prepared: Call) -> None:
+    """With PYGPT_LOG=fallback, prints once why the default goes to PyTorch for a call."""
+    if not LOG_FALLBACK or is_compiling() or chosen() is not None:
         return
+    choice = choose(op.name, tensors_of(op, prepared.args), prepared.features, prepared.error)
     line = f"pygpt: PyTorch serves {choice.op}; " + "; ".join(
         f"{name}: {', '.join(reasons)}" for name, reasons in choice.rejected.items()
     )

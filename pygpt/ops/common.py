@@ -145,7 +145,8 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
     needs: for each of the leading arguments, whether it needs a gradient. The result has a gradient or None for each.
 
     They are taken with respect to views of the arguments, because one tensor may be passed as several arguments, or may
-    have been computed from another argument.
+    have been computed from another argument. The choice of the backend "torch" keeps `pygpt.enable` from running the
+    composite on the kernels whose derivatives are wanted here.
     """
     sources = [a for a, need in zip(args, needs, strict=False) if need]
     upstream = tuple(g for g in grads if g is not None)
@@ -156,9 +157,10 @@ def composite_gradients(composite: Callable, args, needs, grads) -> tuple:
         return tuple(o for o, g in zip(as_tuple(composite(*full)), grads, strict=True) if g is not None)
 
     if _are_functorch_transforms_active():  # in which a tensor from outside requires no gradient
-        gradients = iter(torch.func.vjp(outputs, *sources)[1](upstream))
+        with dispatch.backend("torch"):
+            gradients = iter(torch.func.vjp(outputs, *sources)[1](upstream))
     else:
-        with torch.enable_grad():
+        with torch.enable_grad(), dispatch.backend("torch"):
             views = [a.view_as(a) for a in sources]
             pairs = [(o, g) for o, g in zip(outputs(*views), upstream, strict=True) if o.requires_grad]
         if not pairs:

@@ -85,12 +85,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtypes and types that it does not take raise TypeError.
     """
     kernel = lookup("linear", input, weight, bias)
-    if kernel is None or _misfit("linear", input.shape, weight.shape, bias):
+    if kernel is None or shape_error("linear", input.shape, weight.shape, bias):
         return call("linear", input, weight, bias)
     return kernel(input, weight, bias)
 
 
-def _misfit(op, of_input, of_weight, bias, names=("input", "weight", "bias")) -> str:
+def shape_error(op, of_input, of_weight, bias, names=("input", "weight", "bias")) -> str:
     """What is wrong with the shapes of x, W and b, or an empty string. of_input, of_weight: the shapes of x and W."""
     if len(of_weight) != 2:
         return f"pygpt.{op}: {names[1]} must be a matrix, got shape {tuple(of_weight)}"
@@ -106,7 +106,7 @@ def _misfit(op, of_input, of_weight, bias, names=("input", "weight", "bias")) ->
 
 def _prepare_linear(input, weight, bias=None) -> Call:
     error = check_tensors("linear", (input, weight, bias), one_dtype=True)
-    if error is None and (misfit := _misfit("linear", input.shape, weight.shape, bias)):
+    if error is None and (misfit := shape_error("linear", input.shape, weight.shape, bias)):
         error = ValueError(misfit)
     args = input, weight, bias
     return Call(args, torch=partial(_torchs, *args), error=error, fast=args if error is None else None)
@@ -230,19 +230,19 @@ def mlp(
     """
     args = input, fc_weight, fc_bias, proj_weight, proj_bias
     kernel = lookup("mlp", *args)
-    if kernel is None or activation not in ACTIVATIONS or save not in SAVES or _misfit_mlp(*args, activation):
+    if kernel is None or activation not in ACTIVATIONS or save not in SAVES or _mlp_shape_error(*args, activation):
         return call("mlp", *args, activation, save=save)
     return kernel(*args, activation, save)
 
 
-def _misfit_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> str:
+def _mlp_shape_error(input, fc_weight, fc_bias, proj_weight, proj_bias, activation) -> str:
     of_fc = fc_weight.shape
-    if error := _misfit("mlp", input.shape, of_fc, fc_bias, ("input", "fc_weight", "fc_bias")):
+    if error := shape_error("mlp", input.shape, of_fc, fc_bias, ("input", "fc_weight", "fc_bias")):
         return error
     if activation in GATED and of_fc[0] % 2:
         return f"pygpt.mlp: fc_weight must have an even number of rows for {activation}, got {tuple(of_fc)}"
     hidden = (of_fc[0] // 2 if activation in GATED else of_fc[0],)
-    return _misfit("mlp", hidden, proj_weight.shape, proj_bias, ("the hidden layer", "proj_weight", "proj_bias"))
+    return shape_error("mlp", hidden, proj_weight.shape, proj_bias, ("the hidden layer", "proj_weight", "proj_bias"))
 
 
 def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="gelu", *, save="all") -> Call:
@@ -253,7 +253,7 @@ def _prepare_mlp(input, fc_weight, fc_bias, proj_weight, proj_bias, activation="
         raise ValueError(f"pygpt.mlp: save must be 'all' or 'input', got {save!r}")
     if error := check_tensors("mlp", tensors, one_dtype=True):
         return Call((*tensors, activation, save), error=error)
-    if misfit := _misfit_mlp(*tensors, activation):
+    if misfit := _mlp_shape_error(*tensors, activation):
         raise ValueError(misfit)
     return Call((*tensors, activation, save), fast=tensors)
 

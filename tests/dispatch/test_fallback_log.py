@@ -163,7 +163,7 @@ def test_threads_print_a_reason_once(printed):
     start, reasons = threading.Barrier(4), 10
 
     def trace(frame, event, _):
-        if frame.f_code is dispatch._log_fallback.__code__:
+        if frame.f_code is dispatch.log_fallback.__code__:
             time.sleep(0.002)
             return trace
 

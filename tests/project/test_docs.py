@@ -83,6 +83,7 @@ q, k, v = torch.randn(3, 2, 4, 50, 16)
 """
 LAST_LINES = {
     "quickstart": "print(Block(64, 2)(torch.randn(2, 5, 64)).shape)",
+    "enable": "print(model.linear1.weight.grad.shape, len(pygpt.integrations.aten._overrides))",
     "drop_in": (
         "assert F.scaled_dot_product_attention is not original\n"
         "print(choice.backend, choice.rejected['cpp'], cache.length)"
@@ -91,6 +92,7 @@ LAST_LINES = {
 }
 PRINTED = {
     "quickstart": "layer_norm: cpp\ntorch.Size([2, 5, 64])\n",
+    "enable": "torch.Size([256, 64]) 0\n",
     "drop_in": "torch ['pygpt.relu: input must be floating point, got torch.int64'] 101\n",
     "determinism": "8\n",
 }

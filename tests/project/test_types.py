@@ -67,6 +67,9 @@ with pygpt.backend("torch"):
     tensor(P.relu(x))
 with pygpt.backend(1):  # wrong
     pass
+with pygpt.enable("linear", "gelu"):
+    pygpt.disable("gelu")
+pygpt.enable(["linear"])  # wrong
 choice: str | None = pygpt.explain(P.relu, x).backend
 pygpt.explain("relu", x).reasons  # wrong
 gpt = pygpt.GPT(pygpt.GPTConfig(vocab_size=65, n_layer=1), device="cpu")
