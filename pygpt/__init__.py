@@ -14,6 +14,7 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():  # in a checkout tha
 try:
     from . import backends, functional, nn  # noqa: F401 (backends fills the table)
     from .dispatch import Choice, backend, chosen, explain
+    from .inspect import audit, doctor, report
     from .model import GPT, GPTConfig
 
     chosen()  # raises where PYGPT_BACKEND is unknown or not available
@@ -24,4 +25,6 @@ except (RuntimeError, ValueError) as e:  # the command line reports a wrong envi
     sys.exit(2)
 
 __version__ = "0.2.0"
-__all__ = ["GPT", "Choice", "GPTConfig", "backend", "explain", "functional", "nn"]
+__all__ = [
+    "GPT", "Choice", "GPTConfig", "audit", "backend", "doctor", "explain", "functional", "nn", "report",
+]  # fmt: skip

@@ -2,5 +2,6 @@
 
 from .calls import Report, Row, report
 from .layers import Audit, Layer, audit
+from .machine import Diagnosis, Finding, doctor
 
-__all__ = ["Audit", "Layer", "Report", "Row", "audit", "report"]
+__all__ = ["Audit", "Diagnosis", "Finding", "Layer", "Report", "Row", "audit", "doctor", "report"]

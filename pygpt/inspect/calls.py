@@ -9,7 +9,8 @@ is counted as its attention on GPUs is.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,6 +207,21 @@ class _Recorder(TorchDispatchMode):
         self.synchronize = synchronize
         self.call: _PublicCall | None = None
         self.explaining = False
+        self.kernel = (
+            ""  # the backend whose kernel has run inside the current op, as in one that `pygpt.enable` replaces
+        )
+
+    @contextmanager
+    def kernels_noted(self) -> Iterator[None]:
+        """Sets ``kernel`` whenever a backend's kernel runs."""
+        rows = [row for row in TABLE.values() if row.kernels not in (None, REFERENCE)]
+        try:
+            for row in rows:
+                TABLE[row.name] = replace(row, kernels=_Noting(row.kernels, partial(setattr, self, "kernel", row.name)))
+            yield
+        finally:
+            for row in rows:
+                TABLE[row.name] = row
 
     def add(self, op: str, backend: str, calls: int, flops: int, seconds: float, reason: str = "") -> None:
         phase = "forward" if _current_graph_task_id() == -1 else "backward"
@@ -218,6 +234,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.explaining:
             return func(*args, **kwargs)
+        self.kernel = ""
         self.synchronize()
         start = time.perf_counter()
         out = func(*args, **kwargs)
@@ -232,7 +249,8 @@ class _Recorder(TorchDispatchMode):
         if name.startswith("pygpt"):
             self.add(_op_name(name), _backend_of(func, args), 1, flops, seconds)
         elif listed:
-            self.add(name.replace("::", "."), "torch", 1, flops, seconds, self.reason(name, args, kwargs))
+            reason = "" if self.kernel else self.reason(name, args, kwargs)
+            self.add(name.replace("::", "."), self.kernel or "torch", 1, flops, seconds, reason)
         elif self.call:
             self.call.times.append(seconds)
         else:
@@ -268,6 +286,24 @@ class _Recorder(TorchDispatchMode):
             self.add(OTHER, "torch", len(call.times), 0, sum(call.times))
         else:
             self.add(public.__name__, "torch", 1, 0, sum(call.times), call.reason)
+
+
+class _Noting:
+    """The kernels of a backend, each of which calls ``note`` first."""
+
+    def __init__(self, kernels: Any, note: Callable[[], None]) -> None:
+        self._kernels, self._note = kernels, note
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self._kernels, name)
+        if not callable(kernel):
+            return kernel
+
+        def call(*args: Any) -> Any:
+            self._note()
+            return kernel(*args)
+
+        return call
 
 
 class _PublicCalls(TorchFunctionMode):
@@ -322,7 +358,8 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         synchronize()
         start = time.perf_counter()
         with random_numbers_kept(everything):
-            train_step(model, inputs, kwargs)
+            if not differentiable(train_step(model, inputs, kwargs)):
+                raise ValueError("pygpt.report: no output of the model needs a gradient, so there is no backward pass")
         synchronize()
         return time.perf_counter() - start
 
@@ -331,7 +368,7 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         step()
         seconds = step()
         recorder = _Recorder(synchronize)
-        with recorder, _PublicCalls(recorder):
+        with recorder.kernels_noted(), recorder, _PublicCalls(recorder):
             step()
     rows = sorted(recorder.rows.values(), key=lambda row: (-row.flops, -row.seconds))
     return Report(type(model).__name__, [row for row in rows if row.calls], seconds)

@@ -14,7 +14,7 @@ move when every parameter moves by one more rounding.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +41,7 @@ from .step import (
     without_compilation,
 )
 
-DRAWS = 8
+DRAWS = 16
 SHOWN = 20  # rows of the table that `print` shows
 OUTPUT, GRADIENT = "output", "gradient"
 
@@ -158,7 +158,7 @@ Key = tuple[str, str]  # of a Layer: its name, and what it is
 See = Callable[[Key, Tensor], None]
 
 
-def _observe(model: nn.Module, parameters: dict[str, Tensor], step: Callable, see: See) -> dict[str, float]:
+def _observe(model: nn.Module, parameters: Mapping[str, Tensor], step: Callable, see: See) -> dict[str, float]:
     """Runs a step; shows each floating output of a named module and each gradient -> the largest upstream gradients.
 
     ``see`` gets outputs in the order of forward and gradients in that of backward.
@@ -255,7 +255,7 @@ class _Comparison:
                 values.clear()
         return values, self.run(self.original, self.of_original, see)
 
-    def run(self, model: nn.Module, parameters: dict[str, Tensor], see: See) -> dict[str, float]:
+    def run(self, model: nn.Module, parameters: Mapping[str, Tensor], see: See) -> dict[str, float]:
         return _observe(model, parameters, lambda: train_step(model, self.inputs, self.kwargs), see)
 
     def draw(self) -> None:
@@ -277,7 +277,7 @@ class _Comparison:
             errors = ours.get(key, math.inf), theirs[key], scale
             self.worst[key] = [worse(a, b) for a, b in zip(errors, self.worst.get(key, (0.0,) * 3), strict=True)]
 
-    def errors(self, model: nn.Module, parameters: dict[str, Tensor], truth: dict[Key, Tensor]) -> dict[Key, float]:
+    def errors(self, model: nn.Module, parameters: Mapping[str, Tensor], truth: dict[Key, Tensor]) -> dict[Key, float]:
         found: dict[Key, float] = {}
 
         def see(key: Key, t: Tensor) -> None:

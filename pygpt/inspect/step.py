@@ -32,7 +32,7 @@ def check_call(caller: str, model: Any, inputs: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"pygpt.{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(t, nn.parameter.UninitializedTensorMixin) or t.is_meta:
+        if nn.parameter.is_lazy(t) or t.is_meta:
             raise ValueError(f"pygpt.{caller}: {name} has no values yet; give the model some first")
     for path, t in tensors_in(inputs):
         if t.is_meta:
@@ -89,7 +89,9 @@ def unchanged(models: Iterable[nn.Module], inputs: Any) -> Iterator[None]:
     The gradients are None at the start. Parameters and buffers are copied, and copied back if they were written to.
     """
     modules = list({m: None for model in models for m in model.modules()})
-    held = [(holder, dict(holder)) for m in modules for holder in (m._parameters, m._buffers) if holder]
+    held: list[tuple[dict, dict]] = [
+        (holder, dict(holder)) for m in modules for holder in (m._parameters, m._buffers) if holder
+    ]
     tensors = list({id(t): t for _, named in held for t in named.values() if t is not None}.values())
     copies = [(t, t._version, t.detach().clone()) for t in tensors]
     everything = [*tensors, *(t for _, t in tensors_in(inputs))]
