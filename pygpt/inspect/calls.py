@@ -26,6 +26,7 @@ from ..progress import table
 from .step import (
     check_call,
     clear_gradients,
+    differentiable,
     random_numbers_kept,
     tensors_in,
     train_step,
