@@ -195,14 +195,21 @@ def allowance(dtype: torch.dtype) -> float:
 
 
 def measure(
-    op: str, dims: Dims, dtype: torch.dtype, generator: torch.Generator | None, backend: str | None = None, **how: Any
+    op: str,
+    dims: Dims,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+    backend: str | None = None,
+    elements: int | None = None,
+    **how: Any,
 ) -> list[Row]:
     """Returns one `Row` for each direction of ``op``, at the sizes ``dims`` in ``dtype``.
 
     ``op`` and ``dims`` are what ``pygpt verify`` calls them. Sizes that are left out have the op's defaults.
-    ``backend`` is None for the default one. ``how`` is passed to `draw`: ``device="cuda"`` measures on a GPU. An
-    unknown size raises UsageError.
+    ``backend`` is None for the default one. ``elements``: how many of each result are drawn at least, by default
+    ELEMENTS. ``how`` is passed to `draw`: ``device="cuda"`` measures on a GPU. An unknown size raises UsageError.
     """
+    elements = ELEMENTS if elements is None else elements
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
     worst: dict[str, list[float]] = {}  # direction -> the largest of all draws: our error, PyTorch's error, the scale
     for n in range(1, MOST + 1):
@@ -229,7 +236,7 @@ def measure(
             Row(op, shape, name, used, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
         ]
-        enough = n >= DRAWS or all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values())
+        enough = n >= DRAWS or all(r.numel() * n >= elements or not r.numel() for r in x64.values())
         if enough and all(row.passed for row in rows):
             break
     return rows

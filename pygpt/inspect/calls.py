@@ -6,6 +6,7 @@ mask. Ops of pygpt have formulas of their own that agree with them. Torch counts
 is counted as its attention on GPUs is.
 """
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,9 @@ class Report:
         text = [f"{self.model}: a training step of {self.seconds * 1e3:.4g} ms, {share}", "", table(columns, lines)]
         if reasons := self.reasons():
             text += ["", "Left to PyTorch:"]
-            text += [f"- {row.op} ({row.calls} calls): {reason}" for reason, row in list(reasons.items())[: SHOWN // 2]]
+            for reason, row in list(reasons.items())[: SHOWN // 2]:
+                line = f"- {_short(row.op)}, {row.calls} call{'s' * (row.calls > 1)}: {reason}"
+                text += textwrap.wrap(line, 110, subsequent_indent="  ")
         return "\n".join(text)
 
     def _line(self, row: Row, scale: float) -> tuple:
@@ -110,13 +113,17 @@ class Report:
         flops = f"{row.flops / scale:.4g}" if row.flops else "-"
         return (
             row.phase,
-            row.op.replace("_scaled_dot_product", "_sdpa"),
+            _short(row.op),
             kernel,
             str(row.calls),
             flops,
             share,
             f"{row.seconds * 1e3:.2f}",
         )
+
+
+def _short(ops: str) -> str:
+    return ops.replace("_scaled_dot_product", "_sdpa")
 
 
 # ------------------------------------------------------------------------------- the recording

@@ -111,7 +111,7 @@ def unchanged(models: Iterable[nn.Module], inputs: Any) -> Iterator[None]:
                 holder.update(named)
             with torch.no_grad():
                 for t, version, copy in copies:
-                    if t._version != version:
+                    if t._version != version or not torch.equal(t, copy):  # BatchNorm's statistics keep their version
                         t.copy_(copy)
 
 
