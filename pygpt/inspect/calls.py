@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -172,7 +173,12 @@ FUNCTIONS |= {getattr(F, f.__name__): f for f in FUNCTIONS if hasattr(F, f.__nam
 
 
 def _why(public: Callable, args: tuple, kwargs: dict) -> str:
-    """Why no kernel served a call: the objections of the backends that are here, or PyTorch was called directly."""
+    """Why no kernel served a call: the objections of the backends that are here, or PyTorch was called directly.
+
+    Arguments that torch's function alone has do not count while they are None, as the deprecated ``size_average``.
+    """
+    known = signature(public).parameters
+    kwargs = {name: value for name, value in kwargs.items() if name in known or value is not None}
     try:
         choice = explain(public, *args, **kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError) as e:

@@ -268,7 +268,7 @@ class _Comparison:
             self.nudge()
         with backend("torch"):
             theirs = self.errors(self.original, self.of_original, truth)
-        for key in sorted(truth.keys() & theirs.keys(), key=list(truth).index):
+        for key in [key for key in truth if key in theirs]:
             name, what = key
             if key not in ours and what != GRADIENT:  # a fused module does not call its children
                 continue

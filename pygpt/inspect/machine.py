@@ -6,6 +6,7 @@ their own for each backend and device, because a kernel that does not fit the ma
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,6 +37,10 @@ COMPILER = (
     "xcode-select --install), or name another compiler with CXX=..."
 )
 PROBE_DTYPES = torch.float32, torch.bfloat16
+PROBE = (  # the program that tries a backend on a device
+    "import json, sys; from dataclasses import asdict; from pygpt.inspect import machine\n"
+    "for probe in machine.probe(*sys.argv[1:]): print(json.dumps(asdict(probe)), flush=True)"
+)
 PROBE_SIZE = 16  # the largest size in a probe
 PROBE_SECONDS = 600.0  # after which a probe counts as hanging
 
@@ -144,16 +150,17 @@ def last_line(text: str) -> str:
 def diagnose_build(facts: dict[str, Any]) -> tuple[list[Finding], list[Build]]:
     """Whether this machine can build the libraries, and what that takes."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
+    printed = io.StringIO()
     try:
-        recipe = load_recipe()
-        if recipe is not None:
-            recipe.torch_paths()
-            jobs, nvcc = recipe.jobs(), recipe.find_nvcc()
-            codes = recipe.cuda_code(recipe.cuda_archs(nvcc)) if nvcc else []
+        with redirect_stderr(printed):
+            recipe = load_recipe()
+            if recipe is not None:
+                recipe.torch_paths()
+                jobs, nvcc = recipe.jobs(), recipe.cuda_compiler()
+                codes = recipe.cuda_code(recipe.cuda_archs(nvcc)) if nvcc else []
     except (SystemExit, ImportError) as e:
-        needs_setuptools = isinstance(e, ImportError)
-        mend = "pip install 'setuptools>=77'" if needs_setuptools else ""
-        return [Finding("build", ABSENT, " ".join(str(e).split()), mend)], []
+        mend = "pip install 'setuptools>=77'" if isinstance(e, ImportError) else ""
+        return [Finding("build", ABSENT, " ".join((printed.getvalue() or str(e)).split()), mend)], []
     if recipe is None:
         where = shutil.which(compiler[0])
         detail = f"{where or 'no C++ compiler'}; the sources are in a checkout of pygpt, and none is here"
@@ -267,13 +274,9 @@ def probe(backend: str, device: str) -> Iterator[Probe]:
 
 def run_probe(backend: str, device: str) -> list[Probe]:
     """`probe` in a process of its own. Its end before the last op is an error of the op that it was at."""
-    source = (
-        "import json, sys; from dataclasses import asdict; from pygpt.inspect import machine\n"
-        "for p in machine.probe(*sys.argv[1:]): print(json.dumps(asdict(p)), flush=True)"
-    )
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYGPT_BACKEND": ""}
-    command = [sys.executable, "-c", source, backend, device]
+    command = [sys.executable, "-c", PROBE, backend, device]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
@@ -282,7 +285,7 @@ def run_probe(backend: str, device: str) -> list[Probe]:
         if done.returncode == 0:
             error = ""
     except subprocess.TimeoutExpired as e:
-        output, error = (e.stdout or b"").decode(), f"no answer in {PROBE_SECONDS:.0f} seconds"
+        output, error = (e.stdout or b"").decode(), f"no answer in {PROBE_SECONDS:g} seconds"
     probes = [Probe(**json.loads(line)) for line in output.splitlines() if line.startswith("{")]
     if error:
         row = TABLE[backend]

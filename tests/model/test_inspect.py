@@ -85,7 +85,8 @@ class Everything(torch.nn.Module):
 
     def forward(self, x):
         h = self.norm(self.layer(x)) @ self.weight
-        return F.relu(h) + torch.bmm(torch.softmax(torch.bmm(h, h.mT), -1), h)
+        h = F.relu(h) + torch.bmm(torch.softmax(torch.bmm(h, h.mT), -1), h)
+        return F.cross_entropy(h.flatten(0, 1), torch.arange(12))
 
 
 def test_what_is_left_to_pytorch():
@@ -95,11 +96,16 @@ def test_what_is_left_to_pytorch():
     attention = "aten._scaled_dot_product_flash_attention_for_cpu"
     assert forward == {
         "aten.addmm": 3, "aten.mm": 2, "aten.bmm": 2, attention: 1, "aten.native_layer_norm": 2, "aten.gelu": 1,
-        "aten.relu": 1, "rms_norm": 1,
+        "aten.relu": 1, "rms_norm": 1, "cross_entropy": 1,
     }  # fmt: skip
     assert rows["backward", f"{attention}_backward"].flops == 2.5 * rows["forward", attention].flops > 0
     assert report.served == 0 and sum(row.calls for row in report.reasons().values()) == sum(forward.values())
-    for op, name in (("rms_norm", "rms_norm"), ("aten.gelu", "gelu"), (attention, "scaled_dot_product_attention")):
+    for op, name in (
+        ("rms_norm", "rms_norm"),
+        ("cross_entropy", "cross_entropy"),
+        ("aten.gelu", "gelu"),
+        (attention, "scaled_dot_product_attention"),
+    ):
         assert [reason for reason in rows["forward", op].reasons if f"cpp serves pygpt.functional.{name}" in reason]
     assert "batched product" in next(iter(rows["forward", "aten.bmm"].reasons))
 
