@@ -291,10 +291,18 @@ def test_a_faulty_forward_kernel_is_named(monkeypatch):
     faulty(monkeypatch, "mlp_fwd", lambda results: (results[0] * (1 + 1e-4), *results[1:]), at=1)
     audit = pygpt.audit(pygpt.GPT(CONFIG), IDS, IDS)
     assert (audit.first.name, audit.first.what) == ("transformer.h.1.mlp", "output") and not audit.passed
-    assert audit.draws == layers.DRAWS and 1e-6 < audit.first.ours < 1e-3
-    assert "the first layer that differs by more than rounding is transformer.h.1.mlp (MLP)" in str(audit)
+    assert audit.draws == 1 and 1e-6 < audit.first.ours < 1e-3  # it is too far off for an accident
+    assert "the first layer that differs by more than rounding is transformer.h.1.mlp (MLP)" in audit.verdict()
     before = audit.layers[: audit.layers.index(audit.first)]
     assert len(before) > 10 and all(layer.passed for layer in before)
+
+
+def test_a_small_fault_is_no_accident(monkeypatch):
+    """A few times the limit: it is still there after every draw."""
+    faulty(monkeypatch, "mlp_fwd", lambda results: (results[0] * (1 + 4e-6), *results[1:]), at=1)
+    audit = pygpt.audit(pygpt.GPT(CONFIG), IDS, IDS)
+    assert audit.draws == layers.DRAWS and audit.first.name == "transformer.h.1.mlp"
+    assert audit.first.limit < audit.first.ours < 5e-6
 
 
 def test_a_faulty_backward_kernel_is_named(monkeypatch):
