@@ -252,7 +252,7 @@ class _Comparison:
         if not self.no_float64:
             try:
                 return values, self.in_float64(see)
-            except Exception as e:  # noqa: BLE001 - a model's code can fail in any way on a dtype that it is not made for
+            except Exception as e:  # noqa: BLE001 - a model can fail in any way on a dtype that it does not know
                 self.no_float64 = (
                     f"the model does not run in float64: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
                 )
