@@ -8,7 +8,7 @@ that of a module's output, or of a parameter's gradient, in a whole step, with w
 
 Small results have errors that vary by chance. A step with a row that fails is therefore repeated, at most DRAWS times,
 with every parameter moved at random by about one rounding, and the largest errors of all steps count. An error far
-beyond its limit ends that.
+beyond its limit, in a result that is not small, ends that.
 
 Where the model does not run in float64, or is float64 itself, PyTorch's own results are the truth, and PyTorch's error
 is how far they move when every parameter moves by one more rounding.
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..dispatch import backend
 from ..files import atomic
 from ..progress import table
-from ..verify import EPS, Judged, allowance, worse
+from ..verify import ELEMENTS, EPS, Judged, allowance, worse
+from .plot import draw
 from .step import (
     check_call,
     clear_gradients,
@@ -45,7 +45,7 @@ from .step import (
 )
 
 DRAWS = 16
-NO_ACCIDENT = 10.0  # an error that is this many times its limit ends the draws
+NO_ACCIDENT = 10.0  # an error of this many times its limit, among ELEMENTS or more, ends the draws
 SHOWN = 20  # rows of the table that `print` shows
 OUTPUT, GRADIENT = "output", "gradient"
 
@@ -119,7 +119,7 @@ class Audit:
 
     def svg(self) -> str:
         """A plot of every error beside the largest that passes, as the text of an SVG."""
-        return _draw(self)
+        return draw(self)
 
     def plot(self, path: str | Path) -> None:
         """Writes `svg` to a file."""
@@ -162,12 +162,18 @@ Key = tuple[str, str]  # of a Layer: its name, and what it is
 See = Callable[[Key, Tensor], None]
 
 
-def _observe(model: nn.Module, parameters: Mapping[str, Tensor], step: Callable, see: See) -> dict[str, float]:
-    """Runs a step; shows each floating output of a named module and each gradient -> the largest upstream gradients.
+def _observe(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    step: Callable,
+    see: See,
+    upstream: dict[str, float] | None = None,
+) -> None:
+    """Runs a step and shows each floating output of a named module and each gradient, in the order of the step.
 
-    ``see`` gets outputs in the order of forward and gradients in that of backward.
+    upstream: gets the largest gradient that reaches each module.
     """
-    names, calls, upstream = {m: name for name, m in model.named_modules()}, Counter[str](), dict[str, float]()
+    names, calls = {m: name for name, m in model.named_modules()}, Counter[str]()
 
     def output(module: nn.Module, value: Any) -> None:
         name = names.get(module)
@@ -177,13 +183,13 @@ def _observe(model: nn.Module, parameters: Mapping[str, Tensor], step: Callable,
         call = f" {calls[name]}" if calls[name] > 1 else ""
 
         def keep(grad: Tensor | None) -> None:
-            if grad is not None:
+            if grad is not None and upstream is not None:
                 upstream[name] = max(upstream.get(name, 0.0), _size(grad))
 
         for path, t in tensors_in(value):
             if t.dtype in EPS:
                 see((name, f"{OUTPUT}{call}{path}"), t.detach())
-                if t.requires_grad:
+                if t.requires_grad and upstream is not None:
                     t.register_hook(keep)
 
     def gradient(name: str, p: Tensor) -> None:
@@ -199,7 +205,6 @@ def _observe(model: nn.Module, parameters: Mapping[str, Tensor], step: Callable,
     finally:
         for handle in handles:
             handle.remove()
-    return upstream
 
 
 def _size(t: Tensor) -> float:
@@ -225,12 +230,13 @@ class _Comparison:
         self.draws = 0
         self.worst: dict[Key, list[float]] = {}  # ours, PyTorch's, the scale
         self.dtypes: dict[Key, torch.dtype] = {}
+        self.sizes: dict[Key, int] = {}
         self.no_float64 = ""  # why PyTorch's own results are the truth
-        if all(p.dtype == torch.float64 for p in self.of_model.values()):
+        if self.of_model and all(p.dtype == torch.float64 for p in self.of_model.values()):
             self.no_float64 = "the model is float64 itself"
         self.generator = torch.Generator().manual_seed(0)
 
-    def in_float64(self, see: See) -> dict[str, float]:
+    def in_float64(self, see: See, upstream: dict[str, float]) -> None:
         state = {name: nn.Parameter(p.detach().double(), p.requires_grad) if p.is_floating_point() else p
                  for name, p in self.of_original.items()}  # fmt: skip
         buffers = {name: _wide(b) for name, b in self.original.named_buffers()}
@@ -240,27 +246,31 @@ class _Comparison:
 
         with _in_float64():
             inputs = _wide(self.inputs), _wide(self.kwargs)
-            return _observe(self.original, state, lambda: train_step(call, *inputs), see)
+            _observe(self.original, state, lambda: train_step(call, *inputs), see, upstream)
 
     def truth(self) -> tuple[dict[Key, Tensor], dict[str, float]]:
         """The truth of every output and gradient, and the largest gradients that reach the modules."""
         values: dict[Key, Tensor] = {}
+        upstream: dict[str, float] = {}
 
         def see(key: Key, t: Tensor) -> None:
             values[key] = t.to(torch.float64, copy=True)
 
         if not self.no_float64:
             try:
-                return values, self.in_float64(see)
+                self.in_float64(see, upstream)
+                return values, upstream
             except Exception as e:  # noqa: BLE001 - a model can fail in any way on a dtype that it does not know
-                self.no_float64 = (
-                    f"the model does not run in float64: {type(e).__name__}: {str(e).partition(chr(10))[0]}"
-                )
+                first_line = str(e).partition("\n")[0]
+                self.no_float64 = f"the model does not run in float64: {type(e).__name__}: {first_line}"
                 values.clear()
-        return values, self.run(self.original, self.of_original, see)
+        self.run(self.original, self.of_original, see, upstream)
+        return values, upstream
 
-    def run(self, model: nn.Module, parameters: Mapping[str, Tensor], see: See) -> dict[str, float]:
-        return _observe(model, parameters, lambda: train_step(model, self.inputs, self.kwargs), see)
+    def run(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], see: See, upstream: dict[str, float] | None = None
+    ) -> None:
+        _observe(model, parameters, lambda: train_step(model, self.inputs, self.kwargs), see, upstream)
 
     def draw(self) -> None:
         """Runs the truth, PyTorch and the model once more."""
@@ -287,7 +297,7 @@ class _Comparison:
         def see(key: Key, t: Tensor) -> None:
             if key in truth:
                 found[key] = _deviation(t, truth[key])
-                self.dtypes[key] = t.dtype
+                self.dtypes[key], self.sizes[key] = t.dtype, t.numel()
 
         self.run(model, parameters, see)
         return found
@@ -301,6 +311,15 @@ class _Comparison:
                 other = self.of_original[name]
                 for q in (p,) if other is p else (p, other):
                     q.copy_(q.double() * (1 + EPS[q.dtype] * noise.to(q.device)))
+
+    def settled(self, layers: list[Layer]) -> bool:
+        """Whether every row passes, or one with many elements is far beyond its limit, or is no number."""
+        failing = [layer for layer in layers if not layer.passed]
+        return not failing or any(
+            not layer.ours < math.inf
+            or (layer.ours > NO_ACCIDENT * layer.limit and self.draws * self.sizes[layer.name, layer.what] >= ELEMENTS)
+            for layer in failing
+        )
 
     def layers(self) -> list[Layer]:
         rows = []
@@ -342,57 +361,9 @@ def audit(model: nn.Module, *inputs: Any, reference: nn.Module | None = None, **
         while True:
             comparison.draw()
             layers = comparison.layers()
-            failing = [layer for layer in layers if not layer.passed]
-            far = any(not layer.ours <= NO_ACCIDENT * layer.limit for layer in failing)  # also NaN
-            if not failing or far or comparison.draws == DRAWS:
+            if comparison.draws == DRAWS or comparison.settled(layers):
                 break
             comparison.nudge()
     truth = f"PyTorch's own results ({comparison.no_float64})" if comparison.no_float64 else "the model in float64"
     classes = {name: type(m).__name__ for name, m in model.named_modules()}
     return Audit(type(model).__name__, layers, truth, comparison.draws, classes)
-
-
-# ------------------------------------------------------------------------------- the plot
-OURS, PYTORCHS, FAILS = "#30638e", "#999999", "#d1495b"
-LEGEND = {"ours": OURS, "fails": FAILS, "PyTorch's own": PYTORCHS}
-LEFT, TOP, RIGHT, WIDTH, HEIGHT = 60, 60, 20, 900, 300  # pixels
-
-
-def _draw(audit: Audit) -> str:
-    """Our errors as dots and PyTorch's as a line over the layers, on a logarithmic scale."""
-    finite = [e for layer in audit.layers for e in (layer.ours, layer.torch) if 0 < e < math.inf]
-    low, high = math.floor(math.log10(min(finite, default=0.1))), math.ceil(math.log10(max(finite, default=1.0)))
-    high = max(high, low + 1)
-
-    def y(error: float) -> float:
-        share = (
-            (math.log10(min(max(error, 10.0**low), 10.0**high)) - low) / (high - low) if not math.isnan(error) else 1.0
-        )
-        return TOP + HEIGHT * (1 - share)
-
-    def x(i: int) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / max(len(audit.layers), 1)
-
-    def text(at: float, height: float, words: str, more: str = "") -> str:
-        return f'<text x="{at:.1f}" y="{height:.1f}" {more}>{escape(words)}</text>'
-
-    bottom = TOP + HEIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 40}" width="{WIDTH}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222222">',
-        f'<rect width="{WIDTH}" height="{bottom + 40}" fill="#ffffff"/>',
-        text(12, 22, audit.verdict(), 'font-size="13" font-weight="bold"'),
-        *(text(LEFT + 100 * i, 44, name, f'fill="{colour}"') for i, (name, colour) in enumerate(LEGEND.items())),
-        text(LEFT, bottom + 30, "outputs in the order of forward, then gradients in the order of backward"),
-    ]
-    for power in range(low, high + 1):
-        at = y(10.0**power)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#dddddd"/>')
-        parts.append(text(LEFT - 8, at + 4, f"1e{power}", 'text-anchor="end"'))
-    points = " ".join(f"{x(i):.1f},{y(layer.torch):.1f}" for i, layer in enumerate(audit.layers))
-    parts.append(f'<polyline points="{points}" fill="none" stroke="{PYTORCHS}"/>')
-    for i, layer in enumerate(audit.layers):
-        colour = OURS if layer.passed else FAILS
-        title = f"<title>{escape(f'{layer.name or audit.model} {layer.what}: {layer.ours:.2e}')}</title>"
-        parts.append(f'<circle cx="{x(i):.1f}" cy="{y(layer.ours):.1f}" r="3" fill="{colour}">{title}</circle>')
-    return "\n".join([*parts, "</svg>", ""])

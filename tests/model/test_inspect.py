@@ -16,7 +16,7 @@ import pygpt
 import pygpt.functional as P
 from pygpt import nn
 from pygpt.dispatch import TABLE
-from pygpt.inspect import layers, step
+from pygpt.inspect import layers, plot, step
 
 CONFIG = pygpt.GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32)
 IDS = torch.arange(40).reshape(2, 20) % 61
@@ -404,7 +404,7 @@ def test_the_plot(monkeypatch, tmp_path):
     audit.plot(tmp_path / "audit.svg")
     root = ElementTree.fromstring((tmp_path / "audit.svg").read_text(encoding="utf-8"))
     circles = root.findall("{*}circle")
-    failing = [circle for circle in circles if circle.get("fill") == layers.FAILS]
+    failing = [circle for circle in circles if circle.get("fill") == plot.FAILS]
     assert len(circles) == len(audit.layers) and len(failing) == sum(not layer.passed for layer in audit.layers) > 0
     assert "nan" not in str([circle.attrib for circle in circles])
     assert "transformer.h.0.mlp" in "".join(root.itertext()) and audit.table().count("\n") == len(audit.layers)

@@ -11,7 +11,7 @@ import pytest
 
 import pygpt
 from pygpt import data, dispatch, files, functional, generate, model, nn, progress, train, verify
-from pygpt.inspect import calls, layers, machine, step
+from pygpt.inspect import calls, layers, machine, plot, step
 
 ROOT = Path(pygpt.__file__).parents[1]
 
@@ -101,7 +101,7 @@ def test_mypy_on_the_package_and_on_a_program(tmp_path):
 
 PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 PUBLIC |= {"backend": pygpt.backend, "explain": pygpt.explain}
-INSPECT = calls, layers, machine, step
+INSPECT = calls, layers, machine, plot, step
 for module in (data, dispatch, files, generate, *INSPECT, model, nn, progress, train, verify):
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
