@@ -2,6 +2,7 @@
 
 import math
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
 OURS, PYTORCHS, FAILS = "#30638e", "#999999", "#d1495b"
 LEGEND = {"ours": OURS, "fails": FAILS, "PyTorch's own": PYTORCHS}
-LEFT, TOP, RIGHT, WIDTH, HEIGHT = 60, 60, 20, 900, 300  # pixels
+LEFT, TOP, RIGHT, WIDTH, HEIGHT = 60, 76, 20, 900, 300  # pixels
 
 
 def draw(audit: "Audit") -> str:
@@ -19,10 +20,8 @@ def draw(audit: "Audit") -> str:
     high = max(high, low + 1)
 
     def y(error: float) -> float:
-        share = (
-            (math.log10(min(max(error, 10.0**low), 10.0**high)) - low) / (high - low) if not math.isnan(error) else 1.0
-        )
-        return TOP + HEIGHT * (1 - share)
+        shown = 10.0**high if math.isnan(error) else min(max(error, 10.0**low), 10.0**high)
+        return TOP + HEIGHT * (high - math.log10(shown)) / (high - low)
 
     def x(i: int) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (i + 0.5) / max(len(audit.layers), 1)
@@ -35,8 +34,8 @@ def draw(audit: "Audit") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 40}" width="{WIDTH}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#222222">',
         f'<rect width="{WIDTH}" height="{bottom + 40}" fill="#ffffff"/>',
-        text(12, 22, audit.verdict(), 'font-size="13" font-weight="bold"'),
-        *(text(LEFT + 100 * i, 44, name, f'fill="{colour}"') for i, (name, colour) in enumerate(LEGEND.items())),
+        *(text(12, 20 + 16 * i, line, 'font-weight="bold"') for i, line in enumerate(wrap(audit.verdict(), 120)[:2])),
+        *(text(LEFT + 100 * i, 60, name, f'fill="{colour}"') for i, (name, colour) in enumerate(LEGEND.items())),
         text(LEFT, bottom + 30, "outputs in the order of forward, then gradients in the order of backward"),
     ]
     for power in range(low, high + 1):
