@@ -15,6 +15,7 @@ try:
     from . import backends, functional, nn  # noqa: F401 (backends fills the table)
     from .dispatch import Choice, backend, chosen, explain
     from .integrations.aten import disable, enable, register_flash_attention
+    from .inspect import audit, doctor, report
     from .model import GPT, GPTConfig
 
     register_flash_attention()
@@ -26,4 +27,7 @@ except (RuntimeError, ValueError) as e:  # the command line reports a wrong envi
     sys.exit(2)
 
 __version__ = "0.2.0"
-__all__ = ["GPT", "Choice", "GPTConfig", "backend", "disable", "enable", "explain", "functional", "nn"]
+__all__ = [
+    "GPT", "Choice", "GPTConfig", "audit", "backend", "disable", "doctor", "enable", "explain", "functional", "nn",
+    "report",
+]  # fmt: skip

@@ -27,6 +27,7 @@ from .dispatch import Unavailable, chosen
 
 COMMANDS = {
     "info": "versions, what was built, which backend serves which op",
+    "doctor": "what works on this machine, and the commands that mend what does not",
     "verify": "every op's error against float64, beside PyTorch's own",
     "train": "train the reference GPT on text",
     "generate": "continue a prompt from a checkpoint",
@@ -34,6 +35,8 @@ COMMANDS = {
     "run": "run a Python script with torch's functions on these kernels",
     "bench": "every op's speed and memory beside PyTorch and other libraries",
 }
+
+MODULES = {"doctor": "inspect.machine"}  # the commands that are not modules of their own name
 
 # Errors of writing to standard output. The same errors about a file have a file name.
 OUTPUT_FAILS = errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
@@ -122,7 +125,7 @@ def _run_command(argv: list[str]) -> int | None:
 
 def _module(command: str) -> ModuleType:
     if command != "bench":
-        return importlib.import_module(f".{command}", __package__)
+        return importlib.import_module(f".{MODULES.get(command, command)}", __package__)
     checkout = Path(__file__).resolve().parents[1]  # in a checkout, bench/ is beside the package
     if (checkout / "bench" / "cli.py").is_file():
         if str(checkout) not in sys.path:

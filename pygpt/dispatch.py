@@ -153,9 +153,9 @@ class Backend:
         tensors = [t for t in arguments if t is not None]
         lead = tensors[0]
         if self.devices and lead.device.type not in self.devices:
-            reasons.append(f"{lead.device.type} tensors; it serves {', '.join(self.devices)}")
+            reasons.append(f"{lead.device.type} tensors (it serves {', '.join(self.devices)})")
         if lead.dtype not in self.dtypes:
-            reasons.append(f"{lead.dtype}; it serves {', '.join(str(d) for d in self.dtypes)}")
+            reasons.append(f"{lead.dtype} (it serves {', '.join(str(d) for d in self.dtypes)})")
         leading = () if OPS[op].statistics else arguments[: len(OPS[op].tensors)]  # prepare has checked other dtypes
         dtypes = [t.dtype for t in leading if t is not None and t.is_floating_point()]
         if any(dtype != lead.dtype for dtype in dtypes) and not OPS[op].takes_dtypes(dtypes):
@@ -232,7 +232,7 @@ class Choice:
     error: Exception | None = None
 
     def __str__(self) -> str:
-        unless = " (if PyTorch takes the call, which no kernel does)" if self.error and self.backend else ""
+        unless = ", if PyTorch takes the call, which no kernel takes" if self.error and self.backend else ""
         lines = [f"{self.op}: {self.backend or 'no backend'}{unless}"]
         return "\n".join(lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()])
 

@@ -52,18 +52,9 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 
 
-@dataclass(frozen=True)
-class Row:
-    """The error of one direction of an op, "fwd" or a gradient such as "dq": ``ours``, and PyTorch's own as ``torch``.
+class Judged:
+    """The rule on a result's error: ``ours``, and PyTorch's own as ``torch``. ``allowance`` is for a few roundings."""
 
-    Both are relative to the largest value of the reference. ``allowance`` is for a few roundings.
-    """
-
-    op: str
-    shape: str
-    dtype: str
-    backend: str
-    direction: str
     ours: float  # error
     torch: float  # PyTorch's error
     allowance: float
@@ -77,6 +68,23 @@ class Row:
     def passed(self) -> bool:
         """Whether our error is at most twice PyTorch's own plus the allowance; False for NaN."""
         return self.ours <= 2.0 * self.torch + self.allowance
+
+
+@dataclass(frozen=True)
+class Row(Judged):
+    """The error of one direction of an op, "fwd" or a gradient such as "dq": ``ours``, and PyTorch's own as ``torch``.
+
+    Both are relative to the largest value of the reference. ``allowance`` is for a few roundings.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    backend: str
+    direction: str
+    ours: float  # error
+    torch: float  # PyTorch's error
+    allowance: float
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -177,19 +185,31 @@ def _deviation(x: Tensor, x64: Tensor) -> float:
     return _largest(torch.where(x == x64, 0.0, x - x64))  # equal infinities are no error
 
 
+def worse(a: float, b: float) -> float:
+    """The larger one. NaN is the largest error."""
+    return a if math.isnan(a) or a > b else b
+
+
 def allowance(dtype: torch.dtype) -> float:
     return ULPS * EPS[torch.float64 if dtype == torch.float64 else torch.float32] + EPS[dtype] / 2
 
 
 def measure(
-    op: str, dims: Dims, dtype: torch.dtype, generator: torch.Generator | None, backend: str | None = None, **how: Any
+    op: str,
+    dims: Dims,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+    backend: str | None = None,
+    elements: int | None = None,
+    **how: Any,
 ) -> list[Row]:
     """Returns one `Row` for each direction of ``op``, at the sizes ``dims`` in ``dtype``.
 
     ``op`` and ``dims`` are what ``pygpt verify`` calls them. Sizes that are left out have the op's defaults.
-    ``backend`` is None for the default one. ``how`` is passed to `draw`: ``device="cuda"`` measures on a GPU. An
-    unknown size raises UsageError.
+    ``backend`` is None for the default one. ``elements``: how many of each result are drawn at least, by default
+    ELEMENTS. ``how`` is passed to `draw`: ``device="cuda"`` measures on a GPU. An unknown size raises UsageError.
     """
+    elements = ELEMENTS if elements is None else elements
     name, shape = str(dtype).removeprefix("torch."), describe(op, dims)
     worst: dict[str, list[float]] = {}  # direction -> the largest of all draws: our error, PyTorch's error, the scale
     for n in range(1, MOST + 1):
@@ -211,14 +231,12 @@ def measure(
             if narrow:
                 their = max(their, _deviation(narrow[0][key], narrow[1][key]) * EPS[torch.float64] / EPS[torch.float32])
             errors = _deviation(ours[key], r), their, max(_size(r), _size(terms.get(key, r)))
-            worst[key] = [
-                a if math.isnan(a) else max(a, b) for a, b in zip(errors, worst.get(key, (0.0,) * 3), strict=True)
-            ]
+            worst[key] = [worse(a, b) for a, b in zip(errors, worst.get(key, (0.0,) * 3), strict=True)]
         rows = [
             Row(op, shape, name, used, key, our / (scale or 1.0), their / (scale or 1.0), allowance(ours[key].dtype))
             for key, (our, their, scale) in worst.items()
         ]
-        enough = n >= DRAWS or all(r.numel() * n >= ELEMENTS or not r.numel() for r in x64.values())
+        enough = n >= DRAWS or all(r.numel() * n >= elements or not r.numel() for r in x64.values())
         if enough and all(row.passed for row in rows):
             break
     return rows

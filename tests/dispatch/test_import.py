@@ -74,7 +74,7 @@ NAMES = """
 import importlib, os, pkgutil, types
 import pygpt
 public = {name: getattr(pygpt, name) for name in pygpt.__all__}
-for package in ("pygpt", "pygpt.ops", "pygpt.triton_kernels"):
+for package in ("pygpt", "pygpt.inspect", "pygpt.ops", "pygpt.triton_kernels"):
     try:
         package = importlib.import_module(package)
     except ImportError:

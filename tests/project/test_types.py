@@ -11,6 +11,7 @@ import pytest
 
 import pygpt
 from pygpt import data, dispatch, files, functional, generate, model, nn, progress, train, verify
+from pygpt.inspect import calls, layers, machine, plot, step
 
 ROOT = Path(pygpt.__file__).parents[1]
 
@@ -75,6 +76,10 @@ pygpt.explain("relu", x).reasons  # wrong
 gpt = pygpt.GPT(pygpt.GPTConfig(vocab_size=65, n_layer=1), device="cpu")
 tensor(gpt.generate(torch.zeros(1, 1, dtype=torch.long), 3, top_k=5))
 gpt.generate("ROMEO:", 3)  # wrong
+share: float = pygpt.report(gpt, torch.zeros(1, 1, dtype=torch.long)).served
+pygpt.report(gpt).kernels  # wrong
+pygpt.audit(gpt, x, reference=gpt, targets=x).plot("audit.svg")
+pygpt.audit(gpt, x, reference="gpt")  # wrong
 gpt(torch.zeros(1, 1, dtype=torch.long), return_logits=False)
 nn.CrossEntropyLoss(z_loss=1e-4)(w, w)
 nn.LinearCrossEntropyLoss(8, num_classes="65")  # wrong
@@ -99,7 +104,8 @@ def test_mypy_on_the_package_and_on_a_program(tmp_path):
 
 PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 PUBLIC |= {"backend": pygpt.backend, "explain": pygpt.explain}
-for module in (data, dispatch, files, generate, model, nn, progress, train, verify):
+INSPECT = calls, layers, machine, plot, step
+for module in (data, dispatch, files, generate, *INSPECT, model, nn, progress, train, verify):
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
             continue
