@@ -16,6 +16,7 @@ try:
     from .dispatch import Choice, backend, chosen, explain
     from .integrations.aten import disable, enable, register_flash_attention
     from .inspect import audit, doctor, report
+    from .integrations.modules import patch, unpatch
     from .model import GPT, GPTConfig
 
     register_flash_attention()
@@ -29,5 +30,5 @@ except (RuntimeError, ValueError) as e:  # the command line reports a wrong envi
 __version__ = "0.2.0"
 __all__ = [
     "GPT", "Choice", "GPTConfig", "audit", "backend", "disable", "doctor", "enable", "explain", "functional", "nn",
-    "report",
+    "patch", "report", "unpatch",
 ]  # fmt: skip

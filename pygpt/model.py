@@ -339,10 +339,8 @@ def _load_shared_once(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 # ------------------------------------------------------------------------------- transformers' GPT-2
 _HF_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
     "relu": "relu",
     "relu2": "relu2",
 }
@@ -362,8 +360,6 @@ def _read_hf_folder(folder: Path) -> SimpleNamespace:
 def _config_from_hf(hf: Any, weights: dict[str, Tensor], dropout: float) -> GPTConfig:
     head, activation = weights.get("lm_head.weight"), getattr(hf, "activation_function", "gelu_new")
     wanted = {
-        "n_inner = 4 n_embd": getattr(hf, "n_inner", None) in (None, 4 * hf.n_embd),
-        "layer_norm_epsilon 1e-5": getattr(hf, "layer_norm_epsilon", 1e-5) == 1e-5,
         f"an activation_function among {', '.join(_HF_ACTIVATIONS)}": activation in _HF_ACTIVATIONS,
         "scale_attn_weights": getattr(hf, "scale_attn_weights", True),
         "no scale_attn_by_inverse_layer_idx": not getattr(hf, "scale_attn_by_inverse_layer_idx", False),
@@ -373,5 +369,7 @@ def _config_from_hf(hf: Any, weights: dict[str, Tensor], dropout: float) -> GPTC
     if missing := [what for what, holds in wanted.items() if not holds]:
         raise ValueError(f"pygpt.GPT.from_hf: this GPT needs {', '.join(missing)}")
     return GPTConfig(
-        hf.vocab_size, hf.n_positions, hf.n_layer, hf.n_head, hf.n_embd, dropout, activation=_HF_ACTIVATIONS[activation]
-    )
+        hf.vocab_size, hf.n_positions, hf.n_layer, hf.n_head, hf.n_embd, dropout,
+        activation=_HF_ACTIVATIONS[activation],
+        norm_eps=getattr(hf, "layer_norm_epsilon", 1e-5), hidden_dim=getattr(hf, "n_inner", None),
+    )  # fmt: skip

@@ -208,9 +208,14 @@ def _is_unmodified_linear(module: nn.Module) -> bool:
     parametrized, pruned, weight-normed and quantised layers, and for weights of a tensor subclass that dispatches
     for itself. DTensor does not count, because it has rules for the fused op.
     """
-    if not _is_unmodified(module, Linear, nn.Linear) or not module._parameters.keys() >= {"weight", "bias"}:
+    return _is_unmodified(module, Linear, nn.Linear) and _has_plain_parameters(module)
+
+
+def _has_plain_parameters(linear: Any) -> bool:
+    """Whether weight and bias are parameters, and no tensors of a class that dispatches for itself."""
+    if not linear._parameters.keys() >= {"weight", "bias"}:
         return False
-    weight, bias = module.weight, module.bias
+    weight, bias = linear.weight, linear.bias
     return not dispatches_for_itself(type(weight)) and (bias is None or not dispatches_for_itself(type(bias)))
 
 

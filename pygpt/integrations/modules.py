@@ -1,0 +1,113 @@
+"""`pygpt.patch` serves a model's modules by our kernels: norms, linear layers, GELU, MLPs, attention and the loss.
+
+A module that is recognised (kinds.py, heads.py) gets a subclass of its class, of the same name, with another forward.
+Its parameters, buffers, hooks and attributes stay as they are, and so do state dicts and everything that asks
+isinstance. `unpatch` puts the class back.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import heads, kinds
+from .kinds import is_patched, patched_class
+
+
+@dataclass
+class Report:
+    """What `patch` did: ``served`` maps a module's name to the op that serves it, ``left`` to why it was left alone.
+
+    ``loss`` is the op that computes the loss, or None.
+    """
+
+    served: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    loss: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"pygpt serves {len(self.served)} modules, {len(self.left)} are left alone"]
+        lines += [f"  {op}: {names}" for op, names in _grouped(self.served)]
+        lines += [f"  not {names}: {reason}" for reason, names in _grouped(self.left)]
+        if self.loss is not None:
+            lines.append(f"  loss: {self.loss}; the output's logits are None while labels are given")
+        return "\n".join(lines)
+
+
+def _grouped(of_names: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Each value with its names, in which the numbers of layers are counted as one name."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, value in of_names.items():
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split(".")) or "the model"
+        names = groups.setdefault(value, {})
+        names[pattern] = names.get(pattern, 0) + 1
+    for value, names in groups.items():
+        yield value, ", ".join(f"{name} ({count})" if count > 1 else name for name, count in names.items())
+
+
+def patch(model: nn.Module, loss: bool = False) -> Report:
+    """Serves the modules of ``model`` by pygpt's kernels, in place, and returns a `Report` of what is served.
+
+    Recognised are torch.nn's LayerNorm, RMSNorm and Linear; norms, GELUs, MLPs and GPT-2's Conv1D written by hand, as
+    in transformers; and the attention of nanoGPT and minGPT. Subclasses of these, such as quantised layers, are left
+    alone, and adapters keep working. The attention of transformers is served by attn_implementation="pygpt"
+    (`pygpt.integrations.transformers.register`).
+
+    With ``loss=True``, the loss of a causal language model is computed from the last hidden states without all logits
+    in memory. The output's logits are then None while labels (nanoGPT: targets) are given.
+
+    A second call changes nothing, and `unpatch` takes all of it back. Pickles hold the original classes. ValueError if
+    nothing is recognised, or if the loss of this model cannot be served; then the model is untouched.
+    """
+    report = Report()
+    changes: list[Any] = []
+    for name, module in model.named_modules():
+        if is_patched(module):
+            report.served[name] = _kind_of(module).serves
+        elif (found := _recognised(module)) is not None:
+            kind, facts = found
+            report.served[name] = kind.serves
+            changes.append((module, kind, facts))
+        elif reason := _why_left(module):
+            report.left[name] = reason
+    if loss:
+        module, kind, facts = heads.recognised(model)
+        changes += [] if is_patched(module) else [(module, kind, facts)]
+        report.loss = kind.serves
+    if not report.served and not changes:
+        raise ValueError(f"pygpt.patch: nothing in this {type(model).__name__} is recognised")
+    for module, kind, facts in changes:
+        of_module: Any = type(module)
+        module.__class__ = patched_class(kind, of_module, facts)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every module of ``model`` the class back that it had before `patch`. A model without such modules stays as
+    it is."""
+    for module in model.modules():
+        if is_patched(module):
+            module.__class__ = kinds.original_class(module)
+
+
+def _kind_of(module: nn.Module) -> Any:
+    return type(module).__bases__[0]
+
+
+def _recognised(module: nn.Module) -> tuple[Any, tuple[tuple[str, Any], ...]] | None:
+    if "forward" in vars(module):  # which a class would not replace
+        return None
+    for kind in kinds.KINDS:
+        if (facts := kind.recognise(module)) is not None:
+            return kind, tuple(facts.items())
+    return None
+
+
+def _why_left(module: nn.Module) -> str:
+    """Empty for a module that has no weights of its own, or looks them up only."""
+    if isinstance(module, nn.Embedding) or not any(p is not None for p in module._parameters.values()):
+        return ""
+    if "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    return f"{type(module).__name__} is not recognised"
