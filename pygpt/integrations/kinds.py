@@ -406,7 +406,7 @@ class NanoAttention(Kind):
 
         def formula() -> Tensor:
             qkv = F.linear(x, drawn["c_attn.weight"], drawn.get("c_attn.bias"))
-            y = dispatch.REFERENCE.qkv_attention(qkv, heads, heads, True, (C // heads) ** -0.5)
+            y = dispatch.REFERENCE.qkv_attention(qkv, heads, heads, True, (C // heads) ** -0.5, None, 0.0, -1, -1)
             return F.linear(y, drawn["c_proj.weight"], drawn.get("c_proj.bias"))
 
         return {} if agrees(result_of(module, {**drawn, **buffers}, x), formula) else None
