@@ -20,6 +20,8 @@ from ..functional import linear_cross_entropy
 from ..model import _float32_losses
 from .kinds import FAILURES, LINEARS, Facts, Kind, evaluating, is_plain_linear
 
+SERVES = "linear_cross_entropy"
+
 
 class CausalHead(Kind):
     """A causal language model of transformers. With labels, logits are None.
@@ -29,7 +31,7 @@ class CausalHead(Kind):
     replaced.
     """
 
-    serves = "linear_cross_entropy"
+    serves = SERVES
     _output: ClassVar[type]
     _fields: ClassVar[tuple[str, ...]]
 
@@ -104,7 +106,7 @@ def _output_class(module: nn.Module) -> Any:
 class NanoHead(Kind):
     """The GPT of nanoGPT or minGPT: (idx, targets) -> logits, loss. With targets, logits are None."""
 
-    serves = "linear_cross_entropy"
+    serves = SERVES
 
     @staticmethod
     def recognise(module: Any) -> Facts:
@@ -138,14 +140,15 @@ def nano_output(module: Any, idx: Tensor, targets: Tensor) -> tuple[None, Tensor
 
 
 # ------------------------------------------------------------------------------- recognising
-def recognised(model: nn.Module) -> tuple[nn.Module, Any, tuple[tuple[str, Any], ...]]:
-    """The language model in ``model``, which may be wrapped, with its kind and facts. ValueError if there is none."""
+def recognised(model: nn.Module) -> tuple[str, nn.Module, Any, tuple[tuple[str, Any], ...]]:
+    """The language model in ``model``, which may be wrapped: its name, itself, its kind and facts. ValueError if there
+    is none."""
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("pygpt.patch: loss=True runs the model on three tokens, and its parameters are on meta")
-    for module in model.modules():
+    for name, module in model.named_modules():
         for kind in (CausalHead, NanoHead):
             if (facts := kind.recognise(module)) is not None:
-                return module, kind, tuple(facts.items())
+                return name, module, kind, tuple(facts.items())
     raise ValueError(
         f"pygpt.patch: the loss of this {type(model).__name__} is not the cross-entropy of plain logits from its last "
         "hidden states; leave out loss=True"

@@ -10,6 +10,7 @@ the module's parameters nor draws from torch's generator.
 """
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, update_wrapper
@@ -24,6 +25,7 @@ from torch.func import functional_call
 from .. import dispatch, functional
 from ..nn import _FORWARDS, Linear, _has_plain_parameters, _is_unmodified
 from ..ops.activation import ACTIVATIONS, GATED
+from .transposed import FEW_ROWS, transposed_linear
 
 Facts = dict[str, Any] | None
 _Base: Any = object  # a kind always stands before a module's class
@@ -38,8 +40,10 @@ class Kind(_Base):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle holds the original class, so that it can be read without pygpt."""
         reduced: Any = super().__reduce_ex__(protocol)
-        function, (made, *rest), *state = reduced
-        return function, (_originals(made), *rest), *state
+        function, args, *state = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined] # which wants the object's own class
+            function, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
+        return function, tuple(map(_originals, args)), *state
 
     def __copy__(self) -> Any:
         return self._copied(lambda state: dict(state))
@@ -220,8 +224,8 @@ class HandLayerNorm(HandNorm):
     @staticmethod
     def recognise(module: Any) -> Facts:
         parameters = _parameters(module)
-        of_norm = parameters.keys() in ({"weight"}, {"weight", "bias"}) and module._parameters.keys() >= {"bias"}
-        if not _is_leaf(module) or not of_norm or any(p.dim() != 1 for p in parameters.values()):
+        known = parameters.keys() in ({"weight"}, {"weight", "bias"}) and hasattr(module, "bias")
+        if not _is_leaf(module) or not known or any(p.dim() != 1 for p in parameters.values()):
             return None
         tensors = {name: draw(*p.shape) for name, p in parameters.items()}
         for name, eps in (*_epsilons(module), (1e-5, 1e-5)):
@@ -379,9 +383,9 @@ class Conv1D(Kind):
         return {} if agrees(result, lambda: F.linear(x, weight.t(), bias)) else None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs:
+        if len(args) != 1 or kwargs or args[0].numel() < FEW_ROWS * args[0].shape[-1]:
             return super().forward(*args, **kwargs)
-        return functional.linear(args[0], self.weight.t(), self.bias)
+        return transposed_linear(args[0], self.weight, self.bias)
 
 
 # ------------------------------------------------------------------------------- the attention of nanoGPT and minGPT

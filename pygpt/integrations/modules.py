@@ -17,21 +17,22 @@ from .kinds import is_patched, patched_class
 
 @dataclass
 class Report:
-    """What `patch` did: ``served`` maps a module's name to the op that serves it, ``left`` to why it was left alone.
-
-    ``loss`` is the op that computes the loss, or None.
-    """
+    """What `patch` did: ``served`` maps a module's name to the op that serves it, ``left`` to why it was left alone."""
 
     served: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    loss: str | None = None
+
+    @property
+    def loss(self) -> bool:
+        """Whether the loss is computed without all logits, which are None while labels are given."""
+        return heads.SERVES in self.served.values()
 
     def __str__(self) -> str:
         lines = [f"pygpt serves {len(self.served)} modules, {len(self.left)} are left alone"]
         lines += [f"  {op}: {names}" for op, names in _grouped(self.served)]
         lines += [f"  not {names}: {reason}" for reason, names in _grouped(self.left)]
-        if self.loss is not None:
-            lines.append(f"  loss: {self.loss}; the output's logits are None while labels are given")
+        if self.loss:
+            lines.append("  the output's logits are None while labels are given")
         return "\n".join(lines)
 
 
@@ -71,11 +72,12 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
             changes.append((module, kind, facts))
         elif reason := _why_left(module):
             report.left[name] = reason
-    if loss:
-        module, kind, facts = heads.recognised(model)
-        changes += [] if is_patched(module) else [(module, kind, facts)]
-        report.loss = kind.serves
-    if not report.served and not changes:
+    if loss and not report.loss:
+        name, module, kind, facts = heads.recognised(model)
+        report.served[name] = kind.serves
+        report.left.pop(name, None)
+        changes.append((module, kind, facts))
+    if not report.served:
         raise ValueError(f"pygpt.patch: nothing in this {type(model).__name__} is recognised")
     for module, kind, facts in changes:
         of_module: Any = type(module)

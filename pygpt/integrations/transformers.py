@@ -6,7 +6,7 @@ what a mask of shape (B, 1, L, S) would say: causal, windowed, with padding. No 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Causal:
 
     window: int | None = None
     keys: Tensor | None = None
+    ndim: ClassVar[int] = 4  # of the mask that this stands for; transformers asks
 
 
 def register() -> None:
@@ -41,7 +42,7 @@ def register() -> None:
 
 
 def mask(
-    *, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, attention_mask: Tensor | None = None,
+    *, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, attention_mask: Any = None,
     allow_is_causal_skip: bool = True, local_size: int | None = None, **rest: Any,
 ) -> "Tensor | Causal | None":  # fmt: skip
     """What a layer's attention is to get as its mask. The arguments are those of transformers' `sdpa_mask`.
@@ -51,6 +52,8 @@ def mask(
     """
     from transformers.masking_utils import is_tracing, prepare_padding_mask, sdpa_mask
 
+    if isinstance(attention_mask, Causal):  # `generate` has asked already
+        return attention_mask
     keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keys is not None:
         keys = keys[:, kv_offset : kv_offset + kv_length]
@@ -84,9 +87,10 @@ def attention(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and is_causal and 1 < L < key.shape[2]:
         key, value = key[:, :, :L], value[:, :, :L]  # a static cache, of which the first L positions are filled
-    masking = _arguments(attention_mask, L, key.shape[2], is_causal, query.device)
-    if (bias := options.get("position_bias")) is not None:
-        masking["attn_mask"] = _biased(bias[..., : key.shape[2]], masking.get("attn_mask"))
+    S, bias = key.shape[2], options.get("position_bias")
+    masking = _arguments(attention_mask, L, S, is_causal, query.device, dense=bias is not None and L != S)
+    if bias is not None:
+        masking["attn_mask"] = _biased(bias[..., :S], masking.get("attn_mask"))
     out = scaled_dot_product_attention(
         query, key, value,
         dropout_p=dropout,
@@ -99,28 +103,26 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _arguments(of_layer: "Tensor | Causal | None", L: int, S: int, is_causal: bool, device: torch.device) -> dict:
-    """The mask as arguments of scaled_dot_product_attention."""
+def _arguments(
+    of_layer: "Tensor | Causal | None", L: int, S: int, is_causal: bool, device: torch.device, dense: bool
+) -> dict[str, Any]:
+    """The mask as arguments of scaled_dot_product_attention, with ``dense`` as a tensor alone."""
     if of_layer is None:
         return {"is_causal": is_causal and L > 1}
     if isinstance(of_layer, Tensor):
         return {"attn_mask": of_layer}
     window, keys = of_layer.window, of_layer.keys
-    if keys is None:
+    if L == S and not dense:
+        return {**({} if keys is None else {"attn_mask": keys[:, None, None]}), **_masking(L, S, window, device)}
+    if keys is None and not dense:
         return _masking(L, S, window, device)
-    if L > 1:  # `mask` gives keys for L = S only
-        return {"attn_mask": keys[:, None, None], **_masking(L, S, window, device)}
-    if window is not None:
-        keys = keys & (torch.arange(S, device=device) >= S - 1 - window)
-    return {"attn_mask": keys[:, None, None]}
+    own, key = torch.arange(S - L, S, device=device)[:, None], torch.arange(S, device=device)
+    seen = (key <= own) & (key >= own - (S if window is None else window))
+    return {"attn_mask": seen if keys is None else seen & keys[:, None, None]}
 
 
-def _biased(bias: Tensor, attn_mask: Any) -> Tensor:
+def _biased(bias: Tensor, attn_mask: Tensor | None) -> Tensor:
     """A floating mask that adds the bias, and hides what the other mask hides."""
     if attn_mask is None:
         return bias
-    if not isinstance(attn_mask, Tensor) or type(attn_mask) is not Tensor:  # a CausalBias
-        attn_mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril(
-            bias.shape[-1] - bias.shape[-2]
-        )
     return bias.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else bias + attn_mask

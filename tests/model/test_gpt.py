@@ -496,9 +496,9 @@ def test_from_hf_folder(tmp_path):
     "changes, message",
     [
         ({"model_type": "llama"}, "only GPT-2 is understood; model_type is .llama., wte.weight is there"),
-        ({"n_inner": 100}, "n_inner = 4 n_embd"),
+        ({"n_inner": 100}, "do not fit the configuration"),
         ({"activation_function": "silu"}, "activation_function among gelu"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-5"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"scale_attn_by_inverse_layer_idx": True}, "no scale_attn_by_inverse_layer_idx"),
         ({"n_layer": 1}, "do not fit the configuration"),
         ({"vocab_size": 36}, "do not fit the configuration"),
@@ -507,6 +507,23 @@ def test_from_hf_folder(tmp_path):
 def test_from_hf_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         GPT.from_hf(as_hf(GPT(TINY), **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, ours",
+    [
+        ({"layer_norm_epsilon": 1e-3}, {"norm_eps": 1e-3}),
+        ({"n_inner": 40}, {"hidden_dim": 40}),
+        ({"activation_function": "gelu_python"}, {"activation": "gelu"}),
+        ({"activation_function": "gelu_accurate"}, {}),
+        ({"activation_function": "relu", "reorder_and_upcast_attn": True}, {"activation": "relu"}),
+    ],
+)
+def test_from_hf_takes_every_variant(changes, ours):
+    """Of which this GPT can compute the function, by the weights of such a GPT."""
+    model = GPT(dataclasses.replace(TINY, **ours))
+    copy = GPT.from_hf(as_hf(model, **changes))
+    assert copy.config == model.config and torch.equal(copy(tokens(2, 9))[0], model(tokens(2, 9))[0])
 
 
 def test_from_hf_refuses_what_has_no_embedding():

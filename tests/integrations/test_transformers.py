@@ -1,0 +1,257 @@
+"""Models of transformers after patch and register: results, gradients, tokens, shares, masks."""
+
+import contextlib
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import pygpt
+from bench import families
+from bench.families import FAMILIES, Size, batch_of, copied, drawn, errors, greedy, in_float64, served, share, step
+from pygpt.functional import scaled_dot_product_attention
+from pygpt.integrations import transformers as integration
+from pygpt.integrations.transformers import Causal, attention, mask
+from pygpt.verify import allowance
+
+SMALL = Size()
+TEXT = [name for name, family in FAMILIES.items() if family.inputs in ("tokens", "two texts")]
+GENERATING = [name for name, family in FAMILIES.items() if family.generates]
+WINDOWED = ["Gemma2", "Gemma3", "Mistral"]
+DRAWS = 12
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with families._quiet():
+        yield
+
+
+def hold_to_float64(name, generator, padding="", loss=False, of_step=step):
+    """Our errors are at most twice PyTorch's, of the largest over as many draws as it takes."""
+    worst = {}
+    for _ in range(DRAWS):
+        model = drawn(name, SMALL, generator)
+        batch = batch_of(name, SMALL, generator, padding)
+        exact = in_float64(copied(name, SMALL, model), batch)
+        found = errors(exact, of_step(model, batch), of_step(served(name, SMALL, model, loss), batch))
+        for result, (ours, torchs) in found.items():
+            before = worst.get(result, (0.0, 0.0))
+            worst[result] = max(ours, before[0]), max(torchs, before[1])
+        dtype = torch.float32 if of_step is step else torch.bfloat16
+        wrong = {n: e for n, e in worst.items() if not e[0] <= 2 * e[1] + allowance(dtype)}
+        if not wrong:
+            return found
+    raise AssertionError(wrong)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_results_and_gradients(name, generator):
+    found = hold_to_float64(name, generator)
+    assert {"logits", "loss"} <= found.keys() and len(found) > 10
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", TEXT)
+def test_padding(name, padding, generator):
+    hold_to_float64(name, generator, padding)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.loss_head])
+def test_loss_head(name, generator):
+    found = hold_to_float64(name, generator, "right" if name in TEXT else "", loss=True)
+    assert "loss" in found and "logits" not in found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_share(name, generator):
+    """Not a FLOP of a training step's products is torch's."""
+    model = drawn(name, SMALL, generator)
+    batch = batch_of(name, SMALL, generator, "left")
+    assert share(model, model, batch) == 0.0
+    assert share(model, served(name, SMALL, model), batch) == 1.0
+
+
+@pytest.mark.parametrize("padding", ["", "left"])
+@pytest.mark.parametrize("name", GENERATING)
+def test_greedy_tokens(name, padding, generator):
+    model = drawn(name, SMALL, generator)
+    batch = batch_of(name, SMALL, generator, padding)
+    theirs, ours = greedy(model, batch, 12), greedy(served(name, SMALL, model), batch, 12)
+    assert theirs.equal(ours) and theirs.shape[1] >= 12
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3"])
+def test_static_cache(name, generator):
+    model, batch = drawn(name, SMALL, generator), batch_of(name, SMALL, generator, "left")
+    ours = served(name, SMALL, model)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 6}
+    given |= {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    assert model.generate(**given).equal(ours.generate(**given))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Qwen3", *WINDOWED])
+def test_chunks_of_a_prompt(name, generator):
+    """Tokens that follow a cache see what they would see in one call."""
+    model, batch = drawn(name, SMALL, generator).eval(), batch_of(name, SMALL, generator)
+    ours = served(name, SMALL, model).eval()
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        first = ours(ids[:, :10], use_cache=True)
+        cache = {"cache": first.cache} if hasattr(first, "cache") else {"past_key_values": first.past_key_values}
+        second = ours(ids[:, 10:], use_cache=True, **cache).logits
+        torch.testing.assert_close(second, model(ids).logits[:, 10:])
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma3", "Phi3", "T5"])
+def test_bfloat16_autocast(name, generator):
+    def in_autocast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            results = step(model, batch)
+        return results
+
+    hold_to_float64(name, generator, of_step=in_autocast)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, generator):
+    model, batch = drawn("Mistral", SMALL, generator), batch_of("Mistral", SMALL, generator, "right")
+    ours = served("Mistral", SMALL, model).train()
+    plain = {name: t.clone() for name, t in step(ours, batch).items()}
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for name, t in step(ours, batch).items():
+        assert t.equal(plain[name]), name
+
+
+def test_training_goes_as_before(generator):
+    """Ten steps of AdamW end at the same loss, up to rounding."""
+    losses = []
+    model = drawn("GPT-2", SMALL, generator)
+    batch = batch_of("GPT-2", SMALL, generator)
+    for trained in (copied("GPT-2", SMALL, model), served("GPT-2", SMALL, model, loss=True)):
+        optimizer = torch.optim.AdamW(trained.train().parameters(), lr=1e-3)
+        for _ in range(10):
+            loss = step(trained, batch)["loss"]
+            optimizer.step()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+
+
+# ------------------------------------------------------------------------------- pygpt's own GPT
+def test_from_hf(generator):
+    """A GPT2LMHeadModel with another eps and another width, and its logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_inner": 48}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, layer_norm_epsilon=1e-2, activation_function="gelu_fast")).eval()
+    ids = torch.randint(50, (2, 12), generator=generator)
+    copy = pygpt.GPT.from_hf(model).eval()
+    assert (copy.config.norm_eps, copy.config.hidden_dim) == (1e-2, 48)
+    torch.testing.assert_close(copy(ids, ids)[0], model(ids).logits)
+
+
+# ------------------------------------------------------------------------------- compile
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_compile_without_graph_breaks(name, generator):
+    model, batch = drawn(name, SMALL, generator), batch_of(name, SMALL, generator, "left")
+    ours = served(name, SMALL, model, loss=True)
+    eager = step(ours, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    ours.zero_grad()
+    loss = compiled(**batch, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), eager["loss"])
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, eager[f"d{name}"])
+
+
+# ------------------------------------------------------------------------------- masks
+CONFIG = {"sliding_window": 4}
+
+
+def asked(generator=None, **arguments):
+    config = type("Config", (), {**CONFIG, **arguments.pop("config", {})})()
+    return mask(**{"batch_size": 2, "q_length": 9, "kv_length": 9, "config": config, **arguments})
+
+
+def padded(S, hidden=3):
+    keys = torch.ones(2, S, dtype=torch.bool)
+    keys[0, :hidden] = False
+    return keys
+
+
+def test_plain_masks_are_no_tensors():
+    window = {"local_size": 4, "mask_function": lambda b, h, q, k: (k <= q) & (k > q - 4)}
+    assert asked() is None
+    assert asked(attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None
+    assert asked(q_length=1, q_offset=8) is None
+    assert asked(q_length=3, q_offset=6) == Causal()
+    assert asked(**window) == Causal(3) == asked(q_length=3, q_offset=6, **window)
+    assert asked(kv_length=4, q_length=4, **window) is None
+    found = asked(attention_mask=padded(9), **window)
+    assert found.window == 3 and found.keys.equal(padded(9))
+    assert asked(attention_mask=padded(9)).window is None
+
+
+def test_other_patterns_are_tensors():
+    chunks = {"local_size": 3, "mask_function": lambda b, h, q, k: (k <= q) & (k // 3 == q // 3)}
+    packed = {"allow_is_causal_skip": False, "mask_function": lambda b, h, q, k: (k <= q) & (q // 5 == k // 5)}
+    for arguments in (chunks, packed, {"q_length": 3, "q_offset": torch.tensor(6)}, {"q_length": 3, "q_offset": 2}):
+        assert isinstance(asked(**arguments), torch.Tensor)
+    both = {
+        "local_size": 4,
+        "config": {"attention_chunk_size": 4},
+        "mask_function": lambda b, h, q, k: k // 4 == q // 4,
+    }
+    assert isinstance(asked(**both), torch.Tensor)
+    assert isinstance(asked(q_length=3, q_offset=6, attention_mask=padded(9)), torch.Tensor)
+
+
+@pytest.mark.parametrize("L", [1, 4, 9])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("hidden", [0, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_means_what_the_mask_says(L, window, hidden, bias, generator):
+    """By brute force over the positions."""
+    S = 9
+    if hidden and 1 < L < S:
+        pytest.skip("mask gives a tensor for padding before a cache's end")
+    q, k, v = (torch.randn(2, 4 if n == L else 2, n, 8, generator=generator) for n in (L, S, S))
+    q, k, v = torch.randn(2, 4, L, 8, generator=generator), k[:, :2], v[:, :2]
+    own = torch.arange(S - L, S)[:, None]
+    seen = (torch.arange(S) <= own) & (torch.arange(S) >= own - (S if window is None else window))
+    keys = padded(S, hidden) if hidden else None
+    seen = seen[None, None] if keys is None else seen & keys[:, None, None]
+    position_bias = torch.randn(1, 4, L, S, generator=generator) if bias else None
+    added = torch.where(seen, 0.0 if position_bias is None else position_bias, -torch.inf)
+    module = torch.nn.Module()
+    got, _ = attention(module, q, k, v, Causal(window, keys), position_bias=position_bias, scaling=0.3)
+    wanted = scaled_dot_product_attention(q, k, v, added.expand(2, 4, L, S), scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, wanted.transpose(1, 2))
+
+
+def test_attention_has_sinks_and_softcap(generator):
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator)
+    sinks = torch.randn(4, generator=generator)
+    got, _ = attention(torch.nn.Module(), q, k, v, None, softcap=2.0, s_aux=sinks, is_causal=False)
+    wanted = scaled_dot_product_attention(q, k, v, softcap=2.0, sink=sinks)
+    assert got.equal(wanted.transpose(1, 2))
+
+
+def test_a_causal_flag_without_a_mask_starts_at_the_first_key(generator):
+    """As "sdpa" has it: a static cache of which the first L positions are filled."""
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator)
+    got, _ = attention(torch.nn.Module(), q[:, :, :4], k, v, None)
+    wanted = scaled_dot_product_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], is_causal=True)
+    assert got.equal(wanted.transpose(1, 2))
+
+
+def test_register_twice():
+    with contextlib.suppress(KeyError):
+        integration.register()
+    integration.register()
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    assert AttentionInterface()["pygpt"] is attention and AttentionMaskInterface()["pygpt"] is mask
