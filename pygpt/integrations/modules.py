@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import heads, kinds
+from . import heads, kinds, rotary
 from .kinds import is_patched, patched_class
 
 
@@ -51,9 +51,9 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
     """Serves the modules of ``model`` by pygpt's kernels, in place, and returns a `Report` of what is served.
 
     Recognised are torch.nn's LayerNorm, RMSNorm and Linear; norms, GELUs, MLPs and GPT-2's Conv1D written by hand, as
-    in transformers; and the attention of nanoGPT and minGPT. Subclasses of these, such as quantised layers, are left
-    alone, and adapters keep working. The attention of transformers is served by attn_implementation="pygpt"
-    (`pygpt.integrations.transformers.register`).
+    in transformers; rotary positions in the attention of transformers; and the attention of nanoGPT and minGPT.
+    Subclasses of these, such as quantised layers, are left alone, and adapters keep working. The attention of
+    transformers itself is served by attn_implementation="pygpt" (`pygpt.integrations.transformers.register`).
 
     With ``loss=True``, the loss of a causal language model is computed from the last hidden states without all logits
     in memory. The output's logits are then None while labels (nanoGPT: targets) are given.
@@ -63,10 +63,11 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
     """
     report = Report()
     changes: list[Any] = []
+    in_use = (*kinds.KINDS, rotary.RotaryAttention) if rotary.has_plain_tables(model) else kinds.KINDS
     for name, module in model.named_modules():
         if is_patched(module):
             report.served[name] = _kind_of(module).serves
-        elif (found := _recognised(module)) is not None:
+        elif (found := _recognised(module, in_use)) is not None:
             kind, facts = found
             report.served[name] = kind.serves
             changes.append((module, kind, facts))
@@ -97,10 +98,10 @@ def _kind_of(module: nn.Module) -> Any:
     return type(module).__bases__[0]
 
 
-def _recognised(module: nn.Module) -> tuple[Any, tuple[tuple[str, Any], ...]] | None:
+def _recognised(module: nn.Module, in_use: tuple) -> tuple[Any, tuple[tuple[str, Any], ...]] | None:
     if "forward" in vars(module):  # which a class would not replace
         return None
-    for kind in kinds.KINDS:
+    for kind in in_use:
         if (facts := kind.recognise(module)) is not None:
             return kind, tuple(facts.items())
     return None

@@ -14,7 +14,7 @@ from ..dispatch import Call
 from ..functional import linear
 from ..ops.common import backward_kernels, composite_gradients, only, unread
 
-FEW_ROWS = 4  # for fewer, torch's addmm is as fast or faster (docs/measured.md P20)
+FEW_ROWS = 4  # for fewer, torch's addmm is as fast or faster (docs/measured.md P4)
 
 
 def _composite(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pygpt
 from bench import families
 from bench.families import FAMILIES, Size, batch_of, copied, drawn, errors, greedy, in_float64, served, share, step
 from pygpt.functional import scaled_dot_product_attention
+from pygpt.integrations import rotary
 from pygpt.integrations import transformers as integration
 from pygpt.integrations.transformers import Causal, attention, mask
 from pygpt.verify import allowance
@@ -165,6 +166,53 @@ def test_compile_without_graph_breaks(name, generator):
     torch.testing.assert_close(loss.detach(), eager["loss"])
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, eager[f"d{name}"])
+
+
+# ------------------------------------------------------------------------------- rotary positions
+ROTARY = ["Llama", "Qwen3", "Gemma2", "Gemma3", "Mistral", "Phi3", "GPT-NeoX"]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_positions_are_served(name, generator, monkeypatch):
+    """In the patched model only."""
+    calls = []
+    monkeypatch.setattr(rotary, "rope", lambda *args: calls.append(args) or pygpt.functional.rope(*args))
+    model, batch = drawn(name, SMALL, generator), batch_of(name, SMALL, generator)
+    ours = served(name, SMALL, model)
+    step(model, batch)
+    assert calls == []
+    step(ours, batch)
+    assert len(calls) == SMALL.layers
+    pygpt.unpatch(ours)
+    step(ours, batch)
+    assert len(calls) == SMALL.layers
+
+
+def test_tables_with_different_halves_are_left_alone(generator):
+    model = drawn("Llama", SMALL, generator)
+
+    class InterleavedRotaryEmbedding(torch.nn.Module):
+        def forward(self, x, position_ids):
+            angles = position_ids[..., None] * torch.linspace(0.1, 1.0, 16)
+            return angles.cos(), angles.sin()
+
+    model.model.rotary_emb = InterleavedRotaryEmbedding()
+    assert "rope" not in pygpt.patch(model).served.values()
+
+
+@pytest.mark.parametrize("changes", [{"unsqueeze_dim": 2}, {"wide": True}])
+def test_other_calls_of_the_rotary_function_are_theirs(changes, generator):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = (torch.randn(2, 4, 4, 8, generator=generator) for _ in range(2))
+    cos, sin = torch.randn(2, 1, 4, 8, generator=generator).repeat(1, 2, 1, 1)
+    if changes.pop("wide", False):
+        q, k = q.bfloat16(), k.bfloat16()
+    wanted = apply_rotary_pos_emb(q, k, cos, sin, **changes)
+    for got, of_wanted in zip(
+        rotary._ours(apply_rotary_pos_emb, False)(q, k, cos, sin, **changes), wanted, strict=True
+    ):
+        assert got.dtype == of_wanted.dtype and got.equal(of_wanted)
 
 
 # ------------------------------------------------------------------------------- masks

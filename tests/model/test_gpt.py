@@ -522,8 +522,8 @@ def test_from_hf_refuses(changes, message):
 def test_from_hf_takes_every_variant(changes, ours):
     """Of which this GPT can compute the function, by the weights of such a GPT."""
     model = GPT(dataclasses.replace(TINY, **ours))
-    copy = GPT.from_hf(as_hf(model, **changes))
-    assert copy.config == model.config and torch.equal(copy(tokens(2, 9))[0], model(tokens(2, 9))[0])
+    copy, idx = GPT.from_hf(as_hf(model, **changes)), tokens(2, 9)
+    assert copy.config == model.config and torch.equal(copy(idx)[0], model(idx)[0])
 
 
 def test_from_hf_refuses_what_has_no_embedding():
