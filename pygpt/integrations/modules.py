@@ -80,10 +80,23 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
         changes.append((module, kind, facts))
     if not report.served:
         raise ValueError(f"pygpt.patch: nothing in this {type(model).__name__} is recognised")
-    for module, kind, facts in changes:
-        of_module: Any = type(module)
-        module.__class__ = patched_class(kind, of_module, facts)
+    for name, implementation in _attention_of_transformers(model).items():
+        report.left[name] = f'attention runs on "{implementation}"; attn_implementation="pygpt" serves it'
+    made: list[Any] = [patched_class(kind, module.__class__, facts) for module, kind, facts in changes]
+    for (module, _, _), its_class in zip(changes, made, strict=True):
+        module.__class__ = its_class
     return report
+
+
+def _attention_of_transformers(model: nn.Module) -> dict[str, str]:
+    """The names of models of transformers whose attention is not ours, with its implementation."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        inside = any(name.startswith(f"{outer}.".lstrip(".")) for outer in found)
+        if hasattr(module, "set_attn_implementation") and implementation not in (None, "pygpt") and not inside:
+            found[name] = implementation
+    return found
 
 
 def unpatch(model: nn.Module) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch import without_values
 from ..functional import scaled_dot_product_attention
 from ..nn import _masking
 
@@ -50,14 +52,14 @@ def mask(
     ``attention_mask`` (B, S), boolean, hides padding. allow_is_causal_skip is False where the pattern is not plainly
     causal, for example for packed sequences, and for a static cache while it decodes.
     """
-    from transformers.masking_utils import is_tracing, prepare_padding_mask, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
     if isinstance(attention_mask, Causal):  # `generate` has asked already
         return attention_mask
-    keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    keys = attention_mask
     if keys is not None:
-        keys = keys[:, kv_offset : kv_offset + kv_length]
-        if not is_tracing(keys) and keys.all():
+        keys = F.pad(keys, (0, max(0, kv_offset + kv_length - keys.shape[-1])))[:, kv_offset : kv_offset + kv_length]
+        if not without_values((keys,)) and keys.all():
             keys = attention_mask = None
     # Only a window's mask has this size, while a mask of chunks has another one.
     windowed = local_size is not None and local_size == getattr(rest.get("config"), "sliding_window", None)

@@ -73,8 +73,8 @@ class TwoLayers(nn.Module):
 
 @pytest.fixture
 def gpt():
-    def new(block=lookalikes.NanoBlock, dropout=0.0):
-        return lookalikes.GPT(block, 40, 16, 2, 4, 32, dropout)
+    def new(block=lookalikes.NanoBlock, dropout=0.0, layers=2):
+        return lookalikes.GPT(block, 40, 16, layers, 4, 32, dropout)
 
     return new
 
@@ -413,7 +413,7 @@ def test_dtypes(dtype, generator):
 # ------------------------------------------------------------------------------- compile
 @pytest.mark.parametrize("block", [lookalikes.NanoBlock, lookalikes.MinBlock])
 def test_compile_without_graph_breaks(block, gpt, ids):
-    model = gpt(block)
+    model = gpt(block, layers=1)
     pygpt.patch(model, loss=True)
     _, wanted = model(ids, ids)
     torch._dynamo.reset()

@@ -139,6 +139,82 @@ def test_training_goes_as_before(generator):
     torch.testing.assert_close(*losses)
 
 
+# ------------------------------------------------------------------------------- files, adapters, the report
+def test_save_pretrained(tmp_path, generator):
+    """The files are those of the model as it was."""
+    from transformers import AutoModelForCausalLM
+
+    model, batch = drawn("Llama", SMALL, generator).eval(), batch_of("Llama", SMALL, generator)
+    served("Llama", SMALL, model, loss=True).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "LlamaForCausalLM" in text and "pygpt" not in text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and loaded(**batch).logits.equal(model(**batch).logits)
+
+
+def test_adapters(generator):
+    """LoRA on Conv1D before and after patch; merged, the adapters give what they gave beside the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = drawn("GPT-2", SMALL, generator).eval(), batch_of("GPT-2", SMALL, generator)
+    config = {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    results = []
+    for first in (False, True):
+        torch.manual_seed(0)
+        ours = copied("GPT-2", SMALL, model)
+        if first:
+            pygpt.patch(ours)
+        ours = get_peft_model(ours, LoraConfig(**config)).eval()
+        for name, p in ours.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(p, std=0.1)
+        assert "linear" in pygpt.patch(ours).served.values()
+        ours(**batch).loss.backward()
+        assert all((p.grad is not None) == ("lora" in name) for name, p in ours.named_parameters())
+        results += [ours(**batch).logits, ours.merge_and_unload()(**batch).logits]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def test_the_report_names_torchs_attention(generator):
+    model = drawn("Whisper", SMALL, generator)
+    report = pygpt.patch(model)
+    assert 'not the model: attention runs on "sdpa"; attn_implementation="pygpt" serves it' in str(report)
+    assert sum("attention runs" in reason for reason in report.left.values()) == 1
+    integration.register()
+    model.set_attn_implementation("pygpt")
+    assert "attention runs" not in str(pygpt.patch(model))
+
+
+def test_the_loss_of_other_models_is_refused(generator):
+    for name, family in FAMILIES.items():
+        if not family.loss_head:
+            model = drawn(name, SMALL, generator)
+            classes = [type(m) for m in model.modules()]
+            with pytest.raises(ValueError, match="leave out loss=True"):
+                pygpt.patch(model, loss=True)
+            assert [type(m) for m in model.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    "other", [{"logits_to_keep": 2}, {"return_dict": False}, {"loss_function": True}, {"num_items_in_batch": 7}]
+)
+def test_calls_of_a_loss_head(other, generator):
+    """What the fused loss does not have gets logits, and the sum over a number of items has none."""
+    model, batch = drawn("Llama", SMALL, generator), batch_of("Llama", SMALL, generator)
+    ours = served("Llama", SMALL, model, loss=True)
+    if other.pop("loss_function", False):
+        ours.loss_function = model.loss_function
+    else:
+        batch |= other
+    if "logits_to_keep" in batch:
+        batch["shift_labels"] = batch.pop("labels")[:, -2:].contiguous()
+        batch["labels"] = batch["shift_labels"]
+    got, wanted = ours(**batch), model(**batch)
+    torch.testing.assert_close(got[0], wanted[0])
+    assert got[1].shape == wanted[1].shape if "num_items_in_batch" not in batch else got.logits is None
+
+
 # ------------------------------------------------------------------------------- pygpt's own GPT
 def test_from_hf(generator):
     """A GPT2LMHeadModel with another eps and another width, and its logits."""
@@ -155,8 +231,9 @@ def test_from_hf(generator):
 # ------------------------------------------------------------------------------- compile
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_compile_without_graph_breaks(name, generator):
-    model, batch = drawn(name, SMALL, generator), batch_of(name, SMALL, generator, "left")
-    ours = served(name, SMALL, model, loss=True)
+    size = Size(layers=1)
+    batch = batch_of(name, size, generator, "left")
+    ours = served(name, size, drawn(name, size, generator), loss=True)
     eager = step(ours, batch)
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
