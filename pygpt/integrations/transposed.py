@@ -5,6 +5,8 @@ lies, and is this product; dx = dy W^T is linear's own forward; and dW = x^T dy 
 exchanged. So no kernel is missing, and nothing is copied.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,19 @@ from .. import dispatch
 from ..autocast import autocast
 from ..dispatch import Call
 from ..functional import linear
-from ..ops.common import backward_kernels, composite_gradients, only, unread
+from ..ops.common import backward_kernels, composite_gradients, only
 
+_NAME = "transposed_linear"  # in the dispatch cache
 FEW_ROWS = 4  # for fewer, torch's addmm is as fast or faster (docs/measured.md P4)
 
 
 def _composite(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight)
+
+
+def _product(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    like_y = weight[:1].expand(len(x), -1)  # its shape alone is read, as dW is not wanted
+    return kernels.linear_bwd(x, like_y, weight, [True, False, False])[0].add_(bias)
 
 
 class TransposedLinear(torch.autograd.Function):
@@ -29,8 +37,7 @@ class TransposedLinear(torch.autograd.Function):
         ctx.kernels = kernels
         ctx.save_for_backward(x, weight, bias)
         ctx.set_materialize_grads(False)
-        y, _, _ = kernels.linear_bwd(x, unread(x, len(x), weight.shape[1]), weight, [True, False, False])
-        return y.add_(bias)
+        return _product(kernels, x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -50,12 +57,30 @@ def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Calls that are traced, transformed or served by PyTorch go to `pygpt.functional.linear`, with its errors.
     """
-    op, tensors = dispatch.OPS["linear"], (x, weight, bias)
-    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == len(weight) and bias.shape == weight.shape[1:]
-    if fits and not dispatch._traced(tensors):
-        x, weight, bias = autocast(op, Call(tensors)).args
-        row = dispatch.pick("linear", [x, weight, bias])
-        if row.kernels is not dispatch.REFERENCE:
-            y = TransposedLinear.apply(row.kernels, x.reshape(-1, x.shape[-1]), weight, bias)
+    if weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == len(weight) and bias.shape == weight.shape[1:]:
+        kernels, tensors = _resolved(x, weight, bias)
+        if kernels is not None:
+            rows, *parameters = tensors
+            run = TransposedLinear.apply if dispatch._needs_gradient(list(tensors)) else _product
+            y = run(kernels, rows.reshape(-1, rows.shape[-1]), *parameters)
             return y.view(*x.shape[:-1], y.shape[-1])
-    return linear(tensors[0], tensors[1].t(), tensors[2])
+    return linear(x, weight.t(), bias)
+
+
+def _resolved(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, tuple]:
+    """The kernels that serve the call, or None, and the tensors as autocast has them.
+
+    The dispatch cache holds the kernels of fast calls, as for the ops (dispatch.py).
+    """
+    tensors = x, weight, bias
+    if dispatch._traced(tensors):
+        return None, tensors
+    key = dispatch.call_key(dispatch._ALLOWED["linear"], *tensors)
+    kernels = dispatch.state.cache.get((_NAME, key))
+    if key is None or kernels is None:
+        tensors = autocast(dispatch.OPS["linear"], Call(tensors)).args
+        kernels = dispatch.pick("linear", list(tensors)).kernels
+        kernels = None if kernels is dispatch.REFERENCE else kernels
+        if key is not None:
+            dispatch.state.cache[_NAME, key] = kernels
+    return kernels, tensors
