@@ -11,6 +11,7 @@ the module's parameters nor draws from torch's generator.
 
 import copy
 import copyreg
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, update_wrapper
@@ -106,6 +107,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """The hooks of a module and of its children are put aside, so that a probe calls none of them."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
+    try:
+        for m, name, _ in kept:
+            setattr(m, name, OrderedDict())
+        yield
+    finally:
+        for m, name, hooks in kept:
+            setattr(m, name, hooks)
 
 
 def draw(*shape: int) -> Tensor:

@@ -114,10 +114,9 @@ def _kind_of(module: nn.Module) -> Any:
 def _recognised(module: nn.Module, in_use: tuple) -> tuple[Any, tuple[tuple[str, Any], ...]] | None:
     if "forward" in vars(module):  # which a class would not replace
         return None
-    for kind in in_use:
-        if (facts := kind.recognise(module)) is not None:
-            return kind, tuple(facts.items())
-    return None
+    with kinds.without_hooks(module):
+        found = ((kind, kind.recognise(module)) for kind in in_use)
+        return next(((kind, tuple(facts.items())) for kind, facts in found if facts is not None), None)
 
 
 def _why_left(module: nn.Module) -> str:
