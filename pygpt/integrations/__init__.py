@@ -1,1 +1,1 @@
-"""What other parts of torch must know about our ops. Each module is imported when both are used together."""
+"""Where pygpt meets other code: the overrides of `pygpt.enable` (aten.py), sharding rules for DTensor (dtensor.py)."""

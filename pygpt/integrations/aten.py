@@ -201,11 +201,8 @@ def _attention(original: Original) -> Callable:
         kernel = lookup("attention", query, key, value)
         options = attn_mask is not None or dropout_p or enable_gqa or not _get_flash_sdp_enabled()
         if options or kernel in (None, attention_composite) or not is_fast(query, key, value):
-            args, more = (
-                (query, key, value, attn_mask, dropout_p, is_causal),
-                {"scale": scale, "enable_gqa": enable_gqa},
-            )
-            objection = ""
+            args = query, key, value, attn_mask, dropout_p, is_causal
+            more, objection = {"scale": scale, "enable_gqa": enable_gqa}, ""
             if not _get_flash_sdp_enabled():
                 objection = "torch.nn.attention.sdpa_kernel allows no flash attention"
             elif attn_mask is not None and is_causal:
@@ -277,10 +274,8 @@ def _flash_attention_backward(original: Original) -> Callable:
 
 def _flash_call(query, key, value, attn_mask, dropout_p, is_causal, scale) -> tuple[Call, Backend]:
     """The call in canonical form, and the backend that serves it. torch hands over grouped heads as they are."""
-    op, more = (
-        dispatch.OPS["attention"],
-        {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1], "return_lse": True},
-    )
+    op = dispatch.OPS["attention"]
+    more = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1], "return_lse": True}
     objection = "dropout, whose random bits are not kept for backward" if dropout_p else ""
     call = _prepared(op, (query, key, value, attn_mask, 0.0, is_causal), more, objection)
     return call, pick(op.name, tensors_of(op, call.args), call.features, call.error)
