@@ -103,7 +103,7 @@ class Diagnosis:
         parts.append(table(dict.fromkeys(("state", "what", "detail"), "<"), lines))
         for b in self.builds:
             parts.append(
-                f"{b.library} is {'built' if b.built else f'not built; {BUILD} builds it'}. From nothing that takes "
+                f"{b.library} is {'built' if b.built else f'not built; {BUILD} builds it'}. A new build takes "
                 f"{b.units} compiler runs, {b.jobs} at a time: about {clock(b.seconds)} minutes and at most "
                 f"{b.memory / 2**30:.1f} GiB."
             )
@@ -112,9 +112,9 @@ class Diagnosis:
 
 
 # ------------------------------------------------------------------------------- what the build needs
-# CPU seconds and bytes of one compiler (docs/measured.md B1). CUDA's are for each GPU that it compiles for.
+# CPU seconds and bytes of one compiler (docs/measured.md P5). CUDA's seconds are for each GPU that it compiles for.
 REFERENCE_SECONDS = 2.1  # for csrc/cpu/dispatch.cpp, which is compiled here to compare this machine
-COST = {"pygpt._C": (21.0, 0.8 * 2**30), "pygpt._cuda": (40.0, 1.0 * 2**30)}  # the mean seconds, the largest memory
+COST = {"pygpt._C": (28.0, 0.5 * 2**30), "pygpt._cuda": (19.0, 0.5 * 2**30)}  # the mean seconds, the largest memory
 
 
 def load_recipe() -> ModuleType | None:

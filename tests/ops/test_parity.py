@@ -6,6 +6,7 @@ Fresh memory is poisoned. (test_poison.py also fills the results of fast calls, 
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import pygpt
 from pygpt import _C, reference, verify
+from pygpt.dispatch import TABLE
 from pygpt.ops.attention import scores
 from tests.ops.test_activation import assert_exact_in_every_binade, numbers, with_gradient
 
@@ -37,6 +39,21 @@ def test_the_fallback_is_pytorchs_own(op, dims, generator):
     """By its own name, and as exact as itself."""
     (row, *_) = rows = verify.measure(op, dims, torch.float32, generator, "torch")
     assert row.backend == "torch" and all(row.passed for row in rows)
+
+
+def test_a_nan_in_one_draw_of_many_fails(generator, monkeypatch):
+    """Later draws, which are right, do not make up for it."""
+    calls, row = [], TABLE["cpp"]
+
+    def gelu_fwd(*args):
+        calls.append(args)
+        return row.kernels.gelu_fwd(*args) * (torch.nan if len(calls) == 1 else 1.0)
+
+    kernels = SimpleNamespace(gelu_fwd=gelu_fwd, gelu_bwd=row.kernels.gelu_bwd)
+    monkeypatch.setitem(TABLE, "cpp", replace(row, kernels=kernels))
+    monkeypatch.setattr(verify, "MOST", 3)
+    fwd, dx = verify.measure("gelu", {"M": 4}, torch.float32, generator, "cpp")
+    assert len(calls) == 3 and not fwd.passed and dx.passed
 
 
 @pytest.mark.slow
