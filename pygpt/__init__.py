@@ -14,8 +14,8 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():  # in a checkout tha
 try:
     from . import backends, functional, nn  # noqa: F401 (backends fills the table)
     from .dispatch import Choice, backend, chosen, explain
-    from .integrations.aten import disable, enable, register_flash_attention
     from .inspect import audit, doctor, report
+    from .integrations.aten import disable, enable, register_flash_attention
     from .integrations.modules import patch, unpatch
     from .model import GPT, GPTConfig
 
