@@ -100,8 +100,11 @@ def _attention_of_transformers(model: nn.Module) -> dict[str, str]:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every module of ``model`` the class back that it had before `patch`. A model without such modules stays as
-    it is."""
+    """Gives every module of ``model`` the class back that it had before `patch`.
+
+    A model without such modules stays as it is. A module whose class was derived since, as `fully_shard` and
+    parametrizations do, keeps that class.
+    """
     for module in model.modules():
         if is_patched(module):
             module.__class__ = kinds.original_class(module)
