@@ -137,7 +137,7 @@ def test_derivatives_of_both_orders(name):
     leaves, function = arguments(name, torch.float64)
     with pygpt.enable():
         assert torch.autograd.gradcheck(lambda *a: function(F, *a), leaves)
-        assert torch.autograd.gradgradcheck(lambda *a: function(F, *a), leaves)
+        assert torch.autograd.gradgradcheck(lambda *a: function(F, *a), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
