@@ -140,7 +140,8 @@ def compile_once(recipe: ModuleType, compiler: list[str]) -> tuple[float, str]:
             return 0.0, str(e)
         after, wall = os.times(), time.perf_counter() - start
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds or wall, last_line(done.stderr) if done.returncode else ""
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or [last_line(done.stderr)]
+    return seconds or wall, errors[0] if done.returncode else ""
 
 
 def last_line(text: str) -> str:
@@ -169,51 +170,54 @@ def diagnose_build(facts: dict[str, Any]) -> tuple[list[Finding], list[Build]]:
     if error:
         return [Finding("C++ compiler", ABSENT, f"{shlex.join(compiler)} does not compile: {error}", COMPILER)], []
     findings = [Finding("C++ compiler", WORKS, version_of(compiler))]
-    slower = seconds / REFERENCE_SECONDS
-    sources = {"pygpt._C": len(recipe.CPU) * len(recipe.ISAS) + 2}
     if nvcc:
         findings.append(Finding("nvcc", WORKS, f"{nvcc}, {version_of([nvcc])}; builds for {', '.join(codes)}"))
-        sources["pygpt._cuda"] = len(recipe.sources("csrc/cuda/**/*.cu")) + 1
+    elif os.environ.get("PYGPT_BUILD_CUDA") == "0":
+        findings.append(Finding("nvcc", ABSENT, "left out by PYGPT_BUILD_CUDA=0"))
     else:
-        findings.append(
-            Finding("nvcc", ABSENT, "not in CUDA_HOME, PATH or /usr/local/cuda", "install the CUDA toolkit")
-        )
-    at_once = min(jobs, os.cpu_count() or 1)
+        where = "not in CUDA_HOME, PATH or /usr/local/cuda"
+        findings.append(Finding("nvcc", ABSENT, where, "install NVIDIA's CUDA toolkit"))
+    return findings, predict(recipe, jobs, len(codes), seconds / REFERENCE_SECONDS, facts)
+
+
+def predict(recipe: ModuleType, jobs: int, targets: int, slower: float, facts: dict[str, Any]) -> list[Build]:
+    """What a build takes. targets: what CUDA is built for, 0 without nvcc. slower: than the machine of COST."""
+    cuda = len(recipe.sources("csrc/cuda/**/*.cu")) + 1
+    libraries = [("pygpt._C", len(recipe.CPU) * len(recipe.ISAS) + 2, 1, facts["extension"])]
+    libraries += [("pygpt._cuda", cuda, targets, facts["cuda_extension"])] if targets else []
     builds = []
-    for library, units in sources.items():
-        each, memory = COST[library]
-        targets = len(codes) if library == "pygpt._cuda" else 1
-        total = units * each * targets * slower
-        built = bool(facts["extension" if library == "pygpt._C" else "cuda_extension"])
-        builds.append(Build(library, built, units, jobs, total / at_once, memory * min(jobs, units)))
-    return findings, builds
+    for library, units, each, path in libraries:
+        seconds, memory = COST[library]
+        at_once = min(jobs, os.cpu_count() or 1)
+        builds.append(
+            Build(
+                library, bool(path), units, jobs, units * each * seconds * slower / at_once, memory * min(jobs, units)
+            )
+        )
+    return builds
 
 
 def version_of(command: list[str]) -> str:
-    """The line of ``--version`` that has a number."""
+    """The line of ``--version`` that has the release, or the first one."""
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        lines = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
     except OSError as e:
         return str(e)
-    return next(
-        (line for line in reversed(done.stdout.splitlines()) if "release" in line), done.stdout.partition("\n")[0]
-    )
+    return next((line for line in lines if "release" in line), (lines or ["unknown version"])[0])
 
 
 # ------------------------------------------------------------------------------- what is installed
 def torch_build() -> str:
     """torch's version, and what it was built for."""
-    gpu = (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else ""
-    )
-    return f"{torch.__version__}, {f'built for {gpu}' if gpu else 'a CPU build'}"
+    built_for = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    gpu = next((f"built for {name} {version}" for name, version in built_for.items() if version), "a CPU build")
+    return f"{torch.__version__}, {gpu}"
 
 
 def gpus() -> list[str]:
     """The GPUs that torch can use."""
-    return (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(i) for i in range(count)]
 
 
 def gpus_of_the_driver() -> list[str]:

@@ -170,3 +170,10 @@ def test_the_prediction_follows_the_machine(facts, monkeypatch):
     one, slow, narrow = build(2.0, 4), build(4.0, 4), build(2.0, 2)
     assert slow.seconds == narrow.seconds == 2 * one.seconds and one.memory == slow.memory == 2 * narrow.memory
     assert build(2.0, 64).seconds == one.seconds  # there are four cores
+
+
+def test_cuda_may_be_left_out(facts, monkeypatch):
+    monkeypatch.setenv("PYGPT_BUILD_CUDA", "0")
+    findings, builds = machine.diagnose_build(facts)
+    assert by_name(findings)["nvcc"].detail == "left out by PYGPT_BUILD_CUDA=0"
+    assert [build.library for build in builds] == ["pygpt._C"]
