@@ -190,6 +190,20 @@ CPU_OPTIONS = [
         r"i0 = (seeing.begin + MR - 1) / MR * MR;",
         (VARLEN, "by_hand", "cpp", "(300,)"),
     ),
+    Mutant(
+        "cpu options: backward leaves P and dS beside a window as they were",
+        "csrc/cpu/attention/bwd.cpp",
+        r"constexpr int64_t kMargin = .*;",
+        r"constexpr int64_t kMargin = 0;",
+        (OPTIONS, "each_option", "cpp", "window-", TILES),
+    ),
+    Mutant(
+        "cpu options: batch entries share the packed keys of the first",
+        "csrc/cpu/attention/bwd.cpp",
+        r"all_keys\.pack\(n / group, x\)",
+        r"all_keys.pack(n % a.heads / group, x)",
+        (OPTIONS, "several_tasks_share"),
+    ),
     # ---- the gradient of a mask
     Mutant(
         "cpu options: the gradient of a mask that heads share is one head's",

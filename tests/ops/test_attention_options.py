@@ -163,6 +163,14 @@ def test_a_mask_of_several_tiles(shape, option, compiled, device, generator, ker
     check(lambda **kw: canonical(kernels_of, **kw), tensors, generator, torch.float32, device)
 
 
+@pytest.mark.parametrize("option", [BY_NAME[name] for name in ("window", "lower right")], ids=cases.ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+def test_few_heads_whose_keys_several_tasks_share(option, dtype, generator):
+    sizes = Sizes(2, 4, 2, 130, 620, 16, 24)
+    tensors = draw_tensors(sizes, generator, dtype, **option.draw(sizes, generator))
+    check(lambda **kw: canonical(named("cpp").kernels, **kw), tensors, generator, dtype, "cpu")
+
+
 @pytest.mark.parametrize("option", [MASK], ids=cases.ids)
 @pytest.mark.parametrize("floating", [False, True])
 @pytest.mark.parametrize("rows", ["one row", "rows"])
