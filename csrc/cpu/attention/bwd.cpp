@@ -27,6 +27,14 @@ void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
   else pack_b(dst, m, columns, rows);
 }
 
+// n elements of a packed operand, and the vector that packing may write behind them (gemm/pack.h): another thread may be
+// packing the next head.
+template <class U>
+int64_t with_spare(int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(U);
+  return round_up(n, kLine) + kLine;
+}
+
 // The packed operands of heads of queries, and of heads of keys, in memory of this thread. A product with an operand in
 // "t" sums over that operand's rows.
 template <class S, class U = Packed<S>>
@@ -42,16 +50,16 @@ struct PackedQueries {
       : rows(round_up(a.sequences.q_len, Tiling<U>::MR)), l_packs(packs_of<U>(a.sequences.q_len)),
         e_packs(packs_of<U>(a.head_dim)), v_packs(packs_of<U>(a.v_dim)), e_panels(ceil_div(a.head_dim, Tiling<U>::NR)),
         v_panels(ceil_div(a.v_dim, Tiling<U>::NR)) {
-    q = scratch<U>(Region::packed_q, n * rows * e_packs), qt = scratch<U>(Region::packed_q_t, n * transposed(e_panels));
-    dout = scratch<U>(Region::packed_dout, n * rows * v_packs);
-    dout_t = scratch<U>(Region::packed_dout_t, n * transposed(v_panels));
+    const Sizes size(*this);
+    q = scratch<U>(Region::packed_q, n * size.q), qt = scratch<U>(Region::packed_q_t, n * size.qt);
+    dout = scratch<U>(Region::packed_dout, n * size.dout), dout_t = scratch<U>(Region::packed_dout_t, n * size.dout_t);
     lse = scratch<T>(Region::row_statistics, n * 2 * rows), delta = lse + rows;
   }
   // Head n of the memory, for the queries of x, which may be a shorter sequence than others.
   PackedQueries at(int64_t n, const QueryHead<S>& x) const {
+    const Sizes size(*this);
     PackedQueries head = *this;
-    head.q += n * rows * e_packs, head.qt += n * transposed(e_panels);
-    head.dout += n * rows * v_packs, head.dout_t += n * transposed(v_panels);
+    head.q += n * size.q, head.qt += n * size.qt, head.dout += n * size.dout, head.dout_t += n * size.dout_t;
     head.lse += n * 2 * rows, head.delta += n * 2 * rows;
     head.rows = round_up(x.sequence.q_len, Tiling<U>::MR), head.l_packs = packs_of<U>(x.sequence.q_len);
     return head;
@@ -69,7 +77,13 @@ struct PackedQueries {
   }
 
  private:
-  int64_t transposed(int64_t panels) const { return panels * Tiling<U>::NR * l_packs; }
+  // How many elements one head's operands take.
+  struct Sizes {
+    int64_t q, qt, dout, dout_t;
+    explicit Sizes(const PackedQueries& of)
+        : q(with_spare<U>(of.rows * of.e_packs)), qt(with_spare<U>(of.e_panels * Tiling<U>::NR * of.l_packs)),
+          dout(with_spare<U>(of.rows * of.v_packs)), dout_t(with_spare<U>(of.v_panels * Tiling<U>::NR * of.l_packs)) {}
+  };
 };
 template <class S, class U = Packed<S>>
 struct PackedKeys {
@@ -80,13 +94,14 @@ struct PackedKeys {
   PackedKeys(const AttentionArgs& a, int64_t n)
       : rows(round_up(a.sequences.k_len, Tiling<U>::NR)), k_packs(packs_of<U>(a.sequences.k_len)),
         e_packs(packs_of<U>(a.head_dim)), v_packs(packs_of<U>(a.v_dim)), e_panels(ceil_div(a.head_dim, Tiling<U>::NR)) {
-    k = scratch<U>(Region::packed_k, n * rows * e_packs);
-    kt = scratch<U>(Region::packed_k_t, n * e_panels * Tiling<U>::NR * k_packs);
-    v = scratch<U>(Region::packed_v, n * rows * v_packs);
+    const Sizes size(*this);
+    k = scratch<U>(Region::packed_k, n * size.k), kt = scratch<U>(Region::packed_k_t, n * size.kt);
+    v = scratch<U>(Region::packed_v, n * size.v);
   }
   PackedKeys at(int64_t n, const QueryHead<S>& x) const {
+    const Sizes size(*this);
     PackedKeys head = *this;
-    head.k += n * rows * e_packs, head.kt += n * e_panels * Tiling<U>::NR * k_packs, head.v += n * rows * v_packs;
+    head.k += n * size.k, head.kt += n * size.kt, head.v += n * size.v;
     head.rows = round_up(x.sequence.k_len, Tiling<U>::NR), head.k_packs = packs_of<U>(x.sequence.k_len);
     return head;
   }
@@ -98,6 +113,14 @@ struct PackedKeys {
     pack_b(head.v, V.transposed(), x.sequence.k_len, x.a.v_dim);
     return head;
   }
+
+ private:
+  struct Sizes {
+    int64_t k, kt, v;
+    explicit Sizes(const PackedKeys& of)
+        : k(with_spare<U>(of.rows * of.e_packs)), kt(with_spare<U>(of.e_panels * Tiling<U>::NR * of.k_packs)),
+          v(with_spare<U>(of.rows * of.v_packs)) {}
+  };
 };
 
 // ---------------------------------------------------------------- P and dS
