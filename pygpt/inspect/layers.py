@@ -103,7 +103,7 @@ class Audit:
         shown = [layer for layer in self.layers if layer in worst or layer is self.first]
         left_out = len(self.layers) - len(shown)
         lines = [textwrap.fill(self.verdict(), 110), "", self.table(shown)]
-        lines += [f"{left_out} more in audit.table(), which are closer to their limits"] if left_out else []
+        lines += [f"{left_out} more in audit.table(), which are further from their limits"] if left_out else []
         return "\n".join([*lines, "", f"Errors against {self.truth}; steps: {self.draws}."])
 
     def verdict(self) -> str:

@@ -276,9 +276,12 @@ def activation_of(module: nn.Module) -> str | None:
     """Which activation the module computes: one of mlp's that is not gated, or "silu"; None if it is another one."""
     if not _is_leaf(module) or _parameters(module):
         return None
-    x = torch.linspace(-20.0, 20.0, 801)
-    result = result_of(module, {}, x.clone())  # a clone, because the module may work in place
-    return next((name for name, of in _EXPRESSIONS.items() if agrees(result, partial(of, x))), None)
+    inputs = torch.linspace(-20.0, 20.0, 801), torch.tensor([-1e4, -1e2, 1e2, 1e4])  # far ones, too: it may clip
+    results = [result_of(module, {}, x.clone()) for x in inputs]  # clones, because the module may work in place
+    for name, of in _EXPRESSIONS.items():
+        if all(agrees(result, partial(of, x)) for x, result in zip(inputs, results, strict=True)):
+            return name
+    return None
 
 
 class HandGELU(Kind):

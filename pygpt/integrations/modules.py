@@ -58,9 +58,11 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
     With ``loss=True``, the loss of a causal language model is computed from the last hidden states without all logits
     in memory. The output's logits are then None while labels (nanoGPT: targets) are given.
 
-    A second call changes nothing, and `unpatch` takes all of it back. Pickles hold the original classes. ValueError if
-    nothing is recognised, or if the loss of this model cannot be served; then the model is untouched.
+    A second call changes nothing, and `unpatch` takes all of it back. Pickles hold the original classes. TypeError for
+    what is no module. ValueError if nothing is recognised, or if the loss of this model cannot be served; then the
+    model is untouched.
     """
+    _must_be_module("patch", model)
     report = Report()
     changes: list[Any] = []
     in_use = (*kinds.KINDS, rotary.RotaryAttention) if rotary.has_plain_tables(model) else kinds.KINDS
@@ -105,9 +107,15 @@ def unpatch(model: nn.Module) -> None:
     A model without such modules stays as it is. A module whose class was derived since, as `fully_shard` and
     parametrizations do, keeps that class.
     """
+    _must_be_module("unpatch", model)
     for module in model.modules():
         if is_patched(module):
             module.__class__ = kinds.original_class(module)
+
+
+def _must_be_module(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pygpt.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _kind_of(module: nn.Module) -> Any:

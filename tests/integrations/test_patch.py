@@ -205,6 +205,17 @@ def test_nothing_is_recognised():
         pygpt.patch(model)
 
 
+@pytest.mark.parametrize("function", [pygpt.patch, pygpt.unpatch])
+@pytest.mark.parametrize("model", ["gpt2", nn.Linear, 3, None])
+def test_what_is_no_module(function, model):
+    with pytest.raises(TypeError, match=f"pygpt.{function.__name__}: model must be a torch.nn.Module, got"):
+        function(model)
+
+
+def test_a_relu_that_clips_is_none():
+    assert kinds.activation_of(nn.ReLU()) == "relu" and kinds.activation_of(nn.Hardtanh(0.0, 50.0)) is None
+
+
 def test_a_forward_of_its_own_is_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].forward = lambda x: x
