@@ -27,8 +27,8 @@ void pack_transposed(U* dst, Matrix<S> m, int64_t columns, int64_t rows) {
   else pack_b(dst, m, columns, rows);
 }
 
-// n elements of a packed operand, and the vector that packing may write behind them (gemm/pack.h): another thread may be
-// packing the next head.
+// n elements of a packed operand, and the vector that packing may write behind them (gemm/pack.h). Another thread may
+// pack the next head meanwhile.
 template <class U>
 int64_t with_spare(int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(U);
