@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.common import check_module
+
 
 def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested tuples, lists, mappings and dataclasses, each with its path, such as "[0].logits"."""
@@ -29,8 +31,7 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def check_call(caller: str, model: Any, inputs: Any) -> None:
     """TypeError or ValueError for what is no module, or cannot be run: a model on the meta device, or a lazy one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"pygpt.{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(caller, model)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(t) or t.is_meta:
             raise ValueError(f"pygpt.{caller}: {name} has no values yet; give the model some first")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ops.common import check_module
 from . import heads, kinds, rotary
 from .kinds import is_patched, patched_class
 
@@ -62,7 +63,7 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
     what is no module. ValueError if nothing is recognised, or if the loss of this model cannot be served; then the
     model is untouched.
     """
-    _must_be_module("patch", model)
+    check_module("patch", model)
     report = Report()
     changes: list[Any] = []
     in_use = (*kinds.KINDS, rotary.RotaryAttention) if rotary.has_plain_tables(model) else kinds.KINDS
@@ -107,15 +108,10 @@ def unpatch(model: nn.Module) -> None:
     A model without such modules stays as it is. A module whose class was derived since, as `fully_shard` and
     parametrizations do, keeps that class.
     """
-    _must_be_module("unpatch", model)
+    check_module("unpatch", model)
     for module in model.modules():
         if is_patched(module):
             module.__class__ = kinds.original_class(module)
-
-
-def _must_be_module(function: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"pygpt.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _kind_of(module: nn.Module) -> Any:

@@ -80,6 +80,12 @@ def _philox(seed: Tensor, counter) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------- checks
+def check_module(caller: str, model: Any) -> None:
+    """TypeError for what is no module; ``caller`` is the public function's name."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"pygpt.{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def checked_integer(owner: str, name: str, n: Any) -> int:
     """``n`` as an int, also where it is NumPy's. TypeError for a bool, and for what is no integer."""
     if isinstance(n, torch.SymInt):
