@@ -156,34 +156,35 @@ def _parameters(module: nn.Module) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------- torch's own classes
-class PlainLinear(Kind):
-    serves = "linear"
+class Plain(Kind):
+    """A module of exactly one class of torch.nn."""
 
-    @staticmethod
-    def recognise(module: Any) -> Facts:
-        return {} if type(module) is nn.Linear else None
+    _torchs: ClassVar[type]
+
+    @classmethod
+    def recognise(cls, module: Any) -> Facts:
+        return {} if type(module) is cls._torchs else None
+
+
+class PlainLinear(Plain):
+    serves = "linear"
+    _torchs = nn.Linear
 
     def forward(self: Any, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
 
 
-class PlainLayerNorm(Kind):
+class PlainLayerNorm(Plain):
     serves = "layer_norm"
-
-    @staticmethod
-    def recognise(module: Any) -> Facts:
-        return {} if type(module) is nn.LayerNorm else None
+    _torchs = nn.LayerNorm
 
     def forward(self: Any, input: Tensor) -> Tensor:
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class PlainRMSNorm(Kind):
+class PlainRMSNorm(Plain):
     serves = "rms_norm"
-
-    @staticmethod
-    def recognise(module: Any) -> Facts:
-        return {} if type(module) is nn.RMSNorm else None
+    _torchs = nn.RMSNorm
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
