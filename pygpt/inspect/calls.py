@@ -221,9 +221,8 @@ class _Recorder(TorchDispatchMode):
         self.synchronize = synchronize
         self.call: _PublicCall | None = None
         self.explaining = False
-        self.kernel = (
-            ""  # the backend whose kernel has run inside the current op, as in one that `pygpt.enable` replaces
-        )
+        # The backend whose kernel has run inside the current op, as in one that `pygpt.enable` replaces.
+        self.kernel = ""
 
     @contextmanager
     def kernels_noted(self) -> Iterator[None]:
