@@ -122,7 +122,7 @@ def without_a_gpu(request):
 
 @pytest.fixture(autouse=True)
 def few_draws(request, monkeypatch):
-    """Verify draws a direction once if it passes, and else as often as ever: in quick tests and slow machinery."""
+    """In quick tests, and where kernels are interpreted or emulated, verify draws once if that passes."""
     from pygpt import verify
 
     interpreted = under_test(request) in ON_GPU and not torch.cuda.is_available()

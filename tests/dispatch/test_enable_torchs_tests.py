@@ -10,7 +10,6 @@ from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import pygpt
-from pygpt.integrations import aten
 from tests.ops import test_opinfo
 
 NAMES = "linear", "layer_norm", "rms_norm", "scaled_dot_product_attention", "gelu"
@@ -21,12 +20,6 @@ MODULES = {info.module_cls.__name__: info for info in module_db if info.module_c
 FEW, MANY = [torch.float32], [torch.float64, torch.bfloat16]
 DTYPES = [*FEW, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in MANY)]
 STRIDE = 5  # the quick tests take one sample of so many
-
-
-@pytest.fixture
-def counts(monkeypatch):
-    monkeypatch.setattr(aten, "counts", aten.Counts())
-    return aten.counts
 
 
 def assert_near(found, exact, dtype):
