@@ -51,6 +51,15 @@ class Heads(NamedTuple):
     stride_t: tl.tensor
 
 
+class Side(NamedTuple):
+    """What all tensors of one side, of q or of k, have in common."""
+
+    weight: tl.tensor  # None without a norm
+    rstd: tl.tensor
+    heads: tl.tensor
+    per_part: tl.tensor  # heads of a part
+
+
 class Angles(NamedTuple):
     """(ROWS, PAIRS) each; sin is that of the negative angle in backward."""
 
@@ -110,12 +119,12 @@ def _tile(tiles, parts, ROWS: tl.constexpr):
 
 # ------------------------------------------------------------------------------- rotation, with or without a norm
 @triton.jit
-def _rotate_heads(x, out, weight, rstd, heads, per_part, angles, eps, at):
+def _rotate_heads(x, out, side, angles, eps, at):
     """out = x rotated, for this part of the heads of one tensor; with a weight, after the norm."""
     first, second, rest = _columns(at)
     in_range, paired, remaining = at.position < at.T, tl.arange(0, at.PAIRS) < at.half, rest < at.D
-    begin = at.part * per_part
-    end = tl.minimum(begin + per_part, heads)
+    begin = at.part * side.per_part
+    end = tl.minimum(begin + side.per_part, side.heads)
     for h in tl.range(loop_bound(begin), loop_bound(end)):
         head = tl.zeros([1], tl.int64) + h
         row = x.source + (at.batch * x.stride_b + head * x.stride_h + at.position * x.stride_t)[:, None]
@@ -124,16 +133,16 @@ def _rotate_heads(x, out, weight, rstd, heads, per_part, angles, eps, at):
         b = _load_row(row, at, in_range, second, paired)
         if at.REST:
             r = _load_row(row, at, in_range, rest, remaining)
-        if weight is not None:
+        if side.weight is not None:
             squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
             if at.REST:
                 squares += tl.sum(r * r, 1)
             scale = tl.rsqrt(squares / tl.cast(at.D, tl.float32) + eps)
-            tl.store(rstd + (at.batch * heads + head) * at.T + at.position, scale, in_range)
-            a *= scale[:, None] * _load_weight(weight, first, paired)
-            b *= scale[:, None] * _load_weight(weight, second, paired)
+            tl.store(side.rstd + (at.batch * side.heads + head) * at.T + at.position, scale, in_range)
+            a *= scale[:, None] * _load_weight(side.weight, first, paired)
+            b *= scale[:, None] * _load_weight(side.weight, second, paired)
             if at.REST:
-                r *= scale[:, None] * _load_weight(weight, rest, remaining)
+                r *= scale[:, None] * _load_weight(side.weight, rest, remaining)
         _store_row(to, a * angles.cos - b * angles.sin, in_range, first, paired)
         _store_row(to, b * angles.cos + a * angles.sin, in_range, second, paired)
         if at.REST:
@@ -157,36 +166,36 @@ def rope_rotate_kernel(
     if q is not None:
         _rotate_heads(
             Heads(q, q_stride_b, q_stride_h, q_stride_t), Heads(q_out, q_out_stride_b, q_out_stride_h, q_out_stride_t),
-            q_weight, q_rstd, q_heads, q_part, angles, eps,
+            Side(q_weight, q_rstd, q_heads, q_part), angles, eps,
             Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
         )  # fmt: skip
     if k is not None:
         _rotate_heads(
             Heads(k, k_stride_b, k_stride_h, k_stride_t), Heads(k_out, k_out_stride_b, k_out_stride_h, k_out_stride_t),
-            k_weight, k_rstd, k_heads, k_part, angles, eps,
+            Side(k_weight, k_rstd, k_heads, k_part), angles, eps,
             Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
         )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- backward of the norm
 @triton.jit
-def _differentiate_heads(dy, x, dx, weight, rstd, dw, heads, per_part, angles, at):
+def _differentiate_heads(dy, x, dx, dw, side, angles, at):
     """dx, unless it is None, and this program's line of partial sums of dw (programs, D), unless that is None."""
     first, second, rest = _columns(at)
     in_range, paired, remaining = at.position < at.T, tl.arange(0, at.PAIRS) < at.half, rest < at.D
-    wa, wb = _load_weight(weight, first, paired), _load_weight(weight, second, paired)
+    wa, wb = _load_weight(side.weight, first, paired), _load_weight(side.weight, second, paired)
     sum_a = tl.zeros([at.position.shape[0], at.PAIRS], tl.float32)
     sum_b = tl.zeros([at.position.shape[0], at.PAIRS], tl.float32)
     if at.REST:
-        wr = _load_weight(weight, rest, remaining)
+        wr = _load_weight(side.weight, rest, remaining)
         sum_r = tl.zeros([at.position.shape[0], at.REST], tl.float32)
-    begin = at.part * per_part
-    end = tl.minimum(begin + per_part, heads)
+    begin = at.part * side.per_part
+    end = tl.minimum(begin + side.per_part, side.heads)
     for h in tl.range(loop_bound(begin), loop_bound(end)):
         head = tl.zeros([1], tl.int64) + h
         source = x.source + (at.batch * x.stride_b + head * x.stride_h + at.position * x.stride_t)[:, None]
         row = dy.source + (at.batch * dy.stride_b + head * dy.stride_h + at.position * dy.stride_t)[:, None]
-        scale = tl.load(rstd + (at.batch * heads + head) * at.T + at.position, in_range, other=0.0)[:, None]
+        scale = tl.load(side.rstd + (at.batch * side.heads + head) * at.T + at.position, in_range, other=0.0)[:, None]
         a = _load_row(row, at, in_range, first, paired)
         b = _load_row(row, at, in_range, second, paired)
         ga = a * angles.cos - b * angles.sin
@@ -239,13 +248,13 @@ def rope_bwd_kernel(
             _differentiate_heads(
                 Heads(dq_out, dq_out_stride_b, dq_out_stride_h, dq_out_stride_t),
                 Heads(q, q_stride_b, q_stride_h, q_stride_t), Heads(dq, dq_stride_b, dq_stride_h, dq_stride_t),
-                q_weight, q_rstd, dq_weight, q_heads, q_part, angles,
+                dq_weight, Side(q_weight, q_rstd, q_heads, q_part), angles,
                 Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
             )  # fmt: skip
         else:
             _rotate_heads(
                 Heads(dq_out, dq_out_stride_b, dq_out_stride_h, dq_out_stride_t),
-                Heads(dq, dq_stride_b, dq_stride_h, dq_stride_t), None, None, q_heads, q_part, angles, 0.0,
+                Heads(dq, dq_stride_b, dq_stride_h, dq_stride_t), Side(None, None, q_heads, q_part), angles, 0.0,
                 Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
             )  # fmt: skip
     if dk_out is not None:
@@ -253,13 +262,13 @@ def rope_bwd_kernel(
             _differentiate_heads(
                 Heads(dk_out, dk_out_stride_b, dk_out_stride_h, dk_out_stride_t),
                 Heads(k, k_stride_b, k_stride_h, k_stride_t), Heads(dk, dk_stride_b, dk_stride_h, dk_stride_t),
-                k_weight, k_rstd, dk_weight, k_heads, k_part, angles,
+                dk_weight, Side(k_weight, k_rstd, k_heads, k_part), angles,
                 Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
             )  # fmt: skip
         else:
             _rotate_heads(
                 Heads(dk_out, dk_out_stride_b, dk_out_stride_h, dk_out_stride_t),
-                Heads(dk, dk_stride_b, dk_stride_h, dk_stride_t), None, None, k_heads, k_part, angles, 0.0,
+                Heads(dk, dk_stride_b, dk_stride_h, dk_stride_t), Side(None, None, k_heads, k_part), angles, 0.0,
                 Rows(batch, position, part, T, D, half, INTERLEAVED, PAIRS, REST),
             )  # fmt: skip
 

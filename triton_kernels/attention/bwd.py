@@ -85,6 +85,20 @@ def attention_delta_kernel(
         tl.store(rows_of_head(sink_rows, at.head, rows, q_row) + i, -weight * row_delta, i < L)
 
 
+class Inputs(NamedTuple):
+    """What the backward of a tile reads, and the gradients besides dq that it computes. A program holds tiles of one
+    side, keys and values or queries with their statistics, and walks over operands of the other side."""
+
+    q: Operand  # or Tile
+    dout: Operand
+    stats: RowStats
+    k: Operand
+    v: Operand
+    DK: tl.constexpr = False
+    DV: tl.constexpr = False
+    SLOPES: tl.constexpr = False
+
+
 # ------------------------------------------------------------------------------- keys and values
 class KeySums(NamedTuple):
     """The accumulators of a tile of keys."""
@@ -95,41 +109,41 @@ class KeySums(NamedTuple):
 
 
 @triton.jit
-def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params):
+def _accumulate_dkdv_tile(sums, inputs, start, mask, loop, params):
     """Adds the queries from `start` on to the gradients of the tiles k and v."""
     FUSED: tl.constexpr = params.LIMIT > 0 and not loop.MASKED
-    ROWS: tl.constexpr = q.TILE_ROWS
-    KEYS: tl.constexpr = k.operand.TILE_ROWS
+    ROWS: tl.constexpr = inputs.q.TILE_ROWS
+    KEYS: tl.constexpr = inputs.k.operand.TILE_ROWS
     dk, dv, min_lse2 = sums.dk, sums.dv, sums.min_lse2
     L = params.visible.q_len
     i = start + tl.arange(0, ROWS)
-    j = k.row + tl.arange(0, KEYS)
-    q_data = load_tile(q, loop.at, start)
-    st = product(k, Tile(q, loop.at, start, q_data))
+    j = inputs.k.row + tl.arange(0, KEYS)
+    q_data = load_tile(inputs.q, loop.at, start)
+    st = product(inputs.k, Tile(inputs.q, loop.at, start, q_data))
     capped = st
     if FUSED:
-        lse2 = tl.load(stats.lse2 + i)
+        lse2 = tl.load(inputs.stats.lse2 + i)
         min_lse2 = tl.minimum(min_lse2, lse2)
         pt = tl.exp2(fma(st, params.scale * LOG2E, -lse2[None, :]))
     elif params.scores.GENERAL:
         st, capped = change_scores(st, mask, loop.at, i[None, :], j[:, None], params)
-        pt = tl.exp2((st - load_lse(stats.lse, i, L)[None, :]) * LOG2E)
+        pt = tl.exp2((st - load_lse(inputs.stats.lse, i, L)[None, :]) * LOG2E)
     else:
-        pt = tl.exp2((st * params.scale - load_lse(stats.lse, i, L)[None, :]) * LOG2E)
+        pt = tl.exp2((st * params.scale - load_lse(inputs.stats.lse, i, L)[None, :]) * LOG2E)
     if loop.MASKED:  # The rows that fill up the last tile must not reach an infinite key, because 0 * inf is NaN.
-        pt = tl.where(queries_of(params.visible, start, k.row, ROWS, KEYS), pt, 0.0)
+        pt = tl.where(queries_of(params.visible, start, inputs.k.row, ROWS, KEYS), pt, 0.0)
     keep = pt
     if params.scores.seed is not None:
-        keep = tl.where(kept(loop.at.head, start, k.row, params, ROWS, KEYS).T, params.scores.keep, 0.0)
-    do_data = load_tile(dout, loop.at, start)
-    if params.NEED_DV:
+        keep = tl.where(kept(loop.at.head, start, inputs.k.row, params, ROWS, KEYS).T, params.scores.keep, 0.0)
+    do_data = load_tile(inputs.dout, loop.at, start)
+    if inputs.DV:
         weight = pt if params.scores.seed is None else pt * keep
         dv = dot(to_storage(weight, do_data.dtype), do_data, dv)
-    if params.NEED_DK:
-        dpt = product(v, Tile(dout, loop.at, start, do_data))
+    if inputs.DK:
+        dpt = product(inputs.v, Tile(inputs.dout, loop.at, start, do_data))
         if params.scores.seed is not None:
             dpt = dpt * keep
-        delta = tl.load(stats.delta + i, i < L, other=0.0)
+        delta = tl.load(inputs.stats.delta + i, i < L, other=0.0)
         if loop.MASKED and params.DLSE and not params.SINK:
             dpt = tl.where(sees_one_key(params.visible, i)[None, :], 0.0, dpt)
         dst = pt * (dpt - delta[None, :])
@@ -140,37 +154,36 @@ def _accumulate_dkdv_tile(sums, k, v, q, dout, stats, start, mask, loop, params)
 
 
 @triton.jit
-def _accumulate_dkdv(sums, k, v, q, dout, stats, loop, params):
+def _accumulate_dkdv(sums, inputs, loop, params):
     """Adds the queries of a loop to the gradients of the tiles k and v."""
     dk, dv, min_lse2 = sums.dk, sums.dv, sums.min_lse2
     # Counting tiles, not rows, takes fewer registers.
-    for tile in tl.range(0, loop_bound(tl.cdiv(loop.end - loop.begin, q.TILE_ROWS))):
-        start = past_gap(loop.begin + tile * q.TILE_ROWS, loop)
-        i, j = start + tl.arange(0, q.TILE_ROWS), k.row + tl.arange(0, k.operand.TILE_ROWS)
+    for tile in tl.range(0, loop_bound(tl.cdiv(loop.end - loop.begin, inputs.q.TILE_ROWS))):
+        start = past_gap(loop.begin + tile * inputs.q.TILE_ROWS, loop)
+        i, j = start + tl.arange(0, inputs.q.TILE_ROWS), inputs.k.row + tl.arange(0, inputs.k.operand.TILE_ROWS)
         mask = load_mask(loop.at, i[None, :], j[:, None], params)
         if params.scores.BOOLEAN:
             if any_visible(mask):
-                dk, dv, min_lse2 = _accumulate_dkdv_tile(
-                    KeySums(dk, dv, min_lse2), k, v, q, dout, stats, start, mask, loop, params
-                )
+                dk, dv, min_lse2 = _accumulate_dkdv_tile(KeySums(dk, dv, min_lse2), inputs, start, mask, loop, params)
         else:
-            dk, dv, min_lse2 = _accumulate_dkdv_tile(
-                KeySums(dk, dv, min_lse2), k, v, q, dout, stats, start, mask, loop, params
-            )
+            dk, dv, min_lse2 = _accumulate_dkdv_tile(KeySums(dk, dv, min_lse2), inputs, start, mask, loop, params)
     return KeySums(dk, dv, min_lse2)
 
 
 @triton.jit
-def _accumulate_head(sums, k, v, q, dout, stats, head, first, stop, gap_at, gap, EDGES: tl.constexpr, params):
-    """The same for the query head number `head` of those that share the keys and values of k.at."""
-    at = TileCoord(k.at.tile, k.at.head * params.heads_per_kv + head, k.at.b, k.at.h * params.heads_per_kv + head)
+def _accumulate_head(sums, inputs, head, loop, params):
+    """The same for the query head number `head` of those that share the keys and values of loop.at."""
+    kv, stats = loop.at, inputs.stats
+    at = TileCoord(kv.tile, kv.head * params.heads_per_kv + head, kv.b, kv.h * params.heads_per_kv + head)
     lse = rows_of_head(stats.lse, at.head, params.rows, params.q_row)
     lse2 = rows_of_head(stats.lse2, at.head, params.rows, params.q_row) if params.LIMIT else lse
     delta = rows_of_head(stats.delta, at.head, params.rows, params.q_row)
     return _accumulate_dkdv(
-        sums, k, v, q, dout, RowStats(lse, lse2, delta),
-        Loop(at, first, stop, gap_at, gap, EDGES and params.visible.RIGHT, EDGES), params,
-    )  # fmt: skip
+        sums,
+        Inputs(inputs.q, inputs.dout, RowStats(lse, lse2, delta), inputs.k, inputs.v, inputs.DK, inputs.DV),
+        Loop(at, loop.begin, loop.end, loop.gap_at, loop.gap, loop.GAP, loop.MASKED),
+        params,
+    )
 
 
 @triton.jit
@@ -180,27 +193,27 @@ def _empty_key_sums(q, k, v):
 
 
 @triton.jit
-def _backward_keys(at, dk, dv, q, dout, stats, k, v, params):
-    col = at.tile * k.TILE_ROWS
-    k_data, v_data = load_tile(k, at, col), load_tile(v, at, col)
+def _backward_keys(at, dk, dv, inputs, params):
+    col = at.tile * inputs.k.TILE_ROWS
+    k_data, v_data = load_tile(inputs.k, at, col), load_tile(inputs.v, at, col)
     begin, unmasked, masked, end = walk(
         Visible(
             params.visible.k_len, params.visible.q_len, -params.visible.diagonal, params.visible.right,
             params.visible.left, params.visible.RIGHT, params.visible.LEFT,
         ),
-        col, k.TILE_ROWS, q.TILE_ROWS,
+        col, inputs.k.TILE_ROWS, inputs.q.TILE_ROWS,
     )  # fmt: skip
     # Past the edges, a query sees one key only in a tile that has one key.
     if params.visible.LEFT:
         masked = tl.where(params.visible.k_len - col == 1, unmasked, masked)
     else:
         masked = tl.where(params.visible.k_len == 1, unmasked, masked)
-    sums = _empty_key_sums(q, k, v)
+    sums = _empty_key_sums(inputs.q, inputs.k, inputs.v)
     for edges in tl.static_range(2):
         if edges and params.LIMIT:  # noqa: SIM102 - a constant, and what depends on data
             if any_true(sums.min_lse2 == float("-inf")):
                 masked = unmasked
-                sums = _empty_key_sums(q, k, v)
+                sums = _empty_key_sums(inputs.q, inputs.k, inputs.v)
         gap = masked - unmasked
         first = unmasked if not edges else begin if params.visible.RIGHT else masked
         stop = masked if not edges else end - gap if params.visible.RIGHT else end
@@ -208,21 +221,28 @@ def _backward_keys(at, dk, dv, q, dout, stats, k, v, params):
             acc_k, acc_v, min_lse2 = sums.dk, sums.dv, sums.min_lse2
             for head in tl.range(loop_bound(params.heads_per_kv)):
                 of_head = _accumulate_head(
-                    KeySums(acc_k, acc_v, min_lse2), Tile(k, at, col, k_data, params.CHUNK),
-                    Tile(v, at, col, v_data, params.CHUNK), q, dout, stats, head, first, stop, unmasked, gap, edges,
-                    params,
+                    KeySums(acc_k, acc_v, min_lse2),
+                    Inputs(
+                        inputs.q, inputs.dout, inputs.stats, Tile(inputs.k, at, col, k_data, params.CHUNK),
+                        Tile(inputs.v, at, col, v_data, params.CHUNK), dk is not None, dv is not None,
+                    ),
+                    head, Loop(at, first, stop, unmasked, gap, edges and params.visible.RIGHT, edges), params,
                 )  # fmt: skip
                 acc_k, acc_v, min_lse2 = of_head.dk, of_head.dv, of_head.min_lse2
             sums = KeySums(acc_k, acc_v, min_lse2)
         else:
             sums = _accumulate_head(
-                sums, Tile(k, at, col, k_data, params.CHUNK), Tile(v, at, col, v_data, params.CHUNK), q, dout, stats, 0,
-                first, stop, unmasked, gap, edges, params,
+                sums,
+                Inputs(
+                    inputs.q, inputs.dout, inputs.stats, Tile(inputs.k, at, col, k_data, params.CHUNK),
+                    Tile(inputs.v, at, col, v_data, params.CHUNK), dk is not None, dv is not None,
+                ),
+                0, Loop(at, first, stop, unmasked, gap, edges and params.visible.RIGHT, edges), params,
             )  # fmt: skip
     if dk is not None:
-        store_gradient(dk, Tile(k, at, col, sums.dk * params.scale), params.H, params.row_heads)
+        store_gradient(dk, Tile(inputs.k, at, col, sums.dk * params.scale), params.H, params.row_heads)
     if dv is not None:
-        store_gradient(dv, Tile(v, at, col, sums.dv), params.H, params.row_heads)
+        store_gradient(dv, Tile(inputs.v, at, col, sums.dv), params.H, params.row_heads)
 
 
 @triton.jit(do_not_specialize=["heads", "GROUP", "diagonal", "left", "right", "threshold", "total_q", "row_heads"])
@@ -250,11 +270,13 @@ def attention_dkdv_kernel(
         at,
         dk,
         dv,
-        Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
-        RowStats(lse, lse2, delta),
-        Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Inputs(
+            Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+            Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+            RowStats(lse, lse2, delta),
+            Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+            Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        ),
         Params(
             Visible(L, S, diagonal, left, right, LEFT, RIGHT),
             Scores(
@@ -262,37 +284,38 @@ def attention_dkdv_kernel(
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
             q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SINK=SINK, DLSE=DLSE, row_heads=row_heads,
-            NEED_DK=dk is not None, NEED_DV=dv is not None,
         ),
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- queries
 @triton.jit
-def score_gradients(q, dout, stats, k, v, mask, MASKED: tl.constexpr, params):
-    """(BLOCK_M, BLOCK_N) of the tiles q, dout and k, and of the operand v: the gradient of the scores, and that of the
+def score_gradients(inputs, mask, MASKED: tl.constexpr, params):
+    """(BLOCK_M, BLOCK_N) of the tiles q, dout and k and of the operand v: the gradient of the scores, and that of the
     products without the factor scale."""
     FUSED: tl.constexpr = params.LIMIT > 0 and not MASKED
-    ROWS: tl.constexpr = q.operand.TILE_ROWS
-    KEYS: tl.constexpr = k.operand.TILE_ROWS
-    i, j = q.row + tl.arange(0, ROWS), k.row + tl.arange(0, KEYS)
-    s = product(q, k)
+    ROWS: tl.constexpr = inputs.q.operand.TILE_ROWS
+    KEYS: tl.constexpr = inputs.k.operand.TILE_ROWS
+    i, j = inputs.q.row + tl.arange(0, ROWS), inputs.k.row + tl.arange(0, KEYS)
+    s = product(inputs.q, inputs.k)
     capped = s
     if FUSED:
-        p = tl.exp2(fma(s, params.scale * LOG2E, -stats.lse2[:, None]))
+        p = tl.exp2(fma(s, params.scale * LOG2E, -inputs.stats.lse2[:, None]))
     elif params.scores.GENERAL:
-        s, capped = change_scores(s, mask, q.at, i[:, None], j[None, :], params)
-        p = tl.exp2((s - stats.lse[:, None]) * LOG2E)
+        s, capped = change_scores(s, mask, inputs.q.at, i[:, None], j[None, :], params)
+        p = tl.exp2((s - inputs.stats.lse[:, None]) * LOG2E)
     else:
-        p = tl.exp2((s * params.scale - stats.lse[:, None]) * LOG2E)
+        p = tl.exp2((s * params.scale - inputs.stats.lse[:, None]) * LOG2E)
     if MASKED:
-        p = tl.where(mask_of(params.visible, q.row, k.row, ROWS, KEYS), p, 0.0)
-    dp = product(dout, Tile(v, k.at, k.row, load_tile(v, k.at, k.row)))
+        p = tl.where(mask_of(params.visible, inputs.q.row, inputs.k.row, ROWS, KEYS), p, 0.0)
+    v_data = load_tile(inputs.v, inputs.k.at, inputs.k.row)
+    dp = product(inputs.dout, Tile(inputs.v, inputs.k.at, inputs.k.row, v_data))
     if params.scores.seed is not None:
-        dp = tl.where(kept(q.at.head, q.row, k.row, params, ROWS, KEYS), dp * params.scores.keep, 0.0)
+        keep = kept(inputs.q.at.head, inputs.q.row, inputs.k.row, params, ROWS, KEYS)
+        dp = tl.where(keep, dp * params.scores.keep, 0.0)
     if MASKED and params.DLSE and not params.SINK:
         dp = tl.where(sees_one_key(params.visible, i)[:, None], 0.0, dp)
-    ds = p * (dp - stats.delta[:, None])
+    ds = p * (dp - inputs.stats.delta[:, None])
     return ds, uncap(ds, capped, params)
 
 
@@ -313,62 +336,65 @@ def load_stats(stats, head, i, params):
 
 
 @triton.jit
-def _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES: tl.constexpr, params):
-    """Adds the keys from `start` on to dq, without the factor scale, and with SLOPES to the gradients of the rows'
-    slopes."""
-    k_data = load_tile(k, loop.at, start)
-    ds, dproduct = score_gradients(q, dout, stats, Tile(k, loop.at, start, k_data), v, mask, loop.MASKED, params)
-    if SLOPES:
-        i, j = q.row + tl.arange(0, q.operand.TILE_ROWS), start + tl.arange(0, k.TILE_ROWS)
+def _accumulate_dq_tile(dq, slope_sum, inputs, start, mask, loop, params):
+    """Adds the keys from `start` on to dq, without the factor scale, and with inputs.SLOPES to the gradients
+    of the rows' slopes."""
+    k_data = load_tile(inputs.k, loop.at, start)
+    ds, dproduct = score_gradients(
+        Inputs(inputs.q, inputs.dout, inputs.stats, Tile(inputs.k, loop.at, start, k_data), inputs.v), mask,
+        loop.MASKED, params,
+    )  # fmt: skip
+    if inputs.SLOPES:
+        i, j = inputs.q.row + tl.arange(0, inputs.q.operand.TILE_ROWS), start + tl.arange(0, inputs.k.TILE_ROWS)
         slope_sum -= tl.sum(ds * distance(i[:, None], j[None, :], params), 1)
     dq = dot(to_storage(dproduct, k_data.dtype), k_data, dq)
     return dq, slope_sum
 
 
 @triton.jit
-def _accumulate_dq(dq, slope_sum, q, dout, stats, k, v, loop, SLOPES: tl.constexpr, params):
+def _accumulate_dq(dq, slope_sum, inputs, loop, params):
     """The same for the keys of a loop."""
-    for row in tl.range(loop_bound(loop.begin), loop_bound(loop.end), k.TILE_ROWS):
+    for row in tl.range(loop_bound(loop.begin), loop_bound(loop.end), inputs.k.TILE_ROWS):
         start = past_gap(row, loop)
-        i, j = q.row + tl.arange(0, q.operand.TILE_ROWS), start + tl.arange(0, k.TILE_ROWS)
-        mask = load_mask(q.at, i[:, None], j[None, :], params)
+        i, j = inputs.q.row + tl.arange(0, inputs.q.operand.TILE_ROWS), start + tl.arange(0, inputs.k.TILE_ROWS)
+        mask = load_mask(inputs.q.at, i[:, None], j[None, :], params)
         if params.scores.BOOLEAN:
             if any_visible(mask):
-                dq, slope_sum = _accumulate_dq_tile(
-                    dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES, params
-                )
+                dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, inputs, start, mask, loop, params)
         else:
-            dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, q, dout, stats, k, v, start, mask, loop, SLOPES, params)
+            dq, slope_sum = _accumulate_dq_tile(dq, slope_sum, inputs, start, mask, loop, params)
     return dq, slope_sum
 
 
 @triton.jit
-def _backward_queries(at, dq, slope_rows, q, dout, stats, k, v, params):
-    BLOCK_M: tl.constexpr = q.TILE_ROWS
+def _backward_queries(at, dq, slope_rows, inputs, params):
+    BLOCK_M: tl.constexpr = inputs.q.TILE_ROWS
     L = params.visible.q_len
     row = (tl.cdiv(L, BLOCK_M) - 1 - at.tile) * BLOCK_M
     i = row + tl.arange(0, BLOCK_M)
-    q_data, do_data = load_tile(q, at, row), load_tile(dout, at, row)
-    of_rows = load_stats(stats, at.head, i, params)
-    begin, unmasked, masked, end = walk(params.visible, row, BLOCK_M, k.TILE_ROWS)
-    acc = tl.zeros([BLOCK_M, k.TILE_WIDTH], tl.float32)
+    q_data, do_data = load_tile(inputs.q, at, row), load_tile(inputs.dout, at, row)
+    of_rows = load_stats(inputs.stats, at.head, i, params)
+    begin, unmasked, masked, end = walk(params.visible, row, BLOCK_M, inputs.k.TILE_ROWS)
+    acc = tl.zeros([BLOCK_M, inputs.k.TILE_WIDTH], tl.float32)
     slope_sum = tl.zeros([BLOCK_M], tl.float32)
     for edges in tl.static_range(2):
         if edges and params.LIMIT:  # noqa: SIM102 - a constant, and what depends on data
             if any_true(of_rows.lse2 == float("-inf")):
                 masked = unmasked
-                acc = tl.zeros([BLOCK_M, k.TILE_WIDTH], tl.float32)
+                acc = tl.zeros([BLOCK_M, inputs.k.TILE_WIDTH], tl.float32)
         gap = masked - unmasked
         first = unmasked if not edges else begin if params.visible.LEFT else masked
         stop = masked if not edges else end - gap if params.visible.LEFT else end
         acc, slope_sum = _accumulate_dq(
-            acc, slope_sum, Tile(q, at, row, q_data, params.CHUNK), Tile(dout, at, row, do_data, params.CHUNK),
-            of_rows, k, v,
-            Loop(kv_coord(at, params), first, stop, unmasked, gap, edges and params.visible.LEFT, edges),
-            slope_rows is not None, params,
+            acc, slope_sum,
+            Inputs(
+                Tile(inputs.q, at, row, q_data, params.CHUNK), Tile(inputs.dout, at, row, do_data, params.CHUNK),
+                of_rows, inputs.k, inputs.v, SLOPES=slope_rows is not None,
+            ),
+            Loop(kv_coord(at, params), first, stop, unmasked, gap, edges and params.visible.LEFT, edges), params,
         )  # fmt: skip
     if dq is not None:
-        store_gradient(dq, Tile(q, at, row, acc * params.scale), params.H, params.row_heads)
+        store_gradient(dq, Tile(inputs.q, at, row, acc * params.scale), params.H, params.row_heads)
     if slope_rows is not None:
         tl.store(rows_of_head(slope_rows, at.head, params.rows, params.q_row) + i, slope_sum, i < L)
 
@@ -397,11 +423,13 @@ def attention_dq_kernel(
         at,
         dq,
         slope_rows,
-        Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
-        Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
-        RowStats(lse, lse2, delta),
-        Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
-        Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        Inputs(
+            Operand(q, q_row, L, q_stride_b, q_stride_h, q_stride_l, E, BLOCK_M, BLOCK_E, TMA),
+            Operand(dout, q_row, L, dout_stride_b, dout_stride_h, dout_stride_l, EV, BLOCK_M, BLOCK_EV, TMA),
+            RowStats(lse, lse2, delta),
+            Operand(k, k_row, S, k_stride_b, k_stride_h, k_stride_s, E, BLOCK_N, BLOCK_E, TMA),
+            Operand(v, k_row, S, v_stride_b, v_stride_h, v_stride_s, EV, BLOCK_N, BLOCK_EV, TMA),
+        ),
         Params(
             Visible(L, S, diagonal, left, right, LEFT, RIGHT),
             Scores(

@@ -173,6 +173,6 @@ def attention_fwd_kernel(
                 softcap, slopes, slope_stride, mask, mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
                 seed, threshold, keep, BOOLEAN, GENERAL,
             ),
-            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SIGN,
+            q_row, rows, H, scale, heads_per_kv, GROUPED, CHUNK, LIMIT, SIGN=SIGN,
         ),
     )  # fmt: skip

@@ -105,12 +105,10 @@ class Params(NamedTuple):
     GROUPED: tl.constexpr  # whether these are several
     CHUNK: tl.constexpr  # see Tile
     LIMIT: tl.constexpr  # up to which |base| the fused form is exact enough; 0 means never
+    row_heads: tl.tensor = 0  # see store_gradient
     SIGN: tl.constexpr = 1
     SINK: tl.constexpr = False
     DLSE: tl.constexpr = False  # whether lse has a gradient
-    row_heads: tl.tensor = 0  # see store_gradient
-    NEED_DK: tl.constexpr = False
-    NEED_DV: tl.constexpr = False
 
 
 class Loop(NamedTuple):
