@@ -10,6 +10,7 @@ interpreter's errors.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -205,6 +206,9 @@ def _start(kernel, grid, args, constants, config):
         kernel[(programs,)](
             *args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages
         )
+        bands = [band for t in args for band in getattr(t, "guard_bands", ())]
+        if not all(band.isnan().all() for band in bands):
+            raise RuntimeError(f"pygpt: PYGPT_POISON: {kernel.__name__} wrote outside of a result or of scratch memory")
 
 
 # ------------------------------------------------------------------------------- autotuning, on request
@@ -274,15 +278,24 @@ POISON = os.environ.get("PYGPT_POISON") == "1"
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A contiguous tensor for a kernel to write, on the device of ``like``. PYGPT_POISON=1 fills it with NaN first."""
-    t = like.new_empty(shape, dtype=dtype)
-    return t.fill_(float("nan")) if POISON else t
+    """A contiguous tensor for a kernel to write, on the device of ``like``."""
+    if POISON:
+        return _poisoned(like, shape, torch.empty(shape, device="meta").stride(), dtype or like.dtype)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def empty_strided(like: torch.Tensor, shape, strides) -> torch.Tensor:
-    """The same as `empty` with the given strides."""
-    t = like.new_empty_strided(shape, strides)
-    return t.fill_(float("nan")) if POISON else t
+    """The same as `empty` with the given strides, which leave no gaps."""
+    return _poisoned(like, shape, strides, like.dtype) if POISON else like.new_empty_strided(shape, strides)
+
+
+def _poisoned(like: torch.Tensor, shape, strides, dtype: torch.dtype) -> torch.Tensor:
+    """Such a tensor for PYGPT_POISON=1: it holds NaN, and so do two guard bands around it, which `launch` checks."""
+    numel, band = math.prod(shape), 256 // dtype.itemsize  # bytes that keep the alignment
+    whole = like.new_full((numel + 2 * band,), float("nan"), dtype=dtype)
+    t = whole.new_empty(0).set_(whole.untyped_storage(), band, shape, strides)
+    t.guard_bands = whole[:band], whole[band + numel :]
+    return t
 
 
 def in_order(t: torch.Tensor, strides) -> torch.Tensor:

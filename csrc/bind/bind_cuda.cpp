@@ -23,13 +23,17 @@ void with_stream(Device device, const std::function<void(const cuda::Stream&)>& 
   void* handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &handle));
   std::vector<Handle> scratch;
+  std::vector<GuardedTensor> guarded;
   body({device.index, handle, [&](int64_t bytes) {
-    scratch.push_back(new_tensor(Shape{bytes}, Shape{1}, ScalarType::Byte, device));
-    if (poison) fill_tensor_with_nan(scratch.back().get(), true);
+    if (poison) guarded.emplace_back(Shape{bytes}, ScalarType::Byte, device);
+    scratch.push_back(poison ? guarded.back().tensor(Shape{bytes}, Shape{1})
+                             : new_tensor(Shape{bytes}, Shape{1}, ScalarType::Byte, device));
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.back().get(), &data));
     return data;
   }});
+  STD_TORCH_CHECK(std::all_of(guarded.begin(), guarded.end(), [](const GuardedTensor& t) { return t.is_intact(); }),
+                  "pygpt: PYGPT_POISON: a kernel wrote outside of its scratch memory");
 }
 
 }  // namespace pygpt::bind

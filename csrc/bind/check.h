@@ -171,6 +171,7 @@ class Call {
       with_stream(device_, [&](const cuda::Stream& stream) {
         if (cuda::Error error = kernel(a, stream)) fail(error);
       });
+    if (poison && !is_intact()) fail("PYGPT_POISON: the kernel wrote outside of a result or of its scratch memory");
   }
 
  protected:
@@ -182,6 +183,7 @@ class Call {
   virtual View copy(const View& t, Shape stride) = 0;  // lives until the call ends
   virtual void fill_with_nan(const View& t) = 0;
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
+  virtual bool is_intact() const { return true; }  // the guard bands of what allocate and temporary returned
 
   Device device() const { return device_; }
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -88,6 +89,43 @@ inline void fill_tensor_with_nan(AtenTensorHandle t, bool is_bytes) {
   torch::stable::fill_(shared(t), is_bytes ? 0xFF : std::numeric_limits<double>::quiet_NaN());
 }
 
+// With PYGPT_POISON=1, a tensor that a kernel is to write is a part of a larger one, between two guard bands.
+class GuardedTensor {
+ public:
+  GuardedTensor(Shape size, ScalarType type, Device device)
+      : numel_(bytes_of(size, type) / bytes_of(type)), band_(kGuard / bytes_of(type)),
+        is_bytes_(type == ScalarType::Byte), whole_(new_tensor(Shape{numel_ + 2 * band_}, Shape{1}, type, device)) {
+    fill_tensor_with_nan(whole_.get(), is_bytes_);
+  }
+  Handle tensor(Shape size, Shape stride) const { return part(size, stride, band_); }
+  bool is_intact() const { return is_nan(0) && is_nan(band_ + numel_); }
+
+ private:
+  Handle part(Shape size, Shape stride, int64_t first) const {
+    AtenTensorHandle t;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(whole_.get(), size.size(), size.data(), stride.data(), first, &t));
+    return Handle(t);
+  }
+  // Whether the band from element `first` on still holds what it was filled with. Waits for a GPU's kernels.
+  bool is_nan(int64_t first) const {
+    const Handle band = part(Shape{band_}, Shape{1}, first);
+    const Handle values =
+        new_tensor(Shape{band_}, Shape{1}, is_bytes_ ? ScalarType::Byte : ScalarType::Double, {cpu_device, 0});
+    torch::stable::Tensor to = shared(values.get());
+    torch::stable::copy_(to, shared(band.get()));
+    const void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(values.get(), &data));
+    if (is_bytes_) return pygpt::is_nan(data, band_);
+    const double* value = static_cast<const double*>(data);
+    return std::all_of(value, value + band_, [](double v) { return std::isnan(v); });
+  }
+
+  int64_t numel_, band_;
+  bool is_bytes_;
+  Handle whole_;
+};
+
 // ---------------------------------------------------------------- one call
 class DispatcherCall final : public Call {
  public:
@@ -103,7 +141,8 @@ class DispatcherCall final : public Call {
  private:
   View allocate(Shape size, Shape stride, ScalarType type) override {
     Handle& t = results_.at(count_);
-    t = new_tensor(size, stride, type, device());
+    if (poison) guarded_.emplace_back(size, type, device());
+    t = poison ? guarded_.back().tensor(size, stride) : new_tensor(size, stride, type, device());
     count_++;
     View v = view_of(t.get());
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(t.get(), &v.data));
@@ -117,6 +156,9 @@ class DispatcherCall final : public Call {
     torch::stable::copy_(to, shared(static_cast<AtenTensorHandle>(t.owner)));
     return argument(copies_.back().get());
   }
+  bool is_intact() const override {
+    return std::all_of(guarded_.begin(), guarded_.end(), [](const GuardedTensor& t) { return t.is_intact(); });
+  }
   void fill_with_nan(const View& t) override { fill_tensor_with_nan(static_cast<AtenTensorHandle>(t.owner), false); }
   void fill(const View& t, double value) override {
     torch::stable::fill_(shared(static_cast<AtenTensorHandle>(t.owner)), value);
@@ -125,6 +167,7 @@ class DispatcherCall final : public Call {
   std::array<Handle, 8> results_;  // those that take() has not released yet
   size_t count_ = 0;
   std::vector<Handle> copies_;
+  std::vector<GuardedTensor> guarded_;
 };
 
 // ---------------------------------------------------------------- arguments

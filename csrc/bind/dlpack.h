@@ -66,10 +66,12 @@ inline DLDataType dtype_of(ScalarType type) {
 constexpr bool is_integer(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Int; }
 
 // A new tensor in one block of memory: the struct, the sizes, the strides, and the elements, at a multiple of 64 bytes
-// like torch's own. A block of malloc costs less than torch's allocation (docs/measured.md G6).
+// like torch's own. A block of malloc costs less than torch's allocation (docs/measured.md G6). With PYGPT_POISON=1
+// the elements lie between guard bands.
 inline DLManaged* new_tensor(Shape size, Shape stride, ScalarType type) {
-  const size_t n = size.size(), bytes = bytes_of(size, type), header = sizeof(DLManaged) + 2 * n * sizeof(int64_t) + 64;
-  void* block = std::malloc(header + bytes);
+  const size_t n = size.size(), bytes = bytes_of(size, type), band = poison ? kGuard : 0;
+  const size_t header = sizeof(DLManaged) + 2 * n * sizeof(int64_t) + 64 + band;
+  void* block = std::malloc(header + bytes + band);
   if (!block) throw std::bad_alloc();
   auto* managed = new (block) DLManaged{{1, 0}, nullptr, [](DLManaged* m) { std::free(m); }, 0, {}};
   auto* sizes = reinterpret_cast<int64_t*>(managed + 1);
@@ -77,6 +79,7 @@ inline DLManaged* new_tensor(Shape size, Shape stride, ScalarType type) {
   char* data = static_cast<char*>(block) + header;
   data -= reinterpret_cast<uintptr_t>(data) % 64;
   request_huge_pages(data, bytes);
+  if (poison) guard(data - band, bytes);
   managed->tensor = {data, {kCpu, 0}, int32_t(n), dtype_of(type), sizes, sizes + n, 0};
   return managed;
 }

@@ -195,14 +195,14 @@ class FastCall final : public Call {
     if (managed == results_.end()) throw std::runtime_error("more results than any op has");
     *managed = new_tensor(size, stride, type);
     const DLTensor& t = (*managed)->tensor;
+    if (poison) guarded_.push_back({t.data, bytes_of(size, type)});
     return {t.data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *managed};
   }
   View temporary(Shape size, ScalarType type) override {
-    const size_t bytes = bytes_of(size, type);
-    void* memory = reserve((bytes + 63) / 64 * 64);
-    if (poison) pygpt::fill_with_nan(memory, bytes);
+    const size_t bytes = (bytes_of(size, type) + 63) / 64 * 64;
     View t;
-    t.data = memory;
+    t.data = poison ? guard(reserve(bytes + 2 * kGuard), bytes) : reserve(bytes);
+    if (poison) guarded_.push_back({t.data, bytes});
     return t;
   }
   View copy(const View& t, Shape stride) override {
@@ -215,6 +215,10 @@ class FastCall final : public Call {
     return view;
   }
   void fill_with_nan(const View& t) override { pygpt::fill_with_nan(t.data, t.numel() * bytes_of(t.type)); }
+  bool is_intact() const override {
+    const auto intact = [](const auto& memory) { return pygpt::is_intact(memory.first, memory.second); };
+    return std::all_of(guarded_.begin(), guarded_.end(), intact);
+  }
   void compute(void (*kernel)(const void*), const void* args) override {
     struct ReleaseGil {
       PyThreadState* state = PyEval_SaveThread();
@@ -236,6 +240,7 @@ class FastCall final : public Call {
   alignas(64) std::array<char, 1024> local_;  // temporary memory that is too large for it comes from the heap
   size_t local_used_ = 0;
   std::vector<std::unique_ptr<void, void (*)(void*)>> heap_;
+  std::vector<std::pair<void*, size_t>> guarded_;  // with PYGPT_POISON=1 what a kernel may write
   std::vector<PyObject*> copies_;
 };
 

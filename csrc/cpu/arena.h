@@ -6,6 +6,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 
@@ -38,10 +39,14 @@ class Arena {
   Arena() = default;
   Arena(const Arena&) = delete;
   ~Arena() {
-    for (Buffer& buffer : buffers_) std::free(buffer.data);
+    for (int i = 0; i < int(Region::count); i++) {
+      if (poison) check(i);
+      std::free(buffers_[i].data);
+    }
   }
   void* get(Region region, size_t bytes) {
     Buffer& buffer = buffers_[int(region)];
+    if (poison) return get_guarded(int(region), bytes);
     if (bytes > buffer.bytes) {
       std::free(buffer.data);
       buffer = {};
@@ -49,7 +54,6 @@ class Arena {
       if (!buffer.data) throw std::bad_alloc();
       buffer.bytes = bytes;
     }
-    if (poison) fill_with_nan(buffer.data, buffer.bytes);
     return buffer.data;
   }
 
@@ -58,6 +62,21 @@ class Arena {
     void* data = nullptr;
     size_t bytes = 0;
   };
+  // A region in new memory between guard bands. Those of the request before are checked.
+  void* get_guarded(int region, size_t bytes) {
+    check(region);
+    Buffer& buffer = buffers_[region];
+    std::free(buffer.data);
+    buffer = {std::aligned_alloc(64, bytes + 2 * kGuard), bytes};
+    if (!buffer.data) throw std::bad_alloc();
+    return guard(buffer.data, bytes);
+  }
+  void check(int region) const {
+    const Buffer& buffer = buffers_[region];
+    if (!buffer.data || is_intact(static_cast<char*>(buffer.data) + kGuard, buffer.bytes)) return;
+    std::fprintf(stderr, "pygpt: PYGPT_POISON: a CPU kernel wrote outside of its scratch region %d\n", region);
+    std::abort();
+  }
   Buffer buffers_[int(Region::count)];
 };
 

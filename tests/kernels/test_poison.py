@@ -1,4 +1,7 @@
-"""PYGPT_POISON=1: what a kernel is given to write, and its temporary memory, is NaN before it runs."""
+"""PYGPT_POISON=1: what a kernel is given to write, and its temporary memory, is NaN before it runs.
+
+It lies between guard bands, which are NaN before and after the kernel.
+"""
 
 import os
 import subprocess
@@ -45,6 +48,67 @@ def test_what_no_kernel_writes_is_nan(name, dtype, poison, run_python):
     source = NOTHING_RUNS.format(prepare=PREPARE[name], dtype=dtype)
     done = run_python(source, PYGPT_POISON=poison, PYTHONPATH=str(ROOT))
     assert done.stdout.split() == [str(poison == "1")], done.stdout + done.stderr
+
+
+RUNS = """
+import sys; sys.path.insert(0, "tests")
+import cases, torch
+from pygpt import verify
+{prepare}
+generator, finite = torch.Generator().manual_seed(0), 0
+larger = {{
+    "attention": {{"B": 1, "H": 2, "L": 40, "S": 70, "E": 33, "Ev": 20}}, "linear": {{"M": (40,), "K": 70, "N": 90}},
+    "layer_norm": {{"M": (3,), "N": 300}}, "linear_cross_entropy": {{"N": 33, "K": 40, "V": 90}},
+}}
+for op, dims in (*cases.variants(cases.TINY), *(larger.items() if {larger} else ())):
+    args, grads = verify.draw(op, dims, torch.{dtype}, generator)
+    for name, call in cases.kernel_calls(op, args, grads, kernels):
+        finite += sum(result.isfinite().sum().item() for result in verify.as_tuple(getattr(kernels, name)(*call)))
+print("ran", finite > 100)
+"""
+FRONTS = {
+    "fastcall": "from pygpt.dispatch import named; kernels = named('cpp').kernels",
+    "dispatcher": "import pygpt; kernels = torch.ops.pygpt",
+    "cuda": "from tests.emulator import build; build.load(); kernels = torch.ops.pygpt_emulator",
+    "triton": "from pygpt import triton_kernels as kernels",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("front", FRONTS)
+def test_no_kernel_writes_to_a_guard_band(front, dtype, run_python):
+    """The faults that have to be noticed here are in tests/mutants."""
+    if front in PREPARE and torch.cuda.is_available():
+        pytest.skip("the emulator and the interpreter take CPU tensors")
+    interpret = {"TRITON_INTERPRET": "1"} if front == "triton" else {}
+    source = RUNS.format(prepare=FRONTS[front], dtype=dtype, larger=front not in PREPARE)
+    done = run_python(source, PYGPT_POISON="1", PYTHONPATH=str(ROOT), **interpret)
+    assert done.stdout.split() == ["ran", "True"], done.stdout + done.stderr
+
+
+PAST_THE_END = """
+import sys
+import torch, triton, triton.language as tl
+from pygpt.triton_kernels import common
+
+@triton.jit
+def store(out, first, BLOCK: tl.constexpr):
+    tl.store(out + first + tl.arange(0, BLOCK), 1.0)
+
+configs = common.Configs("test", (common.Config({"BLOCK": 8}, 1),))
+for first in (0, int(sys.argv[1])):
+    common.launch(store, lambda c: 1, common.empty(torch.ones(1), 8), first, configs=configs)
+"""
+
+
+@pytest.mark.parametrize("first", [-1, 1])
+def test_a_triton_kernel_past_an_end(first, tmp_path):
+    script = tmp_path / "store.py"
+    script.write_text(PAST_THE_END)
+    environment = {**os.environ, "PYGPT_POISON": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(first)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "RuntimeError: pygpt: PYGPT_POISON: store wrote outside of a result" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("capability", [None, pytest.param("baseline", marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """Faults in the CPU kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, PARITY, Mutant
+from .mutant import MEMORY, PARITY, POISON, Mutant
 
 CPU = [
     Mutant(
@@ -16,6 +16,23 @@ CPU = [
         r"f\(load\(in \+ i, last - i\)\.\.\.\), last - i\)",
         r"f(load(in + i)...), last - i)",
         (MEMORY, "past_the_end", "cpp", "relu"),
+    ),
+    *(
+        Mutant(
+            f"cpu: an activation's tail is written into a guard band, {front}",
+            "csrc/cpu/activation.cpp",
+            r"f\(load\(in \+ i, last - i\)\.\.\.\), last - i\)",
+            r"f(load(in + i, last - i)...), w)",
+            (POISON, "guard_band", front, "float32"),
+        )
+        for front in ("fastcall", "dispatcher")
+    ),
+    Mutant(
+        "cpu: a packed operand needs more scratch memory than is asked for",
+        "csrc/cpu/gemm/gemm.h",
+        r"(Region::packed_b, panels \* NR \* packs)(\);\n    auto pack)",
+        r"\1 / 2\2",
+        (POISON, "guard_band", "fastcall", "float32"),
     ),
     Mutant(
         "cpu: gate and value are swapped",

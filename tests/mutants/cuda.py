@@ -1,6 +1,6 @@
 """Faults in the CUDA kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import KERNELS, MEMORY, PARITY, Mutant
+from .mutant import KERNELS, MEMORY, PARITY, POISON, Mutant
 
 CUDA = [
     # ---- offsets of 32 bits
@@ -117,6 +117,13 @@ CUDA = [
         r"start \+ kTile<T> < n \? start \+ kTile<T> : n;",
         r"start + kTile<T> < n ? start + kTile<T> : n + 1;",
         (MEMORY, "past_the_end", "cuda", "relu"),
+    ),
+    Mutant(
+        "cuda: an activation's tail is written into a guard band",
+        "csrc/cuda/activation.cu",
+        r"start \+ kTile<T> < n \? start \+ kTile<T> : n;",
+        r"start + kTile<T> < n ? start + kTile<T> : n + 1;",
+        (POISON, "guard_band", "cuda", "float32"),
     ),
     Mutant(
         "cuda: a GEMM reads a row past the end of W",

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-MEMORY, KERNELS, TRITON_TESTS = (f"tests/kernels/test_{name}.py" for name in ("memory", "kernels", "triton"))
+MEMORY, POISON, KERNELS, TRITON_TESTS = (
+    f"tests/kernels/test_{name}.py" for name in ("memory", "poison", "kernels", "triton")
+)
 PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
 OPTIONS, DROPOUT, EDGES = (f"tests/ops/test_attention_{name}.py" for name in ("options", "dropout", "edges"))
 QKV, VARLEN = "tests/ops/test_qkv_attention.py", "tests/ops/test_varlen_attn.py"

@@ -1,6 +1,6 @@
 """Faults in the Triton kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, PARITY, TRITON_TESTS, Mutant
+from .mutant import MEMORY, PARITY, POISON, TRITON_TESTS, Mutant
 
 TRITON = [
     Mutant(
@@ -9,6 +9,13 @@ TRITON = [
         r"(tl\.store\(y \+ offset, to_storage\(out, y\.dtype\.element_ty\), offset) < n\)",
         r"\1 < n + 1)",
         (MEMORY, "past_the_end", "triton", "relu"),
+    ),
+    Mutant(
+        "triton: an activation's tail is written into a guard band",
+        "triton_kernels/activation.py",
+        r"(tl\.store\(y \+ offset, to_storage\(out, y\.dtype\.element_ty\), offset) < n\)",
+        r"\1 < n + 1)",
+        (POISON, "guard_band", "triton", "float32"),
     ),
     Mutant(
         "triton: a norm's row at an offset of 32 bits",
