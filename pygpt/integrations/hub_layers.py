@@ -1,0 +1,71 @@
+"""The layers of pygpt's kernel for Hugging Face's `kernels`: each is a forward for the layer whose place it takes.
+
+`kernelize` puts the forward of a layer here in the place of a module's own, which keeps its weights and attributes. So
+a layer has no state, and its forward has the parameters of the one that it replaces.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from .kinds import PlainLayerNorm, PlainLinear, epsilons
+
+
+class Linear(nn.Module):
+    """Takes the place of torch.nn.Linear and of what has its attributes."""
+
+    can_torch_compile = True
+    forward = PlainLinear.forward
+
+
+class LayerNorm(nn.Module):
+    """Takes the place of torch.nn.LayerNorm and of what has its attributes."""
+
+    can_torch_compile = True
+    forward = PlainLayerNorm.forward
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in x's dtype, times the weight, as in Llama. eps is variance_epsilon, eps, epsilon or
+    norm_eps."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return _rms_norm(self, hidden_states, 0.0)
+
+
+class RMSNormZeroCentered(nn.Module):
+    """The same, times 1 + weight, as in Gemma and Qwen3-Next."""
+
+    can_torch_compile = True
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return _rms_norm(self, x, 1.0)
+
+
+class GELU(nn.Module):
+    """The exact GELU, with the error function."""
+
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu(input)
+
+
+class GELUTanh(nn.Module):
+    """The tanh approximation of GELU, gelu_new in transformers."""
+
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu(input, "tanh")
+
+
+def _rms_norm(module: Any, x: Tensor, offset: float) -> Tensor:
+    weight, ((_, eps), *_) = module.weight, epsilons(module)
+    if x.dtype == weight.dtype:
+        return functional.rms_norm(x, weight.shape, weight, eps, weight_offset=offset)
+    normalized = functional.rms_norm(x, weight.shape, None, eps)  # torch's promotion decides the result's dtype
+    return (offset + weight) * normalized
