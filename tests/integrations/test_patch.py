@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 import pygpt
-from bench import lookalikes
+from bench.families import lookalikes
 from pygpt.dispatch import OPS
 from pygpt.integrations import kinds
 from pygpt.integrations.transposed import FEW_ROWS

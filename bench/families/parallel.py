@@ -1,0 +1,114 @@
+"""Data parallel training of one family in two processes (gloo), with pygpt's kernels and without.
+
+Both models take turns, a step at a time, each with its own AdamW. A step's memory is its peak beyond what was resident
+before it, in one of the processes. The losses of the last step say whether both learn the same.
+"""
+
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..timing.memory import peak_bytes
+from .models import FAMILIES, Size, batch_of, copied, served
+
+PROCESSES = 2
+
+
+class Run(NamedTuple):
+    """Of PyTorch and of ours."""
+
+    seconds: tuple[float, float]  # the median of a step
+    bytes: tuple[int, int]
+    losses: tuple[float, float]  # of the last step
+
+
+def _shard(model: nn.Module) -> nn.Module:
+    """FSDP2: each layer by itself, then what remains."""
+    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for layer in layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": DistributedDataParallel, "FSDP2": _shard}
+
+
+def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, results: multiprocessing.Queue) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    torch.manual_seed(0)
+    model = FAMILIES[name].build(size)
+    batch = batch_of(name, size, torch.Generator().manual_seed(rank))
+    sides = []
+    for side in (copied(name, size, model), served(name, size, model, loss=FAMILIES[name].loss_head)):
+        side = WRAPPERS[how](side)
+        sides.append((side, torch.optim.AdamW(side.parameters(), lr=1e-3, fused=True)))
+    times: tuple[list[float], list[float]] = ([], [])
+    losses = [0.0, 0.0]
+
+    def step(i: int) -> None:
+        side, optimizer = sides[i]
+        loss = side(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[i] = loss.item()
+
+    for _ in range(steps):
+        for i, kept in enumerate(times):
+            dist.barrier()
+            start = time.perf_counter()
+            step(i)
+            kept.append(time.perf_counter() - start)
+    peaks = [peak_bytes(lambda: step(i)) or 0 for i in range(2)]  # noqa: B023
+    if rank == 0:
+        medians = (statistics.median(kept[2:]) for kept in times)
+        results.put(Run(tuple(medians), tuple(peaks), tuple(losses)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(how: str, name: str, size: Size, steps: int) -> Run:
+    """Trains in processes of their own; RuntimeError if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    arguments = (port, how, name, size, steps, results)
+    processes = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"bench.families: {how} of {name} failed in a process")
+    return results.get()
+
+
+def lines(name: str, size: Size, steps: int) -> Iterator[str]:
+    heads = (
+        f"{name}, {PROCESSES} processes",
+        "step, PyTorch / ours",
+        "memory, PyTorch",
+        "ours",
+        "loss, PyTorch",
+        "ours",
+    )
+    yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
+    for how in WRAPPERS:
+        r = run(how, name, size, steps)
+        memory = " | ".join(f"{b / 2**20:.0f} MiB" for b in r.bytes)
+        losses = " | ".join(f"{loss:.5f}" for loss in r.losses)
+        yield f"| {how} | {r.seconds[0] / r.seconds[1]:.2f} | {memory} | {losses} |"
