@@ -97,3 +97,24 @@ def check_modules(name, dtype, training, stride):
             outs, found = results(module, sample.forward_input, dtype)
         assert [(t.shape, t.dtype, t.stride()) for t in outs] == [(t.shape, t.dtype, t.stride()) for t in want]
         assert_near(found, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("name", NAMES)
+def test_backendbench(name, dtype, counts):
+    """meta-pytorch's judge of kernels, where it is installed, on all of PyTorch's samples."""
+    judge = pytest.importorskip("BackendBench.eval", reason="BackendBench is not installed", exc_type=ImportError)
+    from BackendBench.suite.opinfo import OpInfoOpTest
+
+    info = test_opinfo.OPS[name]
+    samples = [s for s in info.sample_inputs("cpu", dtype) if not s.kwargs.get("dropout_p")]
+
+    def enabled(*args, **kwargs):
+        with pygpt.enable(name):
+            return info.op(*args, **kwargs)
+
+    right, verdicts = judge.eval_correctness(
+        info.op, enabled, OpInfoOpTest(info.op, samples, range(len(samples))).correctness_tests
+    )
+    assert right == 1.0, [verdict for verdict in verdicts if not verdict.is_correct]
+    assert counts.served[name] > 3
