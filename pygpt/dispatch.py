@@ -232,8 +232,8 @@ class Choice:
     error: Exception | None = None
 
     def __str__(self) -> str:
-        unless = ", if PyTorch takes the call, which no kernel takes" if self.error and self.backend else ""
-        lines = [f"{self.op}: {self.backend or 'no backend'}{unless}"]
+        refused = " (no kernel takes this call; PyTorch may refuse it, too)" if self.error and self.backend else ""
+        lines = [f"{self.op}: {self.backend or 'no backend'}{refused}"]
         return "\n".join(lines + [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()])
 
 

@@ -68,9 +68,10 @@ def run(args: argparse.Namespace) -> None:
     facts["chosen_backend"] = facts["chosen_backend"] or "none: each call goes to the first that serves it"
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):16}{value}")
-    print("\n" + "op".ljust(16) + "".join(name.ljust(8) for name in TABLE))
+    width = max(map(len, ops)) + 2
+    print("\n" + "op".ljust(width) + "".join(name.ljust(8) for name in TABLE))
     for op, answers in ops.items():
-        print(op.ljust(16) + "".join(("-" if reason else "yes").ljust(8) for reason in answers.values()))
+        print(op.ljust(width) + "".join(("-" if reason else "yes").ljust(8) for reason in answers.values()))
     reasons = {f"{name}: {reason}" for answers in ops.values() for name, reason in answers.items() if reason}
     for reason in sorted(reasons):
         print(f"- {reason}")

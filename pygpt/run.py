@@ -18,9 +18,10 @@ from .integrations import aten
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", metavar="SCRIPT", help="a Python file")
-    parser.add_argument(
+    arguments = parser.add_argument(
         "arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="what the script gets as sys.argv[1:]"
     )
+    arguments.required = False  # argparse would name it beside a missing SCRIPT
 
 
 def run(args: argparse.Namespace) -> int:

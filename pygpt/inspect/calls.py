@@ -101,6 +101,8 @@ class Report:
             )
             lines.append(self._line(Row("", f"{len(hidden)} more rows", "", calls, flops, seconds), scale))
         text = [f"{self.model}: a training step of {self.seconds * 1e3:.4g} ms, {share}", "", table(columns, lines)]
+        if any(row.phase == "forward" and row.op == "linear_bwd" for row in self.rows):
+            text += ["", "linear_bwd in forward multiplies by a transposed weight, such as that of GPT-2's Conv1D."]
         if reasons := self.reasons():
             text += ["", "Left to PyTorch:"]
             for reason, row in list(reasons.items())[: SHOWN // 2]:
@@ -185,7 +187,8 @@ def _why(public: Callable, args: tuple, kwargs: dict) -> str:
         return str(e)
     if choice.backend not in (None, "torch"):
         name = f"pygpt.functional.{public.__name__}"
-        return f"the model calls PyTorch's own function; {choice.backend} serves {name}"
+        how = " (pygpt.patch(model, loss=True))" if public is functional.cross_entropy else ""
+        return f"the model calls PyTorch's own function; {choice.backend} serves {name}{how}"
     return objections(choice)
 
 

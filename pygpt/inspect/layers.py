@@ -109,7 +109,9 @@ class Audit:
     def verdict(self) -> str:
         first = self.first
         if first is None:
-            return f"{self.model}: all {len(self.layers)} outputs and gradients are as exact as PyTorch's"
+            unserved = all(layer.ours == layer.torch for layer in self.layers)
+            hint = ", with the same errors, so that probably no kernel of pygpt ran (pygpt.report tells)" * unserved
+            return f"{self.model}: all {len(self.layers)} outputs and gradients are as exact as PyTorch's{hint}"
         owner = first.name if first.what != GRADIENT else first.name.rpartition(".")[0]
         where = f"{first.name or 'the model'} ({self.classes.get(owner, self.model)})"
         return (

@@ -319,7 +319,7 @@ def doctor() -> Diagnosis:
         "pygpt": facts["pygpt"],
         "torch": torch_build(),
         "Python": f"{facts['python']} on {platform.platform()}",
-        "CPU": f"{facts['machine']}, {facts['cpu_capability'] or 'no kernels'}; {facts['threads']} threads",
+        "CPU": f"{facts['machine']}, {facts['cpu_capability'] or 'no kernels'}; threads: {facts['threads']}",
         "OpenMP": facts["openmp"],
         "GPUs": ", ".join(gpus()) or "none that torch can use",
         "Triton": facts["triton"] or "not installed",

@@ -369,7 +369,8 @@ def enable(*ops: str) -> Enabled:
     Calls nest: each `disable` ends the latest one. ``with pygpt.enable("linear", "gelu"): ...`` is on inside, and
     restores what was on before. A graph recorded while on stays right. Switching resets torch.compile.
 
-    An unknown name raises ValueError, a torch without the needed functions RuntimeError, and neither changes anything.
+    An unknown name raises ValueError, what is no name TypeError, a torch without the needed functions RuntimeError, and
+    none of them changes anything.
     """
     names = _known("enable", ops)
     call = Enabled(names)
@@ -386,6 +387,9 @@ def disable(*ops: str) -> None:
 
 
 def _known(function: str, ops: tuple[str, ...]) -> tuple[str, ...]:
+    if others := [op for op in ops if not isinstance(op, str)]:
+        got, example = type(others[0]).__name__, f'pygpt.{function}("linear", "gelu")'
+        raise TypeError(f"pygpt.{function}: takes names, as in {example}, got {got}; it acts on all models")
     if unknown := [op for op in ops if op not in NAMES]:
         raise ValueError(f"pygpt.{function}: unknown op {unknown[0]!r}; known: {', '.join(NAMES)}")
     if is_dynamo_compiling():

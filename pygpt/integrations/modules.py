@@ -5,6 +5,7 @@ Its parameters, buffers, hooks and attributes stay as they are, and so do state 
 isinstance. `unpatch` puts the class back.
 """
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +30,13 @@ class Report:
         return heads.SERVES in self.served.values()
 
     def __str__(self) -> str:
-        lines = [f"pygpt serves {len(self.served)} modules, {len(self.left)} are left alone"]
+        served, left = len(self.served), len(self.left)
+        lines = [f"pygpt serves {served} module{'s' * (served != 1)}, {left} {'is' if left == 1 else 'are'} left alone"]
         lines += [f"  {op}: {names}" for op, names in _grouped(self.served)]
         lines += [f"  not {names}: {reason}" for reason, names in _grouped(self.left)]
         if self.loss:
             lines.append("  the output's logits are None while labels are given")
-        return "\n".join(lines)
+        return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
 
 
 def _grouped(of_names: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -132,4 +134,6 @@ def _why_left(module: nn.Module) -> str:
         return ""
     if "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"pygpt.enable() serves what {type(module).__name__} calls"
     return f"{type(module).__name__} is not recognised"
