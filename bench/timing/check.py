@@ -80,7 +80,7 @@ def compare(x: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> Errors:
 
 def _squares(t: torch.Tensor) -> torch.Tensor:
     """Sums of squares over blocks of rows (of all heads together), in float64."""
-    t = t.movedim(-2, 0).flatten(1) if t.dim() > 1 else t[None]
+    t = t.movedim(-2, 0).flatten(1) if t.dim() > 1 else t.reshape(1, -1)
     blocks = min(BLOCKS, max(1, len(t) // ROWS))
     return torch.stack([block.sum() for block in t.square().sum(1, dtype=torch.float64).chunk(blocks)])
 

@@ -333,3 +333,11 @@ def test_absent_peers_say_why(monkeypatch):
     assert set(peers.chosen(["default", "compile"], "cpu")[0]) == set(peers.chosen(None, "cpu")[0]) | {"compile"}
     assert peers.chosen([], "cpu") == ({}, {})
     assert "compile" in peers.chosen(list(peers.PEERS), "cpu")[0]
+
+
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+@pytest.mark.parametrize("case", shapes.tiny(shapes.first_of_each_op(ops.CPU)), ids=str)
+def test_our_results_pass_the_check(case, direction):
+    """Those of every op, so that no row fails in a run of hours."""
+    work = case.setup(torch.randn, *case.args)
+    check.Reference(work, direction).judge(candidates.on_backend("cpp", work.ours), work.tensors, ours=True)
