@@ -1,11 +1,12 @@
-"""Draws the README's chart and writes two tables of docs/performance.md, from the runs saved in bench/results/.
+"""Draws the README's chart and writes three tables of docs/performance.md, from the runs saved in bench/results/.
 
     python docs/chart.py
 
 A figure is PyTorch eager's time over ours, forward and backward together, at the first shape of an op. The chart shows
 the longest run of the newest day. Its axis is logarithmic and starts at 1, where both take equally long. The table has
 a line for each machine, instruction set and dtype, taken from the newest run that got at least 90 % of its cores. The
-other table has every row whose newest measurement is slower than PyTorch eager's, by more than the two spread.
+second table has the newest measurements of attention's options and of a training step's other ops. The third one has
+every row whose newest measurement is slower than PyTorch eager's, by more than the two spread.
 """
 
 import json
@@ -22,8 +23,11 @@ from bench.timing.results import RESULTS, recency
 COLOURS = {"float32": "#30638e", "bfloat16": "#d1495b"}
 LEFT, TOP, ROW, BAR, RIGHT, WIDTH = 300, 62, 34, 13, 60, 720  # pixels
 OPS = "attention", "linear", "mlp", "layer_norm", "add_layer_norm", "rms_norm", "gelu", "relu", "gpt"
-BEGIN, END = "<!-- machines: written by docs/chart.py -->", "<!-- end of machines -->"
-BEGIN_SLOWER, END_SLOWER = "<!-- slower: written by docs/chart.py -->", "<!-- end of slower -->"
+FURTHER_OPS = (
+    "attention_mask", "attention_window", "attention_gqa", "varlen_attn", "qkv_attention", "rope",
+    "dropout_add_layer_norm", "dropout_add_rms_norm", "cross_entropy", "linear_cross_entropy",
+)  # fmt: skip
+DIRECTIONS = "forward", "backward"
 
 
 def saved_runs() -> list[dict]:
@@ -80,27 +84,57 @@ def table(runs: list[dict]) -> str:
     return "\n".join([head, "|---" * (3 + len(OPS)) + "|", *sorted(cells)])
 
 
+def newest_rows(runs: list[dict]) -> dict[tuple, results.Result]:
+    """(machine, instruction set, row) -> its newest measurement of ours beside PyTorch eager's."""
+    return {
+        (about["cpu"].replace("(R)", ""), about["isa_ours"], str(row)): row
+        for run in runs
+        for about in (run["pygpt"]["machine"],)
+        for row in results.results(run)
+        if {"cpp", "eager"} <= row.entries.keys()
+    }
+
+
+def ratio(row: results.Result) -> str:
+    """PyTorch's time over ours, in three digits."""
+    value = row.ratio(row.entries["cpp"])
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def further(runs: list[dict]) -> str:
+    """A line for each machine, instruction set, op, shape and dtype."""
+    lines: dict[tuple, dict[str, str]] = {}
+    for (cpu, isa, _), row in newest_rows(runs).items():
+        if row.op in FURTHER_OPS:
+            key = FURTHER_OPS.index(row.op), cpu, isa, row.shape, row.dtype
+            lines.setdefault(key, {})[row.direction] = ratio(row)
+    head = "| op | shape | dtype | machine | instruction set | forward | backward |"
+    cells = [
+        f"| {' | '.join([FURTHER_OPS[op], shape, dtype, cpu, isa, *(found.get(d, '') for d in DIRECTIONS)])} |"
+        for (op, cpu, isa, shape, dtype), found in sorted(lines.items())
+    ]
+    return "\n".join([head, "|---" * 7 + "|", *cells])
+
+
 def slower(runs: list[dict]) -> str:
     """A line for each machine, instruction set and row."""
-    ours = {}
-    for run in runs:
-        about = run["pygpt"]["machine"]
-        for row in results.results(run):
-            if {"cpp", "eager"} <= row.entries.keys():
-                ours[about["cpu"].replace("(R)", ""), about["isa_ours"], str(row)] = row
     lines = [
-        f"| {' | '.join([cpu, isa, row.op, row.shape, row.dtype, row.direction, f'{row.ratio(cpp):.2f}'])} |"
-        for (cpu, isa, _), row in sorted(ours.items())
-        if results.compared(cpp := row.entries["cpp"], row.entries["eager"]) == "slower"
+        f"| {' | '.join([cpu, isa, row.op, row.shape, row.dtype, row.direction, ratio(row)])} |"
+        for (cpu, isa, _), row in sorted(newest_rows(runs).items())
+        if results.compared(row.entries["cpp"], row.entries["eager"]) == "slower"
     ]
     head = "| machine | instruction set | op | shape | dtype | direction | ratio |"
     return "\n".join([head, "|---" * 7 + "|", *lines])
 
 
+TABLES = {"machines": table, "further": further, "slower": slower}
+
+
 def with_tables(page: str, runs: list[dict]) -> str:
-    for begin, end, text in ((BEGIN, END, table(runs)), (BEGIN_SLOWER, END_SLOWER, slower(runs))):
+    for name, write in TABLES.items():
+        begin, end = f"<!-- {name}: written by docs/chart.py -->", f"<!-- end of {name} -->"
         before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+        page = f"{before}{begin}\n{write(runs)}\n{end}{rest.partition(end)[2]}"
     return page
 
 
