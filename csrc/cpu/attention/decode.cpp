@@ -125,7 +125,7 @@ void forward(const AttentionArgs& a) {
             if (effect == MaskEffect::hides_all) continue;
             T* row = states + (g * L + i) * ldr;
             dots(q + (g * L + i) * ld, K.at(j, 0), n, E, p);
-            if constexpr (general) x.adjust(effect, i, 1, j, n, p, 0, nullptr, 0);
+            if constexpr (general) x.adjust(effect, {p, 0, i, 1, j, n}, nullptr, 0);
             std::fill(p + n, p + round_up(n, W<T>), -kInf<T>);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             T &m = row[ldv], &l = row[ldv + 1];
@@ -201,7 +201,7 @@ void backward(const AttentionArgs& a) {
             if (effect == MaskEffect::hides_all) n = 0;
             dots(q + r * ld, K.at(j, 0), n, E, pi);
             dots(dout + r * ldv, V.at(j, 0), n, Ev, dsi);
-            if constexpr (general) x.adjust(effect, i, 1, j, n, pi, 0, tanhs, 0);
+            if constexpr (general) x.adjust(effect, {pi, 0, i, 1, j, n}, tanhs, 0);
             const T* kept = dropout_row<general>(x, i, j, n, factors);
             const bool one_key = has_one_key(x, i);
             Vec<T> with_distance = {};

@@ -79,7 +79,7 @@ void forward_block(const QueryHead<S>& x, int64_t i0, const Packed<S>* k, const 
           const T* kept = factors ? factors + r * BC + seen.begin : nullptr;
           T* row_scores = s + r * kScoreStride + seen.begin;
           if (general && vectors)
-            x.adjust(effect, i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>, row_scores, 0, nullptr, 0);
+            x.adjust(effect, {row_scores, 0, i0 + first * MR + r, 1, j0 + seen.begin, vectors * W<T>}, nullptr, 0);
           rescale[r] = vectors ? softmax_row<general, U>(scale, row_scores, vectors, row.m, row.l, kept) : T(1);
         }
       }

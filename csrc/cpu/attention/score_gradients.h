@@ -51,7 +51,7 @@ PYGPT_INLINE void gradient_tile(const QueryHead<S>& x, const TileOperands<U, T>&
   Tile<U> s, dp, tanhs;
   T factors[general ? MR * NR : 1];
   score_tile<general>(x, of.q, of.k, of.e_packs, row0, j, s.data(), NR);
-  if constexpr (general) x.adjust(of.effect, row0, MR, j, NR, s.data(), NR, tanhs.data(), NR);
+  if constexpr (general) x.adjust(of.effect, {s.data(), NR, row0, MR, j, NR}, tanhs.data(), NR);
   dot_products(of.v_packs, of.dout, of.v, dp.data(), NR);
   if (general && o.seed) x.dropout(row0, MR, j, NR, factors, NR);
   if (x.at_edge(row0, MR, j, NR))

@@ -31,6 +31,13 @@ Matrix<S> head(const Heads& t, int64_t b, int64_t h, int64_t first_row) {
           t.stride[3]};
 }
 
+// The scores of `rows` queries from row0 on against the keys first .. first + n - 1, in rows that are ld apart.
+template <class T>
+struct ScoreBlock {
+  T* data;
+  int64_t ld, row0, rows, first, n;
+};
+
 // ---------------------------------------------------------------- one head
 // A query head of a sequence: where its tensors lie, which keys a query sees, and what happens to its scores.
 template <class S>
@@ -71,14 +78,14 @@ struct QueryHead {
     return effect_of<T>(row0, rows, first, keys);
   }
 
-  // Finishes the scaled scores of `rows` queries from row0 on against the keys first .. first + n - 1, in p (rows ldp
-  // apart): softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to whole vectors.
-  // `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs` (rows ldt
-  // apart) becomes tanh(s / softcap), if it is not null.
-  PYGPT_INLINE void adjust(MaskEffect effect, int64_t row0, int64_t rows, int64_t first, int64_t n, T* p, int64_t ldp,
-                           T* tanhs, int64_t ldt) const {
+  // Finishes scaled scores: softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to whole
+  // vectors. `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs`
+  // (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  PYGPT_INLINE void adjust(MaskEffect effect, const ScoreBlock<T>& scores, T* tanhs, int64_t ldt) const {
     const Scores& o = a.scores;
-    rows = std::min(rows, sequence.q_len - row0);
+    T* const p = scores.data;
+    const int64_t ldp = scores.ld, row0 = scores.row0, first = scores.first, n = scores.n;
+    const int64_t rows = std::min(scores.rows, sequence.q_len - row0);
     const auto each_vector = [&](const auto& f) {
       for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < n; c += W<T>) store(p + r * ldp + c, f(r, c, load(p + r * ldp + c)));
