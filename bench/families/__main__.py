@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 
+from pygpt.files import atomic
+
 from . import __doc__ as description
 from . import parallel, speed, ways
 from .models import FAMILIES, Size
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TABLES = "speed", "ways", "parallel"
 PARALLEL = "Llama"  # the family that two processes train
 
 
@@ -28,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench.families", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", default="speed,ways,parallel", help="default: %(default)s")
+    parser.add_argument("--tables", default=",".join(TABLES), help="default: %(default)s")
     parser.add_argument("--families", help=f"comma-separated, of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each ratio of times; 0 measures no speed")
     parser.add_argument("--steps", type=int, default=20, help="of each model in two processes")
@@ -38,22 +41,28 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of each sequence")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     args = parser.parse_args()
+    names, wanted = (args.families or ",".join(FAMILIES)).split(","), args.tables.split(",")
+    for name, known in (*((name, FAMILIES) for name in names), *((name, TABLES) for name in wanted)):
+        if name not in known:
+            parser.error(f"unknown name {name!r}; known: {', '.join(known)}")
+    if args.write:
+        for name in wanted:
+            with_table(PAGE.read_text(encoding="utf-8"), name, "")  # an error comes before anything runs
     torch.set_num_threads(args.threads)
     size = Size(args.width, args.layers, 8192, args.length)
-    names = args.families.split(",") if args.families else list(FAMILIES)
     tables: dict[str, Callable[[], Iterator[str]]] = {
         "speed": lambda: speed.lines(names, size, args.seconds),
         "ways": lambda: ways.lines(names, Size()),
         "parallel": lambda: parallel.lines(PARALLEL, size, args.steps),
     }
-    for name in args.tables.split(","):
+    for name in wanted:
         lines = []
         for line in tables[name]():
             print(line, flush=True)
             lines.append(line)
         if args.write:
-            page = PAGE.read_text(encoding="utf-8")
-            PAGE.write_text(with_table(page, name, "\n".join(lines)), encoding="utf-8")
+            with atomic(PAGE) as path:
+                path.write_text(with_table(PAGE.read_text(encoding="utf-8"), name, "\n".join(lines)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from ..timing.memory import peak_bytes
 from .models import FAMILIES, Size, batch_of, copied, served
 
 PROCESSES = 2
+WARM_UP = 2  # steps that are not counted
+DEADLINE = 900.0  # seconds
 
 
 class Run(NamedTuple):
@@ -65,7 +67,7 @@ def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, re
         optimizer.zero_grad()
         losses[i] = loss.item()
 
-    for _ in range(steps):
+    for _ in range(WARM_UP + steps):
         for i, kept in enumerate(times):
             dist.barrier()
             start = time.perf_counter()
@@ -73,24 +75,30 @@ def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, re
             kept.append(time.perf_counter() - start)
     peaks = [peak_bytes(lambda: step(i)) or 0 for i in range(2)]  # noqa: B023
     if rank == 0:
-        medians = (statistics.median(kept[2:]) for kept in times)
+        medians = (statistics.median(kept[WARM_UP:]) for kept in times)
         results.put(Run(tuple(medians), tuple(peaks), tuple(losses)))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def run(how: str, name: str, size: Size, steps: int) -> Run:
-    """Trains in processes of their own; RuntimeError if one of them fails."""
+    """Trains in processes of their own; RuntimeError if one of them fails or does not end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     arguments = (port, how, name, size, steps, results)
-    processes = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(PROCESSES)]
+    processes = [context.Process(target=_train, args=(rank, *arguments), daemon=True) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + DEADLINE
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+            break  # what one of them waits for does not come
+        time.sleep(0.1)
     for process in processes:
+        process.kill()
         process.join()
     if any(process.exitcode for process in processes):
         raise RuntimeError(f"bench.families: {how} of {name} failed in a process")

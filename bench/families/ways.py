@@ -41,8 +41,8 @@ def add_adapters(model: nn.Module) -> None:
     linear = [name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
     head = {"lm_head", "embed_out", "proj_out", "decoder", "classifier"}
     targets = sorted({name for name in linear if name.rpartition(".")[2] not in head})
-    torch.manual_seed(0)
     with torch.random.fork_rng():
+        torch.manual_seed(0)
         inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model)
 
 

@@ -65,6 +65,12 @@ inline DType kernel_dtype(ScalarType type) {
 template <auto kernel, class Args>
 constexpr bool kOnCpu = std::is_invocable_v<decltype(kernel), const Args&>;
 
+// What PYGPT_POISON=1 finds. No front may catch it and try another way.
+struct WroteOutside : std::runtime_error {
+  using std::runtime_error::runtime_error;
+  static constexpr char message[] = ": PYGPT_POISON: the kernel wrote outside of a result or of its scratch memory";
+};
+
 class Call {
  public:
   explicit Call(const char* op) : op_(op) {}
@@ -121,11 +127,7 @@ class Call {
 
   // ---------------------------------------------------------------- results
   View empty(Shape size, Shape stride) { return empty(size, stride, type_); }
-  View empty(Shape size, Shape stride, ScalarType type) {
-    View t = allocate(size, stride, type);
-    if (poison) fill_with_nan(t);
-    return t;
-  }
+  View empty(Shape size, Shape stride, ScalarType type) { return allocate(size, stride, type); }
   View empty(Shape size) { return empty(size, contiguous_strides(size), type_); }
 
   // A result of forward that only backward reads; temporary memory if there will be no backward.
@@ -171,17 +173,17 @@ class Call {
       with_stream(device_, [&](const cuda::Stream& stream) {
         if (cuda::Error error = kernel(a, stream)) fail(error);
       });
-    if (poison && !is_intact()) fail("PYGPT_POISON: the kernel wrote outside of a result or of its scratch memory");
+    if (poison && !is_intact()) throw WroteOutside(std::string("pygpt.") + op_ + WroteOutside::message);
   }
 
  protected:
   ~Call() = default;
 
   // ---------------------------------------------------------------- implemented by each front
+  // Both fill their memory with NaN if `poison`.
   virtual View allocate(Shape size, Shape stride, ScalarType type) = 0;  // a result
   virtual View temporary(Shape size, ScalarType type) = 0;  // contiguous; lives until the call ends
   virtual View copy(const View& t, Shape stride) = 0;  // lives until the call ends
-  virtual void fill_with_nan(const View& t) = 0;
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
   virtual bool is_intact() const { return true; }  // the guard bands of what allocate and temporary returned
 

@@ -159,7 +159,6 @@ class DispatcherCall final : public Call {
   bool is_intact() const override {
     return std::all_of(guarded_.begin(), guarded_.end(), [](const GuardedTensor& t) { return t.is_intact(); });
   }
-  void fill_with_nan(const View& t) override { fill_tensor_with_nan(static_cast<AtenTensorHandle>(t.owner), false); }
   void fill(const View& t, double value) override {
     torch::stable::fill_(shared(static_cast<AtenTensorHandle>(t.owner)), value);
   }

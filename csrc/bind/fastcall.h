@@ -199,9 +199,9 @@ class FastCall final : public Call {
     return {t.data, {t.shape, size.size()}, {t.strides, size.size()}, type, device(), *managed};
   }
   View temporary(Shape size, ScalarType type) override {
-    const size_t bytes = (bytes_of(size, type) + 63) / 64 * 64;
+    const size_t bytes = bytes_of(size, type), whole = (bytes + 63) / 64 * 64;
     View t;
-    t.data = poison ? guard(reserve(bytes + 2 * kGuard), bytes) : reserve(bytes);
+    t.data = poison ? guard(reserve(whole + 2 * kGuard), bytes) : reserve(whole);
     if (poison) guarded_.push_back({t.data, bytes});
     return t;
   }
@@ -214,7 +214,6 @@ class FastCall final : public Call {
     if (!copied || !read(object, view)) throw std::runtime_error("no copy in another memory order");
     return view;
   }
-  void fill_with_nan(const View& t) override { pygpt::fill_with_nan(t.data, t.numel() * bytes_of(t.type)); }
   bool is_intact() const override {
     const auto intact = [](const auto& memory) { return pygpt::is_intact(memory.first, memory.second); };
     return std::all_of(guarded_.begin(), guarded_.end(), intact);
@@ -260,8 +259,12 @@ struct Builtin<f, first> {
   static inline PyMethodDef method;
 
   static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (is_count(count) && !any_on(*call_modes))
-      if (PyObject* result = attempt(args, count, std::index_sequence_for<Args...>())) return result;
+    if (is_count(count) && !any_on(*call_modes)) try {
+        if (PyObject* result = attempt(args, count, std::index_sequence_for<Args...>())) return result;
+      } catch (const WroteOutside& e) {
+        PyErr_SetString(PyExc_RuntimeError, e.what());
+        return nullptr;
+      }
     PyErr_Clear();
     return dispatch(args, count);
   }
@@ -280,7 +283,9 @@ struct Builtin<f, first> {
     FastCall call(method.ml_name, returned < results);
     try {
       return to_object(call, f(call, std::get<I>(values)...));
-    } catch (const std::exception&) { return nullptr; }
+    } catch (const WroteOutside&) { throw; } catch (const std::exception&) {
+      return nullptr;
+    }
   }
 
   static PyObject* to_object(FastCall& call, const Results<results>& views) {

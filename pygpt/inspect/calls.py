@@ -187,7 +187,7 @@ def _why(public: Callable, args: tuple, kwargs: dict) -> str:
         return str(e)
     if choice.backend not in (None, "torch"):
         name = f"pygpt.functional.{public.__name__}"
-        how = " (pygpt.patch(model, loss=True))" if public is functional.cross_entropy else ""
+        how = " (in a language model, pygpt.patch with loss=True)" if public is functional.cross_entropy else ""
         return f"the model calls PyTorch's own function; {choice.backend} serves {name}{how}"
     return objections(choice)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from .kinds import PlainLayerNorm, PlainLinear, epsilons
+from .kinds import EPSILONS, PlainLayerNorm, PlainLinear
 
 
 class Linear(nn.Module):
@@ -27,22 +27,28 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in x's dtype, times the weight, as in Llama. eps is variance_epsilon, eps, epsilon or
-    norm_eps."""
+    """x / sqrt(mean(x^2) + eps) in x's dtype, times the weight, as in Llama. The attribute with eps is called
+    variance_epsilon, eps, epsilon or norm_eps."""
 
     can_torch_compile = True
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return _rms_norm(self, hidden_states, 0.0)
+        x, weight, eps = hidden_states, self.weight, _epsilon(self)
+        if x.dtype == weight.dtype:
+            return functional.rms_norm(x, weight.shape, weight, eps)
+        return weight * functional.rms_norm(x, weight.shape, None, eps)  # torch's promotion decides the result's dtype
 
 
 class RMSNormZeroCentered(nn.Module):
-    """The same, times 1 + weight, as in Gemma and Qwen3-Next."""
+    """The same, times 1 + weight and in float32, rounded to x's dtype once, as in Gemma and Qwen3-Next."""
 
     can_torch_compile = True
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return _rms_norm(self, x, 1.0)
+        wide, weight = x, self.weight
+        if x.dtype != weight.dtype:
+            wide, weight = x.float(), weight.float()
+        return functional.rms_norm(wide, weight.shape, weight, _epsilon(self), weight_offset=1.0).to(x.dtype)
 
 
 class GELU(nn.Module):
@@ -63,9 +69,8 @@ class GELUTanh(nn.Module):
         return functional.gelu(input, "tanh")
 
 
-def _rms_norm(module: Any, x: Tensor, offset: float) -> Tensor:
-    weight, ((_, eps), *_) = module.weight, epsilons(module)
-    if x.dtype == weight.dtype:
-        return functional.rms_norm(x, weight.shape, weight, eps, weight_offset=offset)
-    normalized = functional.rms_norm(x, weight.shape, None, eps)  # torch's promotion decides the result's dtype
-    return (offset + weight) * normalized
+def _epsilon(module: Any) -> float | None:
+    for name in EPSILONS:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"pygpt: {type(module).__name__} has none of {', '.join(EPSILONS)}")

@@ -8,7 +8,7 @@ stable ABI it needs, the device and the platform, such as torch-stable-abi210-cp
     pygpt/          this package with its compiled libraries
 
 The CUDA variant holds the CPU kernels, too. torch.ops.pygpt exists once in a process, so a second version of pygpt is
-refused with an ImportError, and the same version, installed and imported already, is taken instead of the copy.
+refused with an ImportError. The same version, imported already and with its kernels, is taken instead of the copy.
 """
 
 import argparse
@@ -30,6 +30,7 @@ OLDEST_TORCH = "210"  # the stable ABI that csrc/ is written against
 ENTRY = '''"""pygpt {version}: fused GPT kernels for PyTorch, as the package kernels loads them."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 VERSION, FOLDER = "{version}", str(Path(__file__).parent)
@@ -38,10 +39,12 @@ try:
     import pygpt
 finally:
     sys.path.remove(FOLDER)
-if pygpt.__version__ != VERSION:
+missing = [name for name in {libraries} if find_spec(f"pygpt.{{name}}") is None]
+if pygpt.__version__ != VERSION or missing:
     raise ImportError(
-        f"pygpt {{pygpt.__version__}} of {{Path(pygpt.__file__).parent}} is in this process, and this kernel is "
-        f"{{VERSION}}; torch.ops.pygpt exists once in a process"
+        f"pygpt {{pygpt.__version__}} of {{Path(pygpt.__file__).parent}} is in this process"
+        + (f", without its library {{missing[0]}}" if missing else "")
+        + f"; this kernel is {{VERSION}}, and torch.ops.pygpt exists once in a process"
     )
 
 from pygpt.functional import *  # noqa: E402, F403
@@ -51,24 +54,28 @@ __all__ = [*pygpt.functional.__all__, "layers", "pygpt"]
 '''
 
 
-def write(folder: Path, cuda: str | None = torch.version.cuda) -> list[Path]:
+def has_cuda() -> bool:
+    return importlib.util.find_spec("pygpt._cuda") is not None
+
+
+def write(folder: Path, cuda: str | None = None) -> list[Path]:
     """Writes the variants of the compiled libraries at hand to folder/build -> their folders.
 
-    ``cuda`` is the version of CUDA that the CUDA kernels were compiled with, such as "13.0"; without one there is no
-    CUDA variant. A variant that is there is replaced. FileNotFoundError without compiled CPU kernels; ValueError for a
-    version of another form, or where there are no CUDA kernels for it.
+    ``cuda`` is the version of CUDA that the CUDA kernels were compiled with, such as "13.0", by default torch's. Where
+    there are no CUDA kernels, or neither names a version, there is no CUDA variant. An old variant is replaced.
+    FileNotFoundError without compiled CPU kernels; ValueError for a version of another form, or without CUDA kernels.
     """
-    cpu_library, cuda_library = (importlib.util.find_spec(f"pygpt.{name}") for name in ("_C", "_cuda"))
-    if cpu_library is None:
+    if cuda is not None and re.fullmatch(r"\d+\.\d", cuda) is None:
+        raise ValueError(f"pygpt.integrations.kernels: cuda must be a version such as 13.0, got {cuda!r}")
+    if cuda is not None and not has_cuda():
+        raise ValueError("pygpt.integrations.kernels: the CUDA kernels were not built; see pygpt info")
+    if importlib.util.find_spec("pygpt._C") is None:
         raise FileNotFoundError("pygpt.integrations.kernels: the CPU kernels were not built; see pygpt info")
-    backends = {"cpu": "cpu"}
-    if cuda is not None:
-        if re.fullmatch(r"\d+\.\d", cuda) is None:
-            raise ValueError(f"pygpt.integrations.kernels: cuda must be a version such as 13.0, got {cuda!r}")
-        if cuda_library is None:
-            raise ValueError("pygpt.integrations.kernels: the CUDA kernels were not built; see pygpt info")
-        backends["cuda"] = f"cu{cuda.replace('.', '')}"
-    system = f"{platform.machine()}-{platform.system().lower()}"
+    backends, version = {"cpu": "cpu"}, cuda or (torch.version.cuda if has_cuda() else None)
+    if version is not None:
+        backends["cuda"] = f"cu{version.replace('.', '')}"
+    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())  # the loader's names
+    system = f"{machine}-{platform.system().lower()}"
     build = folder / "build"
     build.mkdir(parents=True, exist_ok=True)
     return [
@@ -87,11 +94,18 @@ def _write_variant(variant: Path, device: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=".pygpt-", dir=variant.parent) as temporary:
         new = Path(temporary, "new")
         _copy_package(new / "pygpt", with_cuda=device == "cuda")
-        (new / "__init__.py").write_text(ENTRY.format(version=__version__))
+        libraries = ["_C", *(["_cuda"] if device == "cuda" else [])]
+        (new / "__init__.py").write_text(ENTRY.format(version=__version__, libraries=libraries))
         (new / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        old = Path(temporary, "old")
         if variant.exists():
-            variant.rename(Path(temporary, "old"))
-        new.rename(variant)
+            variant.rename(old)
+        try:
+            new.rename(variant)
+        except OSError:
+            if old.exists():
+                old.rename(variant)
+            raise
     return variant
 
 
@@ -106,10 +120,7 @@ def _copy_package(to: Path, with_cuda: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pygpt.integrations.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument(
-        "--cuda", metavar="VERSION", default=torch.version.cuda,
-        help="of CUDA that the CUDA kernels were compiled with (default: torch's, which is %(default)s)",
-    )  # fmt: skip
+    parser.add_argument("--cuda", metavar="VERSION", help="of CUDA, for the CUDA kernels (default: torch's)")
     args = parser.parse_args()
     try:
         variants = write(args.folder, args.cuda)
@@ -118,6 +129,8 @@ def main() -> int:
         return 2
     for variant in variants:
         print(variant)
+    if has_cuda() and len(variants) == 1:
+        print("pygpt: torch has no CUDA; --cuda VERSION writes the CUDA kernels, too", file=sys.stderr)
     return 0
 
 

@@ -219,7 +219,7 @@ class HandRMSNorm(HandNorm):
     def recognise(module: Any) -> Facts:
         if not _is_leaf(module) or _parameters(module).keys() != {"weight"} or module.weight.dim() != 1:
             return None
-        for name, eps in epsilons(module):
+        for name, eps in _epsilons(module):
             x, weight = _rows(len(module.weight), eps), draw(len(module.weight))
             result = result_of(module, {"weight": weight}, x)
             for offset in (0.0, 1.0):
@@ -244,7 +244,7 @@ class HandLayerNorm(HandNorm):
         if not _is_leaf(module) or not known or any(p.dim() != 1 for p in parameters.values()):
             return None
         tensors = {name: draw(*p.shape) for name, p in parameters.items()}
-        for name, eps in (*epsilons(module), (1e-5, 1e-5)):
+        for name, eps in (*_epsilons(module), (1e-5, 1e-5)):
             x = _rows(len(module.weight), eps)
             result = result_of(module, tensors, x)
             formula = partial(dispatch.REFERENCE.layer_norm, x, tensors["weight"], tensors.get("bias"), eps)
@@ -258,9 +258,11 @@ class HandLayerNorm(HandNorm):
         return functional.layer_norm(args[0], self.weight.shape, self.weight, self.bias, self._epsilon())
 
 
-def epsilons(module: nn.Module) -> list[tuple[str, float]]:
-    names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-    return [(name, eps) for name in names if isinstance(eps := getattr(module, name, None), float)]
+EPSILONS = "variance_epsilon", "eps", "epsilon", "norm_eps"  # what modules call it
+
+
+def _epsilons(module: nn.Module) -> list[tuple[str, float]]:
+    return [(name, eps) for name in EPSILONS if isinstance(eps := getattr(module, name, None), float)]
 
 
 def _rows(n: int, eps: float) -> Tensor:

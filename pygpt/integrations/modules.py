@@ -36,7 +36,11 @@ class Report:
         lines += [f"  not {names}: {reason}" for reason, names in _grouped(self.left)]
         if self.loss:
             lines.append("  the output's logits are None while labels are given")
-        return "\n".join(textwrap.fill(line, 110, subsequent_indent="    ") for line in lines)
+        return "\n".join(_wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _grouped(of_names: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -135,5 +139,5 @@ def _why_left(module: nn.Module) -> str:
     if "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.MultiheadAttention | nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return f"pygpt.enable() serves what {type(module).__name__} calls"
+        return f"in training, pygpt.enable() serves what {type(module).__name__} calls"
     return f"{type(module).__name__} is not recognised"

@@ -6,18 +6,18 @@ The loader runs in processes of its own, because tests/kernels hides a module ca
 import importlib.metadata
 import importlib.util
 import json
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import pygpt
 from pygpt.integrations import hub_layers, kernels
 from pygpt.verify import allowance
 
 ROOT = Path(__file__).parents[2]
-SYSTEM = "x86_64-linux"
+SYSTEM = f"{platform.machine()}-linux"
 try:
     importlib.metadata.version("kernels")
 except importlib.metadata.PackageNotFoundError:
@@ -28,10 +28,15 @@ built = pytest.mark.skipif(importlib.util.find_spec("pygpt._C") is None, reason=
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
-    kernels.write(folder, cuda=None)
+    kernels.write(folder)
     return folder
 
 
+HIDE = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "pygpt._C" else find(name, *package)
+"""
 LOAD = """
 import json, sys
 from pathlib import Path
@@ -80,7 +85,7 @@ print(json.dumps({
 
 @built
 def test_a_kernel_from_a_folder_trains_a_model(folder, run_new_python):
-    """Without pygpt on the path, and through the loader's own way to replace the layers of a model."""
+    """Also through the loader's own way to replace the layers of a model."""
     done = run_new_python(LOAD.format(before="", after=TRAIN), str(folder), PYTHONPATH="")
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
     assert Path(found["file"]).is_relative_to(folder), found
@@ -91,14 +96,17 @@ def test_a_kernel_from_a_folder_trains_a_model(folder, run_new_python):
 
 
 @built
-@pytest.mark.parametrize("version, says", [(pygpt.__version__, "same"), ("0.0.1", "torch.ops.pygpt exists once")])
-def test_one_version_in_a_process(version, says, folder, run_new_python):
-    before = f"import pygpt; pygpt.__version__ = {version!r}"
+@pytest.mark.parametrize("change, says", [
+    ("", "same True"), ("pygpt.__version__ = '0.0.1'", "torch.ops.pygpt exists once"),
+    (HIDE, "without its library _C"),
+])  # fmt: skip
+def test_one_version_in_a_process(change, says, folder, run_new_python):
+    before = f"import pygpt\n{change}"
     done = run_new_python(
         LOAD.format(before=before, after="print('same', kernel.pygpt is pygpt)"), str(folder), PYTHONPATH=str(ROOT)
     )
-    assert says in (done.stdout if says == "same" else done.stderr), done.stdout + done.stderr
-    assert (done.returncode == 0) == (says == "same")
+    assert says in (done.stderr if change else done.stdout), done.stdout + done.stderr
+    assert (done.returncode != 0) == bool(change)
 
 
 RULES = """
@@ -107,26 +115,33 @@ from kernels.backends import CUDA
 from kernels.layer.layer import _validate_layer
 from kernels.variants import Version, _resolve_variant_for_system, parse_variant
 from torch import nn
+from transformers.activations import GELUActivation, NewGELUActivation
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pygpt.integrations import hub_layers
 
 variant, fits = parse_variant(sys.argv[1]), []
 for of_torch, of_cuda in (("2.10", "13.0"), ("2.13", "13.2"), ("2.9", "13.0"), ("2.13", "12.8")):
     found, _ = _resolve_variant_for_system(
-        [variant], CUDA(Version(of_cuda)), cpu="x86_64", os="linux", torch_version=Version(of_torch),
+        [variant], CUDA(Version(of_cuda)), cpu=variant.arch.platform, os="linux", torch_version=Version(of_torch),
         torch_cxx11_abi=True, tvm_ffi_version=None,
     )
     fits.append(bool(found))
+replaced = {
+    "Linear": nn.Linear, "LayerNorm": nn.LayerNorm, "RMSNorm": LlamaRMSNorm, "RMSNormZeroCentered": Gemma3RMSNorm,
+    "GELU": GELUActivation, "GELUTanh": NewGELUActivation,
+}
+for name, theirs in replaced.items():
+    _validate_layer(check_cls=theirs, cls=getattr(hub_layers, name), repo=name)
 layers = [v for v in vars(hub_layers).values() if isinstance(v, type) and v.__module__ == hub_layers.__name__]
-for layer in layers:
-    _validate_layer(check_cls=layer, cls=layer, repo=layer)
-print(json.dumps([fits, len(layers)]))
+print(json.dumps([fits, sorted(layer.__name__ for layer in layers) == sorted(replaced)]))
 """
 
 
 def test_the_rules_of_the_loader(run_new_python):
     """A variant is for torch from 2.10 on and for CUDA of its major version. Layers have no state and one method."""
     done = run_new_python(RULES, f"torch-stable-abi210-cu130-{SYSTEM}", PYTHONPATH=str(ROOT))
-    assert json.loads(done.stdout) == [[True, True, False, False], 6], done.stderr
+    assert json.loads(done.stdout) == [[True, True, False, False], True], done.stderr
 
 
 @built
@@ -146,40 +161,73 @@ def test_a_cuda_variant_has_both_libraries(tmp_path):
     assert {path.name for path in (tmp_path / "build").iterdir()} == {path.name for path in paths}
 
 
+@pytest.mark.parametrize("torchs, has_kernels", [(None, False), ("13.0", False), (None, True), ("13.0", True)])
+def test_the_default_variants(torchs, has_kernels, tmp_path, monkeypatch):
+    """A CUDA variant where there are CUDA kernels and torch has CUDA; else none, and no error."""
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    monkeypatch.setattr(kernels, "has_cuda", lambda: has_kernels)
+    monkeypatch.setattr(kernels, "_write_variant", lambda variant, device: variant)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert len(kernels.write(tmp_path)) == 1 + bool(torchs and has_kernels)
+
+
+@built
+def test_a_variant_that_cannot_be_replaced_stays(folder, monkeypatch):
+    (variant,) = (folder / "build").iterdir()
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "new":
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        kernels.write(folder)
+    assert [*(folder / "build").iterdir()] == [variant] and (variant / "metadata.json").is_file()
+
+
 def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a version such as 13\.0, got '13'"):
         kernels.write(tmp_path, cuda="13")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the CUDA kernels were not built"):
+        kernels.write(tmp_path, cuda="13.0")
     with pytest.raises(FileNotFoundError, match="the CPU kernels were not built"):
-        kernels.write(tmp_path, cuda=None)
+        kernels.write(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------- layers
-class Llama(nn.Module):
-    def __init__(self, offset):
-        super().__init__()
-        self.weight, self.eps, self.offset = nn.Parameter(torch.randn(40)), 1e-5, offset
+def theirs_of(name):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="transformers is not installed")
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-    def forward(self, x):
-        normalized = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (self.offset + self.weight) * normalized.to(x.dtype)
+    return llama.LlamaRMSNorm(40, 1e-5) if name == "RMSNorm" else Gemma3RMSNorm(40, 1e-5)
 
 
-@pytest.mark.parametrize("layer, offset", [(hub_layers.RMSNorm, 0.0), (hub_layers.RMSNormZeroCentered, 1.0)])
+@pytest.mark.parametrize("name", ["RMSNorm", "RMSNormZeroCentered"])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_norms(layer, offset, x_dtype, weight_dtype):
-    """The dtype of the result is that of the model's own expression, for any pair of dtypes."""
-    module, x = Llama(offset).to(weight_dtype), torch.randn(5, 40).to(x_dtype)
-    want, got = module(x), layer.forward(module, x)
+def test_norms(name, x_dtype, weight_dtype):
+    """As transformers' classes compute them, for any pair of dtypes, on which the dtype of the result depends."""
+    module, x = theirs_of(name), torch.randn(5, 40).to(x_dtype)
+    nn.init.normal_(module.weight)
+    module = module.to(weight_dtype)
+    want, got = module(x), getattr(hub_layers, name).forward(module, x)
     assert got.dtype == want.dtype
-    exact = Llama(offset).double()
-    exact.load_state_dict(module.state_dict())
-    exact = exact.weight.add(offset) * x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + exact.eps)
+    weight = module.weight.double() + (name != "RMSNorm")
+    exact = weight * x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
     theirs, ours = ((result.double() - exact).abs().max().item() for result in (want, got))
     coarsest = max((x_dtype, weight_dtype), key=lambda dtype: torch.finfo(dtype).eps)
     assert ours <= 2 * theirs + allowance(coarsest) * exact.abs().max().item()
+
+
+def test_norms_of_other_modules():
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(hub_layers.RMSNorm.forward(nn.RMSNorm(8), x), nn.RMSNorm(8)(x))
+    with pytest.raises(AttributeError, match="Linear has none of variance_epsilon, eps, epsilon, norm_eps"):
+        hub_layers.RMSNorm.forward(nn.Linear(8, 8), x)
 
 
 @pytest.mark.parametrize("layer, torchs", [

@@ -97,17 +97,22 @@ def store(out, first, BLOCK: tl.constexpr):
 
 configs = common.Configs("test", (common.Config({"BLOCK": 8}, 1),))
 for first in (0, int(sys.argv[1])):
-    common.launch(store, lambda c: 1, common.empty(torch.ones(1), 8), first, configs=configs)
+    result = common.empty(torch.ones(1), 8)
+    argument = result.view(2, 4)[:1] if len(sys.argv) > 2 else result  # a view of the same memory
+    common.launch(store, lambda c: 1, argument, first, configs=configs)
+    print("launched")
 """
 
 
+@pytest.mark.parametrize("view", [[], ["view"]], ids=["whole", "view"])
 @pytest.mark.parametrize("first", [-1, 1])
-def test_a_triton_kernel_past_an_end(first, tmp_path):
+def test_a_triton_kernel_past_an_end(first, view, tmp_path):
     script = tmp_path / "store.py"
     script.write_text(PAST_THE_END)
     environment = {**os.environ, "PYGPT_POISON": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), str(first)]
+    command = [sys.executable, str(script), str(first), *view]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["launched"]
     assert "RuntimeError: pygpt: PYGPT_POISON: store wrote outside of a result" in done.stderr, done.stderr
 
 

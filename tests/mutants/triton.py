@@ -18,6 +18,20 @@ TRITON = [
         (POISON, "guard_band", "triton", "float32"),
     ),
     Mutant(
+        "triton: a product is written into a guard band",
+        "triton_kernels/mlp.py",
+        r"(    tl\.store\(out \+ offset, to_storage\(acc, out\.dtype\.element_ty\)), mask\)",
+        r"\1, mask | (offset == M * N))",
+        (POISON, "guard_band", "triton", "float32"),
+    ),
+    Mutant(
+        "triton: attention's gradients are written into a guard band",
+        "triton_kernels/attention/tiles.py",
+        r"mask = \(r < x\.operand\.length\)\[:, None\] & (.*)\n(    tl\.store\(first)",
+        r"mask = (r <= x.operand.length)[:, None] & \1\n\2",
+        (POISON, "guard_band", "triton", "float32"),
+    ),
+    Mutant(
         "triton: a norm's row at an offset of 32 bits",
         "triton_kernels/norm.py",
         r"row = tl\.program_id\(0\)\.to\(tl\.int64\) \* ROWS",
