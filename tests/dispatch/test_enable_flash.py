@@ -47,7 +47,8 @@ def test_through_the_door(option, dtype, counts, flash):
         options["attn_mask"] = options["attn_mask"].double()
     for exact, *found in zip(run([t.detach().double().requires_grad_() for t in leaves]), got, torchs, strict=True):
         ours, theirs = ((t.double() - exact).abs().max() / exact.abs().max() for t in found)
-        assert ours <= 2 * theirs + verify.allowance(dtype)
+        roundings = 2 if dtype == torch.float64 else 1  # there the truth is as far from the exact result as ours
+        assert ours <= 2 * theirs + roundings * verify.allowance(dtype)
 
 
 def test_the_doors_strides_are_those_of_torchs_meta_functions(flash):
