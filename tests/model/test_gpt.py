@@ -391,7 +391,7 @@ def backends_and_steps():
         slow = name == "triton" and not torch.cuda.is_available()
         yield pytest.param(name, 50, marks=[pytest.mark.slow] if slow else [])
         if slow:
-            yield name, 12
+            yield name, 5
 
 
 @pytest.mark.parametrize("name, steps", list(backends_and_steps()))
