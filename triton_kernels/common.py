@@ -203,10 +203,11 @@ def _start(kernel, grid, args, constants, config):
     programs = grid(config.blocks)
     if programs:
         args = [a.descriptor(config.blocks) if isinstance(a, Tiled) else a for a in args]
+        intact = [a for a in args if isinstance(a, torch.Tensor) and _is_intact(a)] if POISON else []
         kernel[(programs,)](
             *args, **constants, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages
         )
-        if POISON and not all(_is_intact(a) for a in args if isinstance(a, torch.Tensor)):
+        if not all(map(_is_intact, intact)):
             raise RuntimeError(f"pygpt: PYGPT_POISON: {kernel.__name__} wrote outside of a result or of scratch memory")
 
 
@@ -298,7 +299,7 @@ def _poisoned(like: torch.Tensor, shape, strides, dtype: torch.dtype) -> torch.T
 
 
 def _is_intact(t: torch.Tensor) -> bool:
-    """Whether nothing has written to the guard bands of a tensor's memory. One that was resized has none."""
+    """Whether nothing has written to the guard bands of a tensor's memory. Memory that was resized has none."""
     storage = t.untyped_storage()
     dtype, nbytes = getattr(storage, "poisoned", (None, None))
     if dtype is None or storage.nbytes() != nbytes:

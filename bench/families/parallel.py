@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -45,8 +46,16 @@ def _shard(model: nn.Module) -> nn.Module:
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": DistributedDataParallel, "FSDP2": _shard}
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, results: multiprocessing.Queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
     torch.manual_seed(0)

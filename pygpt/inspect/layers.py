@@ -345,8 +345,8 @@ def audit(model: nn.Module, *inputs: Any, reference: nn.Module | None = None, **
 
     The result is an `Audit`: ``audit.passed``, ``audit.first`` is the first layer that differs by more than rounding,
     ``print(audit)`` shows a table and ``audit.plot("audit.svg")`` draws it. The parameters, buffers, gradients,
-    training modes and random generators are what they were before. What is no module raises TypeError, a reference with
-    other parameters ValueError.
+    training modes and random generators are what they were before. What is no module raises TypeError. ValueError for a
+    reference with other parameters, and where there is nothing to compare.
     """
     original = model if reference is None else reference
     for m in (model, original):
@@ -363,6 +363,8 @@ def audit(model: nn.Module, *inputs: Any, reference: nn.Module | None = None, **
         while True:
             comparison.draw()
             layers = comparison.layers()
+            if not layers:
+                raise ValueError("pygpt.audit: no output or gradient of the model can be compared")
             if comparison.draws == DRAWS or comparison.settled(layers):
                 break
             comparison.nudge()

@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         x, weight, eps = hidden_states, self.weight, _epsilon(self)
-        if x.dtype == weight.dtype:
-            return functional.rms_norm(x, weight.shape, weight, eps)
+        if weight is None or x.dtype == weight.dtype:
+            return functional.rms_norm(x, x.shape[-1:], weight, eps)
         return weight * functional.rms_norm(x, weight.shape, None, eps)  # torch's promotion decides the result's dtype
 
 

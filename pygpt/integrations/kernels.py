@@ -65,7 +65,7 @@ def write(folder: Path, cuda: str | None = None) -> list[Path]:
     there are no CUDA kernels, or neither names a version, there is no CUDA variant. An old variant is replaced.
     FileNotFoundError without compiled CPU kernels; ValueError for a version of another form, or without CUDA kernels.
     """
-    if cuda is not None and re.fullmatch(r"\d+\.\d", cuda) is None:
+    if cuda is not None and re.fullmatch(r"[0-9]+\.[0-9]", cuda) is None:
         raise ValueError(f"pygpt.integrations.kernels: cuda must be a version such as 13.0, got {cuda!r}")
     if cuda is not None and not has_cuda():
         raise ValueError("pygpt.integrations.kernels: the CUDA kernels were not built; see pygpt info")

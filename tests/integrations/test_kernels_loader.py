@@ -225,7 +225,8 @@ def test_norms(name, x_dtype, weight_dtype):
 
 def test_norms_of_other_modules():
     x = torch.randn(3, 8)
-    torch.testing.assert_close(hub_layers.RMSNorm.forward(nn.RMSNorm(8), x), nn.RMSNorm(8)(x))
+    for module in (nn.RMSNorm(8), nn.RMSNorm(8, elementwise_affine=False)):
+        torch.testing.assert_close(hub_layers.RMSNorm.forward(module, x), module(x))
     with pytest.raises(AttributeError, match="Linear has none of variance_epsilon, eps, epsilon, norm_eps"):
         hub_layers.RMSNorm.forward(nn.Linear(8, 8), x)
 

@@ -408,3 +408,12 @@ def test_the_plot(monkeypatch, tmp_path):
     assert len(circles) == len(audit.layers) and len(failing) == sum(not layer.passed for layer in audit.layers) > 0
     assert "nan" not in str([circle.attrib for circle in circles])
     assert "transformer.h.0.mlp" in "".join(root.itertext()) and audit.table().count("\n") == len(audit.layers)
+
+
+def test_an_audit_of_nothing():
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            return None
+
+    with pytest.raises(ValueError, match="no output or gradient of the model can be compared"):
+        pygpt.audit(Silent(), torch.ones(2))
