@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     args = parser.parse_args()
     names, wanted = (args.families or ",".join(FAMILIES)).split(","), args.tables.split(",")
-    for name, known in (*((name, FAMILIES) for name in names), *((name, TABLES) for name in wanted)):
-        if name not in known:
-            parser.error(f"unknown name {name!r}; known: {', '.join(known)}")
+    for option, given, known in (("families", names, FAMILIES), ("tables", wanted, TABLES)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"--{option}: unknown {unknown[0]!r}; known: {', '.join(known)}")
     if args.write:
         for name in wanted:
             with_table(PAGE.read_text(encoding="utf-8"), name, "")  # an error comes before anything runs

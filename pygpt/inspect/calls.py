@@ -108,6 +108,8 @@ class Report:
             for reason, row in list(reasons.items())[: SHOWN // 2]:
                 line = f"- {_short(row.op)}, {row.calls} call{'s' * (row.calls > 1)}: {reason}"
                 text += textwrap.wrap(line, 110, subsequent_indent="  ")
+            if any(reason.startswith(PYTORCHS) for reason in reasons):
+                text += ["", "pygpt.enable() and pygpt.patch(model) bring a model's calls to the kernels."]
         return "\n".join(text)
 
     def _line(self, row: Row, scale: float) -> tuple:
@@ -168,7 +170,11 @@ COUNTERPARTS: dict[str, Callable | None] = {
     "aten::gelu_backward": None,
     "aten::threshold_backward": None,
 }
-NO_OP = "pygpt has no op for it (a batched product is often attention without scaled_dot_product_attention)"
+NO_OP = (
+    "pygpt has no op for it; a batched product is often attention, written out by a model, or by torch itself where "
+    "there is dropout, which pygpt.enable() serves"
+)
+PYTORCHS = "the model calls PyTorch's own function"
 # The functions of torch.nn.functional that pygpt has too, and pygpt's own -> pygpt's.
 FUNCTIONS = {op.public: op.public for op in OPS.values()}
 FUNCTIONS |= {getattr(F, f.__name__): f for f in FUNCTIONS if hasattr(F, f.__name__)}
@@ -188,7 +194,7 @@ def _why(public: Callable, args: tuple, kwargs: dict) -> str:
     if choice.backend not in (None, "torch"):
         name = f"pygpt.functional.{public.__name__}"
         how = " (in a language model, pygpt.patch with loss=True)" if public is functional.cross_entropy else ""
-        return f"the model calls PyTorch's own function; {choice.backend} serves {name}{how}"
+        return f"{PYTORCHS}; {choice.backend} serves {name}{how}"
     return objections(choice)
 
 

@@ -102,8 +102,8 @@ class Audit:
         worst = sorted(self.layers, key=lambda layer: (layer.passed, -layer.ours / layer.limit))[:SHOWN]
         shown = [layer for layer in self.layers if layer in worst or layer is self.first]
         left_out = len(self.layers) - len(shown)
-        lines = [textwrap.fill(self.verdict(), 110), "", self.table(shown)]
-        lines += [f"{left_out} more in audit.table(), which are further from their limits"] if left_out else []
+        closest = f"The {len(shown)} closest to their limits; audit.table() has {left_out} more:\n" * bool(left_out)
+        lines = [textwrap.fill(self.verdict(), 110), "", closest + self.table(shown)]
         return "\n".join([*lines, "", f"Errors against {self.truth}; steps: {self.draws}."])
 
     def verdict(self) -> str:
@@ -349,8 +349,8 @@ def audit(model: nn.Module, *inputs: Any, reference: nn.Module | None = None, **
     reference with other parameters, and where there is nothing to compare.
     """
     original = model if reference is None else reference
-    for m in (model, original):
-        check_call("audit", m, (inputs, kwargs))
+    for name, m in (("model", model), ("reference", original)):
+        check_call("audit", m, (inputs, kwargs), name)
     shapes, of_reference = ({name: p.shape for name, p in m.named_parameters()} for m in (model, original))
     if other := sorted(
         name for name in shapes.keys() | of_reference.keys() if shapes.get(name) != of_reference.get(name)

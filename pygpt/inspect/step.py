@@ -29,9 +29,15 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
 
 
-def check_call(caller: str, model: Any, inputs: Any) -> None:
-    """TypeError or ValueError for what is no module, or cannot be run: a model on the meta device, or a lazy one."""
-    check_module(caller, model)
+def check_call(caller: str, model: Any, inputs: tuple[tuple, dict], name: str = "model") -> None:
+    """TypeError or ValueError for what is no module, or cannot be run: a model on the meta device, or a lazy one.
+
+    A batch of transformers is a mapping, which such a model takes as keywords alone.
+    """
+    check_module(caller, model, name)
+    args, kwargs = inputs
+    if hasattr(model, "config") and len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
+        raise TypeError(f"pygpt.{caller}: this model takes its batch as keywords: pygpt.{caller}(model, **batch)")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(t) or t.is_meta:
             raise ValueError(f"pygpt.{caller}: {name} has no values yet; give the model some first")

@@ -389,7 +389,7 @@ def disable(*ops: str) -> None:
 def _known(function: str, ops: tuple[str, ...]) -> tuple[str, ...]:
     if others := [op for op in ops if not isinstance(op, str)]:
         got, example = type(others[0]).__name__, f'pygpt.{function}("linear", "gelu")'
-        raise TypeError(f"pygpt.{function}: takes names, as in {example}, got {got}; it acts on all models")
+        raise TypeError(f"pygpt.{function}: takes names, as in {example}, got {got}; no model is passed")
     if unknown := [op for op in ops if op not in NAMES]:
         raise ValueError(f"pygpt.{function}: unknown op {unknown[0]!r}; known: {', '.join(NAMES)}")
     if is_dynamo_compiling():

@@ -26,6 +26,7 @@ import torch
 
 from .. import __version__
 
+OWNER = "pygpt.integrations.kernels"
 OLDEST_TORCH = "210"  # the stable ABI that csrc/ is written against
 ENTRY = '''"""pygpt {version}: fused GPT kernels for PyTorch, as the package kernels loads them."""
 
@@ -66,11 +67,11 @@ def write(folder: Path, cuda: str | None = None) -> list[Path]:
     FileNotFoundError without compiled CPU kernels; ValueError for a version of another form, or without CUDA kernels.
     """
     if cuda is not None and re.fullmatch(r"[0-9]+\.[0-9]", cuda) is None:
-        raise ValueError(f"pygpt.integrations.kernels: cuda must be a version such as 13.0, got {cuda!r}")
+        raise ValueError(f"{OWNER}: cuda must be a version such as 13.0, got {cuda!r}")
     if cuda is not None and not has_cuda():
-        raise ValueError("pygpt.integrations.kernels: the CUDA kernels were not built; see pygpt info")
+        raise ValueError(f"{OWNER}: the CUDA kernels were not built; see pygpt info")
     if importlib.util.find_spec("pygpt._C") is None:
-        raise FileNotFoundError("pygpt.integrations.kernels: the CPU kernels were not built; see pygpt info")
+        raise FileNotFoundError(f"{OWNER}: the CPU kernels were not built; see pygpt info")
     backends, version = {"cpu": "cpu"}, cuda or (torch.version.cuda if has_cuda() else None)
     if version is not None:
         backends["cuda"] = f"cu{version.replace('.', '')}"
@@ -125,12 +126,12 @@ def main() -> int:
     try:
         variants = write(args.folder, args.cuda)
     except (OSError, ValueError) as e:
-        print(f"pygpt: error: {e}", file=sys.stderr)
+        print(f"pygpt: error: {str(e).removeprefix(OWNER + ': ')}", file=sys.stderr)
         return 2
     for variant in variants:
         print(variant)
     if has_cuda() and len(variants) == 1:
-        print("pygpt: torch has no CUDA; --cuda VERSION writes the CUDA kernels, too", file=sys.stderr)
+        print("pygpt: wrote the CPU kernels alone; with --cuda VERSION, the CUDA kernels too", file=sys.stderr)
     return 0
 
 

@@ -88,9 +88,15 @@ def patch(model: nn.Module, loss: bool = False) -> Report:
         report.left.pop(name, None)
         changes.append((module, kind, facts))
     if not report.served:
-        raise ValueError(f"pygpt.patch: nothing in this {type(model).__name__} is recognised")
+        raise ValueError(
+            f"pygpt.patch: nothing in this {type(model).__name__} is recognised; "
+            "pygpt.enable() serves torch's own functions in any model"
+        )
     for name, implementation in _attention_of_transformers(model).items():
-        report.left[name] = f'attention runs on "{implementation}"; attn_implementation="pygpt" serves it'
+        report.left[name] = (
+            f'attention runs on "{implementation}"; after pygpt.integrations.transformers.register(), '
+            'model.set_attn_implementation("pygpt") serves it'
+        )
     made: list[Any] = [patched_class(kind, module.__class__, facts) for module, kind, facts in changes]
     for (module, _, _), its_class in zip(changes, made, strict=True):
         module.__class__ = its_class

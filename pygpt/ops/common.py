@@ -80,10 +80,10 @@ def _philox(seed: Tensor, counter) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------- checks
-def check_module(caller: str, model: Any) -> None:
-    """TypeError for what is no module; ``caller`` is the public function's name."""
+def check_module(caller: str, model: Any, name: str = "model") -> None:
+    """TypeError for what is no module; ``caller`` is the public function's name, ``name`` the argument's."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"pygpt.{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"pygpt.{caller}: {name} must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def checked_integer(owner: str, name: str, n: Any) -> int:

@@ -232,7 +232,7 @@ def test_adapters(generator):
 def test_the_report_names_torchs_attention(generator):
     model = drawn("Whisper", SMALL, generator)
     report = pygpt.patch(model)
-    assert 'not the model: attention runs on "sdpa"; attn_implementation="pygpt" serves it' in str(report)
+    assert 'not the model: attention runs on "sdpa"; after pygpt.integrations.transformers.register()' in str(report)
     assert sum("attention runs" in reason for reason in report.left.values()) == 1
     integration.register()
     model.set_attn_implementation("pygpt")
