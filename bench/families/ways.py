@@ -23,11 +23,18 @@ class Way(NamedTuple):
     around: Callable[[], AbstractContextManager] = contextlib.nullcontext  # each of their steps
     padding: str = ""
     same_function: bool = True  # whether the changed model computes what the unchanged one does
+    of_torchs: Callable[[nn.Module], None] | None = None  # what is done to the unpatched model, if not the same
 
 
 def _compile(model: nn.Module) -> None:
     torch._dynamo.reset()
     model.compile()
+
+
+def _trace(model: nn.Module) -> None:
+    """For the graphs alone, which Inductor would take minutes to compile."""
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
 
 
 def _checkpoint(model: nn.Module) -> None:
@@ -52,7 +59,7 @@ def _autocast() -> AbstractContextManager:
 
 WAYS = {
     "padding": Way(padding="right"),
-    "torch.compile": Way(_compile),
+    "torch.compile": Way(_compile, of_torchs=_trace),
     "bfloat16 autocast": Way(around=_autocast),
     "checkpointing": Way(_checkpoint),
     "LoRA": Way(add_adapters, same_function=False),
@@ -82,14 +89,17 @@ def cell(way: Way, name: str, size: Size, generator: torch.Generator) -> str:
     """The ratio of the largest errors over a few models; empty where the family's inputs or class know no such way."""
     if not _serves(way, name):
         return ""
+    if way.change is _compile:
+        size = size._replace(layers=1)
     found: list[Errors] = []
     graphs: list[int] = []
     for _ in range(1 if way.change is _compile else DRAWS):
         model, batch = drawn(name, size, generator), batch_of(name, size, generator, way.padding)
         results: list[dict[str, Tensor]] = []
         graphs = []
-        for side in (copied(name, size, model), served(name, size, model)):
-            way.change(side)
+        changes = way.of_torchs or way.change, way.change
+        for change, side in zip(changes, (copied(name, size, model), served(name, size, model)), strict=True):
+            change(side)
             with _graphs_counted() as count, way.around():
                 results.append({key: t.clone() for key, t in step(side, batch).items()})
                 for other in _other_shapes(name, size) if way.change is _compile else ():
