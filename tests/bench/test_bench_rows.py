@@ -336,7 +336,9 @@ def test_absent_peers_say_why(monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ops.DIRECTIONS)
-@pytest.mark.parametrize("case", shapes.tiny(shapes.first_of_each_op(ops.CPU)), ids=str)
+@pytest.mark.parametrize(
+    "case", shapes.tiny(shapes.first_of_each_op(ops.CPU)), ids=lambda case: f"{case.op} {case.shape}"
+)
 def test_our_results_pass_the_check(case, direction):
     """Those of every op, so that no row fails in a run of hours."""
     work = case.setup(torch.randn, *case.args)
