@@ -167,20 +167,28 @@ def test_the_tables(monkeypatch, tmp_path, capsys, generator):
 
 
 # ------------------------------------------------------------------------------- ways to train
+def hold(ratio):
+    """The largest error of a few random models may be ours by luck, but not three times."""
+    assert any(ratio() <= 2.0 for _ in range(3))
+
+
 @pytest.mark.parametrize("way", [name for name in ways.WAYS if name not in ("padding", "torch.compile")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ways_to_train(way, name, generator):
     """Autocast, checkpointing and LoRA, each as exact as PyTorch in the same way of training."""
-    cell = ways.cell(ways.WAYS[way], name, SMALL, generator)
-    assert not cell or float(cell) <= 2.5
+    hold(lambda: float(ways.cell(ways.WAYS[way], name, SMALL, generator) or 0.0))
 
 
 @pytest.mark.slow  # a minute a family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compiled_by_inductor(name, generator):
-    ratio, graphs = ways.cell(ways.WAYS["torch.compile"], name, SMALL, generator).split(", graphs ")
-    ours, theirs = map(int, graphs.split(" / "))
-    assert float(ratio) <= 2.5 and ours <= theirs
+    def ratio():
+        error, graphs = ways.cell(ways.WAYS["torch.compile"], name, SMALL, generator).split(", graphs ")
+        ours, theirs = map(int, graphs.split(" / "))
+        assert ours <= theirs
+        return float(error)
+
+    hold(ratio)
 
 
 @pytest.mark.parametrize("how", parallel.WRAPPERS)
