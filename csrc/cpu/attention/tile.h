@@ -78,9 +78,9 @@ struct QueryHead {
     return effect_of<T>(row0, rows, first, keys);
   }
 
-  // Finishes scaled scores: softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to whole
-  // vectors. `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed. `tanhs`
-  // (rows ldt apart) becomes tanh(s / softcap), if it is not null.
+  // Finishes scaled scores: softcap, ALiBi, the mask, and -inf for hidden keys and those behind the last one, up to
+  // whole vectors. `effect` is mask_effect of a block that contains these scores; hides_all is applied like mixed.
+  // `tanhs` (rows ldt apart) becomes tanh(s / softcap), if it is not null.
   PYGPT_INLINE void adjust(MaskEffect effect, const ScoreBlock<T>& scores, T* tanhs, int64_t ldt) const {
     const Scores& o = a.scores;
     T* const p = scores.data;
