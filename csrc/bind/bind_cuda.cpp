@@ -32,8 +32,7 @@ void with_stream(Device device, const std::function<void(const cuda::Stream&)>& 
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.back().get(), &data));
     return data;
   }});
-  STD_TORCH_CHECK(std::all_of(guarded.begin(), guarded.end(), [](const GuardedTensor& t) { return t.is_intact(); }),
-                  "pygpt: PYGPT_POISON: a kernel wrote outside of its scratch memory");
+  STD_TORCH_CHECK(are_intact(guarded), "pygpt: PYGPT_POISON: a kernel wrote outside of its scratch memory");
 }
 
 }  // namespace pygpt::bind

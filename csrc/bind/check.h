@@ -185,7 +185,7 @@ class Call {
   virtual View temporary(Shape size, ScalarType type) = 0;  // contiguous; lives until the call ends
   virtual View copy(const View& t, Shape stride) = 0;  // lives until the call ends
   virtual void compute(void (*kernel)(const void*), const void* args) { kernel(args); }
-  virtual bool is_intact() const { return true; }  // the guard bands of what allocate and temporary returned
+  virtual bool is_intact() const = 0;  // the guard bands of what allocate and temporary returned
 
   Device device() const { return device_; }
 

@@ -125,6 +125,9 @@ class GuardedTensor {
   bool is_bytes_;
   Handle whole_;
 };
+inline bool are_intact(const std::vector<GuardedTensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const GuardedTensor& t) { return t.is_intact(); });
+}
 
 // ---------------------------------------------------------------- one call
 class DispatcherCall final : public Call {
@@ -156,9 +159,7 @@ class DispatcherCall final : public Call {
     torch::stable::copy_(to, shared(static_cast<AtenTensorHandle>(t.owner)));
     return argument(copies_.back().get());
   }
-  bool is_intact() const override {
-    return std::all_of(guarded_.begin(), guarded_.end(), [](const GuardedTensor& t) { return t.is_intact(); });
-  }
+  bool is_intact() const override { return are_intact(guarded_); }
   void fill(const View& t, double value) override {
     torch::stable::fill_(shared(static_cast<AtenTensorHandle>(t.owner)), value);
   }
