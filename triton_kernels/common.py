@@ -276,6 +276,7 @@ def rows_of(t: torch.Tensor) -> torch.Tensor:
 
 
 POISON = os.environ.get("PYGPT_POISON") == "1"
+BAND = 256  # bytes of a guard band, which keep the alignment
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -292,7 +293,7 @@ def empty_strided(like: torch.Tensor, shape, strides) -> torch.Tensor:
 
 def _poisoned(like: torch.Tensor, shape, strides, dtype: torch.dtype) -> torch.Tensor:
     """Such a tensor for PYGPT_POISON=1: it holds NaN, and so do two guard bands around it, which `launch` checks."""
-    numel, band = math.prod(shape), 256 // dtype.itemsize  # bytes that keep the alignment
+    numel, band = math.prod(shape), BAND // dtype.itemsize
     storage = like.new_full((numel + 2 * band,), float("nan"), dtype=dtype).untyped_storage()
     storage.poisoned = dtype, storage.nbytes()  # of all tensors in it, views included
     return like.new_empty(0, dtype=dtype).set_(storage, band, shape, strides)
@@ -304,7 +305,7 @@ def _is_intact(t: torch.Tensor) -> bool:
     dtype, nbytes = getattr(storage, "poisoned", (None, None))
     if dtype is None or storage.nbytes() != nbytes:
         return True
-    size, band = nbytes // dtype.itemsize, 256 // dtype.itemsize
+    size, band = nbytes // dtype.itemsize, BAND // dtype.itemsize
     whole = t.new_empty(0, dtype=dtype).set_(storage, 0, (size,), (1,))
     return bool(whole[:band].isnan().all() and whole[size - band :].isnan().all())
 
