@@ -8,6 +8,7 @@ import torch
 
 from pygpt.files import atomic
 
+from ..cli import positive
 from . import __doc__ as description
 from . import parallel, speed, ways
 from .models import FAMILIES, Size
@@ -27,12 +28,6 @@ def with_table(page: str, name: str, table: str) -> str:
     return before + begin + table + end + after
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench.families", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,11 +35,11 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(TABLES), help="default: %(default)s")
     parser.add_argument("--families", help=f"comma-separated, of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each ratio of times; 0 measures no speed")
-    parser.add_argument("--steps", type=positive, default=20, help="of each model in two processes")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--width", type=positive, default=512, help="of the models that are timed")
-    parser.add_argument("--layers", type=positive, default=4)
-    parser.add_argument("--length", type=positive, default=256, help="tokens of each sequence")
+    parser.add_argument("--steps", type=positive(int), default=20, help="of each model in two processes")
+    parser.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
+    parser.add_argument("--width", type=positive(int), default=512, help="of the models that are timed")
+    parser.add_argument("--layers", type=positive(int), default=4)
+    parser.add_argument("--length", type=positive(int), default=256, help="tokens of each sequence")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     args = parser.parse_args()
     names, wanted = (args.families or ",".join(FAMILIES)).split(","), args.tables.split(",")

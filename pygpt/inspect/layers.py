@@ -102,16 +102,18 @@ class Audit:
         worst = sorted(self.layers, key=lambda layer: (layer.passed, -layer.ours / layer.limit))[:SHOWN]
         shown = [layer for layer in self.layers if layer in worst or layer is self.first]
         left_out = len(self.layers) - len(shown)
-        closest = f"The {len(shown)} closest to their limits; audit.table() has {left_out} more:\n" * bool(left_out)
-        lines = [textwrap.fill(self.verdict(), 110), "", closest + self.table(shown)]
+        lines = [textwrap.fill(self.verdict(), 110), ""]
+        lines += [f"The {len(shown)} closest to their limits; audit.table() has {left_out} more:"] if left_out else []
+        lines.append(self.table(shown))
         return "\n".join([*lines, "", f"Errors against {self.truth}; steps: {self.draws}."])
 
     def verdict(self) -> str:
         first = self.first
         if first is None:
-            unserved = all(layer.ours == layer.torch for layer in self.layers)
-            hint = ", with the same errors, so that probably no kernel of pygpt ran (pygpt.report tells)" * unserved
-            return f"{self.model}: all {len(self.layers)} outputs and gradients are as exact as PyTorch's{hint}"
+            verdict = f"{self.model}: all {len(self.layers)} outputs and gradients are as exact as PyTorch's"
+            if all(layer.ours == layer.torch for layer in self.layers):
+                verdict += ", with the same errors, so that probably no kernel of pygpt ran (pygpt.report tells)"
+            return verdict
         owner = first.name if first.what != GRADIENT else first.name.rpartition(".")[0]
         where = f"{first.name or 'the model'} ({self.classes.get(owner, self.model)})"
         return (
