@@ -1,4 +1,4 @@
-"""Data parallel training of one family in two processes (gloo), with pygpt's kernels and without.
+"""Data parallel training of each family in two processes (gloo), with pygpt's kernels and without.
 
 Both models take turns, a step at a time, each with its own AdamW. A step's memory is its peak beyond what was resident
 before it, in one of the processes. The losses of the last step say whether both learn the same.
@@ -10,7 +10,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,10 +35,15 @@ class Run(NamedTuple):
     losses: tuple[float, float]  # of the last step
 
 
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists of modules."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else _layers(child)
+
+
 def _shard(model: nn.Module) -> nn.Module:
     """FSDP2: each layer by itself, then what remains."""
-    layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    for layer in layers:
+    for layer in _layers(model):
         fully_shard(layer)
     return fully_shard(model)
 
@@ -70,7 +75,8 @@ def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, re
 
     def step(i: int) -> None:
         side, optimizer = sides[i]
-        loss = side(**batch).loss
+        out = side(**batch)
+        loss = out.loss if hasattr(out, "loss") else out[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,18 +120,15 @@ def run(how: str, name: str, size: Size, steps: int) -> Run:
     return results.get()
 
 
-def lines(name: str, size: Size, steps: int) -> Iterator[str]:
-    heads = (
-        f"{name}, {PROCESSES} processes",
-        "step, PyTorch / ours",
-        "memory, PyTorch",
-        "ours",
-        "loss, PyTorch",
-        "ours",
-    )
-    yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
-    for how in WRAPPERS:
-        r = run(how, name, size, steps)
-        memory = " | ".join(f"{b / 2**20:.0f} MiB" for b in r.bytes)
-        losses = " | ".join(f"{loss:.5f}" for loss in r.losses)
-        yield f"| {how} | {r.seconds[0] / r.seconds[1]:.2f} | {memory} | {losses} |"
+def lines(names: Iterable[str], size: Size, steps: int) -> Iterator[str]:
+    heads = "step", "MiB", "loss"
+    columns = ["family", *(f"{how}: {head}" for how in WRAPPERS for head in heads)]
+    yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    for name in names:
+        cells = [name]
+        for how in WRAPPERS:
+            r = run(how, name, size, steps)
+            cells.append(f"{r.seconds[0] / r.seconds[1]:.2f}")
+            cells.append(" / ".join(f"{b / 2**20:.0f}" for b in r.bytes))
+            cells.append(" / ".join(f"{loss:.4f}" for loss in r.losses))
+        yield f"| {' | '.join(cells)} |"

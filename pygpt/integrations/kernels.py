@@ -19,28 +19,37 @@ import re
 import shutil
 import sys
 import tempfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from .. import __version__
 
 OWNER = "pygpt.integrations.kernels"
-OLDEST_TORCH = "210"  # the stable ABI that csrc/ is written against
+OLDEST_TORCH = "2.10"  # the stable ABI that csrc/ is written against
 ENTRY = '''"""pygpt {version}: fused GPT kernels for PyTorch, as the package kernels loads them."""
 
 import sys
-from importlib.util import find_spec
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 
-VERSION, FOLDER = "{version}", str(Path(__file__).parent)
-sys.path.insert(0, FOLDER)
+VERSION, FOLDER = "{version}", Path(__file__).parent
+libraries = [path.name.partition(".")[0] for path in FOLDER.glob("pygpt/_*.so")]
+for path in FOLDER.glob("_pygpt_*.so"):  # kernel-builder's: one library with all of ours
+    libraries = ["_C", "_cuda"] if path.name.startswith("_pygpt_cuda_") else ["_C"]
+    for name in libraries if "pygpt" not in sys.modules else []:
+        loader = ExtensionFileLoader(f"pygpt.{{name}}", str(path))
+        sys.modules[loader.name] = module_from_spec(spec_from_loader(loader.name, loader))
+        loader.exec_module(sys.modules[loader.name])
+sys.path.insert(0, str(FOLDER))
 try:
     import pygpt
 finally:
-    sys.path.remove(FOLDER)
-missing = [name for name in {libraries} if find_spec(f"pygpt.{{name}}") is None]
+    sys.path.remove(str(FOLDER))
+missing = [name for name in libraries if find_spec(f"pygpt.{{name}}") is None]
 if pygpt.__version__ != VERSION or missing:
     raise ImportError(
         f"pygpt {{pygpt.__version__}} of {{Path(pygpt.__file__).parent}} is in this process"
@@ -80,7 +89,7 @@ def write(folder: Path, cuda: str | None = None) -> list[Path]:
     build = folder / "build"
     build.mkdir(parents=True, exist_ok=True)
     return [
-        _write_variant(build / f"torch-stable-abi{OLDEST_TORCH}-{name}-{system}", device)
+        _write_variant(build / f"torch-stable-abi{OLDEST_TORCH.replace('.', '')}-{name}-{system}", device)
         for device, name in backends.items()
     ]
 
@@ -94,9 +103,7 @@ def _write_variant(variant: Path, device: str) -> Path:
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=".pygpt-", dir=variant.parent) as temporary:
         new = Path(temporary, "new")
-        _copy_package(new / "pygpt", with_cuda=device == "cuda")
-        libraries = ["_C", *(["_cuda"] if device == "cuda" else [])]
-        (new / "__init__.py").write_text(ENTRY.format(version=__version__, libraries=libraries))
+        write_package(new, without=() if device == "cuda" else ("_cuda.*",))
         (new / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         old = Path(temporary, "old")
         if variant.exists():
@@ -110,20 +117,31 @@ def _write_variant(variant: Path, device: str) -> Path:
     return variant
 
 
-def _copy_package(to: Path, with_cuda: bool) -> None:
-    """The package without its benchmark. In a checkout, its Triton kernels lie beside it."""
-    unwanted = ["__pycache__", "bench", "triton_kernels", *([] if with_cuda else ["_cuda.*"])]
-    shutil.copytree(Path(__file__).parents[1], to, ignore=shutil.ignore_patterns(*unwanted))
-    of_triton: Any = importlib.util.find_spec("pygpt.triton_kernels")
-    shutil.copytree(Path(of_triton.origin).parent, to / "triton_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+def write_package(folder: Path, without: tuple[str, ...]) -> None:
+    """What Python imports: the package, but for its benchmark and the files ``without``, and `ENTRY` beside it.
+
+    In a checkout, the Triton kernels lie beside the package; here they are in it.
+    """
+    package, of_triton = folder / "pygpt", cast(ModuleSpec, importlib.util.find_spec("pygpt.triton_kernels"))
+    unwanted = ("__pycache__", "bench", "triton_kernels", *without)
+    shutil.copytree(Path(__file__).parents[1], package, ignore=shutil.ignore_patterns(*unwanted))
+    triton = Path(cast(str, of_triton.origin)).parent
+    shutil.copytree(triton, package / "triton_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "__init__.py").write_text(ENTRY.format(version=__version__))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pygpt.integrations.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("--cuda", metavar="VERSION", help="of CUDA, for the CUDA kernels (default: torch's)")
+    parser.add_argument("--sources", action="store_true", help="write what kernel-builder builds from, in a checkout")
     args = parser.parse_args()
     try:
+        if args.sources:
+            from . import kernel_builder
+
+            print(kernel_builder.write(args.folder))
+            return 0
         variants = write(args.folder, args.cuda)
     except (OSError, ValueError) as e:
         print(f"pygpt: error: {str(e).removeprefix(OWNER + ': ')}", file=sys.stderr)
