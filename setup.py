@@ -10,7 +10,7 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
                                the newest without such a letter run the PTX of that one
   MAX_JOBS                     compilers at a time; by default one per core
 
-Object files stay in build/objects. A source is compiled again when it, a header of its library or this file is newer
+Object files stay in build/objects. A source is compiled again when it, a header that it includes or this file is newer
 than its object file, or when torch, a compiler, its version or its flags have changed. Libraries are always linked.
 """
 
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,18 @@ def cuda_code(archs: list[str]) -> list[str]:
     return [*(f"sm_{arch}" for arch in archs), *(f"compute_{arch}" for arch in general[-1:])]
 
 
+def is_current(result: Path, source: str) -> bool:
+    """Whether an object file is newer than this file, its source and the headers, which the compiler has listed."""
+    listed = result.with_suffix(".d")
+    if not (result.exists() and listed.exists()):
+        return False
+    names = re.findall(r"(?:\\.|[^\s\\])+", listed.read_text().partition(": ")[2].replace("\\\n", " "))
+    names = [re.sub(r"\\(.)", r"\1", name).replace("$$", "$") for name in names]  # as make reads them
+    paths = [Path(name) for name in [*names, "setup.py"]]
+    built = result.stat().st_mtime
+    return source in names and all(path.exists() and path.stat().st_mtime <= built for path in paths)
+
+
 class BuildKernels(build_ext):
     """setuptools compiles a source once; CPU kernels are compiled once per instruction set, CUDA's by nvcc."""
 
@@ -189,29 +202,35 @@ class BuildKernels(build_ext):
             )
             sys.exit(f"pygpt: building {ext.name} failed: {e}\n  {advice}")
 
-    def objects(self, ext, jobs) -> list[str]:
+    def objects(self, jobs) -> list[str]:
         """The object files of the jobs (source, name of a folder, compiler, flags); compiles what is out of date."""
-        newest = max(Path(name).stat().st_mtime for name in [*ext.depends, "setup.py"])
-        return list(self.pool.map(lambda job: self.object_file(newest, *job), jobs))
+        return list(self.pool.map(lambda job: self.object_file(*job), jobs))
 
-    def object_file(self, newest: float, source: str, folder: str, compiler: Callable, flags: list[str]) -> str:
-        """compiler: a method (source, folder for its object file, flags) -> that file."""
+    def object_file(self, source: str, folder: str, compiler: Callable, flags: list[str]) -> str:
+        """compiler: a method (source, folder, flags) -> an object file there, with a list of what it was made of."""
         command = repr((self.tools, self.include, self.compiler.include_dirs, flags))
         folder = OBJECTS / f"{folder}-{zlib.crc32(command.encode()):08x}"
         result = folder / Path(source).with_suffix(".o")
-        if self.force or not result.exists() or result.stat().st_mtime < max(newest, Path(source).stat().st_mtime):
+        if self.force or not is_current(result, source):
             result.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder) as partial:  # an interrupted compiler leaves no whole object file
-                Path(compiler(source, Path(partial), flags)).replace(result)
+                started = time.time()
+                new = Path(compiler(source, Path(partial), flags))
+                os.utime(new, (started, started))  # what is saved meanwhile is newer
+                result.unlink(missing_ok=True)
+                new.with_suffix(".d").replace(result.with_suffix(".d"))
+                new.replace(result)
         return str(result)
 
     def host_compiler(self, source: str, folder: Path, flags: list[str]) -> str:
+        flags = [*flags, "-MMD"]
         return self.compiler.compile([source], str(folder), include_dirs=self.include, extra_postargs=flags)[0]
 
     def device_compiler(self, source: str, folder: Path, flags: list[str]) -> Path:
         result = folder / Path(source).with_suffix(".o")
         result.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([NVCC, *flags, "-c", source, "-o", result], check=True)
+        listed = ["-MMD", "-MF", result.with_suffix(".d")]
+        subprocess.run([NVCC, *flags, *listed, "-c", source, "-o", result], check=True)
         return result
 
     def build_cpu(self, ext):
@@ -222,7 +241,7 @@ class BuildKernels(build_ext):
         for isa, flags in ISAS.items():
             flags = [*FLAGS, f"-DPYGPT_ISA={isa}", *flags]
             jobs += [(f"csrc/cpu/{name}.cpp", isa, self.host_compiler, flags) for name in CPU]
-        ext.extra_objects = ext.depends = self.objects(ext, jobs)
+        ext.extra_objects = ext.depends = self.objects(jobs)
         ext.library_dirs += self.library
         ext.sources = []
         forced, self.force = self.force, True  # the last library may be newer, but of other object files
@@ -238,7 +257,7 @@ class BuildKernels(build_ext):
         jobs += [
             (source, "cuda", self.device_compiler, device_flags) for source in ext.sources if source.endswith(".cu")
         ]
-        objects = self.objects(ext, jobs)
+        objects = self.objects(jobs)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
@@ -262,7 +281,6 @@ if __name__ == "__main__":  # a test imports what is above
         Extension(
             "pygpt._C",
             sources=["csrc/bind/bind_cpu.cpp"],
-            depends=sources("csrc/*.h", "csrc/attention/*.h", "csrc/bind/**/*.h", "csrc/cpu/**/*.h"),
             libraries=["torch", "torch_cpu", "c10"],
             py_limited_api=True,
             language="c++",
@@ -275,7 +293,6 @@ if __name__ == "__main__":  # a test imports what is above
             Extension(
                 "pygpt._cuda",
                 sources=["csrc/bind/bind_cuda.cpp", *sources("csrc/cuda/**/*.cu")],
-                depends=sources("csrc/*.h", "csrc/attention/*.h", "csrc/bind/**/*.h", "csrc/cuda/**/*.cuh"),
                 py_limited_api=True,
             )
         )
