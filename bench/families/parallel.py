@@ -31,7 +31,7 @@ class Run(NamedTuple):
     """Of PyTorch and of ours."""
 
     seconds: tuple[float, float]  # the median of a step
-    bytes: tuple[int, int]
+    bytes: tuple[int | None, int | None]  # None where the system does not tell
     losses: tuple[float, float]  # of the last step
 
 
@@ -88,10 +88,11 @@ def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, re
             start = time.perf_counter()
             step(i)
             kept.append(time.perf_counter() - start)
-    peaks = [peak_bytes(lambda: step(i)) or 0 for i in range(2)]  # noqa: B023
+    last = tuple(losses)
+    peaks = [peak_bytes(lambda: step(i)) for i in range(2)]  # noqa: B023
     if rank == 0:
         medians = (statistics.median(kept[WARM_UP:]) for kept in times)
-        results.put(Run(tuple(medians), tuple(peaks), tuple(losses)))
+        results.put(Run(tuple(medians), tuple(peaks), last))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -129,6 +130,6 @@ def lines(names: Iterable[str], size: Size, steps: int) -> Iterator[str]:
         for how in WRAPPERS:
             r = run(how, name, size, steps)
             cells.append(f"{r.seconds[0] / r.seconds[1]:.2f}")
-            cells.append(" / ".join(f"{b / 2**20:.0f}" for b in r.bytes))
+            cells.append(" / ".join(f"{b / 2**20:.0f}" if b else "" for b in r.bytes))
             cells.append(" / ".join(f"{loss:.4f}" for loss in r.losses))
         yield f"| {' | '.join(cells)} |"

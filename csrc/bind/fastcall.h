@@ -49,7 +49,7 @@ class Function {
   }
   PyObject* operator()() const {
     if (noargs_) return noargs_(self_, nullptr);
-    return fastcall_ ? fastcall_(self_, nullptr, 0, nullptr) : PyObject_CallNoArgs(object_);
+    return fastcall_ ? fastcall_(self_, nullptr, 0, nullptr) : PyObject_CallObject(object_, nullptr);
   }
   PyCFunction method() const { return noargs_; }  // can be called with another self; null if there is none
 
@@ -142,10 +142,21 @@ inline bool read(PyObject* object, int64_t& value) {
   return !PyErr_Occurred();
 }
 inline bool read(PyObject* object, std::string_view& value) {
-  Py_ssize_t length;
-  const char* text = PyUnicode_AsUTF8AndSize(object, &length);
-  if (text) value = {text, size_t(length)};
-  return text;
+  // The letters of the thread's last few names, such as "mean". (The UTF-8 inside of a str is not of Python 3.9's ABI,
+  // which kernel-builder asks for.) The dispatcher refuses what is no name.
+  constexpr Py_ssize_t kLetters = 16, kNames = 8;
+  static thread_local std::array<std::array<char, kLetters>, kNames> names;
+  static thread_local size_t last = 0;
+  const Py_ssize_t length = PyUnicode_Check(object) ? PyUnicode_GetLength(object) : -1;
+  Py_UCS4 letters[kLetters];
+  if (length < 0 || length > kLetters || !PyUnicode_AsUCS4(object, letters, kLetters, 0)) return false;
+  char* const name = names[++last % kNames].data();
+  for (Py_ssize_t i = 0; i < length; i++) {
+    if (letters[i] > 127) return false;
+    name[i] = char(letters[i]);
+  }
+  value = {name, size_t(length)};
+  return true;
 }
 inline bool read(PyObject* object, Needs& value) {
   if (!PyTuple_Check(object) || PyTuple_Size(object) > 32) return false;
@@ -235,7 +246,7 @@ class FastCall final : public Call {
   }
 
   const bool without_backward_;
-  std::array<DLManaged*, 8> results_{};       // those that take() has not released yet
+  std::array<DLManaged*, 8> results_{};  // those that take() has not released yet
   alignas(64) std::array<char, 1024> local_;  // temporary memory that is too large for it comes from the heap
   size_t local_used_ = 0;
   std::vector<std::unique_ptr<void, void (*)(void*)>> heap_;

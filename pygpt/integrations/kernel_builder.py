@@ -1,13 +1,16 @@
 """The sources that Hugging Face's kernel-builder compiles: `python -m pygpt.integrations.kernels FOLDER --sources`.
 
-    build.toml          which sources there are, with the flags that setup.py gives them
-    flake.nix           what Nix reads first
-    csrc/               the sources
-    torch-ext/pygpt/    what Python imports
+    build.toml                  which sources there are, with the flags that setup.py gives them
+    flake.nix                   what Nix reads first
+    csrc/                       the sources
+    torch-ext/pygpt_kernels/    what Python imports
 
 kernel-builder makes one library of each variant. Its CMake compiles a source once, so a CPU kernel, which we compile
-once per instruction set, is there once per instruction set: csrc/cpu/norm.cpp as csrc/cpu/norm.avx2.cpp and so on. The
-library of the CUDA variant holds the CPU kernels, too. The instruction sets are those of this machine's architecture.
+once per instruction set, has a copy for each: csrc/cpu/norm.avx2.cpp and so on for csrc/cpu/norm.cpp. The instruction
+sets are those of the architecture that this runs on. The library of the CUDA variant holds the CPU kernels, too.
+
+kernel-builder checks the layout and the library: nothing in torch-ext/pygpt_kernels has that name again, and the
+library needs no more than the stable ABI of Python 3.9 and of the torch that build.toml names.
 """
 
 import importlib.util
@@ -37,7 +40,7 @@ FLAKE = """{
 """
 GENERAL = """# Written by python -m pygpt.integrations.kernels, from setup.py of pygpt {version}.
 [general]
-name = "pygpt"
+name = "pygpt-kernels"
 version = 0
 edition = 5
 license = "MIT"
@@ -65,7 +68,7 @@ def write(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".pygpt-", dir=folder.parent) as temporary:
         new = Path(temporary, "new")
         build = _write_csrc(new / "csrc", _setup())
-        write_package(new / "torch-ext" / "pygpt", without=("_C.*", "_cuda.*"))
+        write_package(new / "torch-ext" / "pygpt_kernels", without=("_C.*", "_cuda.*"))
         (new / "torch-ext" / "binding.cpp").write_text(BINDING)
         (new / "flake.nix").write_text(FLAKE)
         (new / "build.toml").write_text(build)
@@ -97,18 +100,17 @@ def _write_csrc(to: Path, setup: ModuleType) -> str:
     of_cuda = [copy("csrc/bind/bind_cuda.cpp", before=f'#define PYGPT_CUDA_CODE "{code}"\n')]
     of_cuda += [copy(path) for path in setup.sources("csrc/cuda/**/*.cu")]
     sections = []
-    for backend in ("cpu", "cuda"):
-        sections.append(_section(f"{backend}_binding", backend, binding, cxx_flags=setup.FLAGS))
+    archs = [f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS]
+    of_backend = {"cpu": {}, "cuda": {"cuda_capabilities": [*archs[:-1], f"{archs[-1]}+PTX"]}}
+    for backend, options in of_backend.items():
+        sections.append(_section(f"{backend}_binding", backend, binding, cxx_flags=setup.FLAGS, **options))
         for isa, flags in setup.ISAS.items():
             kernels = [copy(f"csrc/cpu/{name}.cpp", f"{Path(name).name}.{isa}.cpp") for name in setup.CPU]
             flags = [*setup.FLAGS, f"-DPYGPT_ISA={isa}", *flags]
-            sections.append(_section(f"{backend}_{isa}", backend, kernels, cxx_flags=flags))
-    capabilities = [f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS]
-    capabilities[-1] += "+PTX"
-    cuda = _section(
-        "cuda", "cuda", of_cuda, cxx_flags=setup.FLAGS, cuda_flags=setup.CUDA_FLAGS, cuda_capabilities=capabilities
-    )
-    return "\n".join([GENERAL.format(version=__version__, stable=OLDEST_TORCH), *sections, cuda])
+            sections.append(_section(f"{backend}_{isa}", backend, kernels, cxx_flags=flags, **options))
+    flags = {"cxx_flags": setup.FLAGS, "cuda_flags": setup.CUDA_FLAGS}
+    sections.append(_section("cuda", "cuda", of_cuda, **flags, **of_backend["cuda"]))
+    return "\n".join([GENERAL.format(version=__version__, stable=OLDEST_TORCH), *sections])
 
 
 def _section(name: str, backend: str, sources: Iterable[str], **options: list[str]) -> str:

@@ -38,8 +38,8 @@ from pathlib import Path
 
 VERSION, FOLDER = "{version}", Path(__file__).parent
 libraries = [path.name.partition(".")[0] for path in FOLDER.glob("pygpt/_*.so")]
-for path in FOLDER.glob("_pygpt_*.so"):  # kernel-builder's: one library with all of ours
-    libraries = ["_C", "_cuda"] if path.name.startswith("_pygpt_cuda_") else ["_C"]
+for path in FOLDER.glob("_pygpt_kernels_*.so"):  # kernel-builder's: one library with all of ours
+    libraries = ["_C", "_cuda"] if path.name.startswith("_pygpt_kernels_cuda_") else ["_C"]
     for name in libraries if "pygpt" not in sys.modules else []:
         loader = ExtensionFileLoader(f"pygpt.{{name}}", str(path))
         sys.modules[loader.name] = module_from_spec(spec_from_loader(loader.name, loader))
@@ -133,8 +133,9 @@ def write_package(folder: Path, without: tuple[str, ...]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pygpt.integrations.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--cuda", metavar="VERSION", help="of CUDA, for the CUDA kernels (default: torch's)")
-    parser.add_argument("--sources", action="store_true", help="write what kernel-builder builds from, in a checkout")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cuda", metavar="VERSION", help="of CUDA, for the CUDA kernels (default: torch's)")
+    kind.add_argument("--sources", action="store_true", help="write what kernel-builder builds from, in a checkout")
     args = parser.parse_args()
     try:
         if args.sources:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def test_every_source_is_compiled_once(folder, build):
     """Nix sees the sources that build.toml names and no others, and CMake has one set of flags for a source."""
     for backend, suffixes in (("cpu", {".cpp", ".h", ".cuh"}), ("cuda", {".cpp", ".h", ".cuh", ".cu"})):
         named = [source for kernel in of_backend(build, backend).values() for source in kernel["src"]]
-        there = [str(f.relative_to(folder)) for f in folder.glob("csrc/**/*") if f.suffix in suffixes]
+        written = [str(f.relative_to(folder)) for f in folder.glob("csrc/**/*") if f.suffix in suffixes]
         if backend == "cpu":
-            there.remove("csrc/bind/bind_cuda.cpp")
-        assert sorted(named) == sorted(there)
+            written.remove("csrc/bind/bind_cuda.cpp")
+        assert sorted(named) == sorted(written)
         assert all((folder / source).is_file() for source in build["torch"]["src"])
 
 
@@ -63,7 +64,8 @@ def test_the_flags_are_those_of_setup(folder, build, setup):
                 original = ROOT / source.replace(f".{isa}.cpp", ".cpp")
                 assert (folder / source).read_text() == original.read_text()
     assert build["kernel"]["cuda"]["cuda-flags"] == setup.CUDA_FLAGS
-    assert build["kernel"]["cuda"]["cuda-capabilities"] == ["8.0", "9.0+PTX"]
+    for kernel in of_backend(build, "cuda").values():  # of all sections together, kernel-builder tells the user
+        assert kernel["cuda-capabilities"] == ["8.0", "9.0+PTX"]
     assert '"sm_80 sm_90 compute_90"' in (folder / "csrc/bind/bind_cuda.cpp").read_text().splitlines()[0]
     assert f"-DTORCH_TARGET_VERSION={stable_version(build)}" == setup.STABLE
 
@@ -71,6 +73,15 @@ def test_the_flags_are_those_of_setup(folder, build, setup):
 def stable_version(build):
     major, minor = map(int, build["torch"]["stable-abi"]["cpu"].split("."))
     return f"0x{major:02x}{minor:02x}" + 12 * "0"
+
+
+def test_the_layout_is_the_one_it_asks_for(folder, build):
+    """The module has its name, and nothing in it has that name, too."""
+    name = build["general"]["name"].replace("-", "_")
+    module = folder / "torch-ext" / name
+    assert (module / "__init__.py").is_file() and not (module / name).exists()
+    assert (module / "pygpt" / "__init__.py").is_file()
+    assert f"_{name}_" in (module / "__init__.py").read_text()  # of the library's name
 
 
 LOAD = """
@@ -89,14 +100,32 @@ print(json.dumps([kernel.pygpt.__file__, str(kernel.pygpt.explain("rms_norm", x,
 def test_what_it_builds_loads_and_serves(folder, tmp_path, run_new_python):
     """The one library has another name than ours, and lies beside the package, not in it."""
     variant = tmp_path / "variant"
-    shutil.copytree(folder / "torch-ext" / "pygpt", variant)
+    shutil.copytree(folder / "torch-ext" / "pygpt_kernels", variant)
     assert not list(variant.rglob("*.so"))
-    shutil.copy(importlib.util.find_spec("pygpt._C").origin, variant / "_pygpt_cpu_abc123.abi3.so")
+    shutil.copy(importlib.util.find_spec("pygpt._C").origin, variant / "_pygpt_kernels_cpu_abc123.abi3.so")
     done = run_new_python(LOAD, str(variant), PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     file, chosen = json.loads(done.stdout)
     assert Path(file).is_relative_to(variant)
     assert chosen == "rms_norm: cpp"
+
+
+NEWER = {  # what the stable ABI has had since Python 3.10; kernel-builder asks for that of 3.9
+    "PyCodec_Unregister", "PyModule_AddObjectRef", "PyModule_AddType", "PyObject_CallNoArgs",
+    "PyType_FromModuleAndSpec", "PyType_GetModule", "PyType_GetModuleState", "PyUnicode_AsUTF8AndSize", "Py_Is",
+    "Py_IsNone", "Py_NewRef", "Py_XNewRef",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pygpt._C") is None, reason="the CPU kernels are not built")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@pytest.mark.parametrize("library", ["pygpt._C", "pygpt._cuda"])
+def test_the_python_abi_is_that_of_3_9(library):
+    if (spec := importlib.util.find_spec(library)) is None:
+        pytest.skip("the CUDA kernels are not built")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", spec.origin], capture_output=True, text=True, check=True)
+    symbols = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert "PyModule_Create2" in symbols and not symbols & NEWER
 
 
 def test_what_cannot_be_written(tmp_path, monkeypatch, capsys):
