@@ -67,6 +67,24 @@ def test_runs_and_thread_counts(op, dims, dtype, compiled, generator):
             assert_equal(verify.directions(op, verify.SPECS[op].call, args, grads), want, f"with {threads} threads")
 
 
+@pytest.mark.parametrize("batch, heads", [(1, 3), (4, 3), (1, 1)])
+def test_the_gradient_of_a_mask(batch, heads, compiled, generator):
+    """Batch entries and heads that share the mask add to the same elements, in one order."""
+    q, k, v, dout = (torch.randn(4, 3, n, 40, generator=generator) for n in (333, 270, 270, 333))
+    mask = torch.randn(batch, heads, 333, 270, generator=generator)
+
+    def gradients(threads):
+        torch.set_num_threads(threads)
+        inputs = [t.clone().requires_grad_() for t in (q, k, v, mask)]
+        with pygpt.backend(compiled):
+            out = functional.scaled_dot_product_attention(*inputs[:3], attn_mask=inputs[3])
+        return dict(enumerate(torch.autograd.grad(out, inputs, dout)))
+
+    want = gradients(1)
+    for threads in (2, 3, 5, 2):
+        assert_equal(gradients(threads), want, f"with {threads} threads")
+
+
 @pytest.fixture
 def busy_machine():
     """As many processes as there are CPUs compute until the test ends."""

@@ -304,7 +304,7 @@ def test_a_small_fault_is_no_accident(monkeypatch):
     faulty(monkeypatch, "mlp_fwd", lambda results: (results[0] * (1 + 4e-6), *results[1:]), at=1)
     audit = pygpt.audit(pygpt.GPT(CONFIG), IDS, IDS)
     assert audit.draws == layers.DRAWS and audit.first.name == "transformer.h.1.mlp"
-    assert audit.first.limit < audit.first.ours < 5e-6
+    assert audit.first.limit < audit.first.ours < layers.NO_ACCIDENT * audit.first.limit
 
 
 def test_a_faulty_backward_kernel_is_named(monkeypatch):

@@ -1,6 +1,6 @@
 """Faults in the CPU kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, PARITY, POISON, Mutant
+from .mutant import MEMORY, PARITY, POISON, THREADS, Mutant
 
 CPU = [
     Mutant(
@@ -116,7 +116,7 @@ CPU = [
         "csrc/cpu/norm.cpp",
         r"ceil_div\(a\.rows, 64\)\}\);",
         r"ceil_div(a.rows, threads.count())});",
-        ("tests/kernels/test_threads.py", "thread_counts", "rms_norm", "float32"),
+        (THREADS, "thread_counts", "rms_norm", "float32"),
     ),
     Mutant(
         "cpu: a query sees one key too few",

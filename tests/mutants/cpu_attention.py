@@ -1,6 +1,6 @@
 """Faults in the options and packed sequences of attention on a CPU."""
 
-from .mutant import DROPOUT, OPTIONS, QKV, VARLEN, Mutant
+from .mutant import DROPOUT, OPTIONS, QKV, THREADS, VARLEN, Mutant
 
 # Attention's options. "1x4x1x21x35" has tiles, "2x4x2x6x4" two heads of keys, "2x4x4x4x6" is decoding.
 TILES, GROUPS, DECODING = "1x4x1x21x35", "2x4x2x6x4", "2x4x4x4x6"
@@ -224,7 +224,28 @@ CPU_OPTIONS = [
         "csrc/cpu/attention/bwd_options.cpp",
         r"store<M>\(to \+ r \* stride\[2\] \+ c",
         r"store<M>(to + r * columns + c",
-        (OPTIONS, "several_tiles", "cpp", "HLS"),
+        (OPTIONS, "several_tiles", "cpp", "1LS"),
+    ),
+    Mutant(
+        "cpu options: the gradient of a mask that batch entries share is the last one's",
+        "csrc/cpu/attention/score_gradients.h",
+        r"load\(at, keys\) \+ ds",
+        r"ds",
+        (OPTIONS, "masks_that_are_broadcast", "cpp", "1000-True"),
+    ),
+    Mutant(
+        "cpu options: the gradient of a mask that batch entries share is rounded after each of them",
+        "csrc/cpu/attention/bwd.cpp",
+        r"const bool rounded = .*;",
+        r"const bool rounded = false;",
+        (OPTIONS, "masks_gradient_is_added_up", "cpp", "False-4", "bfloat16"),
+    ),
+    Mutant(
+        "cpu options: batch entries add to a mask's gradient at the same time",
+        "csrc/cpu/attention/bwd.cpp",
+        r"const int64_t apart = .*;",
+        r"const int64_t apart = all_tasks;",
+        (THREADS, "gradient_of_a_mask"),
     ),
     # ---- decoding
     Mutant(

@@ -1,6 +1,6 @@
 """Faults in rope's kernels, on every backend."""
 
-from .mutant import MEMORY, PARITY, Mutant
+from .mutant import MEMORY, PARITY, THREADS, Mutant
 
 OWN = "tests/ops/test_rope.py"
 CPU, CUDA, TRITON = "csrc/cpu/rope.cpp", "csrc/cuda/rope.cu", "triton_kernels/rope.py"
@@ -75,7 +75,7 @@ ROPE = [
         CPU,
         r"std::max<int64_t>\(kTaskElements / elements, 1\);",
         r"std::max<int64_t>(kTaskElements / elements / threads.count(), 1);",
-        ("tests/kernels/test_threads.py", "thread_counts", "rope", "float32"),
+        (THREADS, "thread_counts", "rope", "float32"),
     ),
     Mutant(
         "bind: rope's positions are not checked",

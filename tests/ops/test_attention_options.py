@@ -154,7 +154,7 @@ def test_masks_that_are_broadcast(L, S, broadcast, floating, option, compiled, d
 
 
 @pytest.mark.parametrize("option", [MASK], ids=cases.ids)
-@pytest.mark.parametrize("shape", ["HLS", "H1S", "1L1"])
+@pytest.mark.parametrize("shape", ["HLS", "1LS", "H1S", "1L1"])
 def test_a_mask_of_several_tiles(shape, option, compiled, device, generator, kernels_of):
     L, S = (70, 140) if is_emulated(compiled, device) else (120, 230)
     d = Sizes(1, 2, 2, L, S)
@@ -194,25 +194,55 @@ def test_masks_that_hide_or_show_whole_tiles(step, rows, floating, option, compi
 
 @pytest.mark.parametrize("option", [option("mask and window", "attn_mask window", None)], ids=cases.ids)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
-def test_the_order_in_which_a_masks_gradient_is_added_up(dtype, option, compiled, device, generator, kernels_of):
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_order_in_which_a_masks_gradient_is_added_up(
+    alone, heads, dtype, option, compiled, device, generator, kernels_of
+):
     """In float32, batch entry by batch entry, and head by head in each; then it is rounded.
 
-    Where each query sees one key, what a head adds is the gradient of lse, exactly.
+    Where each query sees one key, what a head adds is the gradient of lse, exactly. The mask has one head or all four.
+    Its gradient is asked for alone or with that of q.
     """
     q, k, v = cast(draw_tensors(Sizes(3, 4, 4, 18, 18), generator), device, dtype).values()
-    mask = torch.zeros(1, 1, 18, 18, device=device, dtype=dtype, requires_grad=True)
-    _, lse = canonical(kernels_of, q, k, v, mask, window=(0, 0))
+    mask = torch.zeros(1, heads, 18, 18, device=device, dtype=dtype, requires_grad=True)
+    _, lse = canonical(kernels_of, q.requires_grad_(), k, v, mask, window=(0, 0))
     dlse = torch.randn(lse.shape, generator=generator, dtype=lse.dtype).to(device)
-    (found,) = torch.autograd.grad(lse, mask, dlse)
-    total = torch.zeros_like(dlse[0, 0])
-    for of_head in dlse.flatten(0, 1):
-        total += of_head
-    assert torch.equal(found[0, 0], torch.diag(total.to(dtype)))
+    found, *_ = torch.autograd.grad(lse, [mask] if alone else [mask, q], dlse)
+    total = torch.zeros_like(dlse[0, :heads])
+    for of_entry in dlse:
+        for of_heads in of_entry.split(heads):
+            total += of_heads
+    assert torch.equal(found[0], torch.diag_embed(total.to(dtype)))
+
+
+@pytest.mark.parametrize("option", [MASK], ids=cases.ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("batch, heads", [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_a_masks_gradient_is_the_same_alone(
+    batch, heads, causal, dtype, option, compiled, device, generator, kernels_of
+):
+    """Bit by bit that which comes with those of q, k and v. The mask is of the dtype of statistics."""
+    d = Sizes(3, 4, 2, *((35, 41) if is_emulated(compiled, device) else (110, 230)))
+    mask = float_mask(generator, batch, heads, d.L, d.S)
+    tensors = cast(draw_tensors(d, generator, attn_mask=mask), device, dtype)
+    tensors["attn_mask"] = mask.to(device, torch.float32)
+    inputs = [t.requires_grad_() for t in tensors.values()]
+    out, _ = canonical(kernels_of, **tensors, is_causal=causal)
+    dout = torch.randn(out.shape, generator=generator).to(out)
+    alone, together = (torch.autograd.grad(out, of, dout, retain_graph=True)[-1] for of in (inputs[3:], inputs))
+    assert alone.dtype == torch.float32 and alone.any() and torch.equal(alone, together)
+
+
+def apart_and_expanded(t):
+    """Keys that lie apart in rows that all heads share."""
+    return torch.stack([t[:, :1], t[:, :1]], -1)[..., 0].expand(t.shape)
 
 
 @pytest.mark.parametrize("option", [MASK], ids=cases.ids)
 @pytest.mark.parametrize("floating", [False, True])
-@pytest.mark.parametrize("layout", [*cases.LAYOUTS[1:], cases.shifted], ids=cases.ids)
+@pytest.mark.parametrize("layout", [*cases.LAYOUTS[1:], cases.shifted, apart_and_expanded], ids=cases.ids)
 @pytest.mark.parametrize("L", [2, 35])
 def test_layouts_of_masks(L, layout, floating, option, compiled, device, generator, kernels_of):
     d = Sizes(2, 3, 3, L, 41, 8, 5)

@@ -9,7 +9,9 @@
 // With the options of csrc/attention/scores.h, and f the factors of dropout and c = 1 - tanh^2 of softcap:
 //
 //   dV += (P f)^T dO    dS = P (f dP - delta)    dK += (dS c)^T Q    dQ += (dS c) K
-//   dslope = -sum dS distance    (the gradients of masks and sinks: bwd_options.cpp)
+//   dslope = -sum dS distance    dmask = dS, summed over the batch entries that share the mask
+//
+// dmask is filled here if main_pass_fills_dmask, else by bwd_options.cpp, as the gradient of sinks always is.
 //
 // All five products use the GEMM's micro-kernel. Where the processor multiplies pairs of bf16, P and dS are rounded to
 // bf16, but sums over rows are not.
@@ -136,6 +138,7 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
                       const Block& block, MaskEffect effect, U* p, U* ds, U* ds_rows) {
   using T = Acc<S>;
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
+  const bool to_dmask = general && x.a.dmask.data;
   double slope_gradient = 0;
   for (int64_t column = 0; column < BC; column += NR)
     for (int64_t i = 0; i < block.rows; i += MR) {
@@ -173,6 +176,7 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
         if (general && x.a.dslopes)
           for (int n = 0; n < d && row0 + r + n < x.sequence.q_len; n++)
             with_distance += g[n] * x.distances(row0 + r + n, j + w * W<T>);
+        for (int n = 0; to_dmask && n < d; n++) add_to_dmask(x, row0 + r + n, j + w * W<T>, g[n]);
       });
       if (general && x.a.dslopes) slope_gradient += hsum<T>(with_distance);
     }
@@ -378,10 +382,24 @@ struct HeadTask {
 };
 
 // How many tasks share a head of keys: 1, 2, 4 or 8, the more the fewer heads there are.
-inline int64_t tasks_of_head(int64_t kv_heads, int64_t blocks) {
+inline int64_t tasks_of_head(const AttentionArgs& a) {
+  const int64_t blocks = ceil_div(a.sequences.k_len, BC);
   int64_t tasks = 1;
-  while (tasks < kParts && tasks * kv_heads < 8 && tasks < blocks) tasks *= 2;
+  while (tasks < kParts && tasks * a.batch * a.kv_heads < 8 && tasks < blocks) tasks *= 2;
   return tasks;
+}
+
+// Whether the main pass adds dS to dmask on its way to dq, dk and dv. If not, dmask has a pass of its own, with the
+// same bits. An element must belong to one head. If batch entries share it, one task adds theirs in turn: there must
+// be such tasks for all threads, and dmask must hold the sum without rounding it in between.
+inline bool main_pass_fills_dmask(const AttentionArgs& a) {
+  const int64_t(&stride)[4] = a.dmask.stride;
+  const bool main_pass = (a.dq.data || a.dk.data || a.dv.data || a.dslopes) && !is_decode(a, a.sequences.q_len);
+  const bool of_one_head = (stride[1] || a.heads == 1) && stride[2] && stride[3];
+  const bool of_one_entry = stride[0] || a.batch == 1;
+  const bool rounded = a.scores.mask_type == MaskType::storage && (a.dtype == DType::bf16 || a.dtype == DType::f16);
+  const bool enough_tasks = a.kv_heads * tasks_of_head(a) >= threads.count();
+  return a.dmask.data && main_pass && of_one_head && (of_one_entry || (!rounded && enough_tasks));
 }
 
 template <bool general, class S>
@@ -391,7 +409,8 @@ void backward(const AttentionArgs& a) {
   constexpr int64_t MR = Tiling<U>::MR, NR = Tiling<U>::NR, kLevels = 3;  // 2^kLevels = kParts
   const int64_t kv_heads = a.batch * a.kv_heads, group = a.group(), blocks = ceil_div(a.sequences.k_len, BC);
   const int64_t e_panels = ceil_div(a.head_dim, NR), v_panels = ceil_div(a.v_dim, NR);
-  const int64_t tasks = tasks_of_head(kv_heads, blocks);
+  if (general && a.dmask.data) clear_dmask<S>(a);
+  const int64_t tasks = tasks_of_head(a);
   // Task t of a head forms sum(t, tasks) of dq. If there are several, they leave their sums in memory.
   const bool partial = tasks > 1 && a.dq.data;
   QueryGradients<U> partials = {ceil_div(a.sequences.q_len, MR), e_panels};
@@ -415,9 +434,11 @@ void backward(const AttentionArgs& a) {
         if (x.h % group == 0) all_keys.pack(n / group, x);
       }
     }, (a.sequences.q_len + a.sequences.k_len) * (a.head_dim + a.v_dim));
-  parallel_for(kv_heads * tasks, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const typename PackElement<U>::TileScope held;
-    for (int64_t n = begin; n < end; n++) {
+  // Tasks that add to the same elements of dmask, those of the batch entries, run one after the other.
+  const int64_t all_tasks = kv_heads * tasks;
+  const int64_t apart = a.dmask.data && !a.dmask.stride[0] ? a.kv_heads * tasks : all_tasks;
+  const auto run = [&](int64_t own) {
+    for (int64_t n = own; n < all_tasks; n += apart) {
       const int64_t b = n / tasks / a.kv_heads, first = n / tasks % a.kv_heads * group, task = n % tasks;
       const QueryHead<S> first_head(a, b, first);
       if (is_decode(first_head) || (task > 0 && task * BC >= first_head.sequence.k_len)) continue;
@@ -439,6 +460,10 @@ void backward(const AttentionArgs& a) {
         if (a.dq.data && !partial) store_dq(x, levels[0]);
       }
     }
+  };
+  parallel_for(apart, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename PackElement<U>::TileScope held;
+    for (int64_t own = begin; own < end; own++) run(own);
   }, group * a.sequences.q_len * ceil_div(a.sequences.k_len, tasks) * (a.head_dim + a.v_dim));
   if (partial)
     parallel_for(a.batch * a.heads, [&](int64_t begin, int64_t end) {
@@ -458,12 +483,14 @@ void backward(const AttentionArgs& a) {
 }  // namespace
 
 void attention_bwd(const AttentionArgs& a) {
+  AttentionArgs main_pass = a, rest = a;
+  (main_pass_fills_dmask(a) ? rest : main_pass).dmask.data = nullptr;
   if (a.dq.data || a.dk.data || a.dv.data || a.dslopes) {
-    by_length(a, decode_bwd, [](const AttentionArgs& a) {
+    by_length(main_pass, decode_bwd, [](const AttentionArgs& a) {
       visit_scores(a, [&](auto s, auto general) { backward<general.value, decltype(s)>(a); });
     });
   }
-  mask_and_sink_gradients(a);
+  mask_and_sink_gradients(rest);
 }
 
 }  // namespace PYGPT_ISA

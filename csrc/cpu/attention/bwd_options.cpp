@@ -2,8 +2,7 @@
 //
 //   dmask = dS, summed over the dimensions along which the mask was broadcast    dsink = -sum exp(sink - lse) delta
 //
-// dmask has a pass of its own, because it sums over other heads and batch entries than dq, dk and dv do. The pass
-// computes dS again.
+// dmask has a pass of its own unless main_pass_fills_dmask (bwd.cpp). The pass computes dS again.
 #include <numeric>
 
 #include "score_gradients.h"

@@ -32,6 +32,29 @@ void fill_statistics(const QueryHead<S>& x, int64_t i0, int64_t n, T* lse, T* de
   }
 }
 
+// dmask = 0, for the main pass to add to. It is contiguous.
+template <class S>
+void clear_dmask(const AttentionArgs& a) {
+  const int64_t bytes =
+      a.sequences.q_len * a.sequences.k_len * (a.scores.mask_type == MaskType::storage ? sizeof(S) : sizeof(Acc<S>));
+  parallel_for((a.dmask.stride[0] ? a.batch : 1) * a.heads, [&](int64_t begin, int64_t end) {
+    std::memset(static_cast<char*>(a.dmask.data) + begin * bytes, 0, (end - begin) * bytes);
+  }, bytes);
+}
+
+// dmask += dS of query i and the keys from j on.
+template <class S>
+PYGPT_INLINE void add_to_dmask(const QueryHead<S>& x, int64_t i, int64_t j, Vec<Acc<S>> ds) {
+  const int64_t(&stride)[4] = x.a.dmask.stride, keys = x.sequence.k_len - j;
+  const auto add = [&](auto* dmask) {
+    auto* at = dmask + x.b * stride[0] + x.h * stride[1] + i * stride[2] + j;
+    store(at, load(at, keys) + ds, keys);
+  };
+  if (i >= x.sequence.q_len || keys <= 0) return;
+  if (x.a.scores.mask_type == MaskType::storage) add(static_cast<S*>(x.a.dmask.data));
+  else add(static_cast<Acc<S>*>(x.a.dmask.data));
+}
+
 // Panels of one tile: MR rows of queries and dO, NR keys and their values, and the rows' statistics.
 template <class U, class T>
 struct TileOperands {
