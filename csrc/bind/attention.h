@@ -33,26 +33,10 @@ inline MaskType mask_type(const Call& call, const View& mask, ScalarType storage
   call.fail("attn_mask must be bool, " + std::string(to_string(storage)) + " or " + to_string(call.statistics()));
 }
 
-inline void set_mask(const Call& call, AttentionArgs& a, const View& mask, ScalarType storage) {
-  const std::array<int64_t, 4> shape = {a.batch, a.heads, a.sequences.q_len, a.sequences.k_len};
-  const Sizes strides = broadcast_strides(call, "attn_mask", mask, Shape(shape.data(), 4));
-  a.scores.mask_type = mask_type(call, mask, storage), a.scores.mask = mask.data;
-  for (int d = 0; d < 4; d++) a.scores.mask_stride[d] = strides[d];
-}
-
-// On a CPU, a mask whose last stride is not 1 is copied first: each pass would gather every vector of it. A table of
-// biases with its heads side by side is such a mask. What is broadcast stays so; an expanded mask is not copied.
-inline void make_keys_contiguous(Call& call, AttentionArgs& a, const View& q, Maybe& mask) {
-  if (!mask || mask->size(3) <= 1 || mask->strides[3] <= 1) return;
-  for (int64_t d = 0; d < 3; d++)
-    if (mask->size(d) > 1 && mask->strides[d] == 0) return;
-  mask = call.contiguous(mask);
-  set_mask(call, a, *mask, q.type);
-}
-
 // Fills a.scores and a.reach. A copy that a kernel needs replaces its tensor in `o`.
 inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOptions& o) {
-  const std::array<int64_t, 2> each_head = {a.batch, a.heads};
+  const std::array<int64_t, 4> shape = {a.batch, a.heads, a.sequences.q_len, a.sequences.k_len};
+  const Shape scores(shape.data(), 4);
   Scores& s = a.scores;
   if (!(o.softcap >= 0)) call.fail("softcap must not be negative");
   set_dropout(call, s, o.seed, o.dropout_p);
@@ -60,12 +44,14 @@ inline void set_options(Call& call, AttentionArgs& a, const View& q, AttentionOp
   a.reach.left = o.left, a.reach.lower_right = o.lower_right;
   if (o.attn_mask) {
     call.check("attn_mask", *o.attn_mask, o.attn_mask->sizes, o.attn_mask->type);
-    set_mask(call, a, *o.attn_mask, q.type);
+    const Sizes strides = broadcast_strides(call, "attn_mask", *o.attn_mask, scores);
+    s.mask_type = mask_type(call, *o.attn_mask, q.type), s.mask = o.attn_mask->data;
+    for (int d = 0; d < 4; d++) s.mask_stride[d] = strides[d];
   }
   if (o.alibi_slopes) {
     o.alibi_slopes = call.contiguous(o.alibi_slopes);
     call.check("alibi_slopes", *o.alibi_slopes, o.alibi_slopes->sizes, call.statistics());
-    s.slope_stride = broadcast_strides(call, "alibi_slopes", *o.alibi_slopes, Shape(each_head.data(), 2))[0];
+    s.slope_stride = broadcast_strides(call, "alibi_slopes", *o.alibi_slopes, scores.slice(0, 2))[0];
     if (o.alibi_slopes->size(1) != a.heads) call.fail("alibi_slopes must have " + std::to_string(a.heads) + " heads");
     s.slopes = o.alibi_slopes->data;
   }
@@ -106,7 +92,6 @@ inline AttentionArgs attention_args(Call& call, const View& q, const View& k, co
 template <auto kernel>
 Results<2> attention_fwd(Call& call, View q, View k, View v, bool is_causal, double scale, AttentionOptions options) {
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale, options);
-  if (kOnCpu<kernel, AttentionArgs>) make_keys_contiguous(call, a, q, options.attn_mask);
   View out = call.empty({a.batch, a.heads, a.sequences.q_len, a.v_dim}, strides_like_query(q, a.v_dim));
   View lse = call.for_backward({a.batch, a.heads, a.sequences.q_len}, call.statistics());
   a.out = heads(out), a.lse = lse.data;
@@ -118,7 +103,6 @@ template <auto kernel>
 Results<6> attention_bwd(Call& call, View dout, Maybe dlse, View q, View k, View v, View out, View lse, bool is_causal,
                          double scale, Needs needs, AttentionOptions options) {
   AttentionArgs a = attention_args(call, q, k, v, is_causal, scale, options);
-  if (kOnCpu<kernel, AttentionArgs>) make_keys_contiguous(call, a, q, options.attn_mask);
   const int64_t L = a.sequences.q_len, S = a.sequences.k_len;
   const Shape rows = q.sizes.slice(0, 3);
   if (needs.count != 3) call.check_count(needs, 6);

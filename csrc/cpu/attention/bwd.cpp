@@ -138,7 +138,6 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
                       const Block& block, MaskEffect effect, U* p, U* ds, U* ds_rows) {
   using T = Acc<S>;
   constexpr int d = PackElement<U>::kPackK, MR = Tiling<U>::MR, NR = Tiling<U>::NR;
-  const bool to_dmask = general && x.a.dmask.data;
   double slope_gradient = 0;
   for (int64_t column = 0; column < BC; column += NR)
     for (int64_t i = 0; i < block.rows; i += MR) {
@@ -170,13 +169,14 @@ double gradient_block(const QueryHead<S>& x, const PackedQueries<S>& of_q, const
                                      of_q.lse + row0,
                                      of_q.delta + row0,
                                      effect};
+      const DmaskTile<S> dmask(x, row0, j);
       Vec<T> with_distance = {};
       gradient_tile<general>(x, of, row0, j, [&](int r, int w, const auto& e, const auto& scores_g, const auto& g) {
         put(r, w, e, scores_g);
         if (general && x.a.dslopes)
           for (int n = 0; n < d && row0 + r + n < x.sequence.q_len; n++)
             with_distance += g[n] * x.distances(row0 + r + n, j + w * W<T>);
-        for (int n = 0; to_dmask && n < d; n++) add_to_dmask(x, row0 + r + n, j + w * W<T>, g[n]);
+        for (int n = 0; general && n < d; n++) dmask.add(r + n, w * W<T>, g[n]);
       });
       if (general && x.a.dslopes) slope_gradient += hsum<T>(with_distance);
     }

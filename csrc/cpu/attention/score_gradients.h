@@ -42,18 +42,35 @@ void clear_dmask(const AttentionArgs& a) {
   }, bytes);
 }
 
-// dmask += dS of query i and the keys from j on.
+// Where the main pass adds dS of one tile to dmask.
 template <class S>
-PYGPT_INLINE void add_to_dmask(const QueryHead<S>& x, int64_t i, int64_t j, Vec<Acc<S>> ds) {
-  const int64_t(&stride)[4] = x.a.dmask.stride, keys = x.sequence.k_len - j;
-  const auto add = [&](auto* dmask) {
-    auto* at = dmask + x.b * stride[0] + x.h * stride[1] + i * stride[2] + j;
-    store(at, load(at, keys) + ds, keys);
-  };
-  if (i >= x.sequence.q_len || keys <= 0) return;
-  if (x.a.scores.mask_type == MaskType::storage) add(static_cast<S*>(x.a.dmask.data));
-  else add(static_cast<Acc<S>*>(x.a.dmask.data));
-}
+class DmaskTile {
+ public:
+  using T = Acc<S>;
+  // The tile of the queries from i on and the keys from j on.
+  DmaskTile(const QueryHead<S>& x, int64_t i, int64_t j) : rows_(x.sequence.q_len - i), keys_(x.sequence.k_len - j) {
+    const Heads& dmask = x.a.dmask;
+    const int64_t at = x.b * dmask.stride[0] + x.h * dmask.stride[1] + i * dmask.stride[2] + j;
+    stride_ = dmask.stride[2];
+    if (dmask.data && x.a.scores.mask_type == MaskType::storage) in_storage_ = static_cast<S*>(dmask.data) + at;
+    else if (dmask.data) in_statistics_ = static_cast<T*>(dmask.data) + at;
+  }
+  // Adds those of row r and the keys from column c on, if they exist and dmask is wanted here.
+  PYGPT_INLINE void add(int64_t r, int64_t c, Vec<T> ds) const {
+    if (r >= rows_ || c >= keys_) return;
+    if (in_statistics_) add(in_statistics_ + r * stride_ + c, keys_ - c, ds);
+    else if (in_storage_) add(in_storage_ + r * stride_ + c, keys_ - c, ds);
+  }
+
+ private:
+  template <class M>
+  static PYGPT_INLINE void add(M* at, int64_t n, Vec<T> ds) {
+    store(at, load(at, n) + ds, n);
+  }
+  S* in_storage_ = nullptr;
+  T* in_statistics_ = nullptr;
+  int64_t stride_, rows_, keys_;
+};
 
 // Panels of one tile: MR rows of queries and dO, NR keys and their values, and the rows' statistics.
 template <class U, class T>
