@@ -191,6 +191,13 @@ def test_compiled_by_inductor(name, generator):
     hold(ratio)
 
 
+@pytest.mark.parametrize("name, count", [("Llama", 2), ("T5", 4), ("Whisper", 4), ("nanoGPT", 2)])
+def test_the_layers_that_are_sharded(name, count, generator):
+    """Those of the encoder and of the decoder, not what lists of modules in them hold."""
+    found = [type(layer).__name__ for layer in parallel._layers(drawn(name, SMALL, generator))]
+    assert len(found) == count and all("Block" in name or "Layer" in name for name in found)
+
+
 @pytest.mark.parametrize("how", parallel.WRAPPERS)
 def test_two_processes(how):
     """DDP and FSDP2 train to the same loss as PyTorch, with no more memory, and with DDP without that of the logits."""
