@@ -62,17 +62,19 @@ def write(folder: Path) -> Path:
     """
     if not (ROOT / "csrc").is_dir():
         raise FileNotFoundError(f"{OWNER}: the sources are in a checkout of pygpt, not in {ROOT}")
-    if folder.exists() and any(folder.iterdir()):
+    setup = _setup()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
         raise FileExistsError(f"{OWNER}: {folder} is not empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pygpt-", dir=folder.parent) as temporary:
-        new = Path(temporary, "new")
-        build = _write_csrc(new / "csrc", _setup())
+    with tempfile.TemporaryDirectory(prefix=".pygpt-", dir=folder) as temporary:
+        new = Path(temporary)
+        build = _write_csrc(new / "csrc", setup)
         write_package(new / "torch-ext" / "pygpt_kernels", without=("_C.*", "_cuda.*"))
         (new / "torch-ext" / "binding.cpp").write_text(BINDING)
         (new / "flake.nix").write_text(FLAKE)
         (new / "build.toml").write_text(build)
-        new.replace(folder)
+        for name in ("csrc", "torch-ext", "flake.nix", "build.toml"):
+            (new / name).rename(folder / name)
     return folder / "build.toml"
 
 

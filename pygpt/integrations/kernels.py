@@ -32,6 +32,7 @@ OLDEST_TORCH = "2.10"  # the stable ABI that csrc/ is written against
 ENTRY = '''"""pygpt {version}: fused GPT kernels for PyTorch, as the package kernels loads them."""
 
 import sys
+from importlib import import_module
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
@@ -56,6 +57,8 @@ if pygpt.__version__ != VERSION or missing:
         + (f", without its library {{missing[0]}}" if missing else "")
         + f"; this kernel is {{VERSION}}, and torch.ops.pygpt exists once in a process"
     )
+
+import_module("pygpt._C")  # the error of a library that does not load: without it, PyTorch would serve
 
 from pygpt.functional import *  # noqa: E402, F403
 from pygpt.integrations import hub_layers as layers  # noqa: E402, F401
@@ -144,7 +147,7 @@ def main() -> int:
             print(kernel_builder.write(args.folder))
             return 0
         variants = write(args.folder, args.cuda)
-    except (OSError, ValueError) as e:
+    except (ImportError, OSError, ValueError) as e:
         print(f"pygpt: error: {str(e).removeprefix(OWNER + ': ')}", file=sys.stderr)
         return 2
     for variant in variants:

@@ -133,6 +133,12 @@ def test_what_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernels", str(tmp_path), "--sources"])
     assert kernels.main() == 2
     assert "is not empty" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert kernel_builder.write(Path(".")) == Path("build.toml") and not list(empty.glob(".*"))
+    shutil.rmtree(empty)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kernel_builder, "ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match="the sources are in a checkout of pygpt"):
         kernel_builder.write(tmp_path / "new")

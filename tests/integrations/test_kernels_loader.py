@@ -109,6 +109,15 @@ def test_one_version_in_a_process(change, says, folder, run_new_python):
     assert (done.returncode != 0) == bool(change)
 
 
+@built
+def test_a_library_that_does_not_load_is_an_error(tmp_path, run_new_python):
+    """PyTorch would serve in its place, and nobody would know."""
+    (variant,) = [path for path in kernels.write(tmp_path) if "-cpu-" in path.name]
+    next(variant.glob("pygpt/_C*")).write_bytes(b"of another system")
+    done = run_new_python(LOAD.format(before="", after=""), str(tmp_path), PYTHONPATH="")
+    assert done.returncode != 0 and "ImportError" in done.stderr and "_C" in done.stderr, done.stdout
+
+
 RULES = """
 import json, sys
 from kernels.backends import CUDA
