@@ -229,7 +229,7 @@ CPU_OPTIONS = [
     Mutant(
         "cpu options: the gradient of a mask that batch entries share is the last one's",
         "csrc/cpu/attention/score_gradients.h",
-        r"load\(at, n\) \+ ds",
+        r"load\(at, n\) \+ no_fma\(ds\)",
         r"ds",
         (OPTIONS, "masks_that_are_broadcast", "cpp", "1000-True"),
     ),

@@ -46,7 +46,7 @@ void add_block(const QueryHead<S>& x, int64_t i0, int64_t j0, T* sum) {
       gradient_tile<true>(x, of, i0 + i, j0 + column, [&](int r, int w, const auto&, const auto&, const auto& g) {
         for (int n = 0; n < d && i + r + n < rows; n++) {
           T* at = sum + (i + r + n) * BC + column + w * W<T>;
-          store(at, load(at) + g[n]);
+          store(at, load(at) + no_fma(g[n]));
         }
       });
     }

@@ -65,7 +65,7 @@ class DmaskTile {
  private:
   template <class M>
   static PYGPT_INLINE void add(M* at, int64_t n, Vec<T> ds) {
-    store(at, load(at, n) + ds, n);
+    store(at, load(at, n) + no_fma(ds), n);  // as in bwd_options.cpp, to the same bits
   }
   S* in_storage_ = nullptr;
   T* in_statistics_ = nullptr;
