@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..timing.memory import peak_bytes
 from .models import FAMILIES, Size, batch_of, copied, served
+from .results import logits_and_loss
 
 PROCESSES = 2
 WARM_UP = 2  # steps that are not counted
@@ -75,8 +76,7 @@ def _train(rank: int, port: int, how: str, name: str, size: Size, steps: int, re
 
     def step(i: int) -> None:
         side, optimizer = sides[i]
-        out = side(**batch)
-        loss = out.loss if hasattr(out, "loss") else out[1]
+        _, loss = logits_and_loss(side(**batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -13,11 +13,15 @@ from torch.utils.flop_counter import flop_registry
 from .models import quiet
 
 
+def logits_and_loss(out: Any) -> tuple[Tensor | None, Tensor]:
+    """Of what a model returns: transformers' output, or the pair of nanoGPT and minGPT."""
+    return (out.logits, out.loss) if hasattr(out, "logits") else out
+
+
 def step(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A training step without an optimizer: the loss, the logits where there are any, and the gradients, by name."""
     model.zero_grad()
-    out = model(**batch)
-    logits, loss = (out.logits, out.loss) if hasattr(out, "logits") else out
+    logits, loss = logits_and_loss(model(**batch))
     loss.backward()
     results = {"loss": loss.detach(), **{f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}}
     if logits is not None:
