@@ -101,15 +101,17 @@ def _write_csrc(to: Path, setup: ModuleType) -> str:
     binding = [copy("csrc/bind/bind_cpu.cpp"), copy(setup.DISPATCH), *headers]
     of_cuda = [copy("csrc/bind/bind_cuda.cpp", before=f'#define PYGPT_CUDA_CODE "{code}"\n')]
     of_cuda += [copy(path) for path in setup.sources("csrc/cuda/**/*.cu")]
+    kernels = {
+        isa: [copy(f"csrc/cpu/{name}.cpp", f"{Path(name).name}.{isa}.cpp") for name in setup.CPU] for isa in setup.ISAS
+    }
     sections = []
     archs = [f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS]
     of_backend = {"cpu": {}, "cuda": {"cuda_capabilities": [*archs[:-1], f"{archs[-1]}+PTX"]}}
     for backend, options in of_backend.items():
         sections.append(_section(f"{backend}_binding", backend, binding, cxx_flags=setup.FLAGS, **options))
         for isa, flags in setup.ISAS.items():
-            kernels = [copy(f"csrc/cpu/{name}.cpp", f"{Path(name).name}.{isa}.cpp") for name in setup.CPU]
             flags = [*setup.FLAGS, f"-DPYGPT_ISA={isa}", *flags]
-            sections.append(_section(f"{backend}_{isa}", backend, kernels, cxx_flags=flags, **options))
+            sections.append(_section(f"{backend}_{isa}", backend, kernels[isa], cxx_flags=flags, **options))
     flags = {"cxx_flags": setup.FLAGS, "cuda_flags": setup.CUDA_FLAGS}
     sections.append(_section("cuda", "cuda", of_cuda, **flags, **of_backend["cuda"]))
     return "\n".join([GENERAL.format(version=__version__, stable=OLDEST_TORCH), *sections])

@@ -64,7 +64,7 @@ def test_the_flags_are_those_of_setup(folder, build, setup):
                 original = ROOT / source.replace(f".{isa}.cpp", ".cpp")
                 assert (folder / source).read_text() == original.read_text()
     assert build["kernel"]["cuda"]["cuda-flags"] == setup.CUDA_FLAGS
-    for kernel in of_backend(build, "cuda").values():  # of all sections together, kernel-builder tells the user
+    for kernel in of_backend(build, "cuda").values():  # the metadata lists those of all sections
         assert kernel["cuda-capabilities"] == ["8.0", "9.0+PTX"]
     assert '"sm_80 sm_90 compute_90"' in (folder / "csrc/bind/bind_cuda.cpp").read_text().splitlines()[0]
     assert f"-DTORCH_TARGET_VERSION={stable_version(build)}" == setup.STABLE
