@@ -142,8 +142,8 @@ inline bool read(PyObject* object, int64_t& value) {
   return !PyErr_Occurred();
 }
 inline bool read(PyObject* object, std::string_view& value) {
-  // The letters of the thread's last few names, such as "mean". (The UTF-8 inside of a str is not of Python 3.9's ABI,
-  // which kernel-builder asks for.) The dispatcher refuses what is no name.
+  // Holds the letters of the thread's last few names, such as "mean". The function that returns a str's own UTF-8 is
+  // not in the stable ABI of Python 3.9, which kernel-builder requires. The dispatcher refuses all other strings.
   constexpr Py_ssize_t kLetters = 16, kNames = 8;
   static thread_local std::array<std::array<char, kLetters>, kNames> names;
   static thread_local size_t last = 0;
