@@ -201,10 +201,12 @@ def test_the_order_in_which_a_masks_gradient_is_added_up(
 ):
     """In float32, batch entry by batch entry, and head by head in each; then it is rounded.
 
-    Where each query sees one key, what a head adds is the gradient of lse, exactly. The mask has one head or all four.
-    It alone needs a gradient, or q does, too.
+    Where each query sees one key and its score is 0, what a head adds is the gradient of lse, exactly: p = exp(0 - 0).
+    (Other scores round, and p can be one unit in the last place away from 1.) The mask has one head or all four. It
+    alone needs a gradient, or q does, too.
     """
     q, k, v = cast(draw_tensors(Sizes(3, 4, 4, 18, 18), generator), device, dtype).values()
+    q = torch.zeros_like(q)
     mask = torch.zeros(1, heads, 18, 18, device=device, dtype=dtype, requires_grad=True)
     _, lse = canonical(kernels_of, q.requires_grad_(not alone), k, v, mask, window=(0, 0))
     dlse = torch.randn(lse.shape, generator=generator, dtype=lse.dtype).to(device)
