@@ -35,7 +35,7 @@ test-all: build $(OLDEST_TRITON)
 oldest-triton: $(VENV)/built-for-test $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 -m slow -k oldest_triton tests/kernels/test_triton_compiled.py
 	PYTHONPATH=$(CURDIR)/$(OLDEST_TRITON) $(BIN)/python -m pytest -n 2 -m "not slow" -k "not opcheck" \
-	  tests/kernels/test_triton.py tests/kernels/test_triton_interpreter.py
+	  $(filter-out %_compiled.py,$(wildcard tests/kernels/test_triton*.py))
 
 bench: build
 	$(BIN)/python -m bench

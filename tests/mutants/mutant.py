@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-MEMORY, POISON, KERNELS, THREADS, TRITON_TESTS = (
-    f"tests/kernels/test_{name}.py" for name in ("memory", "poison", "kernels", "threads", "triton")
+MEMORY, POISON, KERNELS, THREADS = (
+    f"tests/kernels/test_{name}.py" for name in ("memory", "poison", "kernels", "threads")
 )
 PARITY, TRAIN = "tests/ops/test_parity.py", "tests/model/test_train.py"
 OPTIONS, DROPOUT, EDGES = (f"tests/ops/test_attention_{name}.py" for name in ("options", "dropout", "edges"))

@@ -1,6 +1,10 @@
 """Faults in the Triton kernels, but for those in what attention's calls may ask for."""
 
-from .mutant import MEMORY, PARITY, POISON, TRITON_TESTS, Mutant
+from .mutant import MEMORY, PARITY, POISON, Mutant
+
+ATTENTION, FAR_APART, LAUNCH, SCHEDULE = (
+    f"tests/kernels/test_triton_{name}.py" for name in ("attention", "far_apart", "launch", "schedule")
+)
 
 TRITON = [
     Mutant(
@@ -36,7 +40,7 @@ TRITON = [
         "triton_kernels/norm.py",
         r"row = tl\.program_id\(0\)\.to\(tl\.int64\) \* ROWS",
         r"row = tl.program_id(0) * ROWS",
-        (TRITON_TESTS, "norms_of_rows_that_are_far", "True"),
+        (FAR_APART, "norms_of_rows_that_are_far", "True"),
     ),
     Mutant(
         "triton: a unit that is 0 passes its gradient on",
@@ -71,41 +75,41 @@ TRITON = [
         "triton_kernels/attention/tiles.py",
         r"j\[None, :\] <= last - col",
         r"j[None, :] < last - col",
-        (TRITON_TESTS, "vanishes_in_float32"),
+        (ATTENTION, "vanishes_in_float32"),
     ),
     Mutant(
         "triton: measuring leaves its own results where a kernel reads",
         "triton_kernels/common.py",
         r"t\.copy_\(values\)",
         r"pass",
-        (TRITON_TESTS, "measuring_restores"),
+        (LAUNCH, "measuring_restores"),
     ),
     Mutant(
         "triton: a product's last rows of tiles are taken for a whole group",
         "triton_kernels/mlp.py",
         r"height = tl\.minimum\(tiles_m - first, GROUP\)",
         r"height = GROUP",
-        (TRITON_TESTS, "scheduled_in_groups_of_rows"),
+        (SCHEDULE, "scheduled_in_groups_of_rows"),
     ),
     Mutant(
         "triton: attention's rows at an offset of 32 bits",
         "triton_kernels/attention/tiles.py",
         r"row \+ tl\.arange\(0, x\.TILE_ROWS\)\.to\(tl\.int64\), tl\.arange\(0, COLS\)",
         r"row + tl.arange(0, x.TILE_ROWS), tl.arange(0, COLS)",
-        (TRITON_TESTS, "attention_of_what_is_far_apart", "sm80"),
+        (FAR_APART, "attention_of_what_is_far_apart", "sm80"),
     ),
     Mutant(
         "triton: the last group of heads is taken for a whole one",
         "triton_kernels/attention/tiles.py",
         r"tl\.minimum\(heads - first, group\)",
         r"group",
-        (TRITON_TESTS, "scheduled_in_groups_of_heads"),
+        (SCHEDULE, "scheduled_in_groups_of_heads"),
     ),
     Mutant(
         "triton: a group has more heads than there are",
         "triton_kernels/attention/__init__.py",
         r"max\(1, min\(B \* self\.kv_heads, L2_BYTES // (.*)\)\)$",
         r"max(1, L2_BYTES // \1)",
-        (TRITON_TESTS, "groups_of_heads_are_no_larger"),
+        (SCHEDULE, "groups_of_heads_are_no_larger"),
     ),
 ]
