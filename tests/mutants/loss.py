@@ -2,7 +2,7 @@
 
 from .mutant import PARITY, Mutant
 
-LOSS_TESTS = "tests/ops/test_loss.py"
+LOSS_TESTS, LINEAR_TESTS = "tests/ops/test_loss.py", "tests/ops/test_linear_cross_entropy.py"
 
 LOSS_CPU = [
     Mutant(
@@ -52,35 +52,35 @@ LOSS_CPU = [
         "csrc/cpu/loss.cpp",
         r"while \(first < args\.loss\.rows\);",
         r"while (first + args.chunk < args.loss.rows);",
-        (LOSS_TESTS, "several_chunks", "cpp"),
+        (LINEAR_TESTS, "several_chunks", "cpp"),
     ),
     Mutant(
         "cpu: dW is that of the last chunk alone",
         "csrc/cpu/loss.cpp",
         r"if \(first > 0\) c \+= load\(sum, n\);",
         r"",
-        (LOSS_TESTS, "several_chunks", "cpp"),
+        (LINEAR_TESTS, "several_chunks", "cpp"),
     ),
     Mutant(
         "cpu: the bias's gradient is that of the last chunk alone",
         "csrc/cpu/loss.cpp",
         r"first > 0 \? db_sums\[j\] \+ sum :",
         r"first < 0 ? db_sums[j] + sum :",
-        (LOSS_TESTS, "several_chunks", "cpp"),
+        (LINEAR_TESTS, "several_chunks", "cpp"),
     ),
     Mutant(
         "cpu: float16's gradients are not scaled",
         "csrc/cpu/loss.cpp",
         r"std::is_same_v<S, f16> \? scale_of_float16",
         r"false ? scale_of_float16",
-        (LOSS_TESTS, "float16_gradients_keep", "cpp", "1e-08"),
+        (LINEAR_TESTS, "float16_gradients_keep", "cpp", "1e-08"),
     ),
     Mutant(
         "cpu: float16's scale forgets the class weights",
         "csrc/cpu/loss.cpp",
         r"loss\.kept\(i\) \? std::abs\(loss\.weight_of\(a\.target\[i\]\)\) : T\(0\)",
         r"T(1)",
-        (LOSS_TESTS, "float16_gradients_keep", "cpp", "1000000"),
+        (LINEAR_TESTS, "float16_gradients_keep", "cpp", "1000000"),
     ),
     Mutant(
         "bind: classes out of range are not refused",
@@ -125,21 +125,21 @@ LOSS_TRITON = [
         "triton_kernels/loss.py",
         r"Epilogue\(addend=self\.dw if rows\.start else None\)",
         r"Epilogue()",
-        (LOSS_TESTS, "several_chunks", "triton"),
+        (LINEAR_TESTS, "several_chunks", "triton"),
     ),
     Mutant(
         "triton: float16's gradients are not scaled",
         "triton_kernels/loss.py",
         r"if any\(formed\) and x\.dtype == torch\.float16 else None",
         r"if False else None",
-        (LOSS_TESTS, "float16_gradients_keep", "triton", "1e-08"),
+        (LINEAR_TESTS, "float16_gradients_keep", "triton", "1e-08"),
     ),
     Mutant(
         "triton: a chunk's losses replace those of the first chunk",
         "triton_kernels/loss.py",
         r"_set_rows\(o, of_chunk, row_losses, rows\.start\)",
         r"_set_rows(o, of_chunk, row_losses)",
-        (LOSS_TESTS, "several_chunks", "triton"),
+        (LINEAR_TESTS, "several_chunks", "triton"),
     ),
 ]
 
@@ -184,21 +184,21 @@ LOSS_CUDA = [
         "csrc/cuda/loss.cu",
         r"e\.addend = first > 0 \? dw_sums : nullptr;",
         r"e.addend = nullptr;",
-        (LOSS_TESTS, "several_chunks", "cuda"),
+        (LINEAR_TESTS, "several_chunks", "cuda"),
     ),
     Mutant(
         "cuda: float16's gradients are not scaled",
         "csrc/cuda/loss.cu",
         r"std::is_same_v<T, f16> && \(a\.dx",
         r"false && (a.dx",
-        (LOSS_TESTS, "float16_gradients_keep", "cuda", "1e-08"),
+        (LINEAR_TESTS, "float16_gradients_keep", "cuda", "1e-08"),
     ),
     Mutant(
         "cuda: a chunk's rows are those of the first chunk",
         "csrc/cuda/loss.cu",
         r"l\.p\.first = first;\n        Error failed",
         r"Error failed",
-        (LOSS_TESTS, "several_chunks", "cuda"),
+        (LINEAR_TESTS, "several_chunks", "cuda"),
     ),
 ]
 
@@ -208,7 +208,7 @@ LOSS_PYTHON = [
         "pygpt/ops/loss.py",
         r"return \(g \* factor\)\.to",
         r"return g.mul_(factor).to",
-        (LOSS_TESTS, "graph_that_is_retained"),
+        (LINEAR_TESTS, "graph_that_is_retained"),
     ),
     Mutant(
         "python: PyTorch's expression reads ignored rows",
