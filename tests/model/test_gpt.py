@@ -1,12 +1,13 @@
-"""The reference GPT against nanoGPT's formulas in plain PyTorch, and backends against each other."""
+"""The reference GPT against nanoGPT's formulas in plain PyTorch, and backends against each other.
+
+Its parameters' names, their initialisation and loading are in test_gpt_weights.py, transformers' weights in
+test_gpt_from_hf.py.
+"""
 
 import copy
 import dataclasses
 import importlib
-import json
 import math
-import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,26 +19,6 @@ from pygpt import GPT, GPTConfig
 
 TINY = GPTConfig(vocab_size=37, block_size=16, n_layer=2, n_head=3, n_embd=24)
 SERVED = [name for name, row in importlib.import_module("pygpt.dispatch").TABLE.items() if not row.missing]
-
-NAMES = [
-    "transformer.wte.weight",
-    "transformer.wpe.weight",
-    "transformer.h.0.ln_1.weight",
-    "transformer.h.0.ln_1.bias",
-    "transformer.h.0.attn.c_attn.weight",
-    "transformer.h.0.attn.c_attn.bias",
-    "transformer.h.0.attn.c_proj.weight",
-    "transformer.h.0.attn.c_proj.bias",
-    "transformer.h.0.ln_2.weight",
-    "transformer.h.0.ln_2.bias",
-    "transformer.h.0.mlp.c_fc.weight",
-    "transformer.h.0.mlp.c_fc.bias",
-    "transformer.h.0.mlp.c_proj.weight",
-    "transformer.h.0.mlp.c_proj.bias",
-    "transformer.ln_f.weight",
-    "transformer.ln_f.bias",
-    "lm_head.weight",
-]
 
 
 class PlainGPT(nn.Module):
@@ -99,113 +80,6 @@ def pair(bias=True, dtype=torch.float64):
         nn.init.normal_(p, std=0.2)
     ours.load_state_dict(plain.state_dict(), strict=True)
     return ours, plain
-
-
-def test_parameter_names():
-    one = dataclasses.replace(TINY, n_layer=1)
-    assert list(GPT(one).state_dict()) == NAMES
-    without = [n for n in NAMES if not n.endswith(".bias")]
-    assert list(GPT(dataclasses.replace(one, bias=False)).state_dict()) == without
-
-
-def test_initialisation_is_nanogpts(seed):
-    torch.manual_seed(seed)
-    plain = PlainGPT(TINY)
-    torch.manual_seed(seed)
-    ours = GPT(TINY)
-    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert ours.lm_head.weight is ours.transformer.wte.weight
-
-
-def is_tied(model):
-    assert len(list(model.parameters())) == len(model.state_dict()) - 1
-    return model.lm_head.weight is model.transformer.wte.weight
-
-
-def same_parameters(a, b):
-    pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
-    return all(n == m and torch.equal(p, q) and p.requires_grad for (n, p), (m, q) in pairs)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_emptied_and_reset_is_as_new(bias, dtype, seed):
-    config = dataclasses.replace(TINY, bias=bias)
-    torch.manual_seed(seed)
-    new = GPT(config, dtype=dtype)
-    model = GPT(config, device="meta", dtype=dtype)
-    assert is_tied(model) and model.to_empty(device="cpu") is model and is_tied(model)
-    for p in model.parameters():
-        p.data.fill_(math.nan)
-    torch.manual_seed(seed)
-    model.reset_parameters()
-    assert same_parameters(model, new)
-
-
-MOVES = {
-    "to_empty": lambda m: m.to_empty(device="cpu"),
-    "to meta and back": lambda m: m.to("meta").to_empty(device="cpu"),
-    "double": lambda m: m.double(),
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-    "deepcopy to meta": lambda m: copy.deepcopy(m).to("meta"),
-    "share_memory": lambda m: m.share_memory(),
-}
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("move", MOVES)
-def test_moves_keep_the_tie(move, overwrite, nested):
-    """Also with torch's switch that makes `to` replace parameters."""
-    model = GPT(TINY)
-    model(*tokens(2, 2, 5))[1].backward()
-    torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-    try:
-        moved = MOVES[move](nn.Sequential(model) if nested else model)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-    assert is_tied(moved[0] if nested else moved)
-
-
-def test_what_the_user_unties_stays_untied():
-    model = GPT(TINY)
-    model.lm_head.weight = nn.Parameter(torch.randn(37, 24))
-    for moved in (copy.deepcopy(model).double(), copy.deepcopy(model).to("meta").to_empty(device="cpu")):
-        assert moved.lm_head.weight is not moved.transformer.wte.weight
-    state = {name: torch.randn_like(p) for name, p in model.state_dict().items()}
-    for assign in (False, True):
-        other = copy.deepcopy(model)
-        other.load_state_dict(state, assign=assign)
-        assert all(torch.equal(p, state[name]) for name, p in other.named_parameters(remove_duplicate=False))
-    del state["lm_head.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*lm_head.weight"):
-        model.load_state_dict(state)
-
-
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "inner."])
-@pytest.mark.parametrize("device, assign", [("cpu", False), ("cpu", True), ("meta", True)])
-@pytest.mark.parametrize("missing", [None, "lm_head.weight", "transformer.wte.weight"])
-def test_loading_keeps_the_tie(missing, device, assign, prefix):
-    """Of the two names a state dict may have either or both."""
-    trained, model = GPT(TINY), GPT(TINY, device=device)
-    state = {prefix + name: w.clone() for name, w in trained.state_dict().items() if name != missing}
-    target = nn.ModuleDict({"inner": model}) if prefix == "inner." else model
-    target.load_state_dict(state, strict=True, assign=assign)
-    assert is_tied(model) and same_parameters(model, trained)
-    model(*tokens(2, 2, 5))[1].backward()
-
-
-def test_loading_without_both_names_or_with_a_wrong_shape():
-    state = GPT(TINY).state_dict()
-    wrong = {**state, "lm_head.weight": torch.zeros(3)}
-    without = {name: w for name, w in state.items() if name not in ("lm_head.weight", "transformer.wte.weight")}
-    for assign in (False, True):
-        with pytest.raises(RuntimeError, match=r"size mismatch for lm_head.weight"):
-            GPT(TINY).load_state_dict(wrong, assign=assign)
-        with pytest.raises(RuntimeError, match=r"Missing key.*wte.weight.*lm_head.weight"):
-            GPT(TINY).load_state_dict(without, assign=assign)
 
 
 def test_layers_of_the_model_are_called():
@@ -288,23 +162,6 @@ def test_the_loss_of_a_head_that_is_no_plain_linear_layer():
     model.lm_head.register_forward_hook(lambda module, args, logits: logits * 0)
     for flag in (True, False):
         torch.testing.assert_close(model(idx, targets, return_logits=flag)[1].exp().item(), float(TINY.vocab_size))
-
-
-def test_nanogpt_variants_load():
-    """Older attention kept its mask as a buffer; torch.compile prefixes the names."""
-    model, plain = pair()
-    state = {f"_orig_mod.{name}": w for name, w in plain.state_dict().items()}
-    for i in range(TINY.n_layer):
-        state[f"_orig_mod.transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    other = GPT(TINY).double()
-    other.load_state_dict(state, strict=True)
-    nested = nn.ModuleDict({"inner": GPT(TINY).double()})
-    nested.load_state_dict({f"inner.{name}": w for name, w in plain.state_dict().items()}, strict=True)
-    idx = tokens(1, 8)
-    assert torch.equal(other(idx)[0], model(idx)[0]) and torch.equal(nested["inner"](idx)[0], model(idx)[0])
-    del state["_orig_mod.transformer.ln_f.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*transformer.ln_f.weight"):
-        other.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------- generation
@@ -446,95 +303,3 @@ def test_errors(call, message):
 def test_ids_outside_the_vocabulary(ids):
     with pytest.raises(IndexError, match=f"idx has ids from {min(ids)} to {max(ids)}, vocab_size is 37"):
         GPT(TINY)(torch.tensor([ids]))
-
-
-# ------------------------------------------------------------------------------- transformers' weights
-def as_hf(model, prefix="transformer.", **changes):
-    """A stand-in for transformers' GPT2LMHeadModel: its names, its Conv1D layout (in, out), its mask buffers."""
-    state = {}
-    for name, w in model.state_dict().items():
-        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        state[name.replace("transformer.", prefix)] = w.t().contiguous() if conv1d else w.clone()
-    for i in range(TINY.n_layer):
-        state[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril().bool()
-        state[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    config = {
-        "model_type": "gpt2", "vocab_size": 37, "n_positions": 16, "n_layer": 2, "n_head": 3, "n_embd": 24,
-        "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    } | changes  # fmt: skip
-    return SimpleNamespace(config=SimpleNamespace(**config), state_dict=lambda: state)
-
-
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_from_hf_model(prefix):
-    model, _ = pair()
-    copy = GPT.from_hf(as_hf(model, prefix))
-    idx = tokens(2, 9)
-    assert copy.config == TINY and torch.equal(copy(idx)[0], model(idx)[0])
-    assert copy.lm_head.weight is copy.transformer.wte.weight
-
-
-def test_from_hf_folder(tmp_path):
-    from safetensors.torch import save_file
-
-    model, _ = pair(dtype=torch.bfloat16)
-    hf = as_hf(model, prefix="")
-    state = {name: w for name, w in hf.state_dict().items() if name != "lm_head.weight"}
-    names = sorted(state)
-    for part, chosen in enumerate((names[:9], names[9:])):
-        save_file({n: state[n] for n in chosen}, tmp_path / f"model-{part}-of-2.safetensors")
-    with pytest.raises(ValueError, match=r"must be a folder with config.json"):
-        GPT.from_hf(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(vars(hf.config)))
-    copy = GPT.from_hf(str(tmp_path))
-    assert next(copy.parameters()).dtype == torch.bfloat16
-    for a, b in zip(copy.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"model_type": "llama"}, "only GPT-2 is understood; model_type is .llama., wte.weight is there"),
-        ({"n_inner": 100}, "do not fit the configuration"),
-        ({"activation_function": "silu"}, "activation_function among gelu"),
-        ({"scale_attn_weights": False}, "scale_attn_weights"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "no scale_attn_by_inverse_layer_idx"),
-        ({"n_layer": 1}, "do not fit the configuration"),
-        ({"vocab_size": 36}, "do not fit the configuration"),
-    ],
-)
-def test_from_hf_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
-        GPT.from_hf(as_hf(GPT(TINY), **changes))
-
-
-@pytest.mark.parametrize(
-    "changes, ours",
-    [
-        ({"layer_norm_epsilon": 1e-3}, {"norm_eps": 1e-3}),
-        ({"n_inner": 40}, {"hidden_dim": 40}),
-        ({"activation_function": "gelu_python"}, {"activation": "gelu"}),
-        ({"activation_function": "gelu_accurate"}, {}),
-        ({"activation_function": "relu", "reorder_and_upcast_attn": True}, {"activation": "relu"}),
-    ],
-)
-def test_from_hf_takes_every_variant(changes, ours):
-    """Of which this GPT can compute the function, by the weights of such a GPT."""
-    model = GPT(dataclasses.replace(TINY, **ours))
-    copy, idx = GPT.from_hf(as_hf(model, **changes)), tokens(2, 9)
-    assert copy.config == model.config and torch.equal(copy(idx)[0], model(idx)[0])
-
-
-def test_from_hf_refuses_what_has_no_embedding():
-    hf = as_hf(GPT(TINY), model_type="llama")
-    del hf.state_dict()["transformer.wte.weight"]
-    with pytest.raises(ValueError, match="wte.weight is missing"):
-        GPT.from_hf(hf)
-
-
-def test_from_hf_refuses_an_untied_head():
-    hf = as_hf(GPT(TINY))
-    hf.state_dict()["lm_head.weight"].add_(1)
-    with pytest.raises(ValueError, match="lm_head tied to wte"):
-        GPT.from_hf(hf)
