@@ -74,14 +74,32 @@ def target() -> str:
 
 
 def build(folder: Path, *more: str) -> Path:
-    """The driver with the kernels of the instruction set that is counted; ``more``: further flags."""
-    return build_program(folder, DRIVER, instruction_set(recipe().ISAS), *more)
+    """The driver with the kernels of the instruction set that is counted; ``more``: further flags.
+
+    The kernels are the library's own object files, as setup.py compiled them here, or, with further flags or where one
+    of them is out of date, new ones.
+    """
+    isa = instruction_set(recipe().ISAS)
+    return build_program(folder, DRIVER, isa, *more, kernels=() if more else compiled_kernels(isa))
 
 
-def build_program(folder: Path, driver: Path, isa: str, *more: str, compiler=CXX, link=()) -> Path:
-    """A program without torch: the driver with the kernels of one instruction set.
+def compiled_kernels(isa: str) -> list[Path]:
+    """The library's object files of an instruction set; an empty list if they are not all there and current."""
+    setup, files = recipe(), []
+    for name in setup.CPU:
+        source = f"csrc/cpu/{name}.cpp"
+        found = [path for path in setup.OBJECTS.glob(f"{isa}-*/csrc/cpu/{name}.o") if setup.is_current(path, source)]
+        if not found:
+            return []
+        files.append(max(found, key=lambda path: path.stat().st_mtime))
+    return files
 
-    Compiled with setup.py's flags, without those of the Python that runs it, and then ``more``.
+
+def build_program(folder: Path, driver: Path, isa: str, *more: str, compiler=CXX, link=(), kernels=()) -> Path:
+    """A program without torch: the driver with the kernels of one instruction set, in these object files.
+
+    What is compiled, the kernels too if none are given, is so with setup.py's flags, without those of the Python that
+    runs it, and then ``more``.
     """
     setup = recipe()
     flags = [*setup.FLAGS, f"-DPYGPT_ISA={isa}", *setup.ISAS[isa], *more]
@@ -91,8 +109,9 @@ def build_program(folder: Path, driver: Path, isa: str, *more: str, compiler=CXX
         subprocess.run([*compiler, *flags, "-c", source, "-o", result], check=True)
         return result
 
+    sources = [driver] if kernels else [*(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in setup.CPU), driver]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in setup.CPU), driver]))
+        objects = [*kernels, *pool.map(compiled, sources)]
     subprocess.run([*compiler, *link, *objects, "-o", folder / driver.stem], check=True)
     return folder / driver.stem
 
