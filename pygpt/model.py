@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .functional import cross_entropy, linear_cross_entropy
-from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding, _is_unmodified_linear
+from .nn import MLP, CausalSelfAttention, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding
+from .nn.fusing import is_unmodified_linear
 from .reference import ACTIVATIONS
 
 
@@ -211,7 +212,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x), None
         head, classes = self.lm_head, targets.flatten().clamp(min=-1)
-        if not return_logits and _is_unmodified_linear(head):
+        if not return_logits and is_unmodified_linear(head):
             with _float32_losses(x):
                 return None, linear_cross_entropy(
                     x.flatten(0, 1), head.weight, classes, linear_bias=head.bias, ignore_index=-1

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import dispatch, functional
-from ..nn import _FORWARDS, Linear, _has_plain_parameters, _is_unmodified
+from ..nn import Linear
+from ..nn.fusing import FORWARDS, has_plain_parameters, is_unmodified
 from ..ops.activation import ACTIVATIONS, GATED
 from .transposed import FEW_ROWS, transposed_linear
 
@@ -87,7 +88,7 @@ def patched_class(kind: Any, original: Any, facts: tuple[tuple[str, Any], ...]) 
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     names["forward"] = update_wrapper(forward, original.forward)  # inspect.signature gives the original's
     made = type(original)(original.__name__, (kind, original), {**names, **dict(facts), "_original": original})
-    _FORWARDS[made] = made.forward
+    FORWARDS[made] = made.forward
     return made
 
 
@@ -194,7 +195,7 @@ LINEARS = (nn.Linear, Linear, patched_class(PlainLinear, nn.Linear, ()))
 
 
 def is_plain_linear(module: Any) -> bool:
-    return _is_unmodified(module, *LINEARS) and _has_plain_parameters(module)
+    return is_unmodified(module, *LINEARS) and has_plain_parameters(module)
 
 
 # ------------------------------------------------------------------------------- norms written by hand
@@ -332,14 +333,14 @@ class HandMLP(Kind):
         else:
             return None
         act_class = original_class(children[others[0]])
-        _FORWARDS.setdefault(act_class, act_class.forward)  # which _is_unmodified knows
+        FORWARDS.setdefault(act_class, act_class.forward)  # which is_unmodified knows
         return {"_names": names, "_activation": activation, "_activation_class": act_class, **placed}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         fc, act, proj = (getattr(self, name) for name in self._names)
         fused = len(args) == 1 and not kwargs and is_plain_linear(fc) and is_plain_linear(proj)
         fused = fused and fc.weight.dtype == proj.weight.dtype and all(map(self._is_off, self._before))
-        if not (fused and original_class(act) is self._activation_class and _is_unmodified(act, type(act))):
+        if not (fused and original_class(act) is self._activation_class and is_unmodified(act, type(act))):
             return super().forward(*args, **kwargs)
         y = functional.mlp(args[0], fc.weight, fc.bias, proj.weight, proj.bias, self._activation)
         for name in self._after:
@@ -348,7 +349,7 @@ class HandMLP(Kind):
 
     def _is_off(self, name: str) -> bool:
         dropout: Any = getattr(self, name)
-        return _is_unmodified(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
+        return is_unmodified(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
 
 
 def _order(module: nn.Module) -> list[str] | None:
@@ -438,7 +439,7 @@ class NanoAttention(Kind):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         dropout = self.attn_dropout
-        if not _is_unmodified(dropout, nn.Dropout):
+        if not is_unmodified(dropout, nn.Dropout):
             return super().forward(x)
         dropout_p = dropout.p if dropout.training else 0.0
         y = functional.qkv_attention(self.c_attn(x), self.n_head, dropout_p=dropout_p, is_causal=True)

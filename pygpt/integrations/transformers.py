@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import without_values
 from ..functional import scaled_dot_product_attention
-from ..nn import _masking
+from ..nn.attention import causal_masking
 
 NAME = "pygpt"
 
@@ -115,9 +115,9 @@ def _arguments(
         return {"attn_mask": of_layer}
     window, keys = of_layer.window, of_layer.keys
     if L == S and not dense:
-        return {**({} if keys is None else {"attn_mask": keys[:, None, None]}), **_masking(L, S, window, device)}
+        return {**({} if keys is None else {"attn_mask": keys[:, None, None]}), **causal_masking(L, S, window, device)}
     if keys is None and not dense:
-        return _masking(L, S, window, device)
+        return causal_masking(L, S, window, device)
     own, key = torch.arange(S - L, S, device=device)[:, None], torch.arange(S, device=device)
     seen = (key <= own) & (key >= own - (S if window is None else window))
     return {"attn_mask": seen if keys is None else seen & keys[:, None, None]}

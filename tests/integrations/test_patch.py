@@ -16,7 +16,7 @@ from bench.families import lookalikes
 from pygpt.dispatch import OPS
 from pygpt.integrations import kinds
 from pygpt.integrations.transposed import FEW_ROWS
-from pygpt.nn import _FORWARDS
+from pygpt.nn.fusing import FORWARDS
 from pygpt.verify import ULPS
 
 
@@ -457,7 +457,7 @@ def test_every_kind_names_an_op():
     for kind in kinds.KINDS:
         assert kind.serves in OPS
         made = kinds.patched_class(kind, nn.Linear, ())
-        assert _FORWARDS[made] is made.forward and made._original is nn.Linear
+        assert FORWARDS[made] is made.forward and made._original is nn.Linear
 
 
 def test_patching_warns_of_nothing(gpt):

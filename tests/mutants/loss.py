@@ -234,7 +234,7 @@ LOSS_PYTHON = [
     Mutant(
         "python: the reference GPT bypasses a hook of its head",
         "pygpt/model.py",
-        r"not return_logits and _is_unmodified_linear\(head\)",
+        r"not return_logits and is_unmodified_linear\(head\)",
         r"not return_logits",
         ("tests/model/test_gpt.py", "head_that_is_no_plain"),
     ),

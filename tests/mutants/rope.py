@@ -180,7 +180,7 @@ ROPE = [
     # ---- Python
     Mutant(
         "python: the tables follow the model to 16 bits",
-        "pygpt/nn.py",
+        "pygpt/nn/rotary.py",
         r"if self\.cos is not before\[\"cos\"\]:",
         r"if self.cos.device != before[\"cos\"].device:",
         (OWN, "keep_their_precision"),

@@ -12,6 +12,7 @@ import pytest
 import pygpt
 from pygpt import data, dispatch, files, functional, generate, model, nn, progress, train, verify
 from pygpt.inspect import calls, layers, machine, plot, step
+from pygpt.nn import attention, fusing, losses, mlp, rotary
 
 ROOT = Path(pygpt.__file__).parents[1]
 
@@ -105,7 +106,8 @@ def test_mypy_on_the_package_and_on_a_program(tmp_path):
 PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 PUBLIC |= {"backend": pygpt.backend, "explain": pygpt.explain}
 INSPECT = calls, layers, machine, plot, step
-for module in (data, dispatch, files, generate, *INSPECT, model, nn, progress, train, verify):
+NN = attention, fusing, nn.layers, losses, mlp, rotary
+for module in (data, dispatch, files, generate, *INSPECT, model, *NN, progress, train, verify):
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
             continue
@@ -120,7 +122,7 @@ for module in (data, dispatch, files, generate, *INSPECT, model, nn, progress, t
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions_and_methods_are_annotated(name):
     signature = inspect.signature(PUBLIC[name])
-    overloaded = "pygpt.nn.LayerNorm.forward", "pygpt.nn.RMSNorm.forward"
+    overloaded = "pygpt.nn.layers.LayerNorm.forward", "pygpt.nn.layers.RMSNorm.forward"
     inferred = name.endswith(".__init__") or name in overloaded
     assert signature.return_annotation is not inspect.Signature.empty or inferred
     for parameter in signature.parameters.values():
