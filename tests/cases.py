@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from pygpt import reference, verify
-from pygpt.ops.attention import in_kernels_dtypes
+from pygpt.ops.attention_specs import in_kernels_dtypes
 from pygpt.ops.common import acc
 
 DTYPES = list(verify.DTYPES.values())

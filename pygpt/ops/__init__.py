@@ -5,11 +5,15 @@ mathematics with the signatures that every backend has. They are the oracle of t
 tensors, the fake kernels of torch.ops.pygpt. Sums and statistics are float32 (float64 for float64), as in the kernels.
 ``needs`` says which gradients are wanted, in the order in which they are returned. An unwanted gradient is returned
 without elements.
+
+Of the longest families, <family>_arguments.py checks the public arguments, and attention_specs.py has the specs.
 """
 
 # In the order in which they are shown:
-from . import attention, qkv_attention, varlen_attn, rope, mlp, norm, dropout_norm, activation, loss  # noqa: I001
+from . import attention, attention_specs  # noqa: I001
+from . import qkv_attention, varlen_attn, rope, mlp, norm, dropout_norm, activation, loss
 
 __all__ = [
-    "activation", "attention", "dropout_norm", "loss", "mlp", "norm", "qkv_attention", "rope", "varlen_attn",
+    "activation", "attention", "attention_specs", "dropout_norm", "loss", "mlp", "norm", "qkv_attention", "rope",
+    "varlen_attn",
 ]  # fmt: skip

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import Call, Op, call, lookup, register
-from . import attention
 from .attention import Options, attention_bwd, attention_composite, attention_fwd
 from .attention_arguments import check_flags, checked_dropout, checked_scale, checked_window
+from .attention_specs import flops_bwd, flops_fwd
 from .common import Spec, backward_kernels, check_tensors, checked_integer, composite_gradients, savable
 
 _OP = "pygpt.qkv_attention"
@@ -167,11 +167,11 @@ def prepare(qkv, num_heads, num_kv_heads=None, dropout_p=0.0, is_causal=False, *
 
 # ------------------------------------------------------------------------------- FLOPs, verify
 def _flops_fwd(qkv, heads, kv_heads, *_, out_val=None):
-    return attention.flops_fwd(*split_heads(qkv, heads, kv_heads))
+    return flops_fwd(*split_heads(qkv, heads, kv_heads))
 
 
 def _flops_bwd(dout, qkv, out, lse, heads, kv_heads, *_, out_val=None):
-    return attention.flops_bwd(as_heads(dout, heads), None, *split_heads(qkv, heads, kv_heads))
+    return flops_bwd(as_heads(dout, heads), None, *split_heads(qkv, heads, kv_heads))
 
 
 def _draw(random, d):

@@ -19,16 +19,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..dispatch import Call, Op, call, register, without_values
-from .attention import (
-    Options,
-    attention_bwd,
-    attention_composite,
-    attention_fwd,
-    flops_bwd,
-    flops_fwd,
-    visible,
-)
+from .attention import Options, attention_bwd, attention_composite, attention_fwd, visible
 from .attention_arguments import checked_scale, checked_window, torchs
+from .attention_specs import flops_bwd, flops_fwd
 from .common import (
     Spec,
     acc_dtype,
