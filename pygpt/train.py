@@ -6,14 +6,10 @@ AdamW state, step and gradient scaler. A run's folder holds checkpoint.safetenso
 
 import argparse
 import dataclasses
-import json
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,9 +21,11 @@ from torch import Tensor
 from . import checkpoint, reference, threads
 from .data import Bytes, Chars, Corpus, UsageError, check_memory, check_number, seed_of, tokenizer
 from .dispatch import TABLE, backend, chosen, explain
-from .files import atomic, locked, must_be_folder, naming
+from .files import locked, must_be_folder
 from .model import GPT, GPTConfig
 from .progress import Progress, plot_losses
+from .signals import Stopped, until_a_signal
+from .train_log import Log
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # float32 master weights
 
@@ -305,80 +303,6 @@ def open_checkpoint(path: Path) -> tuple[GPT, Bytes | Chars, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------- a run in a folder
-class Log:
-    """log.jsonl: one JSON object per step or evaluation. Opening a log keeps the entries up to step ``done``.
-
-    UsageError if the file holds anything else. A last line that was cut short when the process died is dropped.
-    """
-
-    def __init__(self, path: Path, done: int):
-        self.path = path
-        text = path.read_bytes() if path.exists() else b""
-        lines = text[: text.rfind(b"\n") + 1].split(b"\n")[:-1]
-        self.entries = [e for number, line in enumerate(lines, 1) if (e := _entry(path, number, line))["step"] <= done]
-        with atomic(path) as temporary:
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.entries), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed with the process, flushed per line)
-
-    def write(self, **entry: float) -> None:
-        self.entries.append(entry)
-        try:
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
-        except OSError as e:
-            raise naming(self.path, e) from e
-
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        points = [(e["step"], e[key]) for e in self.entries if key in e]
-        return [step for step, _ in points], [value for _, value in points]
-
-
-def _entry(path: Path, number: int, line: bytes) -> dict[str, float]:
-    with suppress(ValueError, RecursionError):  # the line is not UTF-8, not JSON or nested too deeply
-        entry = json.loads(line.decode("utf-8"))
-        is_entry = isinstance(entry, dict) and all(isinstance(value, int | float) for value in entry.values())
-        if is_entry and isinstance(entry.get("step"), int):
-            return entry
-    raise UsageError(f"{path} is no log of a training run: line {number} is no step of one; move the file away")
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended the run, after it was saved."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-@contextmanager
-def _until_a_signal() -> Iterator[list[int]]:
-    """Yields a list to which Ctrl-C, SIGTERM and SIGHUP are added. A second signal acts at once.
-
-    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
-    """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-
-    def note(signum: int, _: object) -> None:
-        received.append(signum)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone, and prints to it would fail
-            for fd in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def fit(trainer: Trainer, out: Path) -> None:
     """Trains up to ``settings.steps``, logging and saving under ``out``. A signal raises Stopped after saving."""
     s, path = trainer.settings, out / "checkpoint.safetensors"
@@ -393,7 +317,7 @@ def fit(trainer: Trainer, out: Path) -> None:
     if trainer.done >= s.steps:
         print(f"the run is finished: it is at step {trainer.done} of {s.steps}; a larger --steps trains on", flush=True)
     durations: list[float] = []
-    with Progress("training", s.steps, trainer.done) as progress, _until_a_signal() as signals:
+    with Progress("training", s.steps, trainer.done) as progress, until_a_signal() as signals:
 
         def evaluate() -> None:
             losses = trainer.evaluate()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pygpt
-from pygpt import data, dispatch, files, functional, generate, model, nn, progress, train, verify
+from pygpt import data, dispatch, files, functional, generate, model, nn, progress, signals, train, train_log, verify
 from pygpt.inspect import calls, layers, machine, plot, step
 from pygpt.nn import attention, fusing, losses, mlp, rotary
 
@@ -107,7 +107,8 @@ PUBLIC = {name: getattr(functional, name) for name in functional.__all__}
 PUBLIC |= {"backend": pygpt.backend, "explain": pygpt.explain}
 INSPECT = calls, layers, machine, plot, step
 NN = attention, fusing, nn.layers, losses, mlp, rotary
-for module in (data, dispatch, files, generate, *INSPECT, model, *NN, progress, train, verify):
+MODULES = data, dispatch, files, generate, *INSPECT, model, *NN, progress, signals, train, train_log, verify
+for module in MODULES:
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__ or name.startswith("_"):
             continue
