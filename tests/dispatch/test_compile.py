@@ -19,7 +19,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_compiled_equals_eager(op, dims, dtype, backend, generator):
@@ -38,7 +38,7 @@ def test_compiled_equals_eager(op, dims, dtype, backend, generator):
             assert torch.equal(compiled[key], want), key
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
 def test_dynamic_shapes_compile_once(op, dims, compiled, generator):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

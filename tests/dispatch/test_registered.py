@@ -17,7 +17,7 @@ import pygpt
 from pygpt import functional, nn, verify
 from pygpt.dispatch import OPS, TABLE
 
-GPU_SHARE = {"triton": 1}  # see conftest
+GPU_SHARE = {"triton": 4}  # see conftest
 TINY = list(cases.variants(cases.TINY))
 
 
@@ -92,6 +92,7 @@ def test_what_only_backward_reads_is_not_differentiable(op, generator):
 
 
 @pytest.mark.parametrize("op, dims", TINY, ids=cases.ids)
+@pytest.mark.share(4)
 def test_opcheck_of_ops_with_gradients(op, dims, generator):
     args, _ = verify.draw(op, dims, torch.float32, generator)
     leaves = [a.requires_grad_() if verify._is_floating(a) else a for a in args]

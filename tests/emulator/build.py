@@ -29,7 +29,7 @@ BUILD = ROOT / "build" / "emulator"
 CXX = os.environ.get("CXX", "c++")
 
 # -ffp-contract=off: the compiler must not fuse a * b + c where the source has two operations.
-FLAGS = "-std=c++17 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native"
+FLAGS = "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native"
 EXTRA_FLAGS = os.environ.get("PYGPT_EMULATOR_FLAGS", "")  # such as -O0, for a debugger
 WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-attributes"
 KERNEL_FLAGS = "-fstack-clash-protection"  # a stack frame larger than the guard page faults too

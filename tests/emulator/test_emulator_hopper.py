@@ -126,7 +126,7 @@ def planted(bug):
 
 
 @pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 def test_planted_bug_is_found(bug):
     source, _, _, complaint = BUGS[bug]
     file = planted(bug)

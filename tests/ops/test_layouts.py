@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-GPU_SHARE = {"triton": 4, "cuda": 1}  # see conftest
+GPU_SHARE = {"triton": 8, "cuda": 2}  # see conftest
 SHAPE = (2, 3, 5, 4)
 
 
