@@ -5,8 +5,8 @@ fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output sho
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
 milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on one of
-n cases of a test that has more than FEW (on all of them in `make test-all`). With a GPU, they run on it. A test
-marked share(n) is treated alike, on every machine.
+n cases of a test that has more than FEW (on all of them in `make test-all`), and on one at least of those that a
+planted fault names. With a GPU, they run on it. A test marked share(n) is treated alike, on every machine.
 """
 
 import os
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests import interpreter, processes
+from tests.mutants import MUTANTS
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -71,13 +72,28 @@ def pytest_collection_modifyitems(config, items):
         elif marker := item.get_closest_marker("share"):
             (share,) = marker.args
         shared.setdefault((item.module, item.originalname, name, share), []).append(item)
+    left_out = set()
     for (*_, n), cases in shared.items():
-        for i, item in enumerate(cases if len(cases) > FEW else ()):
-            if i % n != i // n % n:  # another place in each group of n, so that no parameter stays the same
-                item.add_marker("slow")
+        # in each group of n another place, so that no parameter stays the same
+        left_out |= {item for i, item in enumerate(cases if len(cases) > FEW else ()) if i % n != i // n % n}
+    for item in left_out - set(_named_by_faults(kept, left_out)):
+        item.add_marker("slow")
     config.hook.pytest_deselected(items=dropped)
     # The longest tests come first. One that came last would keep a single process busy.
     items[:] = sorted(kept, key=lambda item: item.module.__name__ not in LONGEST)
+
+
+def _named_by_faults(items, left_out):
+    """For every planted fault whose tests would all be left out, the first of them."""
+    by_file = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            by_file.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    for mutant in MUTANTS:
+        file, *words = mutant.tests
+        named = [item for item in by_file.get(file, ()) if all(word in item.nodeid for word in words)]
+        if left_out.issuperset(named):
+            yield from named[:1]
 
 
 def _serves(row, params) -> bool:
@@ -86,7 +102,8 @@ def _serves(row, params) -> bool:
     described = [*params.values(), SPECS.get(params.get("op"))]
     needed = {feature for value in described for feature in getattr(value, "features", ())}
     served = row.name == "torch" or needed <= set(row.features.get("attention", ()))
-    return served and params.get("dtype", torch.float32) in row.dtypes
+    dtype = params.get("dtype", torch.float32)
+    return served and (dtype in row.dtypes or not getattr(dtype, "is_floating_point", False))
 
 
 def under_test(request):
