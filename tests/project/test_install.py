@@ -95,6 +95,7 @@ def recipe(tmp_path, monkeypatch):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1e9, 1e9))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "OBJECTS", tmp_path / "objects")
     return module
 
