@@ -5,6 +5,9 @@
 //     boxes of box_rows x box_cols. TMA's x counts columns, its y rows. Data and rows must be aligned to 16 bytes, and
 //     sizes be at least 1. Boxes are at most 256 x 256; a box's rows are a multiple of 16 bytes and not wider than the
 //     swizzle.
+//   Error encode_4d(map, data, {cols, rows, m, n}, {row stride, stride of m, stride of n}, box_rows, box_cols, swizzle)
+//     Describes a batch of m x n such matrices, such as the heads of a (batch, heads, rows, cols) tensor. A box lies in
+//     one of them.
 //   Error launch_cluster(kernel, grid, block, cluster, shared, stream, arguments...)
 //     Is launch (platform.cuh) with clusters of `cluster` neighbouring blocks. `cluster` must divide `grid`.
 //
@@ -19,9 +22,9 @@
 
 namespace pygpt::cuda {
 
-template <class T>
-Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
-                int box_cols, ptx::Swizzle swizzle) {
+template <class T, int rank>
+Error encode(ptx::TensorMap& map, const T* data, const int64_t (&sizes)[rank], const int64_t (&strides)[rank - 1],
+             int box_rows, int box_cols, ptx::Swizzle swizzle) {
   static_assert(sizeof(ptx::TensorMap) == sizeof(CUtensorMap));
   constexpr auto type = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                         : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -33,10 +36,13 @@ Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, 
   if (e != cudaSuccess) return cudaGetErrorString(e);
   if (result != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled";
 
-  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride * sizeof(T))};
-  const cuuint32_t box[2] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  cuuint64_t size[rank], bytes[rank - 1];
+  cuuint32_t box[rank], steps[rank];
+  for (int i = 0; i < rank; i++) size[i] = cuuint64_t(sizes[i]), box[i] = steps[i] = 1;
+  for (int i = 0; i < rank - 1; i++) bytes[i] = cuuint64_t(strides[i] * sizeof(T));
+  box[0] = cuuint32_t(box_cols), box[1] = cuuint32_t(box_rows);
   const CUresult error = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<T*>(data), sizes, strides, box, steps,
+      reinterpret_cast<CUtensorMap*>(&map), type, rank, const_cast<T*>(data), size, bytes, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses these sizes, strides or boxes";
@@ -59,3 +65,19 @@ Error launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 
 
 }  // namespace pygpt::cuda
 #endif
+
+namespace pygpt::cuda {
+
+template <class T>
+Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
+                int box_cols, ptx::Swizzle swizzle) {
+  return encode<T, 2>(map, data, {cols, rows}, {stride}, box_rows, box_cols, swizzle);
+}
+
+template <class T>
+Error encode_4d(ptx::TensorMap& map, const T* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                int box_rows, int box_cols, ptx::Swizzle swizzle) {
+  return encode<T, 4>(map, data, sizes, strides, box_rows, box_cols, swizzle);
+}
+
+}  // namespace pygpt::cuda

@@ -150,6 +150,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Arrives at such a barrier without waiting. Those that wait call named_barrier with the same number, which counts both.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- Tensor maps for the tensor memory accelerator, which the host encodes (hopper.cuh)
 
 // The swizzle of a box in shared memory. With s the enumerator's value, address bits 4 .. 3 + s are XORed with bits
@@ -157,13 +162,39 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // 256, 512 or 1024 bytes, and a box must start at a multiple of this (of 128 bytes without swizzle).
 enum class Swizzle { none, bytes32, bytes64, bytes128 };
 
-// The description of a matrix in global memory (CUtensorMap): base, sizes, stride, box, swizzle. encode_2d (hopper.cuh)
-// fills it; kernels receive it as `const __grid_constant__ TensorMap`.
+// The description of a matrix, or a batch of matrices, in global memory (CUtensorMap): base, sizes, strides, box,
+// swizzle. encode_2d or encode_4d (hopper.cuh) fills it; kernels receive it as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
   unsigned char opaque[128];
 };
 
 #if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+
+// ---- Parts of a warp (sm_90)
+
+// True in one lane of the warp, always the same one, whichever it is. All lanes call it together.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\n"
+               "elect.sync _|p, 0xffffffff;\n"
+               "selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected)::"memory");
+  return elected;
+}
+
+// The inverses of ldmatrix_x4 and ldmatrix_x4_trans: store four 8 x 8 matrices from the lanes' fragments to the rows
+// that lanes 8i .. 8i + 7 point to.
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 // ---- Barriers in shared memory (sm_90)
 
@@ -178,7 +209,16 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
-// Arrives, and adds `bytes` to the bytes of tma_load_2d that the phase waits for.
+// Arrives at the barrier at the same place in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, int rank) {
+  asm volatile("{\n.reg .b32 remote;\n"
+               "mapa.shared::cluster.u32 remote, %0, %1;\n"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(bar)),
+               "r"(rank)
+               : "memory");
+}
+
+// Arrives, and adds `bytes` to the bytes of asynchronous loads that the phase waits for.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
@@ -217,6 +257,36 @@ __device__ __forceinline__ void tma_load_2d(void* shared, const TensorMap* map, 
 }
 // clang-format on
 
+// Loads the box into every block of the cluster whose rank is a bit of `ranks`, at the same place in its shared memory,
+// and reports its bytes to the barrier at the same place there.
+__device__ __forceinline__ void tma_load_2d_multicast(void* shared, const TensorMap* map, uint64_t* bar, int x, int y,
+                                                      uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "h"(ranks)
+      : "memory");
+}
+
+// Loads a box of matrix (z, w) of a batch of matrices; see encode_4d (hopper.cuh).
+__device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, int z,
+                                            int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// Loads `bytes` contiguous bytes, a multiple of 16, between addresses that are aligned to 16, and reports them to `bar`
+// as they arrive.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes, uint64_t* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(bar))
+               : "memory");
+}
+
 // Stores the box; elements outside the matrix are not written. Each thread that has written to the box must first call
 // fence_proxy_async, and a barrier must follow.
 // clang-format off
@@ -226,6 +296,12 @@ __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* s
                : "memory");
 }
 // clang-format on
+
+__device__ __forceinline__ void tma_store_4d(const TensorMap* map, const void* shared, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
 
 // Makes this thread's stores since the last commit a group.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -112,6 +112,44 @@ __global__ void named_barrier_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = x;
 }
 
+// Warp 0 passes eight rows to warp 1 through one buffer. Who has filled or read it arrives and does not wait.
+__global__ void barrier_arrive_kernel(const uint32_t* in, uint32_t* out) {
+  PYGPT_SHARED(uint32_t, row, [32]);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 8; ++i) {
+    if (threadIdx.x < 32) {
+      if (i > 0) ptx::named_barrier(2, 64);
+      row[lane] = in[32 * i + lane];
+      ptx::named_barrier_arrive(1, 64);
+    } else {
+      ptx::named_barrier(1, 64);
+      out[32 * i + lane] = row[31 - lane];
+      if (i < 7) ptx::named_barrier_arrive(2, 64);
+    }
+  }
+}
+
+// One lane is elected, the same one twice. Which one is left open.
+__global__ void elect_kernel(const uint32_t* in, uint32_t* out) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  const bool elected = ptx::elect_one(), again = ptx::elect_one();
+  const uint32_t lanes = __ballot_sync(~0u, elected), lanes_again = __ballot_sync(~0u, again);
+  out[threadIdx.x] = lanes && !(lanes & (lanes - 1)) && lanes == lanes_again ? in[threadIdx.x] : 0;
+#endif
+}
+
+__global__ void stmatrix_kernel(const uint32_t* in, uint32_t* out) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  PYGPT_SHARED(uint4, rows, [2][32]);
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = in[32 * i + threadIdx.x];
+  ptx::stmatrix_x4(&rows[0][threadIdx.x * 5 % 32], r);
+  ptx::stmatrix_x4_trans(&rows[1][threadIdx.x * 5 % 32], r);
+  __syncwarp();
+  for (int i = 0; i < 2; ++i) reinterpret_cast<uint4*>(out)[32 * i + threadIdx.x] = rows[i][threadIdx.x];
+#endif
+}
+
 // Warp 0 passes eight rows to warp 1 through a ring of two buffers.
 __global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
 #if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
@@ -180,6 +218,95 @@ __global__ void tma_store_kernel(const __grid_constant__ ptx::TensorMap map, int
     ptx::tma_store_commit();
     ptx::tma_store_wait<0>();
   }
+#endif
+}
+
+// Loads two pieces of different lengths.
+__global__ void bulk_load_kernel(const uint32_t* in, uint32_t* out) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  PYGPT_DYNAMIC_SHARED(shared);
+  PYGPT_SHARED(uint64_t, full, [1]);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_expect(full, 1024 + 16);
+    ptx::bulk_load(shared, in, 1024, full);
+    ptx::bulk_load(shared + 1024, in + 404, 16, full);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(full, 0);
+  for (int i = threadIdx.x; i < 260; i += blockDim.x) out[i] = reinterpret_cast<const uint32_t*>(shared)[i];
+#endif
+}
+
+// A batch of 2 x 3 matrices of 11 x 20, which lie as the heads of a (batch, rows, heads, columns) tensor do. Boxes of 8
+// x 16 lie over corners, in the middle, and in matrices that do not exist. They do not overlap.
+constexpr int64_t kBatchSizes[4] = {20, 11, 3, 2}, kBatchStrides[3] = {72, 24, 11 * 72};
+constexpr int kBatchBox = 8 * 16 * 2;  // bytes
+struct BatchCorner {
+  int x, y, z, w;
+  __device__ explicit BatchCorner(int i) : x(i % 2 ? 12 : -4), y(i % 4 / 2 ? 6 : -2), z(i % 4), w(i / 4) {}
+};
+
+__global__ void tma_load_4d_kernel(const __grid_constant__ ptx::TensorMap map, uint32_t* out) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  PYGPT_DYNAMIC_SHARED(shared);
+  PYGPT_SHARED(uint64_t, full, [1]);
+  const BatchCorner corner(blockIdx.x);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_expect(full, kBatchBox);
+    ptx::tma_load_4d(shared, &map, full, corner.x, corner.y, corner.z, corner.w);
+  }
+  __syncthreads();
+  ptx::mbarrier_wait(full, 0);
+  out[blockIdx.x * kBatchBox / 4 + threadIdx.x] = reinterpret_cast<const uint32_t*>(shared)[threadIdx.x];
+#endif
+}
+
+__global__ void tma_store_4d_kernel(const __grid_constant__ ptx::TensorMap map, const uint32_t* in) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  PYGPT_DYNAMIC_SHARED(shared);
+  reinterpret_cast<uint32_t*>(shared)[threadIdx.x] = in[blockIdx.x * kBatchBox / 4 + threadIdx.x];
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const BatchCorner corner(blockIdx.x);
+    ptx::tma_store_4d(&map, shared, corner.x, corner.y, corner.z, corner.w);
+    ptx::tma_store_commit();
+    ptx::tma_store_wait<0>();
+  }
+#endif
+}
+
+// Each block of a cluster of four loads a box for itself and the next block. It ends when the block before it has
+// arrived at its second barrier.
+constexpr int kSlot = 8 * 128;  // bytes of a box
+__global__ void multicast_kernel(const __grid_constant__ ptx::TensorMap map, uint32_t* out) {
+#if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
+  PYGPT_DYNAMIC_SHARED(shared);
+  PYGPT_SHARED(uint64_t, full, [1]);
+  PYGPT_SHARED(uint64_t, done, [1]);
+  const int rank = ptx::cluster_rank(), next = (rank + 1) % 4, previous = (rank + 3) % 4;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 1), ptx::mbarrier_init(done, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_expect(full, 2 * kSlot);
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  if (threadIdx.x == 0)
+    ptx::tma_load_2d_multicast(shared + rank * kSlot, &map, full, 0, 8 * blockIdx.x, uint16_t(1 << rank | 1 << next));
+  ptx::mbarrier_wait(full, 0);
+  for (int i = threadIdx.x; i < kSlot / 4; i += 32) {
+    const auto* words = reinterpret_cast<const uint32_t*>(shared);
+    out[blockIdx.x * kSlot / 2 + i] = words[rank * kSlot / 4 + i];
+    out[blockIdx.x * kSlot / 2 + kSlot / 4 + i] = words[previous * kSlot / 4 + i];
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) ptx::mbarrier_arrive_at(done, next);
+  ptx::mbarrier_wait(done, 0);
 #endif
 }
 
@@ -308,9 +435,31 @@ std::vector<Case> all_cases() {
                              one_block("mma bf16", 750, 32, mma_kernel<bf16>),
                              one_block("mma f16", 750, 32, mma_kernel<f16>),
                              one_block("named_barrier", 750, 128, named_barrier_kernel),
-                             one_block("mbarrier", 900, 64, mbarrier_kernel)};
+                             one_block("named_barrier_arrive", 750, 64, barrier_arrive_kernel),
+                             one_block("elect_one", 900, 64, elect_kernel),
+                             one_block("stmatrix", 900, 32, stmatrix_kernel),
+                             one_block("mbarrier", 900, 64, mbarrier_kernel),
+                             one_block("bulk_load", 900, 64, bulk_load_kernel, 1040)};
   cases.push_back({"cluster", 900, [](const uint32_t* in, uint32_t* out) {
     return launch_cluster(cluster_kernel, dim3(8), dim3(32), dim3(4), 128, Stream{}, in, out);
+  }});
+  const auto encode_batch = [](ptx::TensorMap& map, const void* data) {
+    return encode_4d(map, static_cast<const bf16*>(data), kBatchSizes, kBatchStrides, 8, 16, Swizzle::bytes32);
+  };
+  cases.push_back({"tma_load_4d", 900, [=](const uint32_t* in, uint32_t* out) {
+    ptx::TensorMap map;
+    if (Error e = encode_batch(map, in)) return e;
+    return launch(tma_load_4d_kernel, dim3(8), dim3(kBatchBox / 4), kBatchBox, Stream{}, map, out);
+  }});
+  cases.push_back({"tma_store_4d", 900, [=](const uint32_t* in, uint32_t* out) {
+    ptx::TensorMap map;
+    if (Error e = encode_batch(map, out)) return e;
+    return launch(tma_store_4d_kernel, dim3(8), dim3(kBatchBox / 4), kBatchBox, Stream{}, map, in);
+  }});
+  cases.push_back({"multicast", 900, [](const uint32_t* in, uint32_t* out) {
+    ptx::TensorMap map;
+    if (Error e = encode_2d(map, reinterpret_cast<const bf16*>(in), 64, 64, 64, 8, 64, Swizzle::bytes128)) return e;
+    return launch_cluster(multicast_kernel, dim3(8), dim3(32), dim3(4), 4 * kSlot, Stream{}, map, out);
   }});
   for (int s = 0; s < 4; ++s) add_tma<bf16>(cases, "bf16", Swizzle(s)), add_tma<f16>(cases, "f16", Swizzle(s));
   add_tma<float>(cases, "float", Swizzle::bytes128);

@@ -24,9 +24,22 @@ struct AsyncView {
     return offset < bytes.size() ? &bytes[offset] : p;
   }
 };
-AsyncView& async_view() { return current->block->state<AsyncView>(); }
+// That of the running thread's block, or another one of its cluster.
+AsyncView& async_view(Block& block = *current->block) {
+  auto& view = block.state<AsyncView>();
+  view.generic = block.shared + (dynamic_shared() - current->block->shared);
+  return view;
+}
 
 size_t offset_of(const void* shared) { return static_cast<const std::byte*>(shared) - current->block->shared; }
+
+// What corresponds to p, of the running thread's block, in another block of its cluster.
+template <class T>
+T* at_rank(T* p, int rank, Site site) {
+  Block& block = *current->block;
+  if (rank < 0 || rank >= block.cluster_size) fail(site, "no block " + std::to_string(rank) + " in the cluster");
+  return reinterpret_cast<T*>(block.cluster[rank]->shared + offset_of(p));
+}
 
 void copy_word(void* to, const void* from) {
   *static_cast<volatile uint32_t*>(to) = *static_cast<const volatile uint32_t*>(from);
@@ -46,6 +59,13 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
   if (offset % alignment) fail(site, which + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
 
+// A block whose shared memory others may access loses it when it ends.
+struct NaNAtEnd {
+  NaNAtEnd() {
+    at_block_end([] { fill_nan(dynamic_shared(), dynamic_shared_bytes()); });
+  }
+};
+
 }  // namespace
 
 void fence_proxy_async() {
@@ -64,16 +84,36 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
-Barrier& barrier_at(uint64_t* bar, const char* what, Site site) {
-  check_shared(bar, 8, 8, "an mbarrier", site);
+Barrier& initialised(uint64_t* bar, const char* what, Site site) {
   auto& b = reinterpret_cast<Barrier&>(*bar);
   if (b.initialised == Barrier::kInitialised) return b;
   fail(site, std::string(what) + " on an mbarrier that was not initialised");
 }
 
+Barrier& barrier_at(uint64_t* bar, const char* what, Site site) {
+  check_shared(bar, 8, 8, "an mbarrier", site);
+  return initialised(bar, what, site);
+}
+
 void end_phase_if_complete(Barrier& b) {
   if (b.pending || b.bytes) return;
   b.pending = b.count, b.parity ^= 1;
+}
+
+// An arrival that expects bytes.
+void arrive(Barrier& b, int64_t bytes, Site site) {
+  if (!b.pending) fail(site, "more arrivals than the mbarrier's " + std::to_string(b.count) + " in one phase");
+  if (std::llabs(b.bytes + bytes) >= 1 << 20) fail(site, "an mbarrier expects at most 1048575 bytes");
+  release(&b);
+  b.bytes += bytes, b.pending--;
+  end_phase_if_complete(b);
+}
+
+// Bytes of an asynchronous load have arrived.
+void credit(uint64_t* bar, int64_t bytes) {
+  Barrier& b = reinterpret_cast<Barrier&>(*bar);
+  b.bytes -= bytes;
+  end_phase_if_complete(b);
 }
 
 }  // namespace
@@ -90,13 +130,12 @@ void mbarrier_init(uint64_t* bar, int count, Site site) {
   });
 }
 
-void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site) {
-  Barrier& b = barrier_at(bar, "arrival", site);
-  if (!b.pending) fail(site, "more arrivals than the mbarrier's " + std::to_string(b.count) + " in one phase");
-  if (std::llabs(b.bytes + bytes) >= 1 << 20) fail(site, "an mbarrier expects at most 1048575 bytes");
-  release(bar);
-  b.bytes += bytes, b.pending--;
-  end_phase_if_complete(b);
+void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site) { arrive(barrier_at(bar, "arrival", site), bytes, site); }
+
+void mbarrier_arrive_at(uint64_t* bar, int rank, Site site) {
+  check_shared(bar, 8, 8, "an mbarrier", site);
+  current->block->state<NaNAtEnd>();
+  arrive(initialised(at_rank(bar, rank, site), "arrival", site), 0, site);
 }
 
 void mbarrier_wait(uint64_t* bar, int parity, Site site) {
@@ -114,18 +153,22 @@ struct Box {
   TensorMap map;
   std::byte *shared, *block;
   AsyncView* view;
-  int x, y;
-  Box(const TensorMap& map, const std::byte* shared, int x, int y)
-      : map(map), shared(const_cast<std::byte*>(shared)), block(current->block->shared), view(&async_view()), x(x),
-        y(y) {}
+  At at;
+  // `shared` is the box's place in the running thread's block, or in the same place of another block of its cluster.
+  Box(const TensorMap& map, const std::byte* shared, At at, Block& in = *current->block)
+      : map(map), shared(in.shared + offset_of(shared)), block(in.shared), view(&async_view(in)), at(at) {}
 
   // Calls move(shared, matrix) for every element; matrix is null outside of the matrix.
   template <class Move>
   void each(Move move) const {
+    const int64_t(&size)[4] = map.size, (&stride)[4] = map.stride;
+    const bool exists = at.z >= 0 && at.z < size[2] && at.w >= 0 && at.w < size[3];
+    std::byte* const first = const_cast<std::byte*>(map.data) + at.z * stride[2] + at.w * stride[3];
     for (int64_t r = 0; r < map.box_rows; r++)
       for (int64_t c = 0; c < map.box_cols; c++) {
-        const bool inside = r + y >= 0 && r + y < map.rows && c + x >= 0 && c + x < map.cols;
-        std::byte* matrix = const_cast<std::byte*>(map.data) + (r + y) * map.stride + (c + x) * map.element;
+        const int64_t y = r + at.y, x = c + at.x;
+        const bool inside = exists && y >= 0 && y < size[1] && x >= 0 && x < size[0];
+        std::byte* matrix = first + y * stride[1] + x * stride[0];
         const size_t offset = shared - block + (r * map.box_cols + c) * map.element;
         move(block + swizzled(offset, map.swizzle), inside ? matrix : nullptr);
       }
@@ -155,35 +198,63 @@ struct UnfinishedStores {
 
 }  // namespace
 
-void check_box(const TensorMap& map, const void* shared, Site site) {
+void check_box(const TensorMap& map, int rank, const void* shared, Site site) {
+  if (map.rank != rank) fail(site, "a tensor map of " + std::to_string(map.rank) + " dimensions");
   const int line = 16 << int(map.swizzle);
   check_shared(shared, map.box_bytes(), map.swizzle == Swizzle::none ? 128 : 8 * line, "a box", site);
 }
 
-void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, int x, int y, Site site) {
-  barrier_at(bar, "a load", site);
+namespace {
+
+// Delivers the box to one block, and reports it to that block's barrier.
+void load_box(const Box& box, uint64_t* bar, Site site) {
+  initialised(bar, "a load", site);
   release(bar);
-  const Box box(map, shared, x, y);
-  box.each([&](std::byte* to, std::byte*) { fill_nan(box.view->of(to), map.element); });
+  box.each(
+      [&](std::byte* to, std::byte*) { fill_nan(to, box.map.element), fill_nan(box.view->of(to), box.map.element); });
   defer([box, bar] {
     box.each([&](std::byte* to, const std::byte* from) {
       copy_element(to, from, box.map.element);
       copy_element(box.view->of(to), from, box.map.element);
     });
-    Barrier& b = reinterpret_cast<Barrier&>(*bar);
-    b.bytes -= box.map.box_bytes();
-    end_phase_if_complete(b);
+    credit(bar, box.map.box_bytes());
     statistics.tma++;
   });
 }
 
-void tma_store(const TensorMap& map, const std::byte* shared, int x, int y, Site site) {
+}  // namespace
+
+void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, At at, int ranks, Site site) {
+  check_shared(bar, 8, 8, "an mbarrier", site);
+  Block& block = *current->block;
+  if (!ranks) return load_box(Box(map, shared, at), bar, site);
+  block.state<NaNAtEnd>();
+  for (int rank = 0; rank < block.cluster_size; rank++)
+    if (ranks >> rank & 1) load_box(Box(map, shared, at, *block.cluster[rank]), at_rank(bar, rank, site), site);
+}
+
+void bulk_load(std::byte* shared, const std::byte* global, int bytes, uint64_t* bar, Site site) {
+  if (bytes < 1 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    fail(site, "bulk_load of bytes or from an address that are no multiples of 16");
+  check_shared(shared, bytes, 16, "a bulk load", site);
+  barrier_at(bar, "a load", site);
+  release(bar);
+  AsyncView& view = async_view();
+  for (int i = 0; i < bytes; i++) fill_nan(view.of(shared + i), 1);
+  defer([=, &view] {
+    for (int i = 0; i < bytes; i++) shared[i] = global[i], *view.of(shared + i) = global[i];
+    credit(bar, bytes);
+    statistics.tma++;
+  });
+}
+
+void tma_store(const TensorMap& map, const std::byte* shared, At at, Site site) {
   auto& count = current->state<UnfinishedStores>();
   if (!count.issued++)
     at_block_end([&count, site] {
       if (count.issued != count.waited) fail(site, "the block ends while this store reads its shared memory");
     });
-  current->state<Stores>().groups.start(Store(map, shared, x, y));
+  current->state<Stores>().groups.start(Store(map, shared, at));
 }
 void tma_store_commit() { current->state<Stores>().groups.commit(); }
 void tma_store_wait(int pending) {
@@ -194,9 +265,12 @@ void tma_store_wait(int pending) {
 
 const char* check_map(const TensorMap& m) {
   const int64_t limit = int64_t(1) << 32, line = int64_t(m.box_cols) * m.element;
-  if (reinterpret_cast<uintptr_t>(m.data) % 16 || m.stride % 16) return "TMA: rows are not aligned to 16 bytes";
-  if (m.rows < 1 || m.cols < 1 || m.rows > limit || m.cols > limit) return "TMA: sizes must be 1 .. 2^32";
-  if (m.stride < 0 || m.stride >= int64_t(1) << 40) return "TMA: a stride must be below 2^40 bytes";
+  if (reinterpret_cast<uintptr_t>(m.data) % 16) return "TMA: rows are not aligned to 16 bytes";
+  for (int i = 0; i < m.rank; i++) {
+    if (m.size[i] < 1 || m.size[i] > limit) return "TMA: sizes must be 1 .. 2^32";
+    if (i > 0 && m.stride[i] % 16) return "TMA: rows are not aligned to 16 bytes";
+    if (m.stride[i] < 0 || m.stride[i] >= int64_t(1) << 40) return "TMA: a stride must be below 2^40 bytes";
+  }
   if (std::min(m.box_rows, m.box_cols) < 1 || std::max(m.box_rows, m.box_cols) > 256)
     return "TMA: box sizes must be 1 .. 256";
   if (line % 16) return "TMA: a box's rows must be a multiple of 16 bytes";
@@ -385,6 +459,42 @@ void wgmma_wait(int pending, Site site) {
   collective(kWait, ~0u, &w, site);
 }
 
+// ---------------------------------------------------------------- parts of a warp
+
+bool elect_one(Site site) {
+  static const Collective op{"elect_one", nullptr};
+  collective(op, ~0u, current, site);
+  return current->lane == 19;
+}
+
+namespace {
+
+struct StoredRow {
+  void* row;
+  const uint32_t* fragment;
+};
+
+template <bool transposed>
+void store_rows(void* const (&lanes)[32], uint32_t) {
+  uint16_t element[4][8][8];
+  for (int l = 0; l < 32; l++)
+    for (int m = 0; m < 4; m++)
+      for (int half = 0; half < 2; half++) {
+        const int g = l / 4, t = l % 4 * 2 + half;
+        const uint32_t pair = static_cast<StoredRow*>(lanes[l])->fragment[m];
+        (transposed ? element[m][t][g] : element[m][g][t]) = uint16_t(half ? pair >> 16 : pair);
+      }
+  for (int l = 0; l < 32; l++) copy_untracked(static_cast<StoredRow*>(lanes[l])->row, element[l / 8][l % 8], 16);
+}
+
+}  // namespace
+
+void store_matrices(void* row, const uint32_t (&fragment)[4], bool transposed, Site site) {
+  static const Collective ops[2] = {{"stmatrix_x4", store_rows<false>}, {"stmatrix_x4_trans", store_rows<true>}};
+  StoredRow operand{row, fragment};
+  collective(ops[transposed], ~0u, &operand, site);
+}
+
 // ---------------------------------------------------------------- clusters
 
 namespace {
@@ -397,11 +507,6 @@ struct ClusterBarrier {
 struct ClusterArrival {
   bool pending = false;
   unsigned generation = 0;
-};
-struct NaNAtEnd {
-  NaNAtEnd() {
-    at_block_end([] { fill_nan(dynamic_shared(), dynamic_shared_bytes()); });
-  }
 };
 ClusterBarrier& cluster_barrier() { return current->block->cluster[0]->state<ClusterBarrier>(); }
 
@@ -430,9 +535,7 @@ void* map_rank(const void* shared, int rank, Site site) {
   Block& block = *current->block;
   block.state<NaNAtEnd>();
   check_shared(shared, 1, 1, "a mapped variable", site);
-  if (rank < 0 || rank >= block.cluster_size) fail(site, "no block " + std::to_string(rank) + " in the cluster");
-  Block& other = *block.cluster[rank];
-  return other.shared + offset_of(shared);
+  return const_cast<void*>(static_cast<const void*>(at_rank(static_cast<const std::byte*>(shared), rank, site)));
 }
 
 }  // namespace pygpt::emulator

@@ -8,6 +8,7 @@
 //   proxies    TMA and wgmma see dynamic shared memory as it was at the block's last fence_proxy_async(), plus TMA's
 //              own writes. A missing fence is therefore found; a fence by the wrong thread or too early may not be.
 //   clusters   The blocks of a cluster run together. When a block ends, its dynamic shared memory becomes NaN.
+//   elect_one  elects a lane that is not the first, because kernels may not rely on which it is.
 // Alignments, ranges and descriptors are checked. fence_mbarrier_init and the register counts do nothing.
 #pragma once
 #include <algorithm>
@@ -25,10 +26,10 @@ enum class Swizzle { none, bytes32, bytes64, bytes128 };
 
 struct alignas(64) TensorMap {
   const std::byte* data;
-  int64_t rows, cols, stride;  // stride in bytes
-  int box_rows, box_cols, element;  // element: its size in bytes
+  int64_t size[4], stride[4];  // columns first; strides in bytes
+  int box_rows, box_cols, element, rank;  // element: its size in bytes
   Swizzle swizzle;
-  unsigned char unused[80];
+  unsigned char unused[36];
   int box_bytes() const { return box_rows * box_cols * element; }
 };
 static_assert(sizeof(TensorMap) == 128);
@@ -43,11 +44,18 @@ using cuda::ptx::TensorMap;
 // Implemented in hopper.cpp:
 void mbarrier_init(uint64_t* bar, int count, Site site);
 void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site);
+void mbarrier_arrive_at(uint64_t* bar, int rank, Site site);
 void mbarrier_wait(uint64_t* bar, int parity, Site site);
 void fence_proxy_async();
-void check_box(const TensorMap& map, const void* shared, Site site);
-void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, int x, int y, Site site);
-void tma_store(const TensorMap& map, const std::byte* shared, int x, int y, Site site);
+struct At {  // a box's first element
+  int x, y, z = 0, w = 0;
+};
+void check_box(const TensorMap& map, int rank, const void* shared, Site site);
+void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, At at, int ranks, Site site);
+void tma_store(const TensorMap& map, const std::byte* shared, At at, Site site);
+void bulk_load(std::byte* shared, const std::byte* global, int bytes, uint64_t* bar, Site site);
+bool elect_one(Site site);
+void store_matrices(void* row, const uint32_t (&fragment)[4], bool transposed, Site site);
 void tma_store_commit();
 void tma_store_wait(int pending);
 uint64_t wgmma_descriptor(const void* shared, int leading, int stride, Swizzle swizzle, Site site);
@@ -74,10 +82,13 @@ void wgmma(Wgmma& lane, Site site);
 size_t operand_offset(uint64_t descriptor, bool trans, int i, int k);
 
 // Lets sanitizers see an access to the rows of the matrix that a box covers.
-inline void touch_matrix(const TensorMap& map, int x, int y) {
-  const int64_t first = std::max(x, 0), last = std::min<int64_t>(map.cols, int64_t(x) + map.box_cols);
-  for (int64_t r = std::max(y, 0); r < std::min<int64_t>(map.rows, int64_t(y) + map.box_rows) && first < last; r++)
-    touch(map.data + r * map.stride + first * map.element, (last - first) * map.element);
+inline void touch_matrix(const TensorMap& map, At at) {
+  const int64_t(&size)[4] = map.size, (&stride)[4] = map.stride;
+  if (at.z < 0 || at.z >= size[2] || at.w < 0 || at.w >= size[3]) return;
+  const std::byte* matrix = map.data + at.z * stride[2] + at.w * stride[3];
+  const int64_t first = std::max(at.x, 0), last = std::min<int64_t>(size[0], int64_t(at.x) + map.box_cols);
+  for (int64_t r = std::max(at.y, 0); r < std::min<int64_t>(size[1], int64_t(at.y) + map.box_rows) && first < last; r++)
+    touch(matrix + r * stride[1] + first * map.element, (last - first) * map.element);
 }
 // Lets sanitizers see an access to an operand's elements, which the 128 threads of a warp group divide up in pairs.
 // `size` is the operand's extent along M or N.
@@ -97,6 +108,28 @@ namespace pygpt::cuda::ptx {
 using emulator::Site;
 
 inline void named_barrier(int id, int threads, Site site = Site::here()) { emulator::barrier(id, threads, site); }
+inline void named_barrier_arrive(int id, int threads, Site site = Site::here()) {
+  emulator::barrier_arrive(id, threads, site);
+}
+
+// ---- Parts of a warp
+
+inline bool elect_one(Site site = Site::here()) { return emulator::elect_one(site); }
+
+template <bool transposed>
+void store_matrices(void* row, const uint32_t (&r)[4], Site site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    emulator::fail(site, "stmatrix with an address that is not a multiple of 16");
+  if (!emulator::is_shared(row, 16)) emulator::fail(site, "stmatrix to no variable in shared memory");
+  emulator::poison(row, 16);
+  emulator::store_matrices(row, r, transposed, site);
+}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4], Site site = Site::here()) {
+  store_matrices<false>(row, r, site);
+}
+inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], Site site = Site::here()) {
+  store_matrices<true>(row, r, site);
+}
 
 // ---- mbarriers
 
@@ -106,6 +139,9 @@ inline void mbarrier_init(uint64_t* bar, int count, Site site = Site::here()) {
 inline void mbarrier_arrive(uint64_t* bar, Site site = Site::here()) {
   emulator::touch(bar, 8);
   emulator::mbarrier_arrive(bar, 0, site);
+}
+inline void mbarrier_arrive_at(uint64_t* bar, int rank, Site site = Site::here()) {
+  emulator::mbarrier_arrive_at(bar, rank, site);
 }
 inline void mbarrier_expect(uint64_t* bar, int bytes, Site site = Site::here()) {
   emulator::touch(bar, 8);
@@ -120,18 +156,46 @@ inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 // ---- The tensor memory accelerator
 
-inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, Site site = Site::here()) {
-  emulator::check_box(*map, shared, site);
-  emulator::touch_matrix(*map, x, y);
+// ranks: the blocks of the cluster, one bit each; 0 is the own block alone.
+inline void tma_load(void* shared, const TensorMap& map, int rank, uint64_t* bar, emulator::At at, int ranks,
+                     Site site) {
+  emulator::check_box(map, rank, shared, site);
+  emulator::touch_matrix(map, at);
   emulator::touch(bar, 8);
-  emulator::poison(shared, map->box_bytes());
-  emulator::tma_load(static_cast<std::byte*>(shared), *map, bar, x, y, site);
+  if (!ranks || ranks >> emulator::current->block->cluster_rank & 1) emulator::poison(shared, map.box_bytes());
+  emulator::tma_load(static_cast<std::byte*>(shared), map, bar, at, ranks, site);
+}
+inline void tma_store(const TensorMap& map, int rank, const void* shared, emulator::At at, Site site) {
+  emulator::check_box(map, rank, shared, site);
+  emulator::touch(shared, map.box_bytes());
+  emulator::touch_matrix(map, at);
+  emulator::tma_store(map, static_cast<const std::byte*>(shared), at, site);
+}
+inline void tma_load_2d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, Site site = Site::here()) {
+  tma_load(shared, *map, 2, bar, {x, y}, 0, site);
+}
+inline void tma_load_2d_multicast(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, uint16_t ranks,
+                                  Site site = Site::here()) {
+  if (!ranks || ranks >> emulator::current->block->cluster_size)
+    emulator::fail(site, "a multicast to no block, or to one that the cluster does not have");
+  tma_load(shared, *map, 2, bar, {x, y}, ranks, site);
+}
+inline void tma_load_4d(void* shared, const TensorMap* map, uint64_t* bar, int x, int y, int z, int w,
+                        Site site = Site::here()) {
+  tma_load(shared, *map, 4, bar, {x, y, z, w}, 0, site);
+}
+inline void bulk_load(void* shared, const void* global, int bytes, uint64_t* bar, Site site = Site::here()) {
+  emulator::touch(global, bytes);
+  emulator::touch(bar, 8);
+  emulator::poison(shared, bytes);
+  emulator::bulk_load(static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), bytes, bar, site);
 }
 inline void tma_store_2d(const TensorMap* map, const void* shared, int x, int y, Site site = Site::here()) {
-  emulator::check_box(*map, shared, site);
-  emulator::touch(shared, map->box_bytes());
-  emulator::touch_matrix(*map, x, y);
-  emulator::tma_store(*map, static_cast<const std::byte*>(shared), x, y, site);
+  tma_store(*map, 2, shared, {x, y}, site);
+}
+inline void tma_store_4d(const TensorMap* map, const void* shared, int x, int y, int z, int w,
+                         Site site = Site::here()) {
+  tma_store(*map, 4, shared, {x, y, z, w}, site);
 }
 inline void tma_store_commit() { emulator::tma_store_commit(); }
 template <int N>
@@ -210,12 +274,21 @@ inline void decrease_registers() {
 
 namespace pygpt::cuda {
 
-template <class T>
-Error encode_2d(ptx::TensorMap& map, const T* data, int64_t rows, int64_t cols, int64_t stride, int box_rows,
-                int box_cols, ptx::Swizzle swizzle) {
-  const auto* bytes = reinterpret_cast<const std::byte*>(data);
+template <class T, int rank>
+Error encode(ptx::TensorMap& map, const T* data, const int64_t (&sizes)[rank], const int64_t (&strides)[rank - 1],
+             int box_rows, int box_cols, ptx::Swizzle swizzle) {
   const int element = sizeof(T);
-  map = ptx::TensorMap{bytes, rows, cols, stride * element, box_rows, box_cols, element, swizzle, {}};
+  map = ptx::TensorMap{reinterpret_cast<const std::byte*>(data),
+                       {1, 1, 1, 1},
+                       {element},
+                       box_rows,
+                       box_cols,
+                       element,
+                       rank,
+                       swizzle,
+                       {}};
+  std::copy_n(sizes, rank, map.size);
+  for (int i = 1; i < rank; i++) map.stride[i] = strides[i - 1] * element;
   return emulator::check_map(map);
 }
 

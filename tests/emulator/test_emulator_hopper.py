@@ -87,25 +87,48 @@ BUGS = {
     "no barrier before the store": (GEMM, "ptx::named_barrier(1 + consumer, 128);", "", None),
     "no wait for the store": (GEMM, "ptx::tma_store_wait<0>();", "", "this store reads"),
     "no cluster barrier before reading": (
-        CASES, "ptx::cluster_arrive();\n  ptx::cluster_wait();\n  out[2", "out[2", None),
+        CASES, "ptx::cluster_arrive();\n  ptx::cluster_wait();\n  out[2", "out[2", None, "cluster"),
     "no cluster barrier before the end": (
-        CASES, "= rank;\n  ptx::cluster_arrive();\n  ptx::cluster_wait();", "= rank;", None),
+        CASES, "= rank;\n  ptx::cluster_arrive();\n  ptx::cluster_wait();", "= rank;", None, "cluster"),
+    "a buffer filled before it was read": (
+        CASES, "if (i > 0) ptx::named_barrier(2, 64);", "", None, "named_barrier_arrive"),
+    "the first lane taken for the elected one": (
+        CASES, "again = ptx::elect_one();", "again = threadIdx.x % 32 == 0;", None, "elect_one"),
+    "a stored matrix that is not transposed": (CASES, "ptx::stmatrix_x4_trans(", "ptx::stmatrix_x4(", None, "stmatrix"),
+    "no wait for a bulk load": (
+        CASES, "ptx::mbarrier_wait(full, 0);\n  for (int i = threadIdx.x; i < 260",
+        "for (int i = threadIdx.x; i < 260", None, "bulk_load"),
+    "a bulk load of one byte too many": (
+        CASES, "in + 404, 16, full", "in + 404, 17, full", "multiples of 16", "bulk_load"),
+    "a batch's matrix and its entry exchanged": (
+        CASES, "full, corner.x, corner.y, corner.z, corner.w", "full, corner.x, corner.y, corner.w, corner.z", None,
+        "tma_load_4d"),
+    "a store of a batch as one of a matrix": (
+        CASES, "tma_store_4d(&map, shared, corner.x, corner.y, corner.z, corner.w)",
+        "tma_store_2d(&map, shared, corner.x, corner.y)", "4 dimensions", "tma_store_4d"),
+    "a multicast that leaves out the next block": (
+        CASES, "uint16_t(1 << rank | 1 << next)", "uint16_t(1 << rank)", "deadlock", "multicast"),
+    "a multicast to a block that is not ready": (
+        CASES, "ptx::cluster_arrive();\n  ptx::cluster_wait();\n  if (threadIdx.x == 0)\n", "if (threadIdx.x == 0)\n",
+        "not initialised", "multicast"),
+    "an arrival at a block outside of the cluster": (
+        CASES, "mbarrier_arrive_at(done, next)", "mbarrier_arrive_at(done, rank + 1)", "no block 4", "multicast"),
 }  # fmt: skip
 
 
 ORDERS = [("fifo", 0), ("reversed", 0), *(("random", seed) for seed in range(4))]
 
 
-def findings(machine, source):
-    """Per order of events what the emulator says of a source: a report, "wrong" results, or None."""
+def findings(machine, source, case=None):
+    """Per order of events what the emulator says of a source, or one of its cases: a report, "wrong", or None."""
     if source == CASES:
-        right = conformance.in_emulator().run("cluster")
+        right = conformance.in_emulator().run(case)
     for schedule, seed in ORDERS:
         machine.schedule(schedule, seed)
         cases = conformance.Cases(machine.library, "cpu", 900)
         try:
             if source == CASES:
-                yield "wrong" if conformance.difference("cluster", cases.run("cluster"), right) else None
+                yield "wrong" if conformance.difference(case, cases.run(case), right) else None
             else:
                 shapes = (200, 150, 1000, torch.bfloat16, True), (200, 150, 390, torch.float16, False)
                 yield None if all(conformance.integer_gemm(cases, *s) for s in shapes) else "wrong"
@@ -115,7 +138,7 @@ def findings(machine, source):
 
 def planted(bug):
     """The file with the bug in it."""
-    source, right, wrong, _ = BUGS[bug]
+    source, right, wrong, *_ = BUGS[bug]
     text = source.read_text()
     assert text.count(right) == 1, f"{source.name} has {text.count(right)} times {right!r}"
     file = build.BUILD / "planted" / re.sub(r"\W", "_", f"{bug}.cu").replace("_cu", ".cu")
@@ -128,9 +151,9 @@ def planted(bug):
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.share(4)
 def test_planted_bug_is_found(bug):
-    source, _, _, complaint = BUGS[bug]
+    source, _, _, complaint, *case = BUGS[bug]
     file = planted(bug)
-    found = list(findings(build.load_tests(file), source))
+    found = list(findings(build.load_tests(file), source, *case))
     assert any(found), f"not found under any of {ORDERS}"
     assert not complaint or any(complaint in (f or "") for f in found), found
     print(*found, sep="\n")
