@@ -449,7 +449,22 @@ size_t operand_offset(uint64_t descriptor, bool trans, int i, int k) {
 
 void wgmma_fence(const void* registers, int count) { current->state<KnownRegisters>().keep(registers, count); }
 
+namespace {
+
+// A swizzle's pattern repeats after 8 lines. Elsewhere than in its first line a descriptor would need a base offset,
+// which wgmma_descriptor does not give it.
+void check_start(uint64_t descriptor, Site site) {
+  const int swizzle = (4 - int(descriptor >> 62)) % 4;
+  const size_t start = size_t(descriptor & kField) << 4, line = size_t(16) << swizzle;
+  if (swizzle && start % (8 * line) >= line)
+    fail(site, "a wgmma operand starts in the middle of its swizzle's pattern");
+}
+
+}  // namespace
+
 void wgmma(Wgmma& lane, Site site) {
+  if (!lane.a_registers) check_start(lane.a, site);
+  check_start(lane.b, site);
   wgmma_site = site;
   collective(kIssue, ~0u, &lane, site);
 }
@@ -457,6 +472,46 @@ void wgmma_commit(Site site) { collective(kCommit, ~0u, current, site); }
 void wgmma_wait(int pending, Site site) {
   Wait w{current, pending};
   collective(kWait, ~0u, &w, site);
+}
+
+// ---------------------------------------------------------------- registers
+
+namespace {
+
+// How many registers each thread of a warp has. At first the block's threads divide up the multiprocessor's, as they do
+// where __launch_bounds__ says that one block runs at a time.
+struct Registers {
+  static constexpr int kOfMultiprocessor = 65536;
+  std::vector<int> of_warp = std::vector<int>((current->block->threads + 31) / 32,
+                                              std::min(kOfMultiprocessor / current->block->threads / 8 * 8, 255));
+  int total() const {
+    int sum = 0;
+    for (int count : of_warp) sum += 32 * count;
+    return sum;
+  }
+};
+
+Registers& meet_with_registers(Site site) {
+  static const Collective op{"setmaxnreg", nullptr};
+  collective(op, ~0u, current, site);
+  return current->block->state<Registers>();
+}
+
+}  // namespace
+
+void decrease_registers(int count, Site site) {
+  int& mine = meet_with_registers(site).of_warp[current->warp];
+  if (count > mine) fail(site, "decrease_registers from " + std::to_string(mine) + " to " + std::to_string(count));
+  mine = count;
+}
+
+void increase_registers(int count, Site site) {
+  Registers& registers = meet_with_registers(site);
+  int& mine = registers.of_warp[current->warp];
+  if (count < mine) fail(site, "increase_registers from " + std::to_string(mine) + " to " + std::to_string(count));
+  wait_until("increase_registers", site,
+             [&] { return registers.total() + 32 * (count - mine) <= Registers::kOfMultiprocessor; });
+  mine = count;
 }
 
 // ---------------------------------------------------------------- parts of a warp

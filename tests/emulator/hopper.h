@@ -9,7 +9,8 @@
 //              own writes. A missing fence is therefore found; a fence by the wrong thread or too early may not be.
 //   clusters   The blocks of a cluster run together. When a block ends, its dynamic shared memory becomes NaN.
 //   elect_one  elects a lane that is not the first, because kernels may not rely on which it is.
-// Alignments, ranges and descriptors are checked. fence_mbarrier_init and the register counts do nothing.
+//   registers  A warp that asks for more of them waits until the multiprocessor's 65,536 suffice.
+// Alignments, ranges and descriptors are checked. fence_mbarrier_init does nothing.
 #pragma once
 #include <algorithm>
 #include <tuple>
@@ -77,6 +78,8 @@ struct Wgmma {
   bool is_bf16, trans_a, trans_b, accumulate;
 };
 void wgmma(Wgmma& lane, Site site);
+void increase_registers(int count, Site site);
+void decrease_registers(int count, Site site);
 
 // The offset of an operand's element in the block's shared memory, in bytes. i counts along M or N.
 size_t operand_offset(uint64_t descriptor, bool trans, int i, int k);
@@ -260,12 +263,14 @@ inline void wgmma_m64k16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, 
 }
 
 template <int registers>
-inline void increase_registers() {
+inline void increase_registers(Site site = Site::here()) {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  emulator::increase_registers(registers, site);
 }
 template <int registers>
-inline void decrease_registers() {
+inline void decrease_registers(Site site = Site::here()) {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  emulator::decrease_registers(registers, site);
 }
 
 }  // namespace pygpt::cuda::ptx

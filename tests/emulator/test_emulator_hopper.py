@@ -81,6 +81,11 @@ BUGS = {
     "a descriptor's leading offset": (GEMM, "b_k_major ? 16 : 64 * kRow", "b_k_major ? 16 : 32 * kRow", None),
     "a descriptor's swizzle": (GEMM, "b_k_major ? 16 : 64 * kRow, 8 * kRow, kSwizzle",
                                "b_k_major ? 16 : 64 * kRow, 8 * kRow, ptx::Swizzle::bytes64", None),
+    "an operand in the middle of its swizzle": (
+        GEMM, "tiles.a(stage) + consumer * 64 * kRow", "tiles.a(stage) + consumer * 4 * kRow", "middle of its swizzle"),
+    "a producer that keeps its registers": (GEMM, "ptx::decrease_registers<40>();", "", "increase_registers"),
+    "more registers than there are": (
+        GEMM, "ptx::increase_registers<232>();", "ptx::increase_registers<240>();", "increase_registers"),
     "a k step": (GEMM, "a + k * 32 / 16", "a + k * 16 / 16", None),
     "the epilogue's swizzle": (GEMM, "j % 8 ^ r % 8", "j % 8", None),
     "no proxy fence before the store": (GEMM, "ptx::fence_proxy_async();", "", None),
