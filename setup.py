@@ -9,6 +9,7 @@ that builds. CUDA kernels need no GPU to be built, and no CUDA build of torch.
                                else 80 and 90. 90a is for 9.0 alone, 100f for the family of 10.0. GPUs newer than
                                the newest without such a letter run the PTX of that one
   MAX_JOBS                     compilers at a time; by default one per core
+  CXX, CFLAGS, CXXFLAGS        as setuptools takes them; FLAGS below come last and win
 
 Object files stay in build/objects. A source is compiled again when it, a header that it includes or this file is newer
 than its object file, or when torch, a compiler, its version or its flags have changed. Libraries are always linked.
@@ -51,6 +52,7 @@ FLAGS = [
     "-fstrict-overflow",  # (docs/measured.md C20). Python 3.12's do it by -fno-strict-overflow, older ones by -fwrapv.
     "-Wall",
     "-Wno-unknown-warning-option",
+    "-Wno-unused-command-line-argument",  # clang's, of the second of the two above
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
@@ -235,14 +237,16 @@ class BuildKernels(build_ext):
         subprocess.run([NVCC, *flags, *listed, "-c", source, "-o", result], check=True)
         return result
 
+    def kernel_jobs(self, isa: str) -> list:
+        flags = [*FLAGS, f"-DPYGPT_ISA={isa}", *ISAS[isa]]
+        return [(f"csrc/cpu/{name}.cpp", isa, self.host_compiler, flags) for name in CPU]
+
     def build_cpu(self, ext):
         jobs = [
             ("csrc/bind/bind_cpu.cpp", "binding", self.host_compiler, [*FLAGS, STABLE]),
             (DISPATCH, "dispatch", self.host_compiler, FLAGS),
         ]
-        for isa, flags in ISAS.items():
-            flags = [*FLAGS, f"-DPYGPT_ISA={isa}", *flags]
-            jobs += [(f"csrc/cpu/{name}.cpp", isa, self.host_compiler, flags) for name in CPU]
+        jobs += [job for isa in ISAS for job in self.kernel_jobs(isa)]
         ext.extra_objects = ext.depends = self.objects(jobs)
         ext.library_dirs += self.library
         ext.sources = []

@@ -5,8 +5,10 @@ fails its tests; none is skipped. PYGPT_TEST_SEED repeats a run whose output sho
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in our emulator, tens of
 milliseconds a call: they are tested in the modules that name them in GPU_SHARE = {backend: n}, there on one of
-n cases of a test that has more than FEW (on all of them in `make test-all`), and on one at least of those that a
-planted fault names. With a GPU, they run on it. A test marked share(n) is treated alike, on every machine.
+n cases of a test that has more than FEW (on all of them in `make test-all`). Where that would leave out every case of
+an op, or every case that a planted fault (tests/mutants) names, the first of them runs. With a GPU, they run on it. A
+test marked share(n) is treated alike, on every machine. Before n grows, run `python -m tests.mutate`: a fault may be
+noticed by some of the cases that it names.
 """
 
 import os
@@ -60,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
 
     kept, dropped, shared = [], [], {}
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+        params = _params(item)
         name = params.get("backend") or params.get("compiled")
         if name in TABLE and not _serves(TABLE[name], params):
             dropped.append(item)
@@ -75,12 +77,24 @@ def pytest_collection_modifyitems(config, items):
     left_out = set()
     for (*_, n), cases in shared.items():
         # in each group of n another place, so that no parameter stays the same
-        left_out |= {item for i, item in enumerate(cases if len(cases) > FEW else ()) if i % n != i // n % n}
+        left = {item for i, item in enumerate(cases if len(cases) > FEW else ()) if i % n != i // n % n}
+        by_op = {}
+        for item in cases:
+            by_op.setdefault(_params(item).get("op"), []).append(item)
+        left_out |= left - {of_op[0] for of_op in by_op.values() if left.issuperset(of_op)}
     for item in left_out - set(_named_by_faults(kept, left_out)):
         item.add_marker("slow")
+    functions = {(item.module, item.originalname) for item in kept}
+    gone = [item.nodeid for item in dropped if (item.module, item.originalname) not in functions]
+    if gone and "PYGPT_TEST_BACKENDS" not in os.environ and not any("::" in arg for arg in config.args):
+        raise pytest.UsageError(f"no backend under test serves a case of this test: {gone[0]}")
     config.hook.pytest_deselected(items=dropped)
     # The longest tests come first. One that came last would keep a single process busy.
     items[:] = sorted(kept, key=lambda item: item.module.__name__ not in LONGEST)
+
+
+def _params(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _named_by_faults(items, left_out):

@@ -61,8 +61,8 @@ def functions(path: Path, arch: str = "") -> list[Function]:
         [cuobjdump(), "--dump-resource-usage", "-sass", *only, path], capture_output=True, text=True, check=True
     ).stdout
     usage, code = {}, {}
-    for part in re.split(r"^(?=arch = )", dump, flags=re.MULTILINE):  # of each cubin, its usage and its code
-        arch = part.removeprefix("arch = ").split(maxsplit=1)[0]
+    for part in re.split(r"^arch = ", dump, flags=re.MULTILINE)[1:]:  # of each cubin, its usage and its code
+        arch = part.split(maxsplit=1)[0]
         used = r"^ *Function (\S+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+)"
         usage |= {(arch, name): tuple(map(int, numbers)) for name, *numbers in re.findall(used, part, re.MULTILINE)}
         for function in part.split("Function : ")[1:]:

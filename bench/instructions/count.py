@@ -1,9 +1,10 @@
 """Counts what the CPU kernels execute: `python -m bench.instructions`, a guard against slow-downs without a clock.
 
 driver.cpp calls every kernel at small fixed shapes on one thread; valgrind's callgrind counts the instructions of
-each call. A busy machine changes nothing: one compiler's code gives the same counts in every run. They are held
-against figures.json, which has figures per compiler (by major version) and instruction set. Exit code 1 where a
-case executes more than MARGIN above its figure, or has none; where the figures lack the compiler, nothing is held.
+each call. The kernels are the library's own object files, so that what is counted is what ships. A busy machine
+changes nothing: one compiler's code gives the same counts in every run. They are held against figures.json, which
+has figures per compiler (by major version) and instruction set. Exit code 1 where a case executes more than MARGIN
+above its figure, or has none; where the figures lack the compiler, nothing is held.
 
 The margin is such that one instruction more in a step of the GEMM's inner loop fails (docs/measured.md B1).
 Instructions are not time: cache misses, long latencies and threads are for the benchmarks to find, and so is AVX-512,
@@ -74,32 +75,35 @@ def target() -> str:
 
 
 def build(folder: Path, *more: str) -> Path:
-    """The driver with the kernels of the instruction set that is counted; ``more``: further flags.
+    """The driver with the library's kernels of the instruction set that is counted.
 
-    The kernels are the library's own object files, as setup.py compiled them here, or, with further flags or where one
-    of them is out of date, new ones.
+    With ``more``, which are further flags, the kernels are compiled anew.
     """
     isa = instruction_set(recipe().ISAS)
-    return build_program(folder, DRIVER, isa, *more, kernels=() if more else compiled_kernels(isa))
+    return build_program(folder, DRIVER, isa, *more, kernels=() if more else kernels_of_library(isa))
 
 
-def compiled_kernels(isa: str) -> list[Path]:
-    """The library's object files of an instruction set; an empty list if they are not all there and current."""
+def kernels_of_library(isa: str) -> list[Path]:
+    """The object files of the library's kernels of one instruction set. setup.py compiles what is out of date."""
+    from setuptools import Distribution, Extension
+
     setup, files = recipe(), []
-    for name in setup.CPU:
-        source = f"csrc/cpu/{name}.cpp"
-        found = [path for path in setup.OBJECTS.glob(f"{isa}-*/csrc/cpu/{name}.o") if setup.is_current(path, source)]
-        if not found:
-            return []
-        files.append(max(found, key=lambda path: path.stat().st_mtime))
+
+    class Kernels(setup.BuildKernels):
+        def build_extension(self, ext):
+            files.extend(map(Path, self.objects(self.kernel_jobs(isa))))
+
+    command = Kernels(Distribution({"ext_modules": [Extension("pygpt._C", [])]}))
+    command.ensure_finalized()
+    command.run()
     return files
 
 
 def build_program(folder: Path, driver: Path, isa: str, *more: str, compiler=CXX, link=(), kernels=()) -> Path:
-    """A program without torch: the driver with the kernels of one instruction set, in these object files.
+    """A program without torch: the driver with the kernels of one instruction set.
 
-    What is compiled, the kernels too if none are given, is so with setup.py's flags, without those of the Python that
-    runs it, and then ``more``.
+    Compiles the driver, and the kernels unless their object files are given, with setup.py's flags and then ``more``,
+    without the flags of the Python that runs it.
     """
     setup = recipe()
     flags = [*setup.FLAGS, f"-DPYGPT_ISA={isa}", *setup.ISAS[isa], *more]

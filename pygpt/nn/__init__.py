@@ -4,6 +4,7 @@ State dicts are interchangeable with torch.nn (LayerNorm, RMSNorm, Linear, the l
 CausalSelfAttention). Under torch.jit.script the norms and Linear compute with PyTorch's kernels.
 """
 
+from .. import functional  # noqa: F401 (as torch.nn has it)
 from .attention import CausalSelfAttention, KVCache
 from .layers import LayerNorm, Linear, RMSNorm, _layer_norm, _rms_norm  # noqa: F401 (older pickles of traced norms)
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss

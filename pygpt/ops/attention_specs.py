@@ -1,6 +1,6 @@
-"""Attention as `pygpt verify` knows it: how calls are drawn, made and judged, for each option; and its FLOPs.
+"""Registers attention: with its FLOPs, and its specs for `pygpt verify`, one for each option and all of them together.
 
-The op is registered here, because `Op` takes its specs together with the functions that they call.
+A spec says how calls are drawn, made and judged. attention.py has the op itself, which the specs call.
 """
 
 import math

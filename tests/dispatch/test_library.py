@@ -84,7 +84,6 @@ def test_ops_work_without_the_extension(run_python):
 
 @pytest.mark.parametrize("layout", [cases.contiguous, cases.transposed, cases.expanded], ids=cases.ids)
 @pytest.mark.parametrize("op, dims", SAMPLES, ids=cases.ids)
-@pytest.mark.share(4)
 def test_opcheck(op, dims, layout, generator):
     # Tracing a graph depends neither on strides nor on an activation's name.
     every = layout is cases.contiguous and (op, dims) not in VARIANTS

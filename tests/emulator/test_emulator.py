@@ -342,7 +342,7 @@ WORK = [  # more than one tile, step or row for every warp and block
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=cases.ids)
 @pytest.mark.parametrize("op, dims", WORK, ids=cases.ids)
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 def test_kernels_with_one_warp_ahead(op, dims, dtype, emulated, generator):
     emulated(schedules=("fifo", "ahead"))
     cases.assert_exact(op, dims, dtype, generator, "cuda")

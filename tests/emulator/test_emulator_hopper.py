@@ -154,7 +154,7 @@ def planted(bug):
 
 
 @pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 def test_planted_bug_is_found(bug):
     source, _, _, complaint, *case = BUGS[bug]
     file = planted(bug)

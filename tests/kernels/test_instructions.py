@@ -31,7 +31,7 @@ def test_no_kernel_executes_more(committed, tmp_path):
     assert part and instructions.count(driver, "gelu_fwd") == part  # to the instruction
 
 
-@pytest.mark.slow  # it builds the kernels a second time
+@pytest.mark.slow  # it builds the kernels
 def test_worse_code_fails(committed, tmp_path):
     cases = instructions.count(instructions.build(tmp_path, "-O1"), "f32 M64 K400")
     assert [instructions.verdict(case, committed) for case in cases] == ["SLOWER"] * 2

@@ -10,7 +10,7 @@ import pygpt
 from pygpt import reference, verify
 from pygpt.dispatch import TABLE
 
-GPU_SHARE = {"triton": 8, "cuda": 2}  # see conftest
+GPU_SHARE = {"triton": 4, "cuda": 1}  # see conftest
 TYPICAL = list(cases.variants(cases.TYPICAL))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

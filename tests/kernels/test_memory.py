@@ -12,7 +12,7 @@ import torch
 from pygpt import verify
 from tests import guarded
 
-GPU_SHARE = {"cuda": 2, "triton": 16}  # see conftest
+GPU_SHARE = {"cuda": 1, "triton": 12}  # see conftest
 DTYPES = [torch.float32, torch.bfloat16]
 ODD = [*cases.TYPICAL.items(), *cases.FEW.items()]
 EVEN = [*cases.EVEN.items(), *cases.EVEN_FEW.items()]

@@ -66,7 +66,7 @@ def targets_and_dtypes():
 
 @pytest.mark.parametrize("target, dtype", list(targets_and_dtypes()), ids=cases.ids)
 @pytest.mark.parametrize("op", ["attention_lse", "linear", "mlp"])
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 def test_every_targets_configurations(op, target, dtype, generator):
     """And both ways of reading tiles: through descriptors (sm90, sm100) and through pointers."""
     L, S = (70, 70) if dtype == torch.float32 else (150, 140)  # two tiles or more each way

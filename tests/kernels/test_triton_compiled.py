@@ -46,7 +46,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     "targets, dtype, only",
     [
-        ("sm90", "bf16", "attention 128,mlp gelu,norm 768"),
+        ("sm90", "bf16", "attention 128,varlen_attn 64,mlp gelu,norm 768,rope 128"),
         ("sm80", "fp32", "attention 64"),
         slow("sm90", "bf16", ""),
         slow("sm80,sm100,gfx942", "bf16", TARGET_DEPENDENT),

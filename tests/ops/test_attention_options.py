@@ -37,7 +37,7 @@ from tests.ops.attention_cases import (
     with_gradients,
 )
 
-GPU_SHARE = {"triton": 12, "cuda": 8}  # see conftest
+GPU_SHARE = {"triton": 6, "cuda": 6}  # see conftest
 pytestmark = MARKS
 
 

@@ -16,7 +16,7 @@ import pygpt
 from pygpt import nn, verify
 from pygpt.functional import cross_entropy, linear_cross_entropy
 
-GPU_SHARE = {"triton": 4, "cuda": 3}  # see conftest
+GPU_SHARE = {"triton": 2, "cuda": 2}  # see conftest
 F64 = torch.float64
 
 

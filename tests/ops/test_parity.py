@@ -18,7 +18,7 @@ from pygpt.dispatch import TABLE
 from pygpt.ops.attention import scores
 from tests.ops.test_activation import assert_exact_in_every_binade, numbers, with_gradient
 
-GPU_SHARE = {"triton": 16, "cuda": 5}  # see conftest
+GPU_SHARE = {"triton": 8, "cuda": 3}  # see conftest
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -14,7 +14,7 @@ from pygpt.ops.attention import Options
 from pygpt.ops.qkv_attention import as_heads, split_heads
 from tests.cases import embedded, shifted, strided
 
-GPU_SHARE = {"triton": 5, "cuda": 3}  # see conftest
+GPU_SHARE = {"triton": 2, "cuda": 2}  # see conftest
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 #         B, Hq, Hkv, T, E, causal, dropout, left, right
 CALLS = [

@@ -14,7 +14,7 @@ from pygpt import nn
 from pygpt.dispatch import TABLE
 from pygpt.functional import rope, scaled_dot_product_attention
 
-GPU_SHARE = {"triton": 2, "cuda": 1}  # see conftest
+GPU_SHARE = {"triton": 1, "cuda": 1}  # see conftest
 B, HQ, HKV, T, D, R = 2, 4, 2, 5, 12, 8
 
 

@@ -16,7 +16,7 @@ from pygpt.functional import varlen_attn
 from tests.conftest import ON_GPU
 from tests.ops.attention_by_hand import by_hand
 
-GPU_SHARE = {"triton": 6, "cuda": 4}  # see conftest
+GPU_SHARE = {"triton": 3, "cuda": 3}  # see conftest
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
