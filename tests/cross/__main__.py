@@ -16,12 +16,13 @@ from pathlib import Path
 from bench.instructions.count import build_program
 from pygpt.verify import DTYPES, allowance
 
+DRIVER = Path(__file__).with_name("driver.cpp")
+
 
 def build(compiler: str, folder: Path) -> Path:
     """The driver with the portable kernels, statically linked."""
     folder.mkdir()
-    driver = Path(__file__).with_name("driver.cpp")
-    return build_program(folder, driver, "baseline", compiler=[compiler], link=["-static"])
+    return build_program(folder, DRIVER, "baseline", compiler=[compiler], link=["-static"])
 
 
 def errors(*command: str | Path) -> dict[tuple[str, str], float]:
