@@ -3,8 +3,8 @@
 //   Error encode_2d(map, data, rows, cols, stride, box_rows, box_cols, swizzle)
 //     Describes a rows x cols matrix of 16-bit or float elements, row i at data + i * stride, from which TMA copies
 //     boxes of box_rows x box_cols. TMA's x counts columns, its y rows. Data and rows must be aligned to 16 bytes, and
-//     sizes be at least 1. Boxes are at most 256 x 256; a box's rows are a multiple of 16 bytes and not wider than the
-//     swizzle.
+//     sizes be at least 1. Boxes are at most 256 x 256; a box's rows are a multiple of 16 bytes, and as wide as the
+//     swizzle, if there is one.
 //   Error encode_4d(map, data, {cols, rows, m, n}, {row stride, stride of m, stride of n}, box_rows, box_cols, swizzle)
 //     Describes a batch of m x n such matrices, such as the heads of a (batch, heads, rows, cols) tensor. A box lies in
 //     one of them.

@@ -38,6 +38,7 @@ template <class T>
 T* at_rank(T* p, int rank, Site site) {
   Block& block = *current->block;
   if (rank < 0 || rank >= block.cluster_size) fail(site, "no block " + std::to_string(rank) + " in the cluster");
+  if (block.cluster[rank]->ended) fail(site, "block " + std::to_string(rank) + " of the cluster has ended");
   return reinterpret_cast<T*>(block.cluster[rank]->shared + offset_of(p));
 }
 
@@ -58,13 +59,6 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
   if (!own) fail(site, which + " lies outside of the block's shared memory");
   if (offset % alignment) fail(site, which + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
-
-// A block whose shared memory others may access loses it when it ends.
-struct NaNAtEnd {
-  NaNAtEnd() {
-    at_block_end([] { fill_nan(dynamic_shared(), dynamic_shared_bytes()); });
-  }
-};
 
 }  // namespace
 
@@ -103,7 +97,8 @@ void end_phase_if_complete(Barrier& b) {
 // An arrival that expects bytes.
 void arrive(Barrier& b, int64_t bytes, Site site) {
   if (!b.pending) fail(site, "more arrivals than the mbarrier's " + std::to_string(b.count) + " in one phase");
-  if (std::llabs(b.bytes + bytes) >= 1 << 20) fail(site, "an mbarrier expects at most 1048575 bytes");
+  if (bytes < 0 || std::llabs(b.bytes + bytes) >= 1 << 20)
+    fail(site, "an mbarrier expects at least 0 and at most 1048575 bytes");
   release(&b);
   b.bytes += bytes, b.pending--;
   end_phase_if_complete(b);
@@ -121,6 +116,8 @@ void credit(uint64_t* bar, int64_t bytes) {
 void mbarrier_init(uint64_t* bar, int count, Site site) {
   check_shared(bar, 8, 8, "an mbarrier", site);
   if (count < 1 || count >= 1 << 20) fail(site, "an mbarrier for " + std::to_string(count) + " arrivals");
+  if (reinterpret_cast<Barrier&>(*bar).initialised == Barrier::kInitialised)
+    fail(site, "an mbarrier is initialised a second time");
   const Barrier b{0, uint64_t(count), uint64_t(count), 0, Barrier::kInitialised};
   *bar = cuda::bits_as<uint64_t>(b);
   release(bar);
@@ -134,7 +131,6 @@ void mbarrier_arrive(uint64_t* bar, int64_t bytes, Site site) { arrive(barrier_a
 
 void mbarrier_arrive_at(uint64_t* bar, int rank, Site site) {
   check_shared(bar, 8, 8, "an mbarrier", site);
-  current->block->state<NaNAtEnd>();
   arrive(initialised(at_rank(bar, rank, site), "arrival", site), 0, site);
 }
 
@@ -228,7 +224,6 @@ void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, At at, int
   check_shared(bar, 8, 8, "an mbarrier", site);
   Block& block = *current->block;
   if (!ranks) return load_box(Box(map, shared, at), bar, site);
-  block.state<NaNAtEnd>();
   for (int rank = 0; rank < block.cluster_size; rank++)
     if (ranks >> rank & 1) load_box(Box(map, shared, at, *block.cluster[rank]), at_rank(bar, rank, site), site);
 }
@@ -236,6 +231,9 @@ void tma_load(std::byte* shared, const TensorMap& map, uint64_t* bar, At at, int
 void bulk_load(std::byte* shared, const std::byte* global, int bytes, uint64_t* bar, Site site) {
   if (bytes < 1 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail(site, "bulk_load of bytes or from an address that are no multiples of 16");
+  for (int rank = 0; rank < current->block->cluster_size; rank++)
+    if (size_t(global - current->block->cluster[rank]->shared) < size_t(1) << 19)
+      fail(site, "bulk_load from shared memory");
   check_shared(shared, bytes, 16, "a bulk load", site);
   barrier_at(bar, "a load", site);
   release(bar);
@@ -478,12 +476,12 @@ void wgmma_wait(int pending, Site site) {
 
 namespace {
 
-// How many registers each thread of a warp has. At first the block's threads divide up the multiprocessor's, as they do
-// where __launch_bounds__ says that one block runs at a time.
+// How many registers each thread of a warp has. At first the block's threads divide up the multiprocessor's 65,536, as
+// they do where __launch_bounds__ says that one block runs at a time. What a warp gives up, others may take.
 struct Registers {
-  static constexpr int kOfMultiprocessor = 65536;
-  std::vector<int> of_warp = std::vector<int>((current->block->threads + 31) / 32,
-                                              std::min(kOfMultiprocessor / current->block->threads / 8 * 8, 255));
+  std::vector<int> of_warp =
+      std::vector<int>((current->block->threads + 31) / 32, std::min(65536 / current->block->threads / 8 * 8, 256));
+  const int of_block = total();
   int total() const {
     int sum = 0;
     for (int count : of_warp) sum += 32 * count;
@@ -509,8 +507,8 @@ void increase_registers(int count, Site site) {
   Registers& registers = meet_with_registers(site);
   int& mine = registers.of_warp[current->warp];
   if (count < mine) fail(site, "increase_registers from " + std::to_string(mine) + " to " + std::to_string(count));
-  wait_until("increase_registers", site,
-             [&] { return registers.total() + 32 * (count - mine) <= Registers::kOfMultiprocessor; });
+  const auto suffice = [&] { return registers.total() + 32 * (count - mine) <= registers.of_block; };
+  while (!suffice()) wait_until("increase_registers", site, suffice);  // other warps may take them first
   mine = count;
 }
 
@@ -568,7 +566,6 @@ ClusterBarrier& cluster_barrier() { return current->block->cluster[0]->state<Clu
 }  // namespace
 
 void cluster_arrive(Site site) {
-  current->block->state<NaNAtEnd>();
   auto& mine = current->state<ClusterArrival>();
   if (mine.pending) fail(site, "cluster_arrive twice without cluster_wait");
   ClusterBarrier& b = cluster_barrier();
@@ -587,8 +584,6 @@ void cluster_wait(Site site) {
 }
 
 void* map_rank(const void* shared, int rank, Site site) {
-  Block& block = *current->block;
-  block.state<NaNAtEnd>();
   check_shared(shared, 1, 1, "a mapped variable", site);
   return const_cast<void*>(static_cast<const void*>(at_rank(static_cast<const std::byte*>(shared), rank, site)));
 }

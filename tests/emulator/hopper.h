@@ -7,9 +7,10 @@
 //              moment. Registers that changed after the last wgmma_fence that named them are an error.
 //   proxies    TMA and wgmma see dynamic shared memory as it was at the block's last fence_proxy_async(), plus TMA's
 //              own writes. A missing fence is therefore found; a fence by the wrong thread or too early may not be.
-//   clusters   The blocks of a cluster run together. When a block ends, its dynamic shared memory becomes NaN.
+//   clusters   The blocks of a cluster run together. When a block ends, its shared memory becomes NaN, and an access to
+//              it by another block is an error.
 //   elect_one  elects a lane that is not the first, because kernels may not rely on which it is.
-//   registers  A warp that asks for more of them waits until the multiprocessor's 65,536 suffice.
+//   registers  A warp that asks for more of them waits until those suffice that the block started with.
 // Alignments, ranges and descriptors are checked. fence_mbarrier_init does nothing.
 #pragma once
 #include <algorithm>
@@ -110,8 +111,12 @@ namespace pygpt::cuda::ptx {
 
 using emulator::Site;
 
-inline void named_barrier(int id, int threads, Site site = Site::here()) { emulator::barrier(id, threads, site); }
+inline void named_barrier(int id, int threads, Site site = Site::here()) {
+  if (id < 1) emulator::fail(site, "named barriers are 1 .. 15");
+  emulator::barrier(id, threads, site);
+}
 inline void named_barrier_arrive(int id, int threads, Site site = Site::here()) {
+  if (id < 1) emulator::fail(site, "named barriers are 1 .. 15");
   emulator::barrier_arrive(id, threads, site);
 }
 

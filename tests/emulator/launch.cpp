@@ -67,6 +67,8 @@ void end_block(LiveBlock& block) {
   for (auto& check : block.checks) check();
   if (std::string damage = block.memory.damage(machine.layout); !damage.empty())
     stop(damage + " in block " + to_string(block.index));
+  block.ended = true;
+  if (block.cluster_size > 1) block.memory.fill_nan(machine.layout);  // for those that read it nevertheless
 }
 
 namespace {
@@ -104,6 +106,7 @@ void prepare_block(LiveBlock& block, int threads) {
   }
   block.memory.reset(machine.layout);
   block.shared = block.memory.data();
+  block.ended = false;
 }
 
 // Gives the next cluster's threads race contexts that know nothing of this block, so that the race checker reports

@@ -65,6 +65,7 @@ struct Block : States {
   Block* const* cluster;  // the cluster's blocks by rank; all stay alive until the last one ends
   int cluster_size;
   std::byte* shared;  // a shared variable has the same offset in every block of a launch
+  bool ended;
 };
 
 extern Thread* current;  // the thread that is running

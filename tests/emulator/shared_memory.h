@@ -74,6 +74,12 @@ class SharedMemory {
 
   std::byte* data() const { return data_; }
 
+  // Written as a loop over volatile bytes, so that no sanitizer intercepts it.
+  void fill_nan(const SharedLayout& layout) {
+    for (auto& v : layout.variables())
+      for (size_t i = 0; i < v.bytes; i++) static_cast<volatile std::byte*>(data_)[v.offset + i] = std::byte(0xFF);
+  }
+
   // Prepares the memory for a block that starts.
   void reset(const SharedLayout& layout) {
     if (!data_) data_ = static_cast<std::byte*>(std::aligned_alloc(1024, SharedLayout::kCapacity));

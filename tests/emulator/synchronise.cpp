@@ -45,13 +45,24 @@ char* arrive(int id, int threads, Site site, bool waits) {
 
 }  // namespace
 
+// A warp arrives as a whole, its lanes together.
+void meet(int threads, const char* name, Site site) {
+  static const Collective op{"named barrier", nullptr, false, true};
+  if (threads < 32) fail(site, std::string(name) + " for " + std::to_string(threads) + " threads");
+  collective(op, ~0u, current, site);
+}
+
 void barrier(int id, int threads, Site site) {
+  if (id) meet(threads, "a named barrier", site);
   char* token = arrive(id, threads, site, true);
   wait(id ? "named barrier" : "__syncthreads", site);
   acquire_races(token);
 }
 
-void barrier_arrive(int id, int threads, Site site) { arrive(id, threads, site, false); }
+void barrier_arrive(int id, int threads, Site site) {
+  meet(threads, "an arrival at a named barrier", site);
+  arrive(id, threads, site, false);
+}
 
 void collective(const Collective& what, uint32_t mask, void* operand, Site site) {
   Warp& warp = warp_of(*current);

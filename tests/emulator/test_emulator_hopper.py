@@ -86,6 +86,11 @@ BUGS = {
     "a producer that keeps its registers": (GEMM, "ptx::decrease_registers<40>();", "", "increase_registers"),
     "more registers than there are": (
         GEMM, "ptx::increase_registers<232>();", "ptx::increase_registers<240>();", "increase_registers"),
+    "a barrier of which a warp's first lane reports": (
+        CASES, "    ptx::named_barrier_arrive(1, 64);", "    if (lane == 0) ptx::named_barrier_arrive(1, 64);",
+        "named barrier", "named_barrier_arrive"),
+    "a block that ends while its neighbour reads": (
+        CASES, "  ptx::mbarrier_wait(done, 0);", "", None, "multicast"),
     "a k step": (GEMM, "a + k * 32 / 16", "a + k * 16 / 16", None),
     "the epilogue's swizzle": (GEMM, "j % 8 ^ r % 8", "j % 8", None),
     "no proxy fence before the store": (GEMM, "ptx::fence_proxy_async();", "", None),
