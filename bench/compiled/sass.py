@@ -60,15 +60,20 @@ def functions(path: Path, arch: str = "") -> list[Function]:
     dump = subprocess.run(
         [cuobjdump(), "--dump-resource-usage", "-sass", *only, path], capture_output=True, text=True, check=True
     ).stdout
-    usage, code = {}, {}
-    for part in re.split(r"^arch = ", dump, flags=re.MULTILINE)[1:]:  # of each cubin, its usage and its code
-        arch = part.split(maxsplit=1)[0]
-        used = r"^ *Function (\S+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-        usage |= {(arch, name): tuple(map(int, numbers)) for name, *numbers in re.findall(used, part, re.MULTILINE)}
-        for function in part.split("Function : ")[1:]:
-            name, _, text = function.partition("\n")
-            code[arch, name.strip()] = text
-    return [Function(name, arch, *used, code.get((arch, name), "")) for (arch, name), used in usage.items()]
+    usage, code, arch, name = {}, {}, "", ""
+    for line in dump.splitlines():
+        if m := re.match(r"arch = (\w+)", line):
+            arch = m[1]
+        elif m := re.match(r"\s*Function (\S+):$", line):
+            name = m[1]
+        elif m := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            usage[arch, name] = tuple(map(int, m.groups()))
+        elif m := re.match(r"\s*Function : (\S+)", line):
+            name = m[1]
+            code[arch, name] = []
+        elif (arch, name) in code:
+            code[arch, name].append(line)
+    return [Function(name, arch, *used, "\n".join(code.get((arch, name), ()))) for (arch, name), used in usage.items()]
 
 
 @dataclass(frozen=True)

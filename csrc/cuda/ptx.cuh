@@ -150,7 +150,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives at such a barrier without waiting. Those that wait call named_barrier with the same number, which counts both.
+// Arrives at such a barrier without waiting. Those that wait call named_barrier with the same number of threads, which
+// counts both.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
