@@ -232,7 +232,8 @@ void norm(DType dtype, bool centred, int64_t M, int64_t N) {
   const Array y(dtype, M * N), mean(statistics(dtype), M), rstd(statistics(dtype), M);
   const Array dx(dtype, M * N), dw(dtype, N), db(dtype, N);
   NormArgs a = {};
-  a.dtype = dtype, a.rows = M, a.cols = N, a.eps = 1e-5, a.x = {x.data(), N}, a.dy = {dy.data(), N};
+  a.dtype = a.sum_dtype = a.parameter_dtype = dtype, a.rows = M, a.cols = N, a.eps = 1e-5;
+  a.x = {x.data(), N}, a.dy = {dy.data(), N};
   a.weight = w.data(), a.y = y.data(), a.rstd = rstd.data(), a.dx = dx.data(), a.dw = dw.data();
   if (centred) a.bias = b.data(), a.mean = mean.data(), a.db = db.data();
   norm_fwd(a);
@@ -284,7 +285,7 @@ void attention(DType dtype, int64_t L, int64_t S, int64_t E, int64_t Ev, bool ca
     double sum = 0;
     for (int64_t j = 0; j < S; j++) {
       double& score = p[size_t(i * S + j)];
-      score = causal && j > i ? 0 : std::exp(a.scale * score);
+      score = causal && j > i ? 0 : std::exp(a.scores.scale * score);
       sum += score;
     }
     for (int64_t j = 0; j < S; j++) p[size_t(i * S + j)] /= sum;
@@ -296,7 +297,7 @@ void attention(DType dtype, int64_t L, int64_t S, int64_t E, int64_t Ev, bool ca
     double delta = 0;
     for (int64_t j = 0; j < Ev; j++) delta += dout[i * Ev + j] * exact[size_t(i * Ev + j)];
     for (int64_t j = 0; j < S; j++)
-      ds[size_t(i * S + j)] = a.scale * p[size_t(i * S + j)] * (ds[size_t(i * S + j)] - delta);
+      ds[size_t(i * S + j)] = a.scores.scale * p[size_t(i * S + j)] * (ds[size_t(i * S + j)] - delta);
   }
   const std::string name = "attention " + std::to_string(L) + "x" + std::to_string(S) + (causal ? " causal" : "");
   report(name + " out", out, exact);
