@@ -21,6 +21,7 @@ import torch
 
 from tests import interpreter, processes
 from tests.mutants import MUTANTS
+from tests.mutate import is_named
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -104,8 +105,7 @@ def _named_by_faults(items, left_out):
         if not item.get_closest_marker("slow"):
             by_file.setdefault(item.nodeid.partition("::")[0], []).append(item)
     for mutant in MUTANTS:
-        file, *words = mutant.tests
-        named = [item for item in by_file.get(file, ()) if all(word in item.nodeid for word in words)]
+        named = [item for item in by_file.get(mutant.tests[0], ()) if is_named(item.nodeid, mutant.tests)]
         if left_out.issuperset(named):
             yield from named[:1]
 

@@ -112,7 +112,8 @@ __global__ void named_barrier_kernel(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = x;
 }
 
-// Warp 0 passes eight rows to warp 1 through one buffer. Who has filled or read it arrives and does not wait.
+// Warp 0 passes eight rows to warp 1 through one buffer. The warp that has filled or read the buffer arrives at a
+// barrier without waiting.
 __global__ void barrier_arrive_kernel(const uint32_t* in, uint32_t* out) {
   PYGPT_SHARED(uint32_t, row, [32]);
   const int lane = threadIdx.x % 32;
@@ -129,7 +130,7 @@ __global__ void barrier_arrive_kernel(const uint32_t* in, uint32_t* out) {
   }
 }
 
-// One lane is elected, the same one twice. Which one is left open.
+// elect_one elects one lane, and the same lane when it is called again. The answer does not depend on which lane.
 __global__ void elect_kernel(const uint32_t* in, uint32_t* out) {
 #if !defined(PYGPT_ARCH) || PYGPT_ARCH >= 900
   const bool elected = ptx::elect_one(), again = ptx::elect_one();
