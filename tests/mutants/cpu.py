@@ -35,6 +35,20 @@ CPU = [
         (POISON, "guard_band", "fastcall", "float32"),
     ),
     Mutant(
+        "cpu: the first chain of a later block replaces the sum so far",
+        "csrc/cpu/gemm/gemm.h",
+        r"first = pc \+ k == 0;",
+        r"first = k == 0;",
+        (PARITY, "some_rows", "M=257,K=1601", "float32"),
+    ),
+    Mutant(
+        "cpu: the later steps of a transposed operand are packed over the first ones",
+        "csrc/cpu/gemm/pack.h",
+        r"dst \+ i \* stride \+ k / d \* P,",
+        r"dst + i * stride,",
+        (PARITY, "some_rows", "M=257,K=1601", "float32"),
+    ),
+    Mutant(
         "cpu: gate and value are swapped",
         "csrc/cpu/mlp.cpp",
         r"(activate<Activation::silu, S>)\(g\) : (activate<Activation::gelu, S>)\(g\);(\n.*)h \* c",

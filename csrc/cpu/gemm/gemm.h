@@ -13,13 +13,13 @@
 //     5  jc   NC columns of B and C      all threads pack B (K x NC) as panels of NR columns
 //     4  ic   MC rows of A and C         the threads' tasks
 //     3  pc   KC packs of the sum        the thread packs A (MC x KC) as panels of MR rows, which stay in L2
-//     2  jr   NR columns, a panel of B   its KC x NR part stays in L1      \ macro_kernel
+//     2  jr   NR columns, a panel of B   its part for a chain stays in L1  \ macro_kernel
 //     1  ir   MR rows, a panel of A      streams from L2                   /
 //             micro_kernel               MR x NR sums in registers
 //
-// Loops 3 and 4 are the other way round than in BLIS, as B is packed for the whole sum. Each KC packs are summed in
-// registers from zero and then added to the sum so far: blocked summation, which is more exact than one long chain. An
-// element of C is computed the same way however the work is split.
+// Loops 3 and 4 are the other way round than in BLIS, as B is packed for the whole sum. Chains of 384 packs (768 with
+// AMX) are summed in registers from zero and then added to the sum so far: blocked summation, which is more exact than
+// one long chain. An element of C is computed the same way however the work is split.
 //
 // The result leaves through an epilogue: epilogue(i, j, c, n) gets n <= W lanes of row i from column j, once, after the
 // whole sum; it adds a bias, applies an activation, stores.
@@ -49,7 +49,8 @@ struct ColumnBlock {
   using T = Acc<S>;
   using E = Packed<S>;
   using Tiles = Tiling<E>;
-  static constexpr int64_t MR = Tiles::MR, NR = Tiles::NR, KC = Tiles::KC, kTogether = Tiles::kStripsTogether;
+  static constexpr int64_t MR = Tiles::MR, NR = Tiles::NR, KC = Tiles::KC, kChain = Tiles::kChain;
+  static constexpr int64_t kTogether = Tiles::kStripsTogether;
 
   int64_t M, K, jc, n;
   Matrix<S> A;
@@ -72,20 +73,19 @@ struct ColumnBlock {
     if (sums) std::fill(sums, sums + mc, T(0));
     for (int64_t pc = 0; pc < std::max<int64_t>(packs, 1); pc += KC) {
       const int64_t kc = std::min(KC, packs - pc), k0 = pc * PackElement<E>::kPackK;
-      for (int64_t i = 0; i < mc; i += MR) {
-        const int64_t strip = std::min(MR, mc - i);
-        pack_a_panel(a + i * kc_max, A.at(rows.ic + i, k0), strip, std::min(KC * PackElement<E>::kPackK, K - k0));
-        if (sums) add_row_sums(sums + i, a + i * kc_max, strip, kc);
-      }
+      pack_a(a, A.at(rows.ic, k0), mc, std::min(KC * PackElement<E>::kPackK, K - k0), kc_max);
+      for (int64_t i = 0; sums && i < mc; i += MR)
+        for (int64_t k = 0; k < kc; k += kChain)
+          add_row_sums(sums + i, a + i * kc_max + k * MR, std::min(MR, mc - i), std::min(kChain, kc - k));
       macro_kernel(rows, pc, kc, a, partial);
     }
   }
 
-  // Loops 2 and 1 for packs pc .. pc + kc. The sums of all packs but the last ones stay in `partial`, tile by tile.
+  // Loops 2 and 1 for packs pc .. pc + kc. Where these are not all, the sums so far stay in `partial`, tile by tile.
   void macro_kernel(RowBlock rows, int64_t pc, int64_t kc, const E* a, Tile<E>* partial) const {
-    const int64_t packs = packs_of<E>(K), kc_max = std::min(packs, KC);
-    const bool first = pc == 0, last = pc + KC >= packs;
-    const int64_t strips = ceil_div(rows.mc, MR), groups = ceil_div(strips, kTogether), panels = rows.p1 - rows.p0;
+    const int64_t packs = packs_of<E>(K), lda = std::min(packs, KC) * MR, panels = rows.p1 - rows.p0;
+    const int64_t strips = ceil_div(rows.mc, MR), groups = ceil_div(strips, kTogether);
+    const int64_t share = std::min(kChain, kc) * NR / std::max<int64_t>(strips, 1);
     // BLIS's order keeps a panel of B in L1 for all strips of A. Where the sum is short, the strips are the outer loop,
     // so that C is written row by row (docs/measured.md C6).
     const bool by_rows = packs <= Tiles::kShortK;
@@ -93,16 +93,30 @@ struct ColumnBlock {
       for (int64_t inner = 0; inner < (by_rows ? panels : groups); inner++) {
         const int64_t p = rows.p0 + (by_rows ? inner : outer), strip = (by_rows ? outer : inner) * kTogether;
         const int64_t together = kTogether == 1 ? 1 : std::min(kTogether, strips - strip);
-        Tile<E> fresh[kTogether], *tiles = first && !last ? partial : fresh;
-        for (int64_t k = 0; k == 0 || (Tiles::kKRun < KC && k < kc); k += Tiles::kKRun)
-          for (int64_t t = 0; t < together; t++)
-            micro_kernel(std::min(Tiles::kKRun, kc - k), a + (strip + t) * MR * kc_max + k * MR,
-                         b + (p * packs + pc + k) * NR, NR, tiles[t].data(), NR, k > 0);
-        for (int64_t t = 0; t < together; t++, partial++) {
-          if (!first) last ? add(fresh[t], *partial) : add(*partial, fresh[t]);
-          if (last) finish(fresh[t], rows.ic + (strip + t) * MR, jc + p * NR, M, jc + n, epilogue);
+        const E* panel = b + (p * packs + pc) * NR;
+        // Meanwhile, the next panel of B comes into L2, of which each strip fetches a share (docs/measured.md C21).
+        const E* next = panel + (p + 1 < rows.p1 ? packs * NR : 0) + strip * share;
+        Tile<E> here[kTogether], chain[kTogether], *sum = packs > KC ? partial : here;
+        for (int64_t k = 0; k == 0 || k < kc; k += kChain) {
+          const bool first = pc + k == 0;
+          multiply_chain(together, std::min(kChain, kc - k), a + strip * lda + k * MR, lda, panel + k * NR,
+                         next + k * NR, first ? sum : chain);
+          for (int64_t t = 0; !first && t < together; t++) add(sum[t], chain[t]);
         }
+        if (pc + KC >= packs)
+          for (int64_t t = 0; t < together; t++)
+            finish(sum[t], rows.ic + (strip + t) * MR, jc + p * NR, M, jc + n, epilogue);
+        partial += together;
       }
+  }
+
+  // The products of some strips of A, lda apart, and a panel of B over `count` packs.
+  PYGPT_INLINE static void multiply_chain(int64_t strips, int64_t count, const E* a, int64_t lda, const E* panel,
+                                          const E* next, Tile<E>* tiles) {
+    for (int64_t k = 0; k == 0 || (Tiles::kKRun < kChain && k < count); k += Tiles::kKRun)
+      for (int64_t t = 0; t < strips; t++)
+        micro_kernel<!kUsesAmx<E>>(std::min(Tiles::kKRun, count - k), a + t * lda + k * MR, panel + k * NR, NR,
+                                   tiles[t].data(), NR, k > 0, next);
   }
 };
 

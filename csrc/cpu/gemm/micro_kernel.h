@@ -132,19 +132,26 @@ struct Tiling {
   // AMX has a tile of 32 x 32 (see amx.h).
   static constexpr int MR = kUsesAmx<E> ? 32 : kRegisters == 32 ? 14 : 6;
   static constexpr int NR = NV * W<Acc<E>>;
-  // Each KC packs are summed from zero, so KC is part of the result: it is the same on every machine.
-  static constexpr int64_t KC = kUsesAmx<E> ? 768 : 384;
-  // The packs of A (or of B, where B is the smaller one) that stay in L2: half of L2 for AMX, which is bound by it.
-  static constexpr int64_t kBlock = kUsesAmx<E> ? kL2Bytes / 2 / int64_t(sizeof(E)) : 168 * KC;
+  // So many packs are summed in a chain, from zero, and the chains' sums are then added. This is part of the result, so
+  // it is the same on every machine.
+  static constexpr int64_t kChain = kUsesAmx<E> ? 768 : 384;
+  // The packs of the sum in a block of A. The sums of a longer one wait in memory for the next blocks.
+  static constexpr int64_t KC = kUsesAmx<E> || kRegisters == 16 ? kChain : 2 * kChain;
+  // The packs of A (or of B, where B is the smaller one) that stay in L2: half of L2 for AMX, which is bound by it, 640
+  // KiB of at least 1 MiB with AVX-512, else half of 512 KiB.
+  static constexpr int64_t kBlock = (kUsesAmx<E>        ? kL2Bytes / 2
+                                     : kRegisters == 32 ? 640 << 10
+                                                        : 256 << 10) /
+                                    int64_t(sizeof(E));
   // Where the sum is as short as this, writing C takes the time, not multiplying.
   static constexpr int64_t kShortK = kUsesAmx<E> ? 32 : 256;
   // AMX multiplies faster than L2 delivers. There, kKRun packs of a panel of B stay in L1 for kStripsTogether strips of
   // A, whose sums are in L1 too (docs/measured.md C3).
-  static constexpr int64_t kKRun = kUsesAmx<E> ? 128 : KC;
+  static constexpr int64_t kKRun = kUsesAmx<E> ? 128 : kChain;
   static constexpr int64_t kStripsTogether = kUsesAmx<E> ? 8 : 1;
 
   // The rows of A in a block, for a sum over K packs.
-  static int64_t MC(int64_t K) { return kBlock / std::clamp(K, KC / 4, KC) / MR * MR; }
+  static int64_t MC(int64_t K) { return kBlock / std::clamp(K, kChain / 4, KC) / MR * MR; }
   // The columns of B packed at once: 4 Mi packs, where the sum is short half of L2, but at least 512 columns
   // (docs/measured.md C4).
   static int64_t NC(int64_t K) {
@@ -182,18 +189,19 @@ PYGPT_INLINE void add(Tile<E>& sum, const Tile<E>& tile) {
 // ---------------------------------------------------------------- the micro-kernel
 // out = A B for MR rows (ldo apart) and NR columns, over K packs. Row r of A starts at a + r * kRowStride, its steps of
 // kTileK packs are kStepStride apart; pack k of B's columns is at b + k * ldb. With `accumulate`, which only AMX has,
-// out += A B. The function is never inlined: a caller's constants would take registers from the accumulators
-// (docs/measured.md C2).
-template <int kRowStride, int kStepStride, class E, class T = Acc<E>>
+// out += A B. With kPrefetches, which AMX has not, a line from `next` on is fetched into L2 in every fourth step. The
+// function is never inlined: a caller's constants would take registers from the accumulators (docs/measured.md C2).
+template <int kRowStride, int kStepStride, bool kPrefetches = false, class E, class T = Acc<E>>
 __attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb,
-                                            T* out, int64_t ldo, [[maybe_unused]] bool accumulate = false) {
+                                            T* out, int64_t ldo, [[maybe_unused]] bool accumulate = false,
+                                            [[maybe_unused]] const E* next = nullptr) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<E, BF16Pair>)
     return amx_micro_kernel(K, {&a->bits, kRowStride, kStepStride}, {&b->bits, ldb}, out, ldo, accumulate);
 #endif
   constexpr int MR = Tiling<E>::MR;
   Vec<T> c[MR][NV] = {};
-  for (int64_t k = 0; k < K; k++) {
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec<T> bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) bv[v] = PackElement<E>::load(b + v * W<T>);
@@ -205,7 +213,14 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, co
     }
     a += kStepStride;
     b += ldb;
-  }
+  };
+  int64_t k = 0;
+  if constexpr (kPrefetches)
+    for (; k + 4 <= K; k += 4, next += 64 / sizeof(E)) {
+      __builtin_prefetch(next, 0, 2);
+      step(), step(), step(), step();
+    }
+  for (; k < K; k++) step();
 #pragma GCC unroll 16
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
@@ -213,11 +228,11 @@ __attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, co
 }
 
 // The same for a packed panel of A.
-template <class E, class T = Acc<E>>
+template <bool kPrefetches = false, class E, class T = Acc<E>>
 PYGPT_INLINE void micro_kernel(int64_t K, const E* a, const E* b, int64_t ldb, T* out, int64_t ldo,
-                               bool accumulate = false) {
+                               bool accumulate = false, const E* next = nullptr) {
   constexpr int kTileK = PackElement<E>::kTileK;
-  micro_kernel<kTileK, Tiling<E>::MR * kTileK>(K, a, b, ldb, out, ldo, accumulate);
+  micro_kernel<kTileK, Tiling<E>::MR * kTileK, kPrefetches>(K, a, b, ldb, out, ldo, accumulate, next);
 }
 
 // sum += A B.

@@ -73,28 +73,41 @@ void pack_amx_panel(E* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Pac
     }
 }
 
-// One panel of A: `rows` <= MR rows of a.
-template <class E, class S>
-void pack_a_panel(E* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, PackReader<E> read = {}) {
-  if constexpr (kUsesAmx<E>) pack_amx_panel(dst, a, rows, K, read);
-  else pack_panel<Tiling<E>::MR>(dst, a, rows, K, read);
+// The n rows of m as panels of P rows, each of which has room for `stride` packs. Rows that lie next to each other in
+// memory, as those of a transposed matrix do, are packed kAtOnce steps along k at a time, so that a line, and a page,
+// is read for all panels while it is at hand (docs/measured.md C21).
+template <int P, class E, class S, class Pack>
+PYGPT_INLINE void pack_panels(E* dst, Matrix<S> m, int64_t n, int64_t K, int64_t stride, const Pack& pack) {
+  constexpr int64_t d = PackElement<E>::kPackK, kAtOnce = 32 * d;
+  const int64_t at_once = m.rs == 1 && n > P ? kAtOnce : std::max<int64_t>(K, 1);
+  for (int64_t k = 0; k == 0 || k < K; k += at_once)
+    for (int64_t i = 0; i < n; i += P)
+      pack(dst + i * stride + k / d * P, m.at(i, k), std::min<int64_t>(P, n - i), std::min(at_once, K - k));
 }
 
 // The n rows of a as panels of A.
 template <class E, class S>
+void pack_a(E* dst, Matrix<S> a, int64_t n, int64_t K, int64_t stride, PackReader<E> read = {}) {
+  constexpr int MR = Tiling<E>::MR;
+  pack_panels<MR>(dst, a, n, K, stride, [=](E* panel, Matrix<S> rows, int64_t count, int64_t k) {
+    if constexpr (kUsesAmx<E>) pack_amx_panel(panel, rows, count, k, read);
+    else pack_panel<MR>(panel, rows, count, k, read);
+  });
+}
+template <class E, class S>
 void pack_a(E* dst, Matrix<S> a, int64_t n, int64_t K, PackReader<E> read = {}) {
-  constexpr int64_t P = Tiling<E>::MR;
-  for (int64_t i = 0; i < n; i += P) pack_a_panel(dst + i * packs_of<E>(K), a.at(i, 0), std::min(P, n - i), K, read);
+  pack_a(dst, a, n, K, packs_of<E>(K), read);
 }
 // The n columns of b as panels of B.
 template <class E, class S>
 void pack_b(E* dst, Matrix<S> b, int64_t n, int64_t K) {
-  constexpr int64_t P = Tiling<E>::NR;
-  for (int64_t j = 0; j < n; j += P)
-    pack_panel<P>(dst + j * packs_of<E>(K), b.at(0, j).transposed(), std::min(P, n - j), K);
+  constexpr int NR = Tiling<E>::NR;
+  pack_panels<NR>(dst, b.transposed(), n, K, packs_of<E>(K), [](E* panel, Matrix<S> columns, int64_t count, int64_t k) {
+    pack_panel<NR>(panel, columns, count, k);
+  });
 }
 
-// sums[r] += row r of a packed panel of A, r < rows. Three levels of sums (16 packs, KC packs, all) keep the rounding
+// sums[r] += row r of a packed panel of A, r < rows. Three levels of sums (16 packs, a chain, all) keep the rounding
 // small.
 template <class E, class T = Acc<E>>
 void add_row_sums(T* sums, const E* panel, int64_t rows, int64_t packs) {
