@@ -76,7 +76,7 @@ SOME_ROWS = [
         for M, K, N in (
             *((17, 257, 257), (37, 401, 259), (64, 768, 768), (130, 257, 95)),
             *((250, 331, 225), (256, 1000, 70), (257, 301, 233)),
-            *((257, 1601, 67), (1601, 45, 70)),  # sums of several blocks, each of several chains
+            *((257, 1601, 67), (1601, 45, 70)),  # sums of several blocks, or of several chains in a block
         )
     ),
     *(("mlp", {"M": 50, "C": 301, "H": 331, "O": 259, "activation": activation}) for activation in ("gelu", "swiglu")),

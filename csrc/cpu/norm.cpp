@@ -176,8 +176,8 @@ PYGPT_INLINE void backward(int64_t cols, const BackwardRow<S, R>& row, const Wri
   const T mean_g = Centre ? sums[0] / T(cols) : T(0), mean_gh = sums[1] / T(cols);
   auto gradient = [&](Columns c) {
     Vec<T> g = no_fma(at(dy, c) * at(w, c));  // not fused, so that in a row of one column g - mean_g is 0
-    // Not fused either, as the compiler might fuse dsum's addition in one loop and not in another.
-    Vec<T> d = no_fma((g - mean_g - xhat(c) * mean_gh) * saved.rstd);
+    // Not fused either, as the compiler might fuse these sums in one loop and not in another.
+    Vec<T> d = no_fma((g - mean_g - no_fma(xhat(c) * mean_gh)) * saved.rstd);
     prefetch(lanes<T>(c));
     return dsum ? d + at(dsum, c) : d;
   };

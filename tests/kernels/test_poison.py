@@ -58,6 +58,7 @@ from pygpt import verify
 generator, elements, nans = torch.Generator().manual_seed(0), 0, 0
 larger = {{
     "attention": {{"B": 1, "H": 2, "L": 40, "S": 70, "E": 33, "Ev": 20}}, "linear": {{"M": (40,), "K": 70, "N": 90}},
+    "attention_lse": {{"B": 1, "H": 1, "L": 41, "S": 257, "E": 8, "causal": 1}},  # keys that no query sees
     "layer_norm": {{"M": (3,), "N": 300}}, "linear_cross_entropy": {{"N": 33, "K": 40, "V": 90}},
 }}
 for op, dims in (*cases.variants(cases.TINY), *(larger.items() if {larger} else ())):

@@ -49,6 +49,13 @@ CPU = [
         (PARITY, "some_rows", "M=257,K=1601", "float32"),
     ),
     Mutant(
+        "cpu: rows that overlap are packed in parts",
+        "csrc/cpu/gemm/pack.h",
+        r"m\.rs == 1 && m\.cs != 1 && n > P",
+        r"m.rs == 1 && n > P",
+        (PARITY, "overlapping_rows", "float32"),
+    ),
+    Mutant(
         "cpu: gate and value are swapped",
         "csrc/cpu/mlp.cpp",
         r"(activate<Activation::silu, S>)\(g\) : (activate<Activation::gelu, S>)\(g\);(\n.*)h \* c",

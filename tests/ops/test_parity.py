@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pygpt
-from pygpt import _C, reference, verify
+from pygpt import _C, functional, reference, verify
 from pygpt.dispatch import TABLE
 from pygpt.ops.attention import scores
 from tests.ops.test_activation import assert_exact_in_every_binade, numbers, with_gradient
@@ -70,6 +70,23 @@ def test_many_shapes(op, dims, dtype, compiled, device, generator):
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=cases.ids)
 def test_layouts(layout, op, dims, dtype, compiled, device, generator):
     cases.assert_exact(op, dims, dtype, generator, compiled, view=layout, device=device)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+def test_overlapping_rows(dtype, generator):
+    """On a CPU, rows that begin one element apart, as a sliding window's do, give the bits of a copy of them."""
+    rows = torch.randn(143, generator=generator).to(dtype).unfold(0, 64, 1)
+    w = torch.randn(20, 64, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(80, 20, generator=generator).to(dtype)
+    heads = torch.randn(1, 1, 80, 64, generator=generator).to(dtype)
+
+    def results(x):
+        q = x[None, None].detach().requires_grad_()
+        y, out = functional.linear(x, w), functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return [y, out, *torch.autograd.grad(y, w, dy), *torch.autograd.grad(out, q, heads)]
+
+    with pygpt.backend("cpp"):
+        assert all(map(torch.equal, results(rows), results(rows.contiguous())))
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)

@@ -194,8 +194,8 @@ void add_transposed_product(Tile<U>* acc, const U* x, const U* y, int64_t packs,
       for (int64_t j = j0; j < std::min(block.keys, j0 + kKeys); j += MR) {
         Tile<U>& sum = acc[j / MR * panels + p];
         const Range<int64_t> seeing = block.rows_that_see(j, MR);
+        if (seeing.size() == 0) continue;
         const int64_t start = seeing.begin / (d * G) * G, n = packs_of<U>(seeing.end) - start;
-        if (n <= 0) continue;
         const U *from = x + start * kScoreStride + j, *with = y + (p * packs + block.i0 / d + start) * NR;
         if constexpr (kUsesAmx<U>) add_product<G, MR * G>(sum, n, with, from, kScoreStride);
         else add_product<1, kScoreStride>(sum, n, from, with, NR);

@@ -13,7 +13,7 @@
 //     5  jc   NC columns of B and C      all threads pack B (K x NC) as panels of NR columns
 //     4  ic   MC rows of A and C         the threads' tasks
 //     3  pc   KC packs of the sum        the thread packs A (MC x KC) as panels of MR rows, which stay in L2
-//     2  jr   NR columns, a panel of B   its part for a chain stays in L1  \ macro_kernel
+//     2  jr   NR columns, a panel of B   half of L1 with AVX2, else L2     \ macro_kernel
 //     1  ir   MR rows, a panel of A      streams from L2                   /
 //             micro_kernel               MR x NR sums in registers
 //
@@ -81,20 +81,20 @@ struct ColumnBlock {
     }
   }
 
-  // Loops 2 and 1 for packs pc .. pc + kc. Where these are not all, the sums so far stay in `partial`, tile by tile.
+  // Loops 2 and 1 for packs pc .. pc + kc. If the sum has more packs, its part so far stays in `partial`, tile by tile.
   void macro_kernel(RowBlock rows, int64_t pc, int64_t kc, const E* a, Tile<E>* partial) const {
     const int64_t packs = packs_of<E>(K), lda = std::min(packs, KC) * MR, panels = rows.p1 - rows.p0;
     const int64_t strips = ceil_div(rows.mc, MR), groups = ceil_div(strips, kTogether);
     const int64_t share = std::min(kChain, kc) * NR / std::max<int64_t>(strips, 1);
-    // BLIS's order keeps a panel of B in L1 for all strips of A. Where the sum is short, the strips are the outer loop,
-    // so that C is written row by row (docs/measured.md C6).
+    // BLIS's order keeps a panel of B at hand for all strips of A. Where the sum is short, the strips are the outer
+    // loop, so that C is written row by row (docs/measured.md C6).
     const bool by_rows = packs <= Tiles::kShortK;
     for (int64_t outer = 0; outer < (by_rows ? groups : panels); outer++)
       for (int64_t inner = 0; inner < (by_rows ? panels : groups); inner++) {
         const int64_t p = rows.p0 + (by_rows ? inner : outer), strip = (by_rows ? outer : inner) * kTogether;
         const int64_t together = kTogether == 1 ? 1 : std::min(kTogether, strips - strip);
         const E* panel = b + (p * packs + pc) * NR;
-        // Meanwhile, the next panel of B comes into L2, of which each strip fetches a share (docs/measured.md C21).
+        // Every strip fetches a part of the next panel into L2, where its share of it begins (docs/measured.md C21).
         const E* next = panel + (p + 1 < rows.p1 ? packs * NR : 0) + strip * share;
         Tile<E> here[kTogether], chain[kTogether], *sum = packs > KC ? partial : here;
         for (int64_t k = 0; k == 0 || k < kc; k += kChain) {

@@ -137,8 +137,8 @@ struct Tiling {
   static constexpr int64_t kChain = kUsesAmx<E> ? 768 : 384;
   // The packs of the sum in a block of A. The sums of a longer one wait in memory for the next blocks.
   static constexpr int64_t KC = kUsesAmx<E> || kRegisters == 16 ? kChain : 2 * kChain;
-  // The packs of A (or of B, where B is the smaller one) that stay in L2: half of L2 for AMX, which is bound by it, 640
-  // KiB of at least 1 MiB with AVX-512, else half of 512 KiB.
+  // The packs of A (or of B, where B is the smaller one) that stay in L2: for AMX, which is bound by it, half of L2;
+  // for AVX-512 640 KiB of the 1 MiB or more that a server's core has; else half of 512 KiB.
   static constexpr int64_t kBlock = (kUsesAmx<E>        ? kL2Bytes / 2
                                      : kRegisters == 32 ? 640 << 10
                                                         : 256 << 10) /
@@ -189,8 +189,8 @@ PYGPT_INLINE void add(Tile<E>& sum, const Tile<E>& tile) {
 // ---------------------------------------------------------------- the micro-kernel
 // out = A B for MR rows (ldo apart) and NR columns, over K packs. Row r of A starts at a + r * kRowStride, its steps of
 // kTileK packs are kStepStride apart; pack k of B's columns is at b + k * ldb. With `accumulate`, which only AMX has,
-// out += A B. With kPrefetches, which AMX has not, a line from `next` on is fetched into L2 in every fourth step. The
-// function is never inlined: a caller's constants would take registers from the accumulators (docs/measured.md C2).
+// out += A B. With kPrefetches, which AMX has not, every fourth step fetches one more line, from `next` on, into L2.
+// The function is never inlined: a caller's constants would take registers from the accumulators (docs/measured.md C2).
 template <int kRowStride, int kStepStride, bool kPrefetches = false, class E, class T = Acc<E>>
 __attribute__((noinline)) void micro_kernel(int64_t K, const E* __restrict a, const E* __restrict b, int64_t ldb,
                                             T* out, int64_t ldo, [[maybe_unused]] bool accumulate = false,

@@ -74,12 +74,13 @@ void pack_amx_panel(E* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Pac
 }
 
 // The n rows of m as panels of P rows, each of which has room for `stride` packs. Rows that lie next to each other in
-// memory, as those of a transposed matrix do, are packed kAtOnce steps along k at a time, so that a line, and a page,
-// is read for all panels while it is at hand (docs/measured.md C21).
+// memory, as those of a transposed matrix do, are packed kAtOnce values along k at a time, so that a line, and a page,
+// is read for all panels while it is at hand (docs/measured.md C21). Rows that overlap are not: pack_panel takes them
+// for contiguous ones, and writes past a panel's end into the next, which must be packed later.
 template <int P, class E, class S, class Pack>
 PYGPT_INLINE void pack_panels(E* dst, Matrix<S> m, int64_t n, int64_t K, int64_t stride, const Pack& pack) {
   constexpr int64_t d = PackElement<E>::kPackK, kAtOnce = 32 * d;
-  const int64_t at_once = m.rs == 1 && n > P ? kAtOnce : std::max<int64_t>(K, 1);
+  const int64_t at_once = m.rs == 1 && m.cs != 1 && n > P ? kAtOnce : std::max<int64_t>(K, 1);
   for (int64_t k = 0; k == 0 || k < K; k += at_once)
     for (int64_t i = 0; i < n; i += P)
       pack(dst + i * stride + k / d * P, m.at(i, k), std::min<int64_t>(P, n - i), std::min(at_once, K - k));
