@@ -215,9 +215,9 @@ def measure(
     for n in range(1, MOST + 1):
         args, grads = draw(op, dims, dtype, generator, **how)
         x64, terms = in_float64(op, args, grads)
-        # Of a view, PyTorch's bfloat16 products may read what lies beside its rows (docs/measured.md B11).
-        packed = [[a.contiguous() if _is_floating(a) else a for a in group] for group in (args, grads)]
-        theirs, narrow = directions(op, eager(op), *packed), None
+        # PyTorch's bfloat16 products may read what lies beside the rows of a view (docs/measured.md B11).
+        contiguous = [[a.contiguous() if _is_floating(a) else a for a in group] for group in (args, grads)]
+        theirs, narrow = directions(op, eager(op), *contiguous), None
         if dtype == torch.float64:
             few = [[a.float() if _is_floating(a) else a for a in group] for group in (args, grads)]
             narrow = directions(op, eager(op), *few), in_float64(op, *few)[0]

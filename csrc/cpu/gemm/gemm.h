@@ -94,7 +94,7 @@ struct ColumnBlock {
         const int64_t p = rows.p0 + (by_rows ? inner : outer), strip = (by_rows ? outer : inner) * kTogether;
         const int64_t together = kTogether == 1 ? 1 : std::min(kTogether, strips - strip);
         const E* panel = b + (p * packs + pc) * NR;
-        // Every strip fetches a part of the next panel into L2, where its share of it begins (docs/measured.md C21).
+        // Each strip has a share of the next panel, and fetches lines into L2 from there on (docs/measured.md C21).
         const E* next = panel + (p + 1 < rows.p1 ? packs * NR : 0) + strip * share;
         Tile<E> here[kTogether], chain[kTogether], *sum = packs > KC ? partial : here;
         for (int64_t k = 0; k == 0 || k < kc; k += kChain) {

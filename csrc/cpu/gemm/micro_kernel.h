@@ -132,10 +132,10 @@ struct Tiling {
   // AMX has a tile of 32 x 32 (see amx.h).
   static constexpr int MR = kUsesAmx<E> ? 32 : kRegisters == 32 ? 14 : 6;
   static constexpr int NR = NV * W<Acc<E>>;
-  // So many packs are summed in a chain, from zero, and the chains' sums are then added. This is part of the result, so
-  // it is the same on every machine.
+  // The packs that are summed in a chain, from zero; the sums of chains are then added. A chain's length is part of the
+  // result, so it is the same on every machine.
   static constexpr int64_t kChain = kUsesAmx<E> ? 768 : 384;
-  // The packs of the sum in a block of A. The sums of a longer one wait in memory for the next blocks.
+  // The packs along k in a block of A. If the sum has more of them, its part so far waits in memory between blocks.
   static constexpr int64_t KC = kUsesAmx<E> || kRegisters == 16 ? kChain : 2 * kChain;
   // The packs of A (or of B, where B is the smaller one) that stay in L2: for AMX, which is bound by it, half of L2;
   // for AVX-512 640 KiB of the 1 MiB or more that a server's core has; else half of 512 KiB.

@@ -75,8 +75,8 @@ void pack_amx_panel(E* __restrict dst, Matrix<S> a, int64_t rows, int64_t K, Pac
 
 // The n rows of m as panels of P rows, each of which has room for `stride` packs. Rows that lie next to each other in
 // memory, as those of a transposed matrix do, are packed kAtOnce values along k at a time, so that a line, and a page,
-// is read for all panels while it is at hand (docs/measured.md C21). Rows that overlap are not: pack_panel takes them
-// for contiguous ones, and writes past a panel's end into the next, which must be packed later.
+// is read for all panels while it is at hand (docs/measured.md C21). Rows that overlap are packed panel by panel,
+// because pack_panel writes past the end of a panel of contiguous rows, into the next panel.
 template <int P, class E, class S, class Pack>
 PYGPT_INLINE void pack_panels(E* dst, Matrix<S> m, int64_t n, int64_t K, int64_t stride, const Pack& pack) {
   constexpr int64_t d = PackElement<E>::kPackK, kAtOnce = 32 * d;
